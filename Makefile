@@ -1,0 +1,75 @@
+# Thin on purpose: every target is one call of scripts/fap.py, which `scripts/fap.py --help` explains.
+# Variables: VERSION (upstream release), BACKEND (auto, cpu, cuda), SOURCE (submodule, sdist, path), FA_SRC_DIR, FAMILY,
+#            FRACTION, COUNT, SEED, FULL (upstream-test), FORCE (clean), PYTHON (the interpreter that .venv is made from).
+PYTHON ?= python3
+PY     := .venv/bin/python
+FAP    := $(PY) scripts/fap.py
+JOBS   ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 2)')
+export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN
+
+.PHONY: help env fetch apply status refresh rebase rebase-continue rebase-abort bundle lint wheel smoke \
+        test test-unit test-patches test-attention upstream-test bench clean distclean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
+
+env:  ## make .venv, the project's own Python environment
+	@$(PYTHON) scripts/fap.py env
+
+fetch: env  ## bring upstream's source into .cache, verified
+	@$(FAP) fetch
+
+apply: env  ## make the patched tree in build/src
+	@$(FAP) apply
+
+status: env  ## say whether the patched tree is up to date, and if not, why
+	@$(FAP) status
+
+refresh: env  ## export the commits of the patched tree back to patches/ and overlay/
+	@$(FAP) refresh
+
+rebase: env  ## carry the series to VERSION=...
+	@$(FAP) rebase
+
+rebase-continue: env  ## go on after a conflict
+	@$(FAP) rebase --continue
+
+rebase-abort: env  ## drop the rebase and return to the tree before it
+	@$(FAP) rebase --abort
+
+bundle: env  ## one patch for plain `git apply` in dist/
+	@$(FAP) bundle
+
+wheel: env  ## build the wheel into dist/, install it into .venv, show that it works
+	@$(FAP) wheel
+
+smoke: env  ## one forward and backward without softmax, checked against fp64
+	@$(FAP) smoke
+
+lint: env  ## check patches, headers, lock and code style
+	@$(FAP) lint
+	@$(PY) -m ruff check scripts tests overlay benchmarks examples
+
+test: wheel lint  ## everything that this machine can check
+	$(PY) -m pytest -n $(JOBS)
+
+test-unit: env
+	$(PY) -m pytest -n $(JOBS) tests/unit
+
+test-patches: env
+	$(PY) -m pytest -n $(JOBS) tests/patches
+
+test-attention: wheel
+	$(PY) -m pytest -n $(JOBS) tests/attention
+
+upstream-test: wheel  ## a sample of upstream's own tests (FRACTION=, COUNT=, SEED=, FULL=1)
+	@$(FAP) upstream-test
+
+bench: wheel  ## speed of the CPU backend against torch's own attention
+	$(PY) benchmarks/cpu_vs_sdpa.py
+
+clean: env  ## drop build/
+	@$(FAP) clean
+
+distclean:  ## drop everything that git ignores
+	@$(PYTHON) scripts/fap.py distclean
