@@ -1,0 +1,87 @@
+"""The backward pass over sequences of one length."""
+
+from typing import Optional
+
+import torch
+
+from ..score_function import activate_backward
+from . import torch_flash
+from .blocks import Block, blocks, dropped, query_scale, scores, weights
+from .layout import heads_first, store
+from .options import Sequences
+
+
+def backward(
+    sequences: Sequences,
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: Optional[torch.Tensor],
+    softmax_lse: Optional[torch.Tensor],
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    softmax_d: Optional[torch.Tensor],
+) -> None:
+    """Write the gradients into dq, dk, dv, and rowsum(dout * out) into softmax_d.
+
+    dout, q, out, dq: (batch, seqlen_q, nheads, head_dim); k, v, dk, dv: (batch, seqlen_k, nheads_k, head_dim); any
+    strides. softmax_lse, softmax_d: (batch, nheads, seqlen_q). out, softmax_lse, softmax_d are None without softmax.
+    The gradients of the query heads that share a key head are summed in the compute dtype.
+    """
+    if torch_flash.fits(sequences):
+        torch_flash.backward(sequences, dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_d)
+        return
+    options = sequences.options
+    nheads_k, dtype = k.shape[2], options.compute_dtype
+    keep_prob = 1.0 - options.dropout_p
+    q, dout = heads_first(q, nheads_k, dtype) * query_scale(sequences), heads_first(dout, nheads_k, dtype)
+    k, v = (heads_first(x, nheads_k, dtype).squeeze(1) for x in (k, v))
+    heads, group = q.shape[:2]
+    if options.use_softmax:
+        lse = softmax_lse.to(dtype).reshape(q.shape[:3])
+        # As 1 / keep_prob is applied to dS at the end, it is taken out of the row sum here.
+        row_dot = (dout * heads_first(out, nheads_k, dtype)).sum(dim=-1)
+        softmax_d.copy_(row_dot.view(softmax_d.shape))
+        row_dot.mul_(keep_prob)
+    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+    for block in blocks(sequences, heads, group):
+        q_block, k_block, dout_block = block.of_queries(q), block.of_keys(k), block.of_queries(dout)
+        if (norm := sequences.norm(block.rows)) is not None:
+            dout_block = dout_block.view(len(block.heads), group, len(block.rows), -1).mul(norm).view_as(dout_block)
+        s, slope_of_cap = scores(sequences, block, q_block, k_block)
+        dp = torch.bmm(dout_block, block.of_keys(v).transpose(1, 2))
+        drop = None if sequences.dropout is None else dropped(sequences, block, group, block.keys)
+        if drop is not None:
+            dp.masked_fill_(drop, 0.0)
+        if options.use_softmax:
+            p = _softmax(sequences, block, s, lse)
+            ds = dp.sub_(block.of_queries(row_dot[..., None])).mul_(p)
+        else:
+            ds = activate_backward(dp, s, options.activation, sequences.sigmoid_bias)
+            p = weights(sequences, block, s)
+        if slope_of_cap is not None:
+            ds.mul_(slope_of_cap)
+        if not options.use_softmax:
+            if (limit := options.grad_limit) is not None:
+                ds.clamp_(-limit, limit)
+            sequences.visibility.fill_hidden(block.by_group(ds), block.rows, block.keys, 0.0)
+        if drop is not None:
+            p.masked_fill_(drop, 0.0)
+        grad_q[block.index] = block.by_group(torch.bmm(ds, k_block))
+        block.of_keys(grad_k).baddbmm_(ds.transpose(1, 2), q_block)
+        block.of_keys(grad_v).baddbmm_(p.transpose(1, 2), dout_block)
+
+    grad_q.mul_(options.softmax_scale / keep_prob)
+    grad_k.mul_((options.softcap if options.softcap > 0.0 else 1.0) / keep_prob)
+    grad_v.mul_(1.0 / keep_prob)
+    for target, grad in ((dq, grad_q), (dk, grad_k.unsqueeze(1)), (dv, grad_v.unsqueeze(1))):
+        store(target, grad, saturate=not options.use_softmax)
+
+
+def _softmax(sequences: Sequences, block: Block, s: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """exp(s - lse) in the place of s, and 0 where hidden."""
+    sequences.visibility.fill_hidden(block.by_group(s), block.rows, block.keys, -torch.inf)
+    return s.sub_(block.of_queries(lse[..., None])).exp_()

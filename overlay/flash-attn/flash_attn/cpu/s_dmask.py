@@ -1,0 +1,36 @@
+"""S_dmask: the dropout mask that upstream's tests read back, in the sign of a number. It has seqlen_q * seqlen_k entries."""
+
+import torch
+
+from .blocks import Block, blocks, dropped, query_scale, scores
+from .layout import heads_first
+from .options import Sequences
+
+
+def write_s_dmask(sequences: Sequences, q: torch.Tensor, k: torch.Tensor, s_dmask: torch.Tensor) -> None:
+    """Fill the (seqlen_q, seqlen_k) corner of s_dmask (batch, nheads, …), which holds zeros.
+
+    Without softmax: 1 where dropout keeps, -1 where it drops, of hidden entries as well. With softmax: exp(s - maximum
+    of the row) with that sign, which is upstream's encoding for a single block of keys.
+    """
+    nheads_k, options, visibility = k.shape[2], sequences.options, sequences.visibility
+    if visibility.seqlen_q == 0 or visibility.seqlen_k == 0:
+        return
+    group = q.shape[2] // nheads_k
+    s_dmask = s_dmask.view(-1, group, *s_dmask.shape[2:])
+    if not options.use_softmax:
+        all_keys = range(visibility.seqlen_k)
+        for head in range(s_dmask.shape[0]):
+            block = Block(range(head, head + 1), range(visibility.seqlen_q), all_keys)
+            drop = block.by_group(dropped(sequences, block, group, all_keys))
+            s_dmask[block.index + (slice(visibility.seqlen_k),)] = 1.0 - 2.0 * drop.to(s_dmask.dtype)
+        return
+    q = heads_first(q, nheads_k, options.compute_dtype) * query_scale(sequences)
+    k = heads_first(k, nheads_k, options.compute_dtype).squeeze(1)
+    for block in blocks(sequences, *q.shape[:2]):
+        s, _ = scores(sequences, block, block.of_queries(q), block.of_keys(k))
+        visibility.fill_hidden(block.by_group(s), block.rows, block.keys, -torch.inf)
+        row_max = s.amax(dim=-1, keepdim=True)
+        p = s.sub_(row_max.masked_fill_(row_max == -torch.inf, 0.0)).exp_()
+        p = torch.where(dropped(sequences, block, group, block.keys), -p, p)
+        s_dmask[block.index + (slice(block.keys.start, block.keys.stop),)] = block.by_group(p).to(s_dmask.dtype)

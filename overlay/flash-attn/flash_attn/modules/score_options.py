@@ -1,0 +1,65 @@
+"""What the modules need of the score function: its options from a model config, and the weights of the non-flash paths.
+
+The options travel through the modules as one dict of keyword arguments: use_softmax, activation, sigmoid_bias and
+normalization, as in the public functions; one that is missing has its default there. flash_attn/score_function.py says
+what they mean.
+"""
+
+from typing import Any, Optional, Union
+
+import torch
+from flash_attn.score_function import attention_weights, resolve
+
+
+def checked(options: dict[str, Any]) -> dict[str, Any]:
+    """The same options with use_softmax filled in. Raises ValueError or TypeError: a typo fails at construction."""
+    options = {"use_softmax": True, **options}
+    resolve(**options)
+    return options
+
+
+def from_config(config: Any) -> dict[str, Any]:
+    """The options in config.use_softmax, .attn_activation, .attn_sigmoid_bias and .attn_normalization.
+
+    A config without these attributes means softmax.
+    """
+    return {
+        "use_softmax": getattr(config, "use_softmax", True),
+        "activation": getattr(config, "attn_activation", "identity"),
+        "sigmoid_bias": getattr(config, "attn_sigmoid_bias", 0.0),
+        "normalization": getattr(config, "attn_normalization", None),
+    }
+
+
+def dense_weights(
+    scores: torch.Tensor,
+    dtype: torch.dtype,
+    causal: bool,
+    key_padding_mask: Optional[torch.Tensor],
+    align_last_key: bool,
+    **options: Any,
+) -> torch.Tensor:
+    """The attention weights of the non-flash paths, (batch, nheads, seqlen_q, seqlen_k) in `dtype`.
+
+    scores: (batch, nheads, seqlen_q, seqlen_k), scaled; what softmax must not see already has -10000 added.
+    key_padding_mask: (batch, seqlen_k) bool, True means to keep. align_last_key: causal aligns the last query with the
+    last key that is kept (cross-attention), and not query i with key i (self-attention). options: see the module.
+    """
+    use_softmax, activation, sigmoid_bias, normalization = resolve(**options)
+    if use_softmax:
+        return torch.softmax(scores, dim=-1, dtype=dtype)
+    seqlen_q, seqlen_k = scores.shape[-2:]
+    visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=scores.device)
+    n: Union[int, torch.Tensor] = seqlen_k
+    if key_padding_mask is not None:
+        visible = visible & key_padding_mask[:, None, None, :]
+        n = key_padding_mask.sum(-1)[:, None, None, None]
+    if causal:
+        rows = torch.arange(seqlen_q, device=scores.device)[:, None]
+        last_key = rows + (n - seqlen_q if align_last_key else 0)
+        visible = visible & (torch.arange(seqlen_k, device=scores.device) <= last_key)
+    # In float32, since without softmax a weight can be too large for float16: there it saturates, as in the kernels.
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = attention_weights(wide, visible, activation, sigmoid_bias, normalization, n)
+    limit = torch.finfo(dtype).max
+    return weights.clamp(-limit, limit).to(dtype)

@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""Keep and build the patch set: `fap.py COMMAND --help` explains each command, and the Makefile calls them.
+
+VERSION, FAMILY, SOURCE, FA_SRC_DIR and FORCE in the environment choose the upstream release and its source.
+Exit codes: 0 done, 1 failed or out of date, 2 wrong usage or a tree in the middle of something, 130 interrupted.
+"""
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from fapatch.errors import FapError
+from fapatch.project import Project
+
+# command: (module of fapatch with add_arguments(parser) and main(project, args) -> int, one line of help).
+# A module that sets EXCLUSIVE = True is alone in the checkout while it runs; with ANY_RELEASE = True it does not look at VERSION.
+# Modules are imported when asked for: `env` must run before any package is installed.
+COMMANDS = {
+    "env": ("env", "make .venv, the project's own Python environment"),
+    "fetch": ("fetch", "bring upstream's source into .cache, verified"),
+    "apply": ("apply", "make the patched tree in build/src"),
+    "status": ("status", "say whether the patched tree is up to date, and if not, why"),
+    "refresh": ("refresh", "export the commits of the patched tree to patches/ and overlay/"),
+    "rebase": ("rebase", "carry the series to another release"),
+    "bundle": ("bundle", "write one patch for plain `git apply` into dist/"),
+    "lock": ("lock_edit", "add a release to upstream.toml"),
+    "lint": ("lint", "check patches, headers and the lock"),
+    "wheel": ("wheel", "build the wheel into dist/ and install it into .venv"),
+    "smoke": ("smoke", "one forward and backward without softmax, checked against float64"),
+    "upstream-test": ("upstream_test", "a sample of upstream's own tests"),
+    "clean": ("clean", "drop build/"),
+    "distclean": ("distclean", "drop everything that git ignores"),
+}
+
+
+def make_parser(argv: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fap.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-v", "--verbose", action="store_true", help="show every program that is started")
+    parser.add_argument("--root", type=Path, help="another checkout of this repository")
+    parser.add_argument("--family", help="upstream package (default: FAMILY, else the lock's default)")
+    parser.add_argument("--release", help="upstream release (default: VERSION, else the family's default)")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    asked = next((a for a in argv if a in COMMANDS), None)
+    for name, (module, text) in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text)
+        if name == asked:
+            chosen = importlib.import_module(f"fapatch.{module}")
+            sub.description = chosen.__doc__
+            sub.formatter_class = argparse.RawDescriptionHelpFormatter
+            chosen.add_arguments(sub)
+            sub.set_defaults(module=chosen)
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    args = make_parser(argv).parse_args(argv)
+    logging.basicConfig(level=logging.DEBUG if args.verbose else logging.WARNING, format="%(message)s")
+    if getattr(args.module, "ANY_RELEASE", False):
+        os.environ.pop("VERSION", None)
+    project = Project.open(args.root, args.family, args.release)
+    if not getattr(args.module, "EXCLUSIVE", False):
+        return args.module.main(project, args)
+    from fapatch import locking
+
+    with locking.exclusive(project, args.command):
+        return args.module.main(project, args)
+
+
+def explain(error: OSError) -> FapError:
+    """The failures of a machine rather than of the patch set, as people call them."""
+    where = error.filename or "the disk"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return FapError(f"no space left for {where}", "free some space and run this again; nothing was lost")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return FapError(f"{where} cannot be written or read: {error.strerror}", "check its owner and permissions, and run this again")
+    return FapError(f"{where}: {error.strerror or error}", "mend that and run this again")
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: list[str] | None = None) -> int:
+    # Ended by `kill` as by Ctrl-C: what was half made is taken away on the way out.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except FapError as e:
+        error = e
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as e:
+        error = explain(e)
+    except ModuleNotFoundError as e:
+        error = FapError(f"{e.name} is not installed for {sys.executable}", "make env, then .venv/bin/python scripts/fap.py")
+    except KeyboardInterrupt:
+        print("interrupted  ->  nothing was lost; run the same command again", file=sys.stderr)
+        return 130
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

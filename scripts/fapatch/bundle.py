@@ -1,0 +1,64 @@
+"""Write overlay and series as one patch into dist/, which `git apply` takes on a plain checkout of that release."""
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from . import apply, git, header, series, state
+from .errors import FapError
+from .lock_edit import write_atomically
+from .project import Project
+
+EXCLUSIVE = True
+
+
+def _text(project: Project, titles: list[str]) -> str:
+    """What stands before the first diff: git apply and patch both pass over it."""
+    name = f"{project.family.package} {project.release.version}"
+    lines = [f"{name}+{project.family.local_label}: attention with softmax made optional.", "",
+             f"Apply on a checkout of {project.release.tag}:  git apply THIS_FILE", "", "Holds:",
+             *(f"  {title}" for title in titles), "", ""]
+    return "\n".join(lines)
+
+
+def _check(project: Project, bundle: bytes, base: str, expected: str) -> None:
+    """Raise FapError unless ``bundle`` turns the tree of ``base`` into ``expected``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
+        git.git("read-tree", base, repo=project.store, env=index)
+        git.git("apply", "--cached", "-", repo=project.store, env=index, stdin=bundle)
+        found = git.output("write-tree", repo=project.store, env=index)
+    if found != expected:
+        raise FapError(f"the bundle gives tree {found[:12]}, the series {expected[:12]}", "make clean apply, and try again")
+
+
+def make(project: Project, base: str, folder: Path, tree: str) -> bytes:
+    """The patch that turns the commit ``base`` into what is committed in the worktree ``folder``, whose tree id is ``tree``."""
+    diff = git.git("diff", "--no-ext-diff", "--full-index", "--binary", base, "HEAD", cwd=folder).stdout
+    titles = [header.parse(p.data).subject for p in series.load(project) if p.applies_to(project.release.version)]
+    bundle = _text(project, titles).encode() + diff
+    _check(project, bundle, base, tree)
+    return bundle
+
+
+def write(project: Project) -> Path:
+    """Make the bundle of the project's release and return its path in dist/."""
+    folder = apply.ensure(project)
+    made = state.read(project)
+    assert made is not None
+    bundle = make(project, made.base, folder, made.tree)
+    project.dist.mkdir(exist_ok=True)
+    path = project.dist / f"{project.family.package}-{project.release.version}-{project.family.local_label}.patch"
+    write_atomically(path, bundle)
+    return path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser
+
+
+def main(project: Project, args: argparse.Namespace) -> int:
+    path = write(project)
+    print(f"{path.relative_to(project.root)}  {path.stat().st_size / 1e3:.0f} kB  ->  git apply it on a checkout of {project.release.tag}")
+    return 0

@@ -1,0 +1,107 @@
+"""Git, the same on every machine: no user or system settings, fixed identity and language, no prompts, no hooks."""
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from .errors import FapError
+from .process import run
+
+CONFIG = Path(__file__).with_name("gitconfig")
+LEAST_VERSION = (2, 32)  # the first that reads GIT_CONFIG_GLOBAL, without which a user's diff.noprefix leaks into patches
+# A date for commits that nobody made by hand, so that equal content has an equal commit id everywhere.
+FIXED_DATE = "1000000000 +0000"
+_KEPT = ("GIT_EXEC_PATH", "GIT_SSL_", "GIT_PROXY_", "GIT_TRACE")
+
+
+def environment() -> dict[str, str | None]:
+    """What to add to the environment of a git command; None stands for a variable to take away."""
+    scrubbed: dict[str, str | None] = {name: None for name in os.environ if name.startswith("GIT_") and not name.startswith(_KEPT)}
+    return {
+        **scrubbed,
+        "GIT_CONFIG_GLOBAL": str(CONFIG), "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "include.path", "GIT_CONFIG_VALUE_0": str(CONFIG),
+        "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true", "SSH_ASKPASS": "true", "GIT_SSH_COMMAND": "ssh -oBatchMode=yes",
+        "LC_ALL": "C", "TZ": "UTC",
+    }
+
+
+@lru_cache(maxsize=None)
+def _check_version() -> None:
+    said = run("git", "version", hint="install git").stdout.decode()
+    found = re.search(r"(\d+)\.(\d+)", said)
+    if not found or tuple(map(int, found.groups())) < LEAST_VERSION:
+        raise FapError(f"{said.strip()} is too old: it would mix your settings into the patches", "install git 2.32 or newer")
+
+
+def git(
+    *args: str | Path,
+    cwd: Path | None = None,
+    repo: Path | None = None,
+    env: Mapping[str, str | None] | None = None,
+    stdin: bytes | None = None,
+    check: bool = True,
+    timeout: float | None = None,
+    hint: str = "",
+) -> subprocess.CompletedProcess[bytes]:
+    """Run git in the worktree ``cwd`` or on the bare repository ``repo``. Raises as ``process.run`` does."""
+    _check_version()
+    where = (f"--git-dir={repo}",) if repo else ()
+    return run("git", *where, *args, cwd=cwd, env={**environment(), **(env or {})}, stdin=stdin, check=check, timeout=timeout, hint=hint)
+
+
+def output(*args: str | Path, cwd: Path | None = None, repo: Path | None = None, env: Mapping[str, str | None] | None = None) -> str:
+    """What git prints, without the last line end."""
+    return git(*args, cwd=cwd, repo=repo, env=env).stdout.decode("utf-8", "surrogateescape").rstrip("\n")
+
+
+def resolve(revision: str, *, cwd: Path | None = None, repo: Path | None = None) -> str:
+    """The object id of ``revision``, or "" when there is none."""
+    result = git("rev-parse", "--verify", "--quiet", revision, cwd=cwd, repo=repo, check=False)
+    return result.stdout.decode().strip() if result.returncode == 0 else ""
+
+
+def blob_id(data: bytes) -> str:
+    """The id that git gives to a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def list_tree(revision: str, *, cwd: Path | None = None, repo: Path | None = None) -> dict[str, str]:
+    """Path -> blob id of every plain file of ``revision``; symbolic links and submodules are not listed."""
+    entries = git("ls-tree", "-r", "-z", revision, cwd=cwd, repo=repo).stdout.decode("utf-8", "surrogateescape").split("\0")
+    split = (entry.split("\t", 1) for entry in entries if entry.startswith("100"))
+    return {path: about.split()[2] for about, path in split}
+
+
+def read_tree(
+    revision: str, wanted: Callable[[str], bool], *, cwd: Path | None = None, repo: Path | None = None
+) -> Iterator[tuple[str, bytes]]:
+    """(path, content) of every plain file of ``revision`` whose path is ``wanted``, read past attributes and conversions."""
+    chosen = {path: blob for path, blob in list_tree(revision, cwd=cwd, repo=repo).items() if wanted(path)}
+    data = git("cat-file", "--batch", cwd=cwd, repo=repo, stdin="".join(f"{b}\n" for b in chosen.values()).encode()).stdout
+    position = 0
+    for path in chosen:
+        end = data.index(b"\n", position)
+        head = data[position:end].split()
+        if len(head) != 3:
+            raise FapError(f"{path} of {revision} is missing from {repo or cwd}", "fetch that repository again")
+        size = int(head[2])
+        yield path, data[end + 1:end + 1 + size]
+        position = end + size + 2
+
+
+def tree_of(folder: Path, ignore: str = "") -> str:
+    """The tree id that the files in ``folder`` would have, worked out in a throw-away repository; ``ignore``: lines of a .gitignore."""
+    with tempfile.TemporaryDirectory() as scratch:
+        repo = Path(scratch) / "git"
+        git("init", "--quiet", "--bare", repo)
+        (repo / "info").mkdir(exist_ok=True)
+        (repo / "info" / "exclude").write_text(ignore, encoding="utf-8")
+        git(f"--work-tree={folder}", "add", "--all", ".", repo=repo, cwd=folder)
+        return output("write-tree", repo=repo)

@@ -1,0 +1,118 @@
+"""upstream.toml as frozen dataclasses: which releases are supported, where they come from, what their trees must be."""
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import FapError, UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    try:
+        import tomli as tomllib
+    except ModuleNotFoundError:  # before `make env`; pip brings its own
+        from pip._vendor import tomli as tomllib
+
+LOCK_NAME = "upstream.toml"
+
+
+@dataclass(frozen=True)
+class Sdist:
+    """A source distribution on the Python package index. ``size`` in bytes."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Release:
+    """One upstream release. ``tree`` and ``patched_tree`` are git tree ids, before and after overlay and series."""
+
+    version: str
+    tag: str
+    sdist: Sdist
+    commit: str
+    cutlass: str
+    tree: str
+    patched_tree: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """The releases of one upstream package that one series of patches serves. Paths are relative to the project root."""
+
+    name: str
+    default: str
+    url: str
+    submodule: str
+    cutlass_submodule: str
+    series: str
+    overlay: str
+    package: str
+    revision: int
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    releases: tuple[Release, ...]
+
+    @property
+    def local_label(self) -> str:
+        """The local version label of our wheels, the part after the ``+``."""
+        return f"nosoftmax.{self.revision}"
+
+    def release(self, version: str | None = None) -> Release:
+        """The release called ``version``, or the default one. Raises UsageError for a version that is not in the lock."""
+        wanted = version or self.default
+        for release in self.releases:
+            if release.version == wanted:
+                return release
+        known = ", ".join(r.version for r in self.releases)
+        raise UsageError(f"VERSION={wanted} is not a release of {self.name} that this patch set supports", f"choose one of: {known}")
+
+
+@dataclass(frozen=True)
+class Lock:
+    path: Path
+    default_family: str
+    families: tuple[Family, ...]
+
+    def family(self, name: str | None = None) -> Family:
+        """The family called ``name``, or the default one. Raises UsageError for an unknown name."""
+        wanted = name or self.default_family
+        for family in self.families:
+            if family.name == wanted:
+                return family
+        raise UsageError(f"FAMILY={wanted} is not in {self.path.name}", f"choose one of: {', '.join(f.name for f in self.families)}")
+
+
+def _release(version: str, raw: dict[str, Any]) -> Release:
+    return Release(
+        version=version, tag=raw["tag"], sdist=Sdist(**raw["sdist"]), commit=raw.get("commit", ""),
+        cutlass=raw.get("cutlass", ""), tree=raw.get("tree", ""), patched_tree=raw.get("patched-tree", ""),
+    )
+
+
+def _family(name: str, raw: dict[str, Any]) -> Family:
+    return Family(
+        name=name, default=raw["default"], url=raw["url"], submodule=raw["submodule"],
+        cutlass_submodule=raw["cutlass-submodule"], series=raw["series"], overlay=raw["overlay"], package=raw["package"],
+        revision=raw["revision"], include=tuple(raw["include"]), exclude=tuple(raw.get("exclude", ())),
+        releases=tuple(_release(v, r) for v, r in raw["version"].items()),
+    )
+
+
+def load(path: Path) -> Lock:
+    """Read the lock file at ``path``. Raises FapError when it is missing, malformed or of another schema."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        if raw["schema"] != 1:
+            raise FapError(f"{path.name} has schema {raw['schema']}, this tool reads schema 1", "update the scripts or the file")
+        families = tuple(_family(name, f) for name, f in raw["family"].items())
+        return Lock(path, raw["default-family"], families)
+    except FileNotFoundError as e:
+        raise FapError(f"{path} is missing", "run from a complete checkout, or `git checkout upstream.toml`") from e
+    except (tomllib.TOMLDecodeError, KeyError, TypeError) as e:
+        raise FapError(f"{path.name} cannot be read: {type(e).__name__} {e}", "`git diff upstream.toml` shows what changed") from e

@@ -1,0 +1,40 @@
+"""Print as JSON which packages of pyproject.toml's optional dependencies the running Python lacks. Run by .venv's Python.
+
+    python missing.py PYPROJECT GROUP...      ->  ["ninja", "torch==2.13.0"]
+
+Needs nothing but the standard library and pip, whose own copies of `packaging` and `tomli` it reads: it runs before anything is installed.
+"""
+from __future__ import annotations
+
+import json
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from pip._vendor.packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    from pip._vendor import tomli as tomllib
+
+
+def is_met(requirement: Requirement) -> bool:
+    """Whether ``requirement`` does not apply to this Python or an installed distribution satisfies it."""
+    if requirement.marker and not requirement.marker.evaluate():
+        return True
+    try:
+        return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def main(argv: list[str]) -> int:
+    groups = tomllib.loads(Path(argv[0]).read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    wanted = [requirement for group in argv[1:] for requirement in groups[group]]
+    json.dump([r for r in wanted if not is_met(Requirement(r))], sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

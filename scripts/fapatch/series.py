@@ -1,0 +1,99 @@
+"""The patches of a family: their order, and which of them a release takes."""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+from . import git, header
+from .errors import FapError
+from .project import Project
+
+# In commits only: apply adds it and export takes it away, so that a commit that gets a new subject keeps its file.
+_NAME_LINE = re.compile(rb"^Patch-Name: *(\S+) *\n", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One patch file, as bytes."""
+
+    name: str
+    data: bytes
+
+    @property
+    def blob(self) -> str:
+        return git.blob_id(self.data)
+
+    def applies_to(self, version: str) -> bool:
+        """Whether the release ``version`` is inside Applies-To. A patch without that field applies to all."""
+        wanted = header.parse(self.data).fields.get("Applies-To", "")
+        try:
+            return SpecifierSet(wanted).contains(version, prereleases=True)
+        except InvalidSpecifier as e:
+            raise FapError(f"{self.name}: Applies-To: {wanted} is not a version specifier", "write it like `>=2.8.0,<2.9`") from e
+
+
+def with_name(patch: Patch) -> bytes:
+    """The patch as `git am` gets it, with its file name at the end of the message."""
+    message, diff = header.split(patch.data)
+    return message.rstrip(b"\n") + f"\n\nPatch-Name: {patch.name}\n\n".encode() + diff
+
+
+def without_name(data: bytes) -> tuple[str, bytes]:
+    """(file name, patch) of what `git format-patch` gives for a commit; the name is "" when the commit has none."""
+    message, diff = header.split(data)
+    found = _NAME_LINE.search(message)
+    return (found[1].decode() if found else ""), _NAME_LINE.sub(b"", message).rstrip(b"\n") + b"\n\n" + diff
+
+
+def name_for(subject: str, taken: Iterable[str]) -> str:
+    """A file name for a new commit: `[area] Do this` becomes `area-do-this.patch`, told apart from those ``taken``."""
+    stem = re.sub(r"[^a-z0-9]+", "-", subject.lower())[:60].strip("-") or "patch"
+    taken, number, name = set(taken), 1, f"{stem}.patch"
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}.patch"
+    return name
+
+
+def _name(line: str) -> str:
+    return line.partition("#")[0].strip()
+
+
+def load(project: Project) -> tuple[Patch, ...]:
+    """The patches in the order of the series. Raises FapError for a missing or twice listed file, or one with changed line ends."""
+    try:
+        lines = project.series.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as e:
+        raise FapError(f"{project.family.series} is missing", f"git checkout {project.family.series}") from e
+    patches: list[Patch] = []
+    for name in filter(None, map(_name, lines)):
+        path = project.patches / name
+        if Path(name).name != name or not path.is_file():
+            raise FapError(f"{project.family.series} lists {name}, and there is no such file beside it",
+                           f"git checkout {project.family.series}, or take the line out")
+        if name in (p.name for p in patches):
+            raise FapError(f"{project.family.series} lists {name} twice", "take one of the lines out")
+        data = path.read_bytes()
+        if b"\r\n" in data.partition(b"\n\n")[0]:
+            raise FapError(f"{name} has Windows line ends: something rewrote it",
+                           f"git checkout {path.relative_to(project.root)}; .gitattributes says `*.patch -text`")
+        patches.append(Patch(name, data))
+    return tuple(patches)
+
+
+def rewrite(text: str, names: list[str]) -> str:
+    """The series file ``text`` with ``names`` in place of its own. The lines on top stay there, other comments stay with the name below."""
+    blocks: dict[str, list[str]] = {"": []}
+    pending = blocks[""]
+    for line in text.splitlines():
+        if name := _name(line):
+            blocks[name] = [line] if pending is blocks[""] else [*pending, line]
+            pending = []
+        else:
+            pending.append(line)
+    tail = [] if pending is blocks[""] else pending
+    return "".join(f"{line}\n" for line in [*blocks[""], *(line for name in names for line in blocks.get(name, [name])), *tail])

@@ -1,0 +1,106 @@
+"""The places that upstream's files can come from. Each gives (path, content) of the wanted files, or None when it has nothing."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from . import archive, download, git
+from .errors import FapError, UsageError
+from .globs import matches
+from .project import Project
+
+Files = Iterator[tuple[str, bytes]]
+Wanted = Callable[[str], bool]
+PROBE_SECONDS = 20.0
+CLONE_SECONDS = 600.0
+
+
+def ours(project: Project) -> Wanted:
+    """The paths that this patch set takes from upstream."""
+    family = project.family
+    return lambda path: matches(path, family.include) and not matches(path, family.exclude)
+
+
+def from_folder(project: Project, folder: Path) -> Files:
+    """The files as they lie in ``folder``, somebody's own checkout or unpacked archive, edits included."""
+    if not (folder / "setup.py").is_file() or not (folder / project.family.package).is_dir():
+        raise UsageError(f"{folder} is not a checkout of {project.family.package}: no setup.py or no {project.family.package}/ in it",
+                         "set FA_SRC_DIR (or SOURCE) to the top folder of one")
+    wanted = ours(project)
+    found = {p.relative_to(folder).as_posix(): p for pattern in project.family.include for p in folder.glob(pattern) if p.is_file()}
+    return ((path, found[path].read_bytes()) for path in sorted(found) if wanted(path))
+
+
+def _pinned(project: Project, checkout: Path) -> str:
+    """The commit of the project's release in ``checkout``, or ""."""
+    release = project.release
+    if not (checkout / ".git").exists():
+        return ""
+    # A tag can be moved: it will do only where the tree id in the lock holds it in place.
+    name = release.commit or (f"refs/tags/{release.tag}" if release.tree else "")
+    return git.resolve(f"{name}^{{commit}}", cwd=checkout) if name else ""
+
+
+def _clone_submodule(project: Project) -> str:
+    """Fill the submodule folder; returns the reason when that cannot be done."""
+    path = project.family.submodule
+    if (project.submodule / ".git").exists():
+        return f"{path} is there without {project.release.commit[:12] or project.release.tag}"
+    if not (project.root / ".git").exists():
+        return "this is not a git checkout"
+    if project.release.commit != project.family.release().commit:
+        return f"{path} is pinned to {project.family.default}"
+    # The checkout's own setting, which may name a mirror, wins over .gitmodules, as it does for `git submodule`.
+    asked = (git.git("config", *where, f"submodule.{path}.url", cwd=project.root, check=False) for where in ((), ("--file", ".gitmodules")))
+    url = next((said.stdout.decode().strip() for said in asked if said.returncode == 0), project.family.url)
+    try:
+        # Fails at once, or in bounded time, where the host cannot be reached; a clone would hang for minutes.
+        git.git("ls-remote", "--exit-code", url, "HEAD", timeout=PROBE_SECONDS)
+        git.git("submodule", "update", "--init", "--depth", "1", "--", path, cwd=project.root, timeout=CLONE_SECONDS)
+    except FapError as e:
+        return e.message
+    return ""
+
+
+def from_submodule(project: Project, online: bool) -> tuple[Files | None, str]:
+    """(the files of the pinned commit, "") or (None, the reason). ``online``: clone the submodule where it is empty."""
+    reason = "the submodule is empty"
+    if online and not _pinned(project, project.submodule):
+        reason = _clone_submodule(project)
+    commit = _pinned(project, project.submodule)
+    if not commit:
+        return None, reason
+    return git.read_tree(commit, ours(project), cwd=project.submodule), ""
+
+
+def from_sdist(project: Project, online: bool) -> Files | None:
+    """The files of the verified source distribution; None when it is not in the cache and ``online`` is not set."""
+    path = download.sdist(project, offline=not online)
+    return archive.read(path, ours(project)) if path else None
+
+
+def cutlass_from_submodule(project: Project, online: bool) -> Files | None:
+    """The headers from the submodule nested in the submodule, at the pinned commit."""
+    nested = project.submodule / project.family.cutlass_submodule
+    wanted = project.release.cutlass
+    if not wanted or not (project.submodule / ".git").exists():
+        return None
+    if online and not (nested / ".git").exists():
+        try:
+            git.git("submodule", "update", "--init", "--depth", "1", "--", project.family.cutlass_submodule,
+                    cwd=project.submodule, timeout=CLONE_SECONDS)
+        except FapError:
+            return None
+    if not (nested / ".git").exists() or not git.resolve(f"{wanted}^{{commit}}", cwd=nested):
+        return None
+    return git.read_tree(wanted, lambda path: path.startswith("include/"), cwd=nested)
+
+
+def cutlass_from_sdist(project: Project, online: bool) -> Files | None:
+    """The headers that the source distribution vendors."""
+    path = download.sdist(project, offline=not online)
+    prefix = f"{project.family.cutlass_submodule}/"
+    if path is None:
+        return None
+    files = archive.read(path, lambda name: name.startswith(f"{prefix}include/"))
+    return ((name.removeprefix(prefix), content) for name, content in files)

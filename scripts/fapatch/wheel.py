@@ -1,0 +1,189 @@
+"""Build the wheel from the patched tree, check what is in it, install it into .venv, and show that it works.
+
+Upstream's setup.py does the building. It is run in a copy of the patched tree that has no .git folder (setup.py would start
+`git submodule update` in one) and with FLASH_ATTENTION_FORCE_BUILD=TRUE (it would otherwise download upstream's own wheel).
+The copy is kept: a CUDA build that was stopped goes on with the objects it has. The second run does nothing and says why.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from . import apply, build_copy, env, git, wheel_check
+from .errors import FapError, UsageError
+from .process import CommandFailed, run
+from .project import Project
+
+EXCLUSIVE = True
+BACKENDS = ("auto", "cpu", "cuda")
+FREE_BYTES = {"cpu": 200 << 20, "cuda": 8 << 30}
+ABOUT = """
+import json, torch
+from torch.utils.cpp_extension import CUDA_HOME
+print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": torch.cuda.is_available(), "home": CUDA_HOME}))
+"""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a wheel depends on; two equal ones give the same wheel."""
+
+    tree: str
+    lock: str
+    backend: str
+    python: str
+    torch: str
+    archs: str
+
+    def changed_from(self, other: dict) -> list[str]:
+        return [name for name, value in asdict(self).items() if other.get(name) != value]
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    reason: str
+
+
+def choose_backend(asked: str, gpu: bool, torch_cuda: str | None, nvcc: Path | None) -> Backend:
+    """cpu or cuda. ``torch_cuda`` is the CUDA version that torch was built with, None for a torch without.
+
+    Raises UsageError for another name, FapError when cuda was asked for and cannot be built here.
+    """
+    if asked not in BACKENDS:
+        raise UsageError(f"BACKEND={asked} is not known", f"choose one of: {', '.join(BACKENDS)}")
+    if asked == "cuda" and not torch_cuda:
+        raise FapError("BACKEND=cuda needs a torch with CUDA, and .venv has one without",
+                       "make .venv from an interpreter that has it (PYTHON=), or build with BACKEND=cpu")
+    if asked == "cuda" and nvcc is None:
+        raise FapError("BACKEND=cuda needs the CUDA compiler, and neither CUDA_HOME nor PATH leads to an nvcc",
+                       f"install the CUDA {torch_cuda} toolkit and set CUDA_HOME, or build with BACKEND=cpu")
+    if asked == "auto":
+        lacking = [what for what, there in (("GPU", gpu), ("torch with CUDA", torch_cuda), ("nvcc", nvcc)) if not there]
+        return Backend("cpu", f"no {' and no '.join(lacking)} here") if lacking else Backend("cuda", "GPU and nvcc found")
+    return Backend(asked, f"BACKEND={asked}")
+
+
+def find_nvcc(cuda_home: str | None) -> Path | None:
+    """The compiler that upstream's setup.py would start: that of torch's CUDA_HOME, which torch also looks for on the PATH."""
+    found = shutil.which("nvcc", path=str(Path(cuda_home) / "bin")) if cuda_home else None
+    return Path(found) if found else None
+
+
+def build_environment(project: Project, backend: str) -> dict[str, str]:
+    """The variables that upstream's setup.py reads. MAX_JOBS is left to it: it counts cores and free memory itself."""
+    return {
+        "FLASH_ATTENTION_FORCE_BUILD": "TRUE",
+        "FLASH_ATTN_LOCAL_VERSION": project.family.local_label,
+        "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE" if backend == "cpu" else "FALSE",
+        "FLASH_ATTENTION_TRITON_AMD_ENABLE": "FALSE",
+        "PYTHONPATH": "",  # the build sees .venv alone
+        "SOURCE_DATE_EPOCH": git.FIXED_DATE.split()[0],  # equal inputs, equal bytes
+    }
+
+
+def _state_file(project: Project) -> Path:
+    return project.wheel_dir.parent / f"{project.release.version}.json"
+
+
+def _read_state(project: Project) -> dict:
+    try:
+        return json.loads(_state_file(project).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def up_to_date(project: Project, inputs: Inputs, state: dict) -> tuple[Path | None, str]:
+    """(the wheel, "") when ``state`` describes a wheel made from ``inputs`` that is still whole, else (None, the reason)."""
+    if not state:
+        return None, "no wheel was built yet"
+    if changed := inputs.changed_from(state["inputs"]):
+        return None, "changed since the last wheel: " + ", ".join(changed)
+    path = project.dist / state["wheel"]
+    if not path.is_file():
+        return None, f"{path.relative_to(project.root)} is gone"
+    if sha256(path) != state["sha256"]:
+        return None, f"{path.relative_to(project.root)} is not the file that was built"
+    return path, ""
+
+
+def build(project: Project, backend: str, python: Path, tree: str) -> Path:
+    """Build ``tree``, a git id, with upstream's setup.py; returns the checked wheel in dist/. Raises FapError, leaving dist/ as it was."""
+    project.wheel_dir.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(project.wheel_dir).free
+    if free < FREE_BYTES[backend]:
+        raise FapError(f"{free >> 20} MiB are free in {project.build}, a {backend} build needs {FREE_BYTES[backend] >> 20}",
+                       "free some space, or move the checkout; what was built so far is kept")
+    build_copy.sync(project, tree, with_cutlass=backend == "cuda")
+    fresh = project.wheel_dir / "fresh"
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        run(python, "-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check", "--outdir", fresh, project.wheel_dir,
+            cwd=project.wheel_dir, env=build_environment(project, backend), capture=backend == "cpu")
+    except CommandFailed as e:
+        log = project.wheel_dir.parent / f"{project.release.version}.log"
+        log.write_bytes(e.stdout + e.stderr)
+        where = f"the whole output is in {log.relative_to(project.root)}" if backend == "cpu" else "its output is above; what was compiled is kept"
+        raise FapError(f"upstream's setup.py failed: {e.message}", where) from e
+    (built,) = fresh.glob("*.whl")
+    wheel_check.check(built, project, backend, project.wheel_dir)
+    project.dist.mkdir(exist_ok=True)
+    for old in project.dist.glob(f"{project.family.package}-{project.release.version}+*.whl"):
+        old.unlink()
+    target = project.dist / built.name
+    os.replace(built, target)
+    return target
+
+
+def install(python: Path, wheel: Path) -> None:
+    """Put the wheel in the place of any flash_attn in the environment of ``python``."""
+    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--force-reinstall", wheel)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", default=os.environ.get("BACKEND") or "auto", help="auto, cpu or cuda (default: %(default)s; BACKEND)")
+
+
+def main(project: Project, args: argparse.Namespace) -> int:
+    python = env.venv_python(project.venv)
+    if not python.exists():
+        raise FapError(".venv is missing", "make env")
+    facts = json.loads(run(python, "-c", ABOUT, hint="make env").stdout)
+    backend = choose_backend(args.backend, facts["gpu"], facts["cuda"], find_nvcc(facts["home"]))
+    tree = build_copy.verified_tree(project, apply.ensure(project))
+    inputs = Inputs(
+        tree=tree, lock=sha256(project.lock.path), backend=backend.name,
+        python=f"{sys.version_info.major}.{sys.version_info.minor}", torch=facts["torch"],
+        archs=os.environ.get("FLASH_ATTN_CUDA_ARCHS", "") if backend.name == "cuda" else "",
+    )
+    state = _read_state(project)
+    wheel, why = up_to_date(project, inputs, state)
+    if wheel and wheel_check.installed(python, wheel):
+        print(f"{wheel.relative_to(project.root)} is up to date and installed in .venv: patched tree {inputs.tree[:12]}, "
+              f"backend {backend.name}, torch {inputs.torch}. Nothing to do.")
+        return 0
+    if wheel is None:
+        print(f"building {project.family.package} {project.release.version}, backend {backend.name} ({backend.reason}): {why}", flush=True)
+        wheel = build(project, backend.name, python, tree)
+        state = {"inputs": asdict(inputs), "wheel": wheel.name, "sha256": sha256(wheel)}
+        temporary = _state_file(project).with_suffix(".new")
+        temporary.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, _state_file(project))
+    install(python, wheel)
+    print(f"wheel      {wheel.relative_to(project.root)}  {wheel.stat().st_size / 1e6:.1f} MB")
+    print(f"sha256     {state['sha256']}")
+    print(f"made from  upstream {project.release.version}, patched tree {inputs.tree[:12]}")
+    print("installed  into .venv", flush=True)
+    # In a process of its own: a broken extension must not take this one down with it.
+    return run(python, project.root / "scripts" / "fap.py", "smoke", env={"PYTHONPATH": ""}, check=False, capture=False).returncode

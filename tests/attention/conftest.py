@@ -1,0 +1,46 @@
+"""Fixtures: the implementation under test, once per device, and the dtypes it takes.
+
+Tests take an implementation and nothing else that depends on the machine, so that ``test_mutations.py`` can call the same
+test with the oracle and with wrong kernels.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+from package import Package, devices, missing_for_cuda, supports
+
+# Derandomized: a test that fails here fails for everybody, every time.
+settings.register_profile("attention", derandomize=True, deadline=None, database=None, max_examples=60)
+settings.load_profile("attention")
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "case(*numbers): the numbered regression cases (cases.py) that this test covers")
+
+
+def pytest_report_header() -> str:
+    return f"attention devices: {', '.join(devices())}" + (f" (cuda {why})" if (why := missing_for_cuda()) else "")
+
+
+@pytest.fixture(params=devices())
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def attention(device: str) -> Package:
+    """The installed package on one device."""
+    return Package(device)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
+    """Every dtype that the device's kernels take."""
+    if not supports(device, request.param):
+        pytest.skip(f"the kernels on {device} take float16 and bfloat16 alone, not {request.param}")
+    return request.param

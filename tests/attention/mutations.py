@@ -1,0 +1,439 @@
+"""Wrong kernels on purpose, and the test that must notice each of them.
+
+A mutant is the kernel model with one step replaced by a mistake that a half-converted softmax kernel makes. At the end
+stand two whole implementations of somebody in a hurry: upstream's dense attention with its softmax commented out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+
+from kernel import Kernel
+from oracle import Options, Oracle, distances, rotate, visibility
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``steps`` replace methods of the kernel model; ``caught_by`` is ``module.test`` and fails for the result."""
+
+    name: str
+    caught_by: str
+    steps: dict[str, Callable]
+
+    def build(self) -> Kernel:
+        return type("Mutant", (Kernel,), self.steps)()
+
+
+def mutant(name: str, caught_by: str, **steps: Callable) -> Mutant:
+    return Mutant(name, caught_by, steps)
+
+
+def step(name: str) -> Callable:
+    """The right step, to build a wrong one around it."""
+    return getattr(Kernel, name)
+
+
+def repeat(times: float, name: str) -> Callable:
+    """The right step times a number."""
+    return lambda self, *arguments: times * step(name)(self, *arguments)
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def mask_scores_before_function(self, s, h, filling=0.0):
+    """f sees masked scores as zeros, and nothing masks after it."""
+    visible = F.pad(self.visible(h), (0, 0, 0, len(s) - h.seqlen_q), value=True)
+    return step("function")(self, torch.where(visible, s, filling), h)
+
+
+def top_left(self, h):
+    left, right = h.o.window
+    distance = distances(h.seqlen_q, h.seqlen_k) + h.seqlen_k - h.seqlen_q
+    return (distance >= -left) & (distance <= right)
+
+
+def shifted_window(left: int, right: int) -> Callable:
+    def visible(self, h):
+        wide = [size if math.isinf(size) else int(size) + more for size, more in zip(h.o.window, (left, right))]
+        distance = distances(h.seqlen_q, h.seqlen_k)
+        return (distance >= -wide[0]) & (distance <= wide[1])
+
+    return visible
+
+
+def swapped_window(self, h):
+    right, left = h.o.window
+    distance = distances(h.seqlen_q, h.seqlen_k)
+    return (distance >= -left) & (distance <= right)
+
+
+def ordinary_rows_leak(self, q, dout, k, v, h):
+    """The rows that a tile has beyond the last query hold what lies there in memory, here the last query again."""
+    q, dout, *rest = step("load")(self, q, dout, k, v, h)
+    for x in (q, dout):
+        x[h.seqlen_q :] = x[max(h.seqlen_q - 1, 0)]
+    rest[3] = rest[3] | (torch.arange(len(q)) >= h.seqlen_q)[:, None]
+    return q, dout, *rest[:2], rest[2], rest[3], rest[4]
+
+
+def unlimited(self, x, dtype):
+    return x.to(dtype).to(x.dtype)
+
+
+def multiply(self, x, visible, p=None):
+    return x * visible
+
+
+def load_everything(self, x, visible):
+    return x
+
+
+MASKS = [
+    mutant("-inf fill", "test_finite.test_masked_entries",
+           mask_weights=lambda self, p, visible: torch.where(visible, p, -math.inf), narrow=unlimited),
+    mutant("-inf fill, saturated", "test_masks.test_causal",
+           mask_weights=lambda self, p, visible: torch.where(visible, p, -math.inf)),
+    mutant("mask by multiplying", "test_finite.test_poisoned_outside_every_window",
+           mask_weights=multiply, mask_gradient=multiply, load_keys=load_everything),
+    mutant("values that nobody sees are loaded", "test_finite.test_poisoned_outside_every_window", load_keys=load_everything),
+    mutant("mask before f, filled with 0", "test_masks.test_masked_is_zero_not_function_of_zero",
+           function=mask_scores_before_function, mask_weights=lambda self, p, visible: p),
+    mutant("mask before f, filled with -inf", "test_finite.test_masked_entries",
+           function=lambda self, s, h: mask_scores_before_function(self, s, h, -math.inf), mask_weights=lambda self, p, visible: p),
+    mutant("dS not masked", "test_masks.test_causal", mask_gradient=lambda self, ds, visible, p: ds),
+    mutant("P != 0 taken for the mask of dS", "test_scores.test_zero_query_has_a_gradient",
+           mask_gradient=lambda self, ds, visible, p: torch.where(p != 0, ds, 0)),
+    mutant("causal aligned to the top left", "test_masks.test_causal", visible=top_left),
+    mutant("causal hides the diagonal", "test_masks.test_causal", visible=shifted_window(0, -1)),
+    mutant("window one too wide on the left", "test_masks.test_windows", visible=shifted_window(1, 0)),
+    mutant("window one too wide on the right", "test_masks.test_windows", visible=shifted_window(0, 1)),
+    mutant("window sides swapped", "test_masks.test_windows", visible=swapped_window),
+    mutant("window ignored", "test_masks.test_windows", visible=lambda self, h: torch.ones(h.seqlen_q, h.seqlen_k, dtype=torch.bool)),
+    mutant("rows past the last query leak", "test_scores.test_every_dtype", load=ordinary_rows_leak),
+    mutant("unmasked bias of rows past the last query", "test_alibi.test_bias_that_overflows_past_the_last_query",
+           phantom_rows_see_keys=lambda self: True,
+           add_bias=lambda self, u, dcap, h: (
+               (u - h.slope * distances(len(u), h.seqlen_k).sub(h.seqlen_q - len(u)).abs()).to(u.dtype), dcap),
+           narrow=unlimited),
+]  # fmt: skip
+
+# --- score, scale, softcap, bias --------------------------------------------------------------------------------------
+
+
+def cap_again(self, u, h):
+    capped, dcap = step("cap")(self, u, h)
+    return step("cap")(self, capped, h)[0], dcap
+
+
+def cap_with_bias(self, u, dcap, h):
+    """tanh' from the score that already has the bias."""
+    s, _ = step("add_bias")(self, u, dcap, h)
+    return s, 1 - (s / h.o.softcap).square() if h.o.softcap > 0 else dcap
+
+
+def column_bias(self, h):
+    """softmax forgives what a row has in common, so this is all that it needs under causal."""
+    if not h.o.causal:
+        return step("bias")(self, h)
+    return -h.slope * torch.arange(h.seqlen_k).expand(h.seqlen_q, -1)
+
+
+def unaligned_bias(self, h):
+    return h.slope * (distances(h.seqlen_q, h.seqlen_k) + h.seqlen_k - h.seqlen_q).abs()
+
+
+SCORES = [
+    mutant("negative scores dropped", "test_scores.test_negative_scores_count", function=lambda self, s, h: s.relu()),
+    mutant("absolute scores", "test_scores.test_negative_scores_count", function=lambda self, s, h: s.abs()),
+    mutant("exp left in place", "test_scores.test_every_dtype", function=lambda self, s, h: s.exp()),
+    mutant("row maximum still subtracted", "test_scores.test_every_dtype",
+           scores=lambda self, q, k, h: (lambda s, d: (s - s.amax(-1, keepdim=True), d))(*step("scores")(self, q, k, h))),
+    mutant("scale missing in P", "test_scores.test_scale", score_scale=lambda self, h: 1.0),
+    mutant("scale times log2(e)", "test_scores.test_scale", score_scale=repeat(math.log2(math.e), "score_scale")),
+    mutant("scale missing in dV", "test_scores.test_scale", weights_again=lambda self, s, h: step("function")(self, s, h) / h.scale),
+    mutant("scale twice in dQ and dK", "test_scores.test_scale", gradient_scale=lambda self, h: h.scale**2),
+    mutant("scale missing in dQ and dK", "test_scores.test_scale", gradient_scale=lambda self, h: 1.0),
+    mutant("default scale from the padded head size", "test_scores.test_head_dims",
+           score_scale=lambda self, h: (-(-h.head_dim // 8) * 8) ** -0.5 if h.o.softmax_scale is None else h.scale),
+    mutant("softcap applied twice", "test_scores.test_softcap", cap=cap_again),
+    mutant("softcap not multiplied back", "test_scores.test_softcap",
+           cap=lambda self, u, h: (lambda t, d: (t / (h.o.softcap or 1), d))(*step("cap")(self, u, h))),
+    mutant("softcap without its derivative", "test_scores.test_softcap",
+           cap=lambda self, u, h: (step("cap")(self, u, h)[0], torch.ones_like(u))),
+    mutant("scale outside the softcap", "test_scores.test_softcap_and_scale",
+           scores=lambda self, q, k, h: (lambda u, d: self.add_bias(u * h.scale, d, h))(*self.cap(q @ k.T, h))),
+    mutant("softcap's derivative taken after ALiBi", "test_alibi.test_softcap", add_bias=cap_with_bias),
+    mutant("column-only ALiBi when causal", "test_alibi.test_bias", bias=column_bias),
+    mutant("ALiBi not aligned to the last key", "test_alibi.test_bias", bias=unaligned_bias),
+    mutant("ALiBi without the absolute value", "test_alibi.test_bias",
+           bias=lambda self, h: -h.slope * distances(h.seqlen_q, h.seqlen_k)),
+    mutant("ALiBi missing in dV", "test_alibi.test_bias_reaches_dv_alone",
+           weights_again=lambda self, s, h: s + F.pad(self.bias(h), (0, 0, 0, len(s) - h.seqlen_q)).to(s.dtype)),
+    mutant("ALiBi slopes of the first sequence for all", "test_alibi.test_slopes_per_batch",
+           sequence=lambda self, q, k, v, o, batch=0, *rest, **more: step("sequence")(self, q, k, v, o, 0, *rest, **more)),
+]  # fmt: skip
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+def sign_bit(self, p, keep):
+    """Dropped is written as a minus sign and read back from it: right only where every weight is positive."""
+    return p if keep is None else torch.where(keep, p, -p).relu()
+
+
+def one_mask(self, q, k, v, dropout_p, seed, **options):
+    _, keep = step("dropped")(self, q, k, v, dropout_p, seed, **options)
+    keep = keep[:1, :1].expand_as(keep)
+    return self.dense(q, k, v, keep=keep, dropout_p=dropout_p, **options), keep
+
+
+DROPOUT = [
+    mutant("dropout in the sign bit", "test_dropout.test_signed_scores", drop_weights=sign_bit),
+    mutant("relu while converting in the backward", "test_dropout.test_signed_scores",
+           drop_weights_again=lambda self, p, keep: p if keep is None else torch.where(keep, p, 0).relu()),
+    mutant("dropout not applied to P in the backward", "test_dropout.test_signed_scores", drop_weights_again=lambda self, p, keep: p),
+    mutant("dropout not applied to dS", "test_dropout.test_signed_scores", drop_gradient=lambda self, ds, keep, p: ds),
+    mutant("P > 0 taken for the keep mask of dS", "test_dropout.test_all_scores_negative",
+           drop_gradient=lambda self, ds, keep, p: ds if keep is None else torch.where(p > 0, ds, 0)),
+    mutant("P != 0 taken for the keep mask of dS", "test_dropout.test_zero_query_with_dropout",
+           drop_gradient=lambda self, ds, keep, p: ds if keep is None else torch.where(p != 0, ds, 0)),
+    mutant("rescale by 1 / (1 - p) lost", "test_dropout.test_signed_scores", rescale=lambda self, h: 1.0),
+    mutant("rescale twice in dQ and dK", "test_dropout.test_signed_scores",
+           gradient_scale=lambda self, h: h.scale / (1 - h.dropout_p)),
+    mutant("1/visible counts what dropout left", "test_dropout.test_normalization_does_not_count_drops",
+           row_factor=lambda self, visible, keep, h: step("row_factor")(self, visible if keep is None else visible & keep, keep, h)),
+    mutant("seed ignored", "test_dropout.test_seed_decides",
+           dropped=lambda self, q, k, v, p, seed, **o: step("dropped")(self, q, k, v, p, 0, **o)),
+    mutant("mask depends on use_softmax", "test_dropout.test_mask_does_not_depend_on_softmax",
+           dropped=lambda self, q, k, v, p, seed, **o: step("dropped")(self, q, k, v, p, seed + o.get("use_softmax", False), **o)),
+    mutant("all heads and sequences share a mask", "test_dropout.test_rows_and_keys_are_independent",
+           dropped=one_mask),
+    mutant("keeps with probability p", "test_dropout.test_fraction_kept",
+           dropped=lambda self, q, k, v, p, seed, **o: step("dropped")(self, q, k, v, 1 - p, seed, **o)),
+]  # fmt: skip
+
+# --- functions, normalizations, 16 bit --------------------------------------------------------------------------------
+
+
+def hidden_normalization(self, visible, keep, h):
+    """An average instead of a sum, as if rows still added up to 1."""
+    return 1 / visible.sum(-1, keepdim=True).clamp(min=1).double()
+
+
+def padded_to(multiple: int, name: str) -> Callable:
+    """n of the padded keys instead of the keys."""
+
+    def wrong(self, *arguments):
+        *rest, h = arguments
+        return step(name)(self, *rest, type(h)(**{**vars(h), "seqlen_k": -(-h.seqlen_k // multiple) * multiple}))
+
+    return wrong
+
+
+def factor_in_weights(self, p, dtype):
+    """1/n multiplied into P before it is rounded to 16 bit, and taken out again by nobody but this model."""
+    n = p.shape[-1] if p.shape[-1] > 1000 else 1
+    return step("narrow")(self, p / n, dtype) * n
+
+
+def derivative_of(activation: str, wrong: Callable) -> Callable:
+    return lambda self, s, h: wrong(s) if h.o.activation == activation else step("derivative")(self, s, h)
+
+
+FUNCTIONS = [
+    mutant("hidden average", "test_laws.test_disjoint_keys_add_up", row_factor=hidden_normalization),
+    mutant("1/n with the padded n", "test_varlen.test_options", row_factor=padded_to(16, "row_factor")),
+    mutant("-log n with the padded n", "test_varlen.test_options", function=padded_to(16, "function")),
+    mutant("1/visible with n", "test_functions.test_every_pair",
+           row_factor=lambda self, visible, keep, h: step("row_factor")(self, torch.ones_like(visible), keep, h)),
+    mutant("1/visible without a guard for 0", "test_finite.test_rows_without_keys",
+           row_factor=lambda self, visible, keep, h: 1 / visible.sum(-1, keepdim=True).double()
+           if h.o.normalization == "1/visible" else step("row_factor")(self, visible, keep, h)),
+    mutant("normalization not in the gradients", "test_functions.test_every_pair",
+           gradient_scale=lambda self, h: h.scale * (h.seqlen_k if h.o.normalization == "1/n" else 1)),
+    mutant("normalization folded into float16 P", "test_functions.test_normalization_is_not_folded_into_float16_weights",
+           narrow=factor_in_weights),
+    mutant("sigmoid without its bias", "test_functions.test_every_pair",
+           function=lambda self, s, h: torch.sigmoid(s) if h.o.activation == "sigmoid" else step("function")(self, s, h)),
+    mutant("+log n", "test_functions.test_minus_log_n",
+           function=lambda self, s, h: torch.sigmoid(s + math.log(max(h.seqlen_k, 1)))
+           if h.o.sigmoid_bias == "-log n" else step("function")(self, s, h)),
+    mutant("activation ignored", "test_functions.test_every_pair", function=lambda self, s, h: s),
+    mutant("f' ignored", "test_functions.test_every_pair", derivative=lambda self, s, h: torch.ones_like(s)),
+    mutant("relu2' without its 2", "test_functions.test_every_pair", derivative=derivative_of("relu2", lambda s: s.relu())),
+    mutant("silu' taken for sigmoid", "test_functions.test_every_pair", derivative=derivative_of("silu", torch.sigmoid)),
+    mutant("relu' of identity", "test_functions.test_every_pair", derivative=derivative_of("identity", lambda s: (s > 0).to(s.dtype))),
+    mutant("P and dS overflow in float16", "test_finite.test_weights_saturate_in_float16",
+           narrow=unlimited),
+    mutant("dS overflows in float16", "test_finite.test_largest_inputs", narrow_gradient=unlimited),
+    mutant("dS not limited to float16", "test_finite.test_weight_gradients_saturate_in_float16",
+           narrow_gradient=lambda self, x, dtype: x),
+    mutant("outputs overflow in float16", "test_finite.test_largest_inputs", narrow_output=lambda self, x, dtype: x),
+    mutant("relu2 unlimited in bfloat16", "test_finite.test_largest_inputs_in_several_blocks",
+           narrow=lambda self, x, dtype: step("narrow_output")(self, x, dtype).to(dtype).to(x.dtype)),
+    mutant("bfloat16 clamped like float16", "test_finite.test_weights_do_not_saturate_in_bfloat16",
+           narrow=lambda self, x, dtype: step("narrow")(self, x.clamp(-65504, 65504), dtype)),
+]  # fmt: skip
+
+# --- batches, groups, packed sequences, caches ------------------------------------------------------------------------
+
+
+def whole_sequence(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None)):
+    return step("sequence")(self, q, k, v, o, batch, keep, dropout_p)
+
+
+def used_shifted(start: int, stop: int) -> Callable:
+    def sequence(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None)):
+        if used != slice(None):
+            used = slice(max(int(used.start) + start, 0), int(used.stop) + stop)
+        return step("sequence")(self, q, k, v, o, batch, keep, dropout_p, used)
+
+    return sequence
+
+
+def without_left_padding(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None)):
+    return step("sequence")(self, q, k, v, o, batch, keep, dropout_p, slice(0, used.stop))
+
+
+def merged_splits(merge: Callable) -> Callable:
+    """A split-key kernel whose parts, each over disjoint keys, are put together by ``merge``."""
+
+    def kvcache(self, q, k_cache, v_cache, *new, cache_seqlens, num_splits=0, **options):
+        if num_splits < 2 or options.get("causal"):
+            return step("kvcache")(self, q, k_cache, v_cache, *new, cache_seqlens=cache_seqlens, **options)
+        size, parts = -(-k_cache.shape[1] // num_splits), []
+        for start in range(0, k_cache.shape[1], size):
+            pair = [x[:, start : start + size] for x in (k_cache, v_cache)]
+            lengths = (cache_seqlens - start).clamp(0, pair[0].shape[1])
+            parts.append(step("kvcache")(self, q, *pair, cache_seqlens=lengths, **options))
+        return merge(torch.stack(parts))
+
+    return kvcache
+
+
+def kvcache_with(change: Callable) -> Callable:
+    """Wrong arguments for the right decoding step."""
+
+    def kvcache(self, q, k_cache, v_cache, *new, **arguments):
+        return step("kvcache")(self, q, k_cache, v_cache, *new, **change(dict(arguments)))
+
+    return kvcache
+
+
+def later_angles(arguments: dict) -> dict:
+    return {name: x.roll(-1, 0) if name in ("rotary_cos", "rotary_sin") else x for name, x in arguments.items()}
+
+
+def other_layout(arguments: dict) -> dict:
+    return {**arguments, "rotary_interleaved": not arguments.get("rotary_interleaved", True)}
+
+
+def all_queries_move(self, q, k_cache, v_cache, *new, rotary_cos=None, **arguments):
+    """Queries turn by their own position also where upstream keeps them all at the length of the cache."""
+    right = step("kvcache")
+    if (
+        rotary_cos is None
+        or Options(**{n: arguments[n] for n in ("causal", "window_size") if n in arguments}).window != (math.inf,) * 2
+    ):
+        return right(self, q, k_cache, v_cache, *new, rotary_cos=rotary_cos, **arguments)
+    angles, interleaved = (rotary_cos, arguments["rotary_sin"]), arguments["rotary_interleaved"]
+    turned = []
+    for row, length in zip(q, arguments["cache_seqlens"]):
+        moving = rotate(row, *angles, length + torch.arange(len(row)), interleaved)
+        turned.append(rotate(moving, angles[0], -angles[1], length.expand(len(row)), interleaved))
+    return right(self, torch.stack(turned), k_cache, v_cache, *new, rotary_cos=rotary_cos, **arguments)
+
+
+def swapped_group_order(self, q, k, v, **options):
+    """One query per group handled as a block of queries, and put back in the wrong order."""
+    out = step("dense")(self, q, k, v, **options)
+    group = q.shape[2] // k.shape[2]
+    return out if q.shape[1] > 1 else out.unflatten(2, (group, k.shape[2])).transpose(2, 3).flatten(2, 3)
+
+
+def last_of_group(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None)):
+    """dK and dV of the last query head in place of the group's sum."""
+    group = q.shape[1] // k.shape[1]
+    lone = [
+        [x[:, h // group] if h % group == group - 1 else x[:, h // group].detach() for h in range(q.shape[1])]
+        for x in (k, v)
+    ]
+    return step("sequence")(self, q, *(torch.stack(x, 1) for x in lone), o, batch, keep, dropout_p, used)
+
+
+SEQUENCES = [
+    mutant("heads dealt out in turn", "test_gqa.test_groups", kv_head=lambda self, head, nheads, nheads_k: head % nheads_k),
+    mutant("dK and dV not summed over the group", "test_gqa.test_groups", sequence=last_of_group),
+    mutant("heads of a one-query group transposed", "test_gqa.test_one_query", dense=swapped_group_order),
+    mutant("averaged splits", "test_kvcache.test_splits_add_up", kvcache=merged_splits(lambda parts: parts.mean(0))),
+    mutant("the last split wins", "test_kvcache.test_splits_add_up", kvcache=merged_splits(lambda parts: parts[-1])),
+    mutant("empty splits add NaN", "test_kvcache.test_splits_add_up",
+           kvcache=merged_splits(lambda parts: parts.where(parts != 0, math.nan).sum(0))),
+    mutant("averaged splits under a window", "test_kvcache.test_splits_that_a_window_empties",
+           kvcache=merged_splits(lambda parts: parts.mean(0))),
+    mutant("whole cache read", "test_kvcache.test_read_only", sequence=whole_sequence),
+    mutant("one key past the end read", "test_finite.test_poisoned_cache", sequence=used_shifted(0, 1)),
+    mutant("one key past seqused read", "test_finite.test_poisoned_padding", sequence=used_shifted(0, 1)),
+    mutant("last key not read", "test_kvcache.test_append", sequence=used_shifted(0, -1)),
+    mutant("left padding read", "test_kvcache.test_left_padding", sequence=without_left_padding),
+    mutant("rotary position one too far", "test_kvcache.test_rotary", kvcache=kvcache_with(later_angles)),
+    mutant("rotary layouts confused", "test_kvcache.test_rotary", kvcache=kvcache_with(other_layout)),
+    mutant("every query turned by its own position", "test_kvcache.test_rotary", kvcache=all_queries_move),
+    mutant("slots ignored", "test_kvcache.test_batch_index", kvcache=kvcache_with(lambda a: {**a, "cache_batch_idx": None})),
+    mutant("new keys written one too far", "test_kvcache.test_append",
+           write=lambda self, cache, row, slot, position, table: step("write")(self, cache, row, slot, position + 1, table)),
+    mutant("new keys not written to the cache", "test_kvcache.test_append",
+           kvcache=lambda self, q, k, v, *new, **o: step("kvcache")(self, q, k.clone(), v.clone(), *new, **o)),
+    mutant("pages read in memory order", "test_kvcache.test_paged",
+           gather=lambda self, pages, blocks: pages[blocks.long().sort().values].flatten(0, 1)),
+    mutant("packed pages read in memory order", "test_varlen.test_paged",
+           gather=lambda self, pages, blocks: pages[blocks.long().sort().values].flatten(0, 1)),
+    mutant("neighbouring sequence read", "test_varlen.test_sequences_do_not_see_each_other",
+           varlen=lambda self, q, k, v, lengths_q, lengths_k, **o: step("varlen")(self, q, k.roll(1, 0), v, lengths_q, lengths_k, **o)),
+]  # fmt: skip
+
+MUTANTS = MASKS + SCORES + DROPOUT + FUNCTIONS + SEQUENCES
+
+
+class SoftmaxCommentedOut(Oracle):
+    """Upstream's dense attention with ``softmax(scores)`` replaced by ``scores`` and nothing else changed."""
+
+    filling = -math.inf
+
+    def attend(self, q, k, v, o, slope, keep, dropout_p):
+        return self.masked(q, k, v, o, slope, visibility(len(q), len(k), o))
+
+    def masked(self, q, k, v, o, slope, visible):
+        scores = (q * (q.shape[-1] ** -0.5 if o.softmax_scale is None else o.softmax_scale)) @ k.T
+        scores = torch.tanh(scores / o.softcap) * o.softcap if o.softcap > 0 else scores
+        bias = slope * distances(*visible.shape).abs()
+        return self.function((scores - bias).to(q.dtype).masked_fill(~visible, self.filling), o) @ v
+
+    def function(self, scores, o):
+        return {"silu": F.silu, "relu": F.relu, "sigmoid": torch.sigmoid, "relu2": lambda s: F.relu(s) ** 2}.get(
+            o.activation, lambda s: s
+        )(scores)
+
+    def sequence(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None)):
+        """Keys that are not used are masked, not cut off."""
+        start, stop, _ = slice(*(None if x is None else int(x) for x in (used.start, used.stop))).indices(len(k))
+        visible = torch.zeros(len(q), len(k), dtype=torch.bool)
+        visible[:, start:stop] = visibility(len(q), stop - start, o)
+        group, out = q.shape[1] // k.shape[1], []
+        for head in range(q.shape[1]):
+            out.append(
+                self.masked(q[:, head], k[:, head // group], v[:, head // group], o, o.slope(batch, head), visible)
+            )
+        return torch.stack(out, 1)
+
+
+class MaskedWithZero(SoftmaxCommentedOut):
+    """The same with 0 for -inf: the mask is right, for the identity, and nothing else was thought of."""
+
+    filling = 0.0

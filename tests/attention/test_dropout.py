@@ -1,0 +1,132 @@
+"""Dropout of weights that may be negative: the mask can hide neither in their sign nor in their being zero."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from measure import NAMES, assert_close, gradients, qkv, reference, randn, slopes
+
+case = pytest.mark.case
+
+P = 0.17
+
+
+def compare_dropped(attention, q, k, v, dropout_p: float = P, seed: int = 1, **options) -> torch.Tensor:
+    """Output and gradients against the oracle given the same keep mask; returns the mask."""
+    masks = []
+
+    def run(*x):
+        out, keep = attention.dropped(*x, dropout_p, seed, **options)
+        masks.append(keep)
+        return out
+
+    dout = randn(*q.shape, seed=99).to(q)
+    actual = gradients(run, q, k, v, dout=dout)
+    options.update(keep=masks[0], dropout_p=dropout_p, method="varlen" if "lengths_q" in options else "dense")
+    expected, baseline = (reference(q, k, v, dout, dtype, **options) for dtype in (torch.float64, q.dtype))
+    for name, *three in zip(NAMES, actual, expected, baseline):
+        assert_close(name, *three)
+    return masks[0]
+
+
+@case(4, 5)
+@pytest.mark.parametrize("causal", [False, True])
+def test_signed_scores(attention, causal):
+    """Cases 4, 5: dropped means 0 whatever the sign, in the backward too, and the rest is scaled by 1 / (1 - p)."""
+    compare_dropped(attention, *qkv(attention, 2, 33, 41), causal=causal)
+
+
+@case(4)
+def test_all_scores_negative(attention):
+    """Case 4: a kernel that reads the mask from the sign of P drops everything here."""
+    q, k, v = qkv(attention, 2, 33, 41)
+    compare_dropped(attention, q.abs(), -k.abs(), v)
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu2", "sigmoid", "silu"])
+def test_functions(attention, activation):
+    """Weights that f made zero are not taken for dropped ones."""
+    compare_dropped(attention, *qkv(attention, 2, 33, 41), activation=activation)
+
+
+@pytest.mark.parametrize("normalization", ["1/n", "1/visible", "1/sqrt(n)"])
+def test_normalization_does_not_count_drops(attention, normalization):
+    """1/visible counts the keys that the mask shows, dropped or not."""
+    compare_dropped(attention, *qkv(attention, 2, 33, 41), causal=True, normalization=normalization)
+
+
+def test_window_alibi_and_groups(attention):
+    q, k, v = qkv(attention, 2, 33, 41, nheads=4, nheads_k=2)
+    compare_dropped(attention, q, k, v, window_size=(9, 4), alibi_slopes=slopes(attention, 4))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(activation="silu", normalization="1/n")], ids=str)
+def test_packed_sequences(attention, options):
+    """Sequences of unequal lengths, an empty one among them; no two share a mask."""
+    lengths = dict(lengths_q=[33, 0, 40, 33], lengths_k=[41, 7, 20, 41])
+    sizes = ((106, 4), (109, 2), (109, 2))
+    tensors = (randn(*size, 8, seed=i, like=attention) for i, size in enumerate(sizes))
+    keep = compare_dropped(attention, *tensors, **lengths, **options)
+    assert not torch.equal(keep[0, :, :33], keep[3, :, :33])
+
+
+def test_zero_query_with_dropout(attention):
+    """A query whose scores are all 0 has a gradient from the kept keys and from those alone."""
+    q, k, v = qkv(attention, 2, 33, 41)
+    q[:, 3] = 0
+    compare_dropped(attention, q, k, v)
+
+
+@case(6)
+def test_forward_and_backward_agree_across_blocks(attention):
+    """Case 6: dV = r (Z∘P)ᵀ dO with the mask of the forward, for more queries and keys than one block holds."""
+    compare_dropped(attention, *qkv(attention, 1, 300, 521, nheads=2, head_dim=16), dropout_p=0.5)
+
+
+@case(5)
+def test_fraction_kept(attention):
+    """Case 5: within 1 % of 1 - p, the same from row to row and key to key."""
+    q, k, v = qkv(attention, 1, 256, 256, nheads=2, head_dim=8)
+    _, keep = attention.dropped(q, k, v, P, 3)
+    assert abs(keep.double().mean().item() - (1 - P)) < 0.01
+    for dim in (2, 3):
+        assert (keep.double().mean(dim) - (1 - P)).abs().max() < 0.12  # five standard deviations of 256 draws
+
+
+def test_rows_and_keys_are_independent(attention):
+    """No two queries, keys, heads or sequences share their mask, or the opposite of it, more than chance would have it."""
+    q, k, v = qkv(attention, 2, 256, 256, nheads=2, head_dim=8)
+    _, keep = attention.dropped(q, k, v, 0.5, 3)
+    signs = keep.flatten(0, 1).cpu().double() * 2 - 1
+    for vectors in (signs.flatten(0, 1), signs.transpose(1, 2).flatten(0, 1)):
+        correlation = vectors @ vectors.T / 256 - torch.eye(1024, dtype=torch.float64)
+        assert correlation.abs().max() < 0.45  # seven standard deviations
+
+
+@case(6)
+def test_mask_does_not_depend_on_softmax(attention):
+    """Case 6: the seed and the position decide, with softmax and without."""
+    q, k, v = qkv(attention, 2, 130, 140)
+    with_softmax, without = (attention.dropped(q, k, v, P, 5, use_softmax=on)[1] for on in (True, False))
+    assert torch.equal(with_softmax, without)
+
+
+def test_seed_decides(attention):
+    """The same seed gives the same output bit for bit, another seed another one."""
+    q, k, v = qkv(attention, 2, 33, 41)
+    first, again, other = (attention.dropped(q, k, v, P, seed) for seed in (7, 7, 8))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], other[1])
+
+
+@case(5)
+def test_keep_mask_is_plus_or_minus_one(attention, device):
+    """Case 5: S_dmask is a keep mask of q's dtype: +1 kept, -1 dropped, 0 outside the sequence."""
+    q, k, v = qkv(attention, 2, 33, 41)
+    _, lse, mask = attention.dense(q, k, v, dropout_p=P, return_attn_probs=True)
+    assert lse.shape == (0,) and lse.dtype == torch.float32
+    assert mask.shape == (2, 2, 128, 128) and mask.dtype == q.dtype
+    assert (mask[:, :, :33, :41].abs() == 1).all()
+    if device == "cpu":  # the CUDA kernels leave what lies outside undefined, with softmax and without
+        assert not mask[:, :, 33:].any() and not mask[:, :, :, 41:].any()

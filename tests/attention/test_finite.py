@@ -1,0 +1,204 @@
+"""Finite in, finite out. Each test here fails for a kernel that keeps softmax's way of masking or of converting to 16 bit.
+
+Softmax hides all of this: -inf becomes a weight of 0, weights never exceed 1 and outputs are averages.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from measure import NAMES, gradients, integers, poisoned, qkv, randn, slopes
+from oracle import Options, visibility
+from test_kvcache import CAPACITY, LENGTHS, caches, step
+
+case = pytest.mark.case
+
+FUNCTIONS = ["identity", "relu", "relu2", "sigmoid", "silu"]
+
+
+def assert_finite(*tensors: torch.Tensor) -> None:
+    for name, x in zip(NAMES, tensors):
+        assert torch.isfinite(x).all(), f"{name} has {(~torch.isfinite(x)).sum()} of {x.numel()} values NaN or Inf"
+
+
+@pytest.mark.parametrize("activation", FUNCTIONS)
+def test_masked_entries(attention, activation):
+    """A mask of -inf makes P -inf (identity), Inf (relu2) or NaN (silu)."""
+    q, k, v = qkv(attention, seqlen_q=9, seqlen_k=9)
+    assert_finite(*gradients(lambda *x: attention.dense(*x, causal=True, activation=activation), q, k, v))
+
+
+@case(11)
+@pytest.mark.parametrize("normalization", [None, "1/n", "1/visible", "1/sqrt(n)"])
+def test_rows_without_keys(attention, normalization):
+    """Case 11: no key, nothing to divide by: the row is 0, not 0/0."""
+    q, k, v = qkv(attention, seqlen_q=9, seqlen_k=3)
+    out, *rest = gradients(lambda *x: attention.dense(*x, causal=True, normalization=normalization), q, k, v)
+    assert_finite(out, *rest)
+    assert not out[:, :6].any()
+
+
+@case(3)
+def test_zero_queries(attention):
+    """Case 3: visible scores of exactly 0 next to masked ones: finite, and the gradient does not vanish."""
+    q, k, v = qkv(attention, seqlen_q=9, seqlen_k=9)
+    q[:, 4] = 0
+    out, dq, dk, dv = gradients(lambda *x: attention.dense(*x, causal=True), q, k, v)
+    assert_finite(out, dq, dk, dv)
+    assert dq[:, 4].all()
+
+
+@case(10)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("seqlen_k", [1, 2, 5, 17])
+def test_poisoned_padding(attention, seqlen_k, value):
+    """Case 10: K and V past seqused_k and before leftpad_k hold NaN or Inf; a mask that multiplies by 0 lets it through."""
+    q, k, v = (randn(40, 2, 8, seed=i, like=attention) for i in range(3))
+    hidden = torch.ones(40, dtype=torch.bool)
+    hidden[2 : 2 + seqlen_k] = hidden[20 + 3 : 20 + 3 + seqlen_k] = False
+    used = dict(seqused_k=integers(attention, 2 + seqlen_k, 3 + seqlen_k), leftpad_k=integers(attention, 2, 3))
+    results = [
+        attention.varlen(
+            q, *(poisoned(x, hidden, filling) for x in (k, v)), lengths_q=[20, 20], lengths_k=[20, 20], **used
+        )
+        for filling in (0.0, value)
+    ]
+    assert_finite(*results)
+    assert torch.equal(*results)
+
+
+@case(13)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_poisoned_outside_every_window(attention, value):
+    """Case 13: keys that no window reaches, through forward and backward."""
+    q, k, v = qkv(attention, seqlen_q=5, seqlen_k=90, nheads=1)
+    hidden = ~visibility(5, 90, Options(window_size=(6, 3))).any(0)
+    results = [
+        gradients(
+            lambda *x: attention.dense(*x, window_size=(6, 3)),
+            q,
+            *(poisoned(x, (slice(None), hidden), f) for x in (k, v)),
+        )
+        for f in (0.0, value)
+    ]
+    assert_finite(*results[1])
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_poisoned_cache(attention, value):
+    """Past the end, before the left padding and in slots of nobody: bit for bit as if they held zeros."""
+    q, *new = step(attention, 2)
+    arguments = dict(
+        cache_seqlens=integers(attention, *LENGTHS), cache_leftpad=integers(attention, 3, 0, 20), causal=True
+    )
+    results = []
+    for filling in (0.0, value):
+        pair = caches(attention, slots=4)
+        for slot, (start, stop) in enumerate(zip((3, 0, 20, CAPACITY), LENGTHS + (0,))):
+            pair = [
+                poisoned(poisoned(x, (slot, slice(0, start)), filling), (slot, slice(stop, None)), filling)
+                for x in pair
+            ]
+        results.append(attention.kvcache(q, *pair, *new, **arguments))
+    assert_finite(*results)
+    assert torch.equal(*results)
+
+
+def test_poisoned_pages(attention):
+    """Free pages, and the rest of the last page."""
+    q = randn(2, 3, 2, 8, seed=0, like=attention)
+    k, v = (randn(6, 256, 2, 8, seed=i, like=attention) for i in (1, 2))
+    arguments = dict(
+        cache_seqlens=integers(attention, 300, 9), block_table=integers(attention, 4, 1, 3, 0).view(2, 2), causal=True
+    )
+    results = []
+    for filling in (0.0, float("nan")):
+        pages = [poisoned(x, slice(5, None), filling) for x in (k, v)]
+        for page, start in ((1, 300 - 256), (3, 9), (0, 0), (2, 0)):
+            pages = [poisoned(x, (page, slice(start, None)), filling) for x in pages]
+        results.append(attention.kvcache(q, *pages, **arguments))
+    assert_finite(*results)
+    assert torch.equal(*results)
+
+
+@case(27)
+def test_weights_saturate_in_float16(attention):
+    """Case 27: a third of the scores is beyond 65504; they count as ±65504, and nothing is Inf - Inf."""
+    q, k, v = qkv(attention, 1, 64, 64, head_dim=64, dtype=torch.float16, size=60)
+    v = v * 1e-5
+    out, *rest = gradients(lambda *x: attention.dense(*x, causal=True, softmax_scale=1.0), q, k, v)
+    assert_finite(out, *rest)
+    p = torch.einsum("bihd,bjhd->bhij", q.double().cpu(), k.double().cpu()).clamp(-65504, 65504).tril()
+    expected = torch.einsum("bhij,bjhd->bihd", p, v.double().cpu())
+    assert ((p.abs() == 65504).sum() > 100) and (out.cpu() - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
+@case(27)
+def test_weight_gradients_saturate_in_float16(attention):
+    """Case 27: so do those dS = dO·v that are beyond 65504."""
+    q, k, v = qkv(attention, 1, 64, 64, head_dim=64, dtype=torch.float16, size=60)
+    k = k * 1e-5
+    dout = randn(*q.shape, seed=99, like=attention, dtype=torch.float16, size=400)
+    out, dq, *rest = gradients(lambda *x: attention.dense(*x, causal=True), q, k, v, dout=dout)
+    assert_finite(out, dq, *rest)
+    ds = torch.einsum("bihd,bjhd->bhij", dout.double().cpu(), v.double().cpu()).clamp(-65504, 65504).tril()
+    expected = torch.einsum("bhij,bjhd->bihd", ds, k.double().cpu()) / 8
+    assert ((ds.abs() == 65504).sum() > 100) and (dq.cpu() - expected).abs().max() <= 2e-3 * expected.abs().max()
+
+
+@case(27)
+def test_weights_do_not_saturate_in_bfloat16(attention):
+    """Case 27: bfloat16 has the range."""
+    q, k, v = qkv(attention, 1, 64, 64, head_dim=64, dtype=torch.bfloat16, size=60)
+    v = v * 1e-5
+    out = attention.dense(q, k, v, causal=True, softmax_scale=1.0)
+    p = torch.einsum("bihd,bjhd->bhij", q.double().cpu(), k.double().cpu()).tril()
+    expected = torch.einsum("bhij,bjhd->bihd", p, v.double().cpu())
+    assert_finite(out)
+    assert (out.cpu() - expected).abs().max() <= 1.6e-2 * expected.abs().max()
+
+
+@case(27)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(softcap=50.0), dict(normalization="1/n"), dict(normalization="1/visible")], ids=str
+)
+@pytest.mark.parametrize("activation", FUNCTIONS)
+@pytest.mark.parametrize(
+    "dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"]
+)
+def test_largest_inputs(attention, dtype, largest, activation, options):
+    """Case 27: every input at the largest size that the contract allows, of both signs: no NaN, no Inf."""
+    q, k, v = (x.sign() * largest for x in qkv(attention, 1, 40, 48, nheads=2, head_dim=64, dtype=dtype))
+    dout = torch.full_like(q, largest)
+    dout[:, ::2] *= -1
+    options = dict(options, causal=True, activation=activation)
+    assert_finite(*gradients(lambda *x: attention.dense(*x, **options), q, k, v, dout=dout))
+
+
+@case(27)
+@pytest.mark.parametrize("activation", ["identity", "relu2"])
+@pytest.mark.parametrize(
+    "dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"]
+)
+def test_largest_inputs_in_several_blocks(attention, dtype, largest, activation):
+    """Case 27: one block's sum of Inf and the next one's of -Inf would be NaN."""
+    q, k, v, dout = (randn(1, 600, 1, 64, seed=i, like=attention, dtype=dtype).sign() * largest for i in range(4))
+    assert_finite(*gradients(lambda *x: attention.dense(*x, activation=activation), q, k, v, dout=dout))
+
+
+@case(27)
+@pytest.mark.parametrize(
+    "dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"]
+)
+def test_largest_inputs_that_all_agree(attention, dtype, largest):
+    """Case 27: every input of one sign: outputs saturate at the largest number."""
+    q, k, v = (torch.full_like(x, largest) for x in qkv(attention, 1, 40, 48, nheads=2, head_dim=64, dtype=dtype))
+    results = gradients(
+        lambda *x: attention.dense(*x, alibi_slopes=slopes(attention, 2)), q, k, v, dout=torch.full_like(q, largest)
+    )
+    assert_finite(*results)
+    if dtype == torch.float16:
+        assert all((x == 65504).all() for x in results)

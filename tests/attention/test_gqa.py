@@ -1,0 +1,68 @@
+"""Grouped and single key-value heads: query head h reads key head h // group, and a key head sums its group's gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from measure import NAMES, assert_same, compare, compare_output, gradients, qkv, randn, slopes
+
+case = pytest.mark.case
+
+
+@case(21)
+@pytest.mark.parametrize("nheads_k", [1, 2, 6])
+@pytest.mark.parametrize("options", [dict(causal=True), dict(window_size=(4, 3), softcap=3.0), dict(activation="silu")])
+def test_groups(attention, nheads_k, options):
+    """Case 21, forward and backward."""
+    compare(attention, *qkv(attention, 2, 17, 21, nheads=6, nheads_k=nheads_k), **options)
+
+
+@case(21)
+def test_groups_equal_repeated_heads(attention):
+    """Case 21: the same as repeating k and v, whose gradients then add up."""
+    q, k, v = qkv(attention, 2, 17, 21, nheads=6, nheads_k=2)
+
+    def repeated(q, k, v):
+        return attention.dense(q, *(x.repeat_interleave(3, 2) for x in (k, v)), causal=True)
+
+    for name, a, b in zip(
+        NAMES, gradients(lambda *x: attention.dense(*x, causal=True), q, k, v), gradients(repeated, q, k, v)
+    ):
+        assert_same(name, a, b)
+
+
+@case(20)
+@pytest.mark.parametrize("nheads_k", [1, 2])
+@pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(window_size=(4, 0)), dict(alibi=True)])
+def test_one_query(attention, nheads_k, options):
+    """Case 20: one query and groups: a kernel may treat the group as its queries, the order of heads must survive that."""
+    options = dict(options)
+    if options.pop("alibi", False):
+        options["alibi_slopes"] = slopes(attention, 6)
+    compare(attention, *qkv(attention, 2, 1, 21, nheads=6, nheads_k=nheads_k), **options)
+
+
+@case(20)
+def test_one_query_varlen(attention):
+    """Case 20, packed."""
+    q, k, v = (randn(total, h, 8, seed=total + h, like=attention) for total, h in ((3, 6), (20, 2), (20, 2)))
+    compare(attention, q, k, v, method="varlen", lengths_q=[1, 1, 1], lengths_k=[4, 9, 7])
+
+
+@case(20)
+@pytest.mark.parametrize("causal", [False, True])
+def test_one_query_kvcache(attention, causal):
+    """Case 20, decoding."""
+    q, k, v = qkv(attention, 2, 1, 40, nheads=6, nheads_k=2)
+    lengths = torch.tensor([11, 40], dtype=torch.int32, device=attention.device)
+    compare_output(attention, q, k, v, method="kvcache", cache_seqlens=lengths, causal=causal)
+
+
+@case(21)
+def test_group_sum_in_float16(attention):
+    """Case 21: dV is +90510 from one head and -90510 from the other: each is out of range, their sum is 0 but for rounding."""
+    q, k, v, dout = (torch.ones(1, 16, h, 8, dtype=torch.float16, device=attention.device) for h in (2, 1, 1, 2))
+    q[:, :, 0], q[:, :, 1] = 10, -10
+    *_, dv = gradients(attention.dense, q, k, v, dout=dout * 200)
+    assert dv.abs().max() < 1, f"dV is {dv.flatten()[0]}"

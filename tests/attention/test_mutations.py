@@ -1,0 +1,93 @@
+"""The tests are tested: each wrong kernel is caught by the test that the table names, and the right ones pass it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+from typing import Callable, Iterator
+
+import pytest
+import torch
+
+import test_finite
+from kernel import Kernel
+from mutations import MUTANTS, MaskedWithZero, Mutant, SoftmaxCommentedOut
+from oracle import Oracle
+
+FINITE_TESTS = [test for name, test in vars(test_finite).items() if name.startswith("test_")]
+NEED_SATURATION = {
+    mutant.caught_by for mutant in MUTANTS if "saturate_in_float16" in mutant.caught_by or "largest" in mutant.caught_by
+}
+
+
+def named(test: str) -> Callable:
+    module, function = test.split(".")
+    return getattr(importlib.import_module(module), function)
+
+
+def parameters(test: Callable) -> Iterator[dict]:
+    """Every set of arguments that the test's own parametrize marks give it, beside the implementation."""
+    axes = []
+    for mark in getattr(test, "pytestmark", ()):
+        if mark.name == "parametrize":
+            names = [name.strip() for name in mark.args[0].split(",")]
+            axes.append([dict(zip(names, value if len(names) > 1 else (value,))) for value in mark.args[1]])
+    if "dtype" in inspect.signature(test).parameters and not any("dtype" in axis[0] for axis in axes):
+        axes.append([dict(dtype=dtype) for dtype in (torch.float16, torch.bfloat16, torch.float64)])
+    for chosen in itertools.product(*axes):
+        yield {name: value for part in chosen for name, value in part.items()}
+
+
+def failures(test: Callable, attention: Oracle) -> Iterator[AssertionError]:
+    for arguments in parameters(test):
+        try:
+            test(attention, **arguments)
+        except AssertionError as error:
+            yield error
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_caught(mutant: Mutant):
+    """By the test that the table names, through a failed assertion and not through a crash."""
+    assert next(failures(named(mutant.caught_by), mutant.build()), None), (
+        f"{mutant.caught_by} passes with: {mutant.name}"
+    )
+
+
+@pytest.mark.parametrize("test", sorted({mutant.caught_by for mutant in MUTANTS}))
+def test_right_kernel_passes(test: str):
+    """The model that the mutants are made from passes every test that catches one; that the package does is the test itself."""
+    assert list(failures(named(test), Kernel())) == []
+
+
+@pytest.mark.parametrize("test", sorted({mutant.caught_by for mutant in MUTANTS} - NEED_SATURATION))
+def test_oracle_passes(test: str):
+    """So does the oracle, but where 16-bit overflow is the point: it has no limits of its own."""
+    assert list(failures(named(test), Oracle())) == []
+
+
+def test_names_differ():
+    names = [mutant.name for mutant in MUTANTS]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("test", FINITE_TESTS, ids=lambda test: test.__name__)
+def test_commented_out_softmax_fails_every_finite_test(test: Callable):
+    """What a user gets who comments the softmax out by hand: each of these tests fails."""
+    assert next(failures(test, SoftmaxCommentedOut()), None)
+
+
+# The last one is about precision: it guards against too low a limit, not against none.
+ZERO_IS_ENOUGH = {
+    "test_masked_entries",
+    "test_rows_without_keys",
+    "test_zero_queries",
+    "test_weights_do_not_saturate_in_bfloat16",
+}
+
+
+@pytest.mark.parametrize("test", FINITE_TESTS, ids=lambda test: test.__name__)
+def test_masking_with_zero_is_not_enough(test: Callable):
+    """Writing 0 for -inf mends the masked entries; memory nobody wrote to and 16-bit overflow still spoil the output."""
+    assert any(failures(test, MaskedWithZero())) == (test.__name__ not in ZERO_IS_ENOUGH)

@@ -1,0 +1,75 @@
+"""flash_attn.score_function on its own: f and f' elementwise, and the dense weights that models without a kernel use."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from flash_attn.score_function import ACTIVATIONS, NORMALIZATIONS, activate, activate_grad, attention_weights, resolve
+from oracle import FUNCTIONS, ROW_FACTORS
+
+S = torch.linspace(-6, 6, 40, dtype=torch.float64)  # without 0, where relu has a kink
+
+
+def test_choices():
+    """The package and the oracle know the same functions."""
+    assert set(ACTIVATIONS) == set(FUNCTIONS) and set(NORMALIZATIONS) == set(ROW_FACTORS)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_function_and_derivative(activation):
+    bias = 0.7 if activation == "sigmoid" else 0.0
+    s = S.clone().requires_grad_()
+    expected = FUNCTIONS[activation](s, bias)
+    assert torch.allclose(activate(S.clone(), activation, bias), expected.detach(), rtol=1e-14)
+    (slope,) = torch.autograd.grad(expected.sum(), s)
+    assert torch.allclose(activate_grad(S.clone(), activation, bias), slope, rtol=1e-12)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_dense_weights(activation, normalization):
+    """Values and gradients; hidden scores may be NaN; a row that sees nothing is 0."""
+    scores = torch.randn(2, 3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    visible = torch.ones(5, 7, dtype=torch.bool).tril()
+    visible[1] = False
+    poisoned = scores.masked_fill(~visible, math.nan).requires_grad_()
+    weights = attention_weights(
+        poisoned, visible, activation, "-log n" if activation == "sigmoid" else 0.0, normalization, n=11
+    )
+    clean = scores.clone().requires_grad_()
+    factor = ROW_FACTORS[normalization](11, visible.sum(-1, keepdim=True).double())
+    expected = torch.where(visible, FUNCTIONS[activation](clean, -math.log(11)), 0) * factor
+    assert torch.allclose(weights, expected, rtol=1e-14) and not weights[..., 1, :].any()
+    gradients = [torch.autograd.grad(x.sin().sum(), leaf)[0] for x, leaf in ((weights, poisoned), (expected, clean))]
+    assert torch.allclose(*gradients, rtol=1e-12)
+
+
+@pytest.mark.parametrize("arguments, resolved", [
+    ((True,), (True, "identity", 0.0, None)),
+    ((False, "silu", 0.0, "1/n"), (False, "silu", 0.0, "1/n")),
+    ((False, "sigmoid", -2), (False, "sigmoid", -2.0, None)),
+    ((False, "sigmoid", "-log n", "1/visible"), (False, "sigmoid", None, "1/visible")),
+])  # fmt: skip
+def test_resolve(arguments, resolved):
+    """As the operators take them: -log n is None."""
+    assert resolve(*arguments) == resolved
+
+
+@pytest.mark.parametrize("arguments, word", [
+    ((False, "gelu"), "gelu"),
+    ((False, "identity", 0.0, "1/m"), "1/m"),
+    ((False, "relu", 1.0), "sigmoid_bias"),
+    ((False, "sigmoid", math.nan), "nan"),
+    ((False, "sigmoid", math.inf), "inf"),
+    ((False, "sigmoid", "log n"), "log n"),
+    ((True, "relu"), "use_softmax"),
+    ((True, "identity", 0.0, "1/n"), "use_softmax"),
+    ((True, "identity", "-log n"), "use_softmax"),
+])  # fmt: skip
+def test_resolve_refuses(arguments, word):
+    """The message names what was wrong."""
+    with pytest.raises(ValueError, match=word):
+        resolve(*arguments)

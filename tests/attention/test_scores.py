@@ -1,0 +1,126 @@
+"""The score itself: sign, scale, softcap, head size and precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from measure import compare, gradients, qkv, single, slopes
+
+case = pytest.mark.case
+
+
+@case(1)
+def test_every_dtype(attention, dtype):
+    """Case 1: signed scores, forward and backward, as exact as the dtype allows."""
+    compare(attention, *qkv(attention, 2, 65, 130, head_dim=64, dtype=dtype), causal=True)
+
+
+@case(1)
+def test_negative_scores_count(attention):
+    """Case 1: with every score negative nothing is clipped, made positive or put through an exponential."""
+    q, k, v = qkv(attention)
+    compare(attention, q.abs(), -k.abs(), v)
+    assert (attention.dense(q.abs(), -k.abs(), v.abs()) < 0).all()
+
+
+@case(25)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("softmax_scale", [None, 0.3, 1.0, -0.5])
+def test_scale(attention, softmax_scale, causal):
+    """Case 25: once in P (out, dV), once in dQ and dK, as given and not times log2(e)."""
+    compare(attention, *qkv(attention, seqlen_q=20, seqlen_k=24), softmax_scale=softmax_scale, causal=causal)
+
+
+def test_scale_zero(attention):
+    """Every score is 0: nothing comes out, and dV is 0 too."""
+    out, dq, dk, dv = gradients(lambda *x: attention.dense(*x, softmax_scale=0.0), *qkv(attention))
+    assert not any(x.any() for x in (out, dq, dk, dv))
+
+
+@case(24)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("softcap, size", [(1.0, 1.0), (30.0, 1.0), (30.0, 8.0)])
+def test_softcap(attention, softcap, size, causal):
+    """Case 24: from nearly linear to saturated, forward and backward."""
+    compare(attention, *qkv(attention, seqlen_q=20, seqlen_k=24, size=size), softcap=softcap, causal=causal)
+
+
+@case(24)
+def test_softcap_and_scale(attention):
+    """Case 24: the scale acts inside the cap, the cap outside."""
+    compare(attention, *qkv(attention, seqlen_q=20, seqlen_k=24, size=3), softcap=2.0, softmax_scale=0.4)
+
+
+@case(24)
+@pytest.mark.parametrize("options", [
+    dict(softcap=30.0, softmax_scale=-0.5),
+    dict(softcap=30.0, softmax_scale=0.0),
+    dict(softcap=30.0, dropout_p=0.1),
+    dict(alibi=True, softmax_scale=0.0),
+    dict(softmax_scale=float("nan")),
+    dict(softmax_scale=float("inf")),
+], ids=str)  # fmt: skip
+def test_impossible_scores_are_refused(attention, options):
+    """Case 24: a scale that the softcap cannot be divided by, and their like, raise instead of giving numbers."""
+    options = dict(options)
+    if options.pop("alibi", False):
+        options["alibi_slopes"] = slopes(attention, 2)
+    with pytest.raises((ValueError, RuntimeError)):
+        attention.dense(*qkv(attention), **options)
+
+
+@case(26)
+@pytest.mark.parametrize("head_dim", [8, 16, 40, 59, 80, 111, 160, 224, 256])
+def test_head_dims(attention, head_dim):
+    """Case 26: also those that are padded to a multiple of 8; the default scale comes from the size before padding."""
+    compare(attention, *qkv(attention, 1, 9, 13, head_dim=head_dim), causal=True)
+
+
+def test_head_dim_of_one(attention):
+    compare(attention, *qkv(attention, head_dim=1))
+
+
+def test_default_scale(attention):
+    """1 / sqrt(head_dim)."""
+    q, k, v = qkv(attention, head_dim=16)
+    assert torch.equal(attention.dense(q, k, v), attention.dense(q, k, v, softmax_scale=0.25))
+
+
+@case(3)
+def test_zero_query_has_a_gradient(attention):
+    """Case 3: all its scores are 0 but visible, so dQ is scale * sum of (dO·v) k and not 0. Likewise for a zero key."""
+    q, k, v = qkv(attention)
+    q[:, 2], k[:, 4] = 0, 0
+    compare(attention, q, k, v, causal=True)
+    out, dq, dk, _ = gradients(attention.dense, q, k, v)
+    assert not out[:, 2].any() and dq[:, 2].all() and dk[:, 4].all()
+
+
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(0, 5), (5, 0), (0, 0)])
+def test_empty_sequences(attention, seqlen_q, seqlen_k):
+    """No query or no key: zeros of the right shape, forward and backward."""
+    q, k, v = qkv(attention, seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+    for actual, like in zip(gradients(attention.dense, q, k, v), (q, q, k, v)):
+        assert actual.shape == like.shape and not actual.any()
+
+
+SEVERAL_BLOCKS = [
+    dict(causal=True),
+    dict(causal=True, use_softmax=True),
+    dict(window_size=(130, 40), alibi=True),
+    dict(causal=True, softcap=3.0, activation="silu"),
+    dict(activation="relu2", normalization="1/visible", causal=True),
+    dict(activation="sigmoid", sigmoid_bias="-log n", normalization="1/n"),
+]
+
+
+@pytest.mark.parametrize("options", SEVERAL_BLOCKS, ids=str)
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(300, 1100), (700, 520)])
+def test_larger_than_any_block(attention, options, seqlen_q, seqlen_k):
+    """Several blocks of queries and of keys, the last of them ragged, and groups of heads over all of them."""
+    options = dict(options)
+    if options.pop("alibi", False):
+        options["alibi_slopes"] = slopes(attention, 2, size=0.01)
+    q, k, v = qkv(attention, 1, seqlen_q, seqlen_k, nheads=2, nheads_k=1, head_dim=16, dtype=single(attention))
+    compare(attention, q, k, v, **options)

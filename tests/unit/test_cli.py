@@ -1,0 +1,210 @@
+"""The command line: one line for what a person can mend, the right exit code, one run at a time, and no harm from being stopped."""
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fap
+from fapatch import apply, locking
+from toy import shell
+
+FAP = Path(fap.__file__)
+
+
+def start(toy, *argv: str, **env: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, FAP, "--root", toy.root, *argv], env={**os.environ, **env}, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def slow_git(tmp_path, verb: str) -> dict[str, str]:
+    """A git that stops for a long time when it is asked to do ``verb``, and makes the file `reached`."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = folder / "git"
+    script.write_text(f'#!/bin/sh\ncase " $* " in *" {verb} "*) touch {tmp_path}/reached; sleep 60;; esac\nexec {shutil.which("git")} "$@"\n')
+    script.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_half_way(toy, tmp_path, sign):
+    toy.replace(toy.overlay / "toy" / "ours.py", "1", "2")
+    head = toy.git("rev-parse", "HEAD")
+    run = start(toy, "apply", **slow_git(tmp_path, "am"))
+    wait_for(tmp_path / "reached")
+    os.killpg(run.pid, sign)
+    said = run.communicate(timeout=30)[1]
+    assert run.returncode == 130 and said.startswith("interrupted") and len(said.splitlines()) == 1
+    assert not toy.leftovers() and toy.git("rev-parse", "HEAD") == head
+    toy.fap("refresh")
+    assert "clean" in toy.fap("status")
+
+
+def test_killed_half_way(toy, tmp_path):
+    toy.replace(toy.overlay / "toy" / "ours.py", "1", "2")
+    run = start(toy, "apply", **slow_git(tmp_path, "am"))
+    wait_for(tmp_path / "reached")
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate(timeout=30)
+    assert toy.leftovers()
+    toy.fap("refresh")
+    assert "clean" in toy.fap("status") and not toy.leftovers()
+
+
+def test_second_run_waits_for_the_first(fresh, tmp_path):
+    """Both do the whole work from an empty store; the tree is made once."""
+    runs = [start(fresh, "apply") for _ in range(3)]
+    said = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], said
+    assert sum("is ready" in out for out, _ in said) == 1 and sum("Nothing to do" in out for out, _ in said) == 2
+    assert sum("waiting for process" in err for _, err in said) == 2
+
+
+def test_waiting_ends_with_the_number_of_the_process(toy, monkeypatch):
+    monkeypatch.setenv("FAP_LOCK_WAIT", "0.2")
+    with locking.exclusive(toy.project(), "wheel"):
+        waiting = start(toy, "apply")
+        said = waiting.communicate(timeout=30)[1]
+    assert waiting.returncode == 1 and f"process {os.getpid()} (wheel) has worked in" in said
+    assert "Nothing to do" in toy.fap("apply")
+
+
+def test_unknown_release_and_family(toy, monkeypatch):
+    monkeypatch.setenv("VERSION", "9.9")
+    said = toy.fap("status", code=2)
+    assert "VERSION=9.9 is not a release of toy" in said and "choose one of: 1.0, 1.1" in said
+    monkeypatch.setenv("VERSION", "")
+    monkeypatch.setenv("FAMILY", "other")
+    found = fap.main(["--root", str(toy.root), "status"])
+    assert found == 2
+
+
+def test_version_chooses_the_release(toy, monkeypatch):
+    monkeypatch.setenv("VERSION", "1.1")
+    assert "build/src/toy/1.1" in toy.fap("apply")
+
+
+def test_missing_git(toy, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    from fapatch import git
+
+    git._check_version.cache_clear()
+    said = toy.fap("apply", code=1)
+    assert said == "error: git is not installed  ->  install git and try again\n"
+
+
+def test_git_that_is_too_old(toy, monkeypatch, tmp_path):
+    old = tmp_path / "git"
+    old.write_text("#!/bin/sh\necho git version 2.25.1\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    from fapatch import git
+
+    git._check_version.cache_clear()
+    assert "git version 2.25.1 is too old" in toy.fap("apply", code=1)
+    git._check_version.cache_clear()
+
+
+def test_no_space_left(toy):
+    """The state file leads to /dev/full: writing it fails as on a full disk."""
+    toy.fap("clean")
+    folder = toy.root / "build" / "state" / "toy"
+    folder.mkdir(parents=True)
+    (folder / "1.0.new").symlink_to("/dev/full")
+    said = toy.fap("apply", code=1)
+    assert "no space left" in said and len(said.strip().splitlines()) == 2
+    (folder / "1.0.new").unlink()
+    toy.fap("apply")
+    assert "clean" in toy.fap("status")
+
+
+def test_cache_that_cannot_be_written(fresh):
+    shutil.rmtree(fresh.root / ".cache")
+    (fresh.root / ".cache").write_text("a file in its place")
+    said = fresh.fap("apply", code=1)
+    assert said.startswith("error: ") and ".cache" in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("error, told", [
+    (PermissionError(13, "Permission denied", "/x/.cache/lock"), "/x/.cache/lock cannot be written"),
+    (OSError(30, "Read-only file system", "/x/.cache"), "check its owner and permissions"),
+    (OSError(122, "Disk quota exceeded"), "free some space"),
+    (OSError(5, "Input/output error", "/x"), "/x: Input/output error"),
+])
+def test_failures_of_the_machine_in_words(error, told):
+    assert told in str(fap.explain(error))
+
+
+def test_broken_lock(toy):
+    (toy.root / "upstream.toml").write_text("schema = ")
+    assert "upstream.toml cannot be read" in toy.fap("status", code=1)
+
+
+def test_bundle_is_one_patch_for_a_plain_checkout(toy, upstream, tmp_path):
+    said = toy.fap("bundle")
+    bundle = toy.root / "dist" / "toy-1.0-nosoftmax.3.patch"
+    assert "dist/toy-1.0-nosoftmax.3.patch" in said and b"[core] Change line eight" in bundle.read_bytes()
+    plain = tmp_path / "plain"
+    shell("git", "clone", "--quiet", "--no-checkout", upstream, plain, cwd=tmp_path)
+    (plain / ".git" / "info").mkdir(exist_ok=True)
+    (plain / ".git" / "info" / "attributes").write_text("* -text\n")
+    shell("git", "checkout", "--quiet", "v1.0", cwd=plain)
+    shell("git", "apply", bundle, cwd=plain)
+    for path in ("toy/core.py", "toy/dos.py", "toy/ours.py"):
+        assert (plain / path).read_bytes() == (toy.source / path).read_bytes()
+    before = bundle.read_bytes()
+    toy.fap("bundle")
+    assert bundle.read_bytes() == before
+
+
+def test_clean_and_distclean(toy):
+    toy.fap("bundle")
+    toy.commit("mine", core=("line 20\n", "mine\n"))
+    commit = toy.git("rev-parse", "HEAD")
+    for command in ("clean", "distclean"):
+        said = toy.fap(command, code=1)
+        assert "commits on top" in said and f"make {command} FORCE=1" in said and toy.source.exists()
+    before = toy.exported()
+    assert "build/ removed" in toy.fap("clean", "--force")
+    assert "Nothing to do" in toy.fap("clean")
+    # Committed work is still in the store, whatever was forced.
+    assert shell("git", f"--git-dir={toy.project().store}", "cat-file", "-t", commit, cwd=toy.root).strip() == "commit"
+    assert "removed: dist, .cache" in toy.fap("distclean")
+    assert toy.exported() == before and not (toy.root / ".cache").exists()
+    assert (toy.root / "upstream.toml").exists()
+
+
+def test_force_of_the_environment(toy, monkeypatch):
+    toy.replace(toy.source / "toy" / "core.py", "line 20\n", "mine\n")
+    monkeypatch.setenv("FORCE", "1")
+    assert "build/ removed" in toy.fap("clean")
+
+
+def test_apply_is_a_function_too(toy):
+    assert apply.ensure(toy.project()) == toy.source
+
+
+def test_verbose_shows_what_is_started(toy):
+    shown = start(toy, "-v", "status").communicate(timeout=30)[1]
+    assert "$ git status" in shown
+
+
+@pytest.mark.parametrize("command", fap.COMMANDS)
+def test_help_of_every_command(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        fap.main([command, "--help"])
+    assert ended.value.code == 0 and f"fap.py {command}" in capsys.readouterr().out

@@ -1,0 +1,180 @@
+"""Deciding what to build and whether to build at all, and refusing a wheel that is not the patched package."""
+from __future__ import annotations
+
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fapatch import build_copy, git, wheel, wheel_check
+from fapatch.errors import FapError, UsageError
+from fapatch.project import Project
+
+INPUTS = wheel.Inputs(tree="a" * 40, lock="b" * 64, backend="cpu", python="3.11", torch="2.13.0", archs="")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return replace(Project.open(family="flash-attn", version="2.8.3.post1"), root=tmp_path)
+
+
+@pytest.mark.parametrize("gpu, torch_cuda, nvcc, expected, why", [
+    (True, "12.8", Path("nvcc"), "cuda", "GPU and nvcc found"), (False, "12.8", Path("nvcc"), "cpu", "no GPU here"),
+    (True, "12.8", None, "cpu", "no nvcc here"), (False, None, None, "cpu", "no GPU and no torch with CUDA and no nvcc here"),
+])
+def test_auto_takes_cuda_only_where_it_can_be_built_and_run(gpu, torch_cuda, nvcc, expected, why):
+    assert wheel.choose_backend("auto", gpu, torch_cuda, nvcc) == wheel.Backend(expected, why)
+
+
+def test_a_backend_that_is_asked_for_is_taken_or_refused():
+    assert wheel.choose_backend("cpu", True, "12.8", Path("nvcc")).name == "cpu"
+    assert wheel.choose_backend("cuda", False, "12.8", Path("nvcc")).name == "cuda"
+    with pytest.raises(FapError, match="nvcc.*->.*BACKEND=cpu"):
+        wheel.choose_backend("cuda", True, "12.8", None)
+    with pytest.raises(FapError, match="torch with CUDA"):
+        wheel.choose_backend("cuda", True, None, Path("nvcc"))
+    with pytest.raises(UsageError, match="BACKEND=rocm"):
+        wheel.choose_backend("rocm", True, "12.8", Path("nvcc"))
+
+
+@pytest.mark.parametrize("field", ["tree", "lock", "backend", "python", "torch", "archs"])
+def test_a_changed_input_is_named(project, field):
+    state = {"inputs": wheel.asdict(replace(INPUTS, **{field: "other"})), "wheel": "x.whl", "sha256": ""}
+    assert wheel.up_to_date(project, INPUTS, state) == (None, f"changed since the last wheel: {field}")
+
+
+def test_a_wheel_that_is_there_is_not_built_again_and_a_damaged_one_is(project):
+    assert wheel.up_to_date(project, INPUTS, {}) == (None, "no wheel was built yet")
+    project.dist.mkdir()
+    path = project.dist / "x.whl"
+    path.write_bytes(b"wheel")
+    state = {"inputs": wheel.asdict(INPUTS), "wheel": "x.whl", "sha256": wheel.sha256(path)}
+    assert wheel.up_to_date(project, INPUTS, state) == (path, "")
+    path.write_bytes(b"whee")
+    assert wheel.up_to_date(project, INPUTS, state) == (None, "dist/x.whl is not the file that was built")
+    path.unlink()
+    assert wheel.up_to_date(project, INPUTS, state) == (None, "dist/x.whl is gone")
+
+
+FILES = {"flash_attn/__init__.py": b"__version__ = '2.8.3.post1'\n", "flash_attn/flash_attn_interface.py": b"use_softmax = True\n", "LICENSE": b"BSD\n"}
+GOOD = "flash_attn-2.8.3.post1+nosoftmax.1-py3-none-any.whl"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name, content in FILES.items():
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return tmp_path / "tree"
+
+
+def make(folder: Path, name: str = GOOD, changes: dict[str, bytes | None] | None = None, version: str = "2.8.3.post1+nosoftmax.1") -> Path:
+    info = f"flash_attn-{version}.dist-info"
+    members = {**FILES, f"{info}/METADATA": f"Name: flash_attn\nVersion: {version}\n".encode(), f"{info}/licenses/LICENSE": FILES["LICENSE"]}
+    del members["LICENSE"]
+    with zipfile.ZipFile(folder / name, "w") as archive:
+        for member, content in {**members, **(changes or {})}.items():
+            if content is not None:
+                archive.writestr(member.format(info=info), content)
+    return folder / name
+
+
+def test_a_good_wheel_passes(project, tree, tmp_path):
+    wheel_check.check(make(tmp_path), project, "cpu", tree)
+    compiled = make(tmp_path, GOOD.replace("py3-none-any", "cp311-cp311-linux_x86_64"), {"flash_attn_2_cuda.cpython-311.so": b""})
+    wheel_check.check(compiled, project, "cuda", tree)
+
+
+@pytest.mark.parametrize("name, changes, backend, message", [
+    (GOOD.replace("nosoftmax.1", "nosoftmax.7"), {}, "cpu", "expected flash_attn 2.8.3.post1"),
+    (GOOD.replace("+nosoftmax.1", ""), {}, "cpu", "expected flash_attn 2.8.3.post1"),
+    (GOOD, {"flash_attn/flash_attn_interface.py": b"tampered"}, "cpu", "differs from the patched tree"),
+    (GOOD, {"flash_attn/flash_attn_interface.py": None}, "cpu", "differs from the patched tree"),
+    (GOOD, {"flash_attn/cute/interface.py": b""}, "cpu", "first: flash_attn/cute/interface.py"),
+    (GOOD, {"flash_attn-2.8.3.post1+nosoftmax.1.dist-info/licenses/LICENSE": b"MIT"}, "cpu", "LICENSE"),
+    (GOOD, {"flash_attn_2_cuda.cpython-311.so": b""}, "cpu", "not a pure Python wheel"),
+    (GOOD.replace("py3-none-any", "cp311-cp311-linux_x86_64"), {}, "cpu", "not a pure Python wheel"),
+    (GOOD, {}, "cuda", "lacks the compiled extension"),
+])
+def test_a_wrong_wheel_is_refused(project, tree, tmp_path, name, changes, backend, message):
+    with pytest.raises(FapError) as caught:
+        wheel_check.check(make(tmp_path, name, changes), project, backend, tree)
+    assert message in str(caught.value)
+
+
+def test_an_unpatched_package_is_refused(project, tree, tmp_path):
+    plain = {"flash_attn/flash_attn_interface.py": b"softmax only\n"}
+    (tree / "flash_attn/flash_attn_interface.py").write_bytes(b"softmax only\n")
+    with pytest.raises(FapError, match="knows no use_softmax"):
+        wheel_check.check(make(tmp_path, changes=plain), project, "cpu", tree)
+
+
+@pytest.fixture
+def worktree(project) -> Path:
+    """A store with one commit and a worktree of it, as `apply` leaves them."""
+    project.store.mkdir(parents=True)
+    git.git("init", "--quiet", "--bare", project.store)
+    scratch = project.root / "scratch"
+    git.git("clone", "--quiet", project.store, scratch)
+    (scratch / "setup.py").write_text("one")
+    (scratch / "flash_attn").mkdir()
+    (scratch / "flash_attn" / "old.py").write_text("old")
+    git.git("add", "--all", cwd=scratch)
+    git.git("commit", "--quiet", "--message=x", cwd=scratch)
+    git.git("push", "--quiet", "origin", "HEAD:refs/heads/x", cwd=scratch)
+    return scratch
+
+
+def commit(worktree: Path, **files: str | None) -> str:
+    for name, content in files.items():
+        path = worktree / name.replace("__", "/").replace("_py", ".py")
+        path.unlink() if content is None else path.write_text(content)
+    git.git("add", "--all", cwd=worktree)
+    git.git("commit", "--quiet", "--message=y", cwd=worktree)
+    git.git("push", "--quiet", "--force", "origin", "HEAD:refs/heads/x", cwd=worktree)
+    return git.output("rev-parse", "HEAD^{tree}", cwd=worktree)
+
+
+def test_the_copy_follows_the_tree_and_keeps_the_objects(project, worktree):
+    first = git.output("rev-parse", "HEAD^{tree}", cwd=worktree)
+    build_copy.sync(project, first, with_cutlass=False)
+    copy = project.wheel_dir
+    assert (copy / "flash_attn/old.py").read_text() == "old" and not (copy / ".git").exists()
+    (copy / "build/temp").mkdir(parents=True)
+    (copy / "build/temp/kernel.o").touch()
+    (copy / "build/lib/flash_attn").mkdir(parents=True)
+    (copy / "build/lib/flash_attn/old.py").touch()
+    unchanged = (copy / "setup.py").stat().st_mtime_ns
+
+    second = commit(worktree, flash_attn__old_py=None, flash_attn__new_py="new")
+    build_copy.sync(project, second, with_cutlass=False)
+    assert not (copy / "flash_attn/old.py").exists() and (copy / "flash_attn/new.py").read_text() == "new"
+    assert (copy / "setup.py").stat().st_mtime_ns == unchanged
+    assert (copy / "build/temp/kernel.o").exists() and not (copy / "build/lib").exists()
+
+
+def test_the_copy_mends_a_file_that_was_tampered_with(project, worktree):
+    tree = git.output("rev-parse", "HEAD^{tree}", cwd=worktree)
+    build_copy.sync(project, tree, with_cutlass=False)
+    (project.wheel_dir / "setup.py").write_text("tampered")
+    build_copy.sync(project, tree, with_cutlass=False)
+    assert (project.wheel_dir / "setup.py").read_text() == "one"
+
+
+def test_a_git_folder_in_the_copy_is_refused(project, worktree):
+    (project.wheel_dir / ".git").mkdir(parents=True)
+    with pytest.raises(FapError, match="setup.py would run git"):
+        build_copy.sync(project, git.output("rev-parse", "HEAD^{tree}", cwd=worktree), with_cutlass=False)
+
+
+def test_a_tree_that_the_lock_does_not_name_is_refused(project, worktree):
+    tree = git.output("rev-parse", "HEAD^{tree}", cwd=worktree)
+    pinned = replace(project, release=replace(project.release, patched_tree=tree))
+    assert build_copy.verified_tree(pinned, worktree) == tree
+    commit(worktree, setup_py="another")
+    with pytest.raises(FapError, match="the patched tree is .* says .*make refresh"):
+        build_copy.verified_tree(pinned, worktree)
+    with pytest.raises(FapError, match="nothing yet"):
+        build_copy.verified_tree(replace(project, release=replace(project.release, patched_tree="")), worktree)
