@@ -10,16 +10,15 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Callable, Optional
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-
 from flash_attn import flash_attn_func
 from flash_attn.score_function import ACTIVATIONS
+from torch.nn.functional import scaled_dot_product_attention
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -98,7 +97,7 @@ def _print_table(args: argparse.Namespace, results: list[Result]) -> None:
         )
 
 
-def main(argv: Optional[list[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seqlen", type=int, default=2048)

@@ -4,6 +4,7 @@
 VERSION, FAMILY, SOURCE, FA_SRC_DIR and FORCE in the environment choose the upstream release and its source.
 Exit codes: 0 done, 1 failed or out of date, 2 wrong usage or a tree in the middle of something, 130 interrupted.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,7 +21,8 @@ from fapatch.errors import FapError
 from fapatch.project import Project
 
 # command: (module of fapatch with add_arguments(parser) and main(project, args) -> int, one line of help).
-# A module that sets EXCLUSIVE = True is alone in the checkout while it runs; with ANY_RELEASE = True it does not look at VERSION.
+# A module that sets EXCLUSIVE = True is alone in the checkout while it runs; with ANY_RELEASE = True it does not look
+# at VERSION.
 # Modules are imported when asked for: `env` must run before any package is installed.
 COMMANDS = {
     "env": ("env", "make .venv, the project's own Python environment"),

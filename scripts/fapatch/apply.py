@@ -1,8 +1,10 @@
 """Make the patched tree: upstream's files, one commit for the overlay, one for each patch of the series.
 
-All or nothing: it is built beside the old one and put in its place when it is whole and has the tree id that upstream.toml names.
-Exact: no fuzz, no three-way merge. What somebody edited or committed in the tree is never thrown away.
+All or nothing: it is built beside the old one and put in its place when it is whole and has the tree id that
+upstream.toml names. Exact: no fuzz, no three-way merge. What somebody edited or committed in the tree is never thrown
+away.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -65,8 +67,16 @@ def _commit_overlay(folder: Path, files: dict[str, bytes]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
     paths = "\0".join(files).encode()
-    git.git("add", "--force", "--chmod=-x", "--pathspec-from-file=-", "--pathspec-file-nul", cwd=folder, stdin=paths,
-            env={"GIT_LITERAL_PATHSPECS": "1"})
+    git.git(
+        "add",
+        "--force",
+        "--chmod=-x",
+        "--pathspec-from-file=-",
+        "--pathspec-file-nul",
+        cwd=folder,
+        stdin=paths,
+        env={"GIT_LITERAL_PATHSPECS": "1"},
+    )
     git.git("commit", "--quiet", "--file=-", cwd=folder, stdin=_OVERLAY_MESSAGE.encode(), env=_OVERLAY_DATE)
 
 
@@ -74,14 +84,25 @@ def _am(folder: Path, patch: Patch, version: str) -> None:
     try:
         # --keep-non-patch: the [area] of the subject stays. --keep-cr: so do carriage returns in upstream's files.
         # --committer-date-is-author-date: equal patches give equal commits.
-        git.git("am", "--quiet", "--keep-non-patch", "--keep-cr", "--no-scissors", "--no-3way", "--committer-date-is-author-date",
-                cwd=folder, stdin=series.with_name(patch))
+        git.git(
+            "am",
+            "--quiet",
+            "--keep-non-patch",
+            "--keep-cr",
+            "--no-scissors",
+            "--no-3way",
+            "--committer-date-is-author-date",
+            cwd=folder,
+            stdin=series.with_name(patch),
+        )
     except CommandFailed as e:
         raise explain(patch, (e.stderr + b"\n" + e.stdout).decode("utf-8", "replace"), version) from e
 
 
 def build(project: Project, base: Base, folder: Path, patches: tuple[Patch, ...], files: dict[str, bytes]) -> Built:
-    """Make a worktree at ``folder`` with ``files`` (the overlay) and ``patches`` on top of ``base``; nothing is left on failure."""
+    """Make a worktree at ``folder`` with ``files`` (the overlay) and ``patches`` on top of ``base``; nothing is left on
+    failure.
+    """
     version = project.release.version
     applied = tuple(p for p in patches if p.applies_to(version))
     try:
@@ -120,8 +141,8 @@ def refuse_to_lose(project: Project, found: list[state.Finding]) -> None:
 def ensure(project: Project, source: str | None = None) -> Path:
     """The project's patched tree, made anew if anything that it depends on changed. Prints what was done and why.
 
-    Raises FapError, with the old tree as it was, when a patch does not apply, the result is not the tree that the lock names,
-    or there is unexported work in the tree.
+    Raises FapError, with the old tree as it was, when a patch does not apply, the result is not the tree that the lock
+    names, or there is unexported work in the tree.
     """
     base = fetch.ensure(project, source)
     found = state.assess(project, base)
@@ -129,20 +150,26 @@ def ensure(project: Project, source: str | None = None) -> Path:
     patches, files = series.load(project), overlay.load(project)
     tree, expected = project.source.relative_to(project.root), project.release.patched_tree
     if not found:
-        print(f"{tree} is up to date: {len(patches)} patches, {len(files)} overlay files, upstream tree {base.tree[:12]}, "
-              f"patched tree {expected[:12] or '(not in the lock yet)'}. Nothing to do.")
+        print(
+            f"{tree} is up to date: {len(patches)} patches, {len(files)} overlay files, upstream tree {base.tree[:12]}, "
+            f"patched tree {expected[:12] or '(not in the lock yet)'}. Nothing to do."
+        )
         return project.source
     print(f"making {tree}: " + "; ".join(map(str, found)), flush=True)
     built = build(project, base, scratch(project), patches, files)
     if base.pinned and expected and built.tree != expected:
         worktree.remove(project, built.folder)
-        raise FapError(f"the patched tree of {project.release.version} is {built.tree}, {project.lock.path.name} says {expected}",
-                       "if patches or overlay were changed on purpose: make refresh")
+        raise FapError(
+            f"the patched tree of {project.release.version} is {built.tree}, {project.lock.path.name} says {expected}",
+            "if patches or overlay were changed on purpose: make refresh",
+        )
     install(project, base, built, patches, files)
     for name in built.skipped:
         print(f"skipped {name}: {project.release.version} is outside its Applies-To")
-    print(f"{tree} is ready: {len(built.applied)} patches, {len(files)} overlay files, patched tree {built.tree[:12]}"
-          + ("" if expected or not base.pinned else " (not in the lock yet: make refresh)"))
+    print(
+        f"{tree} is ready: {len(built.applied)} patches, {len(files)} overlay files, patched tree {built.tree[:12]}"
+        + ("" if expected or not base.pinned else " (not in the lock yet: make refresh)")
+    )
     return project.source
 
 

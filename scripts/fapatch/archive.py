@@ -1,4 +1,5 @@
 """Read a source distribution without unpacking it: nothing of an archive ever becomes a path on this machine."""
+
 from __future__ import annotations
 
 import tarfile
@@ -10,7 +11,9 @@ from .errors import FapError
 
 
 def _checked_path(member: tarfile.TarInfo, archive: Path) -> str:
-    """The path of ``member`` below the archive's top folder. Raises FapError for what no source distribution should hold."""
+    """The path of ``member`` below the archive's top folder. Raises FapError for what no source distribution should
+    hold.
+    """
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
         raise FapError(f"{archive.name}: {member.name} would leave the archive's folder", "do not use this file")
@@ -22,7 +25,8 @@ def _checked_path(member: tarfile.TarInfo, archive: Path) -> str:
 
 
 def read(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """(path below the top folder, content) of every file whose path is ``wanted``. Every member is checked, wanted or not.
+    """(path below the top folder, content) of every file whose path is ``wanted``. Every member is checked, wanted or
+    not.
 
     Raises FapError, naming the archive, when it is truncated or damaged, or holds a link, an absolute path or a ``..``.
     """

@@ -1,4 +1,5 @@
 """Write overlay and series as one patch into dist/, which `git apply` takes on a plain checkout of that release."""
+
 from __future__ import annotations
 
 import argparse
@@ -16,9 +17,16 @@ EXCLUSIVE = True
 def _text(project: Project, titles: list[str]) -> str:
     """What stands before the first diff: git apply and patch both pass over it."""
     name = f"{project.family.package} {project.release.version}"
-    lines = [f"{name}+{project.family.local_label}: attention with softmax made optional.", "",
-             f"Apply on a checkout of {project.release.tag}:  git apply THIS_FILE", "", "Holds:",
-             *(f"  {title}" for title in titles), "", ""]
+    lines = [
+        f"{name}+{project.family.local_label}: attention with softmax made optional.",
+        "",
+        f"Apply on a checkout of {project.release.tag}:  git apply THIS_FILE",
+        "",
+        "Holds:",
+        *(f"  {title}" for title in titles),
+        "",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -34,7 +42,9 @@ def _check(project: Project, bundle: bytes, base: str, expected: str) -> None:
 
 
 def make(project: Project, base: str, folder: Path, tree: str) -> bytes:
-    """The patch that turns the commit ``base`` into what is committed in the worktree ``folder``, whose tree id is ``tree``."""
+    """The patch that turns the commit ``base`` into what is committed in the worktree ``folder``, whose tree id is
+    ``tree``.
+    """
     diff = git.git("diff", "--no-ext-diff", "--full-index", "--binary", base, "HEAD", cwd=folder).stdout
     titles = [header.parse(p.data).subject for p in series.load(project) if p.applies_to(project.release.version)]
     bundle = _text(project, titles).encode() + diff

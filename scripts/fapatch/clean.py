@@ -2,13 +2,14 @@
 
 third_party/, patches/ and overlay/ are never touched.
 """
+
 from __future__ import annotations
 
 import argparse
 import os
 from dataclasses import replace
 
-from . import rebase, state, worktree
+from . import rebase_state, state, worktree
 from .errors import FapError
 from .project import Project
 
@@ -23,7 +24,7 @@ def unsaved(project: Project) -> list[str]:
             one = replace(project, family=family, release=release)
             tree = one.source.relative_to(one.root)
             found += [f"{tree}: {f}" for f in state.look_at_tree(one, state.read(one)) if f.reason.holds_work]
-        if target := rebase.target(replace(project, family=family)):
+        if target := rebase_state.place(replace(project, family=family)):
             found.append(f"{target}: a rebase is in progress")
     return found
 
@@ -43,7 +44,8 @@ def clean(project: Project, force: bool = False) -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", default=bool(os.environ.get("FORCE")), help="drop unexported work too (FORCE=1)")
+    forced = os.environ.get("FORCE", "") not in ("", "0")
+    parser.add_argument("--force", action="store_true", default=forced, help="drop unexported work too (FORCE=1)")
 
 
 def main(project: Project, args: argparse.Namespace) -> int:

@@ -1,4 +1,5 @@
 """Drop all that the tools made: build/, dist/, .venv and .cache. FORCE=1 drops unexported work too."""
+
 from __future__ import annotations
 
 import argparse

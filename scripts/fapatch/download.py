@@ -1,4 +1,5 @@
 """The source distribution in .cache/downloads: verified before anybody reads it."""
+
 from __future__ import annotations
 
 import hashlib
@@ -28,15 +29,16 @@ def verify(path: Path, sdist: Sdist) -> None:
     """Raise FapError unless ``path`` has the size and the sha256 of ``sdist``."""
     size = path.stat().st_size
     if size != sdist.size:
-        raise FapError(f"{path} has {size} bytes, {sdist.name} has {sdist.size}: cut short or another file",
-                       f"rm {path} and fetch again")
+        raise FapError(f"{path} has {size} bytes, {sdist.name} has {sdist.size}: cut short or another file", f"rm {path} and fetch again")
     found = sha256(path)
     if found != sdist.sha256:
         raise FapError(f"{path} has sha256 {found}, expected {sdist.sha256}", f"do not use it: rm {path} and fetch again")
 
 
 def python(project: Project) -> Path:
-    """The interpreter whose pip downloads: the project's own environment where it is there, else the one that runs this."""
+    """The interpreter whose pip downloads: the project's own environment where it is there, else the one that runs
+    this.
+    """
     import sys
 
     own = project.venv / "bin" / "python"
@@ -44,9 +46,11 @@ def python(project: Project) -> Path:
 
 
 def pip_download(project: Project, requirement: str, into: Path) -> Path:
-    """Download the source distribution that ``requirement`` (a line of a requirements file) names; returns the one new file.
+    """Download the source distribution that ``requirement`` (a line of a requirements file) names; returns the one new
+    file.
 
-    Raises FapError when the environment cannot run upstream's setup.py, or the index cannot be reached, or the hash is wrong.
+    Raises FapError when the environment cannot run upstream's setup.py, or the index cannot be reached, or the hash is
+    wrong.
     """
     interpreter = python(project)
     run(interpreter, "-c", _NEEDS, hint=f"upstream's setup.py needs these packages: make env ({interpreter} was used)")
@@ -56,15 +60,31 @@ def pip_download(project: Project, requirement: str, into: Path) -> Path:
     hashes = ["--require-hashes"] if "--hash" in requirement else []
     try:
         run(
-            interpreter, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps", "--no-binary", ":all:",
-            "--no-build-isolation", *hashes, "--dest", folder, "--requirement", requirements,
-            env={"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"}, timeout=PIP_SECONDS,
+            interpreter,
+            "-m",
+            "pip",
+            "download",
+            "--disable-pip-version-check",
+            "--no-input",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "--no-build-isolation",
+            *hashes,
+            "--dest",
+            folder,
+            "--requirement",
+            requirements,
+            env={"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE"},
+            timeout=PIP_SECONDS,
         )
     except CommandFailed as e:
         errors = [line for line in e.stderr.decode("utf-8", "replace").splitlines() if line.startswith("ERROR:")]
         reason = errors[-1].removeprefix("ERROR: ") if errors else e.message
-        raise FapError(f"pip cannot download {requirement.split()[0]}: {reason}",
-                       f"connect to the package index, or put the file into {project.downloads}") from e
+        raise FapError(
+            f"pip cannot download {requirement.split()[0]}: {reason}",
+            f"connect to the package index, or put the file into {project.downloads}",
+        ) from e
     (file,) = folder.iterdir()
     return file
 

@@ -142,7 +142,7 @@ def ensure(root: Path, venv: Path, groups: list[str]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--groups", default=",".join(GROUPS), help="optional dependencies of pyproject.toml to install (default: %(default)s)")
+    parser.add_argument("--groups", default=",".join(GROUPS), help="optional dependencies of pyproject.toml (default: %(default)s)")
 
 
 def main(project: Project, args: argparse.Namespace) -> int:

@@ -1,4 +1,7 @@
-"""Turn the commits of a patched tree back into patch files and overlay files. Equal commits give equal bytes on every machine."""
+"""Turn the commits of a patched tree back into patch files and overlay files. Equal commits give equal bytes on every
+machine.
+"""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -34,7 +37,9 @@ def _upstream_paths(folder: Path, commit: str, upstream: dict[str, str]) -> list
 
 
 def commits(folder: Path, base: str) -> list[str]:
-    """The commits on top of ``base``, oldest first. Raises FapError for what cannot become a patch: merges and open fixups."""
+    """The commits on top of ``base``, oldest first. Raises FapError for what cannot become a patch: merges and open
+    fixups.
+    """
     listed = git.output("log", "--reverse", "--format=%H %p%x00%s", f"{base}..HEAD", cwd=folder).splitlines()
     found = []
     for line in listed:
@@ -43,8 +48,10 @@ def commits(folder: Path, base: str) -> list[str]:
         if len(parents) > 1:
             raise FapError(f"{commit[:12]} ({subject}) is a merge, and a patch is one change", "git rebase it away")
         if subject.startswith(("fixup! ", "squash! ", "amend! ")):
-            raise FapError(f"{commit[:12]} is still a {subject.partition('!')[0]}: {subject}",
-                           "GIT_SEQUENCE_EDITOR=: git rebase -i --autosquash @{upstream}")
+            raise FapError(
+                f"{commit[:12]} is still a {subject.partition('!')[0]}: {subject}",
+                "GIT_SEQUENCE_EDITOR=: git rebase -i --autosquash @{upstream}",
+            )
         found.append(commit)
     if git.git("merge-base", "--is-ancestor", base, "HEAD", cwd=folder, check=False).returncode != 0:
         raise FapError(f"the commits in {folder} are not on top of {base[:12]}, upstream's files", "git rebase --onto that commit")
@@ -52,15 +59,18 @@ def commits(folder: Path, base: str) -> list[str]:
 
 
 def export(folder: Path, base: str) -> Exported:
-    """Read the commits on top of ``base`` in the worktree ``folder``. A commit that changes only our own files gives no patch."""
+    """Read the commits on top of ``base`` in the worktree ``folder``. A commit that changes only our own files gives no
+    patch.
+    """
     upstream = git.list_tree(base, cwd=folder)
     patches: list[Patch] = []
     for commit in commits(folder, base):
         paths = _upstream_paths(folder, commit, upstream)
         if not paths:
             continue
-        raw = git.git("format-patch", "-1", "--stdout", *_FORMAT, commit, "--", *paths, cwd=folder,
-                      env={"GIT_LITERAL_PATHSPECS": "1"}).stdout
+        raw = git.git(
+            "format-patch", "-1", "--stdout", *_FORMAT, commit, "--", *paths, cwd=folder, env={"GIT_LITERAL_PATHSPECS": "1"}
+        ).stdout
         name, data = series.without_name(raw)
         taken = [p.name for p in patches]
         if name in taken:
@@ -72,7 +82,9 @@ def export(folder: Path, base: str) -> Exported:
 
 
 def with_skipped(exported: tuple[Patch, ...], before: tuple[Patch, ...], version: str) -> tuple[Patch, ...]:
-    """``exported`` together with the patches that the release ``version`` does not take, each behind the one it stood behind."""
+    """``exported`` together with the patches that the release ``version`` does not take, each behind the one it stood
+    behind.
+    """
     result = list(exported)
     for position, patch in enumerate(before):
         if patch.applies_to(version):

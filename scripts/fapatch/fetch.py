@@ -1,9 +1,11 @@
 """Bring upstream's source into the store, verified; the second run does nothing and says so.
 
-Tried in this order: FA_SRC_DIR, the submodule as it lies there, the source distribution in .cache/downloads, then what needs the
-network: the submodule by git, the source distribution by pip. SOURCE=submodule, SOURCE=sdist or SOURCE=<path> allow one of them only.
-All of them must give the tree that upstream.toml names; a checkout of one's own may differ, with a warning.
+Tried in this order: FA_SRC_DIR, the submodule as it lies there, the source distribution in .cache/downloads, then what
+needs the network: the submodule by git, the source distribution by pip. SOURCE=submodule, SOURCE=sdist or SOURCE=<path>
+allow one of them only. All of them must give the tree that upstream.toml names; a checkout of one's own may differ,
+with a warning.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,7 +24,9 @@ PINNED_SOURCES = ("submodule", "sdist")
 
 @dataclass(frozen=True)
 class Base:
-    """Upstream's files in the store. ``pinned``: they are what the lock names; ``origin``: where they came from, for people."""
+    """Upstream's files in the store. ``pinned``: they are what the lock names; ``origin``: where they came from, for
+    people.
+    """
 
     commit: str
     tree: str
@@ -40,8 +44,11 @@ def _own_checkout(project: Project, folder: Path) -> Base:
     if tree == project.release.tree:
         git.git("update-ref", store.upstream_ref(project), commit, repo=project.store)
         return Base(commit, tree, True, str(folder))
-    print(f"warning: {folder} is not {project.release.version} as released (tree {tree[:12]}, expected {project.release.tree[:12]}); "
-          "the patched tree will not be compared with the lock", file=sys.stderr)
+    print(
+        f"warning: {folder} is not {project.release.version} as released "
+        f"(tree {tree[:12]}, expected {project.release.tree[:12]}); the patched tree will not be compared with the lock",
+        file=sys.stderr,
+    )
     return Base(commit, tree, False, str(folder))
 
 
@@ -57,8 +64,9 @@ def _pinned_files(project: Project, wanted: str) -> tuple[source.Files, str]:
             files = source.from_sdist(project, online)
             if files is not None:
                 return files, project.release.sdist.name
-    raise FapError(f"{project.family.submodule} does not have {project.release.version}: {reasons[-1]}",
-                   "SOURCE=sdist takes the source distribution")
+    raise FapError(
+        f"{project.family.submodule} does not have {project.release.version}: {reasons[-1]}", "SOURCE=sdist takes the source distribution"
+    )
 
 
 def _stored(project: Project) -> Base | None:
@@ -80,8 +88,8 @@ def current(project: Project) -> Base | None:
 
 
 def pinned(project: Project, wanted: str = "", again: bool = False) -> Base:
-    """The files that the lock names, in the store: fetched if they are not there or damaged, or ``again``. ``wanted``: "" or one of
-    PINNED_SOURCES. Raises FapError when no source can be reached or one gives other files.
+    """The files that the lock names, in the store: fetched if they are not there or damaged, or ``again``. ``wanted``:
+    "" or one of PINNED_SOURCES. Raises FapError when no source can be reached or one gives other files.
     """
     stored = _stored(project)
     if stored and not store.is_sound(project, stored.commit):

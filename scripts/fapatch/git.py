@@ -1,4 +1,5 @@
 """Git, the same on every machine: no user or system settings, fixed identity and language, no prompts, no hooks."""
+
 from __future__ import annotations
 
 import hashlib
@@ -7,7 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from .errors import FapError
@@ -25,14 +26,22 @@ def environment() -> dict[str, str | None]:
     scrubbed: dict[str, str | None] = {name: None for name in os.environ if name.startswith("GIT_") and not name.startswith(_KEPT)}
     return {
         **scrubbed,
-        "GIT_CONFIG_GLOBAL": str(CONFIG), "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
-        "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "include.path", "GIT_CONFIG_VALUE_0": str(CONFIG),
-        "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true", "SSH_ASKPASS": "true", "GIT_SSH_COMMAND": "ssh -oBatchMode=yes",
-        "LC_ALL": "C", "TZ": "UTC",
+        "GIT_CONFIG_GLOBAL": str(CONFIG),
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": "include.path",
+        "GIT_CONFIG_VALUE_0": str(CONFIG),
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_ASKPASS": "true",
+        "SSH_ASKPASS": "true",
+        "GIT_SSH_COMMAND": "ssh -oBatchMode=yes",
+        "LC_ALL": "C",
+        "TZ": "UTC",
     }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _check_version() -> None:
     said = run("git", "version", hint="install git").stdout.decode()
     found = re.search(r"(\d+)\.(\d+)", said)
@@ -82,7 +91,9 @@ def list_tree(revision: str, *, cwd: Path | None = None, repo: Path | None = Non
 def read_tree(
     revision: str, wanted: Callable[[str], bool], *, cwd: Path | None = None, repo: Path | None = None
 ) -> Iterator[tuple[str, bytes]]:
-    """(path, content) of every plain file of ``revision`` whose path is ``wanted``, read past attributes and conversions."""
+    """(path, content) of every plain file of ``revision`` whose path is ``wanted``, read past attributes and
+    conversions.
+    """
     chosen = {path: blob for path, blob in list_tree(revision, cwd=cwd, repo=repo).items() if wanted(path)}
     data = git("cat-file", "--batch", cwd=cwd, repo=repo, stdin="".join(f"{b}\n" for b in chosen.values()).encode()).stdout
     position = 0
@@ -92,12 +103,14 @@ def read_tree(
         if len(head) != 3:
             raise FapError(f"{path} of {revision} is missing from {repo or cwd}", "fetch that repository again")
         size = int(head[2])
-        yield path, data[end + 1:end + 1 + size]
+        yield path, data[end + 1 : end + 1 + size]
         position = end + size + 2
 
 
 def tree_of(folder: Path, ignore: str = "") -> str:
-    """The tree id that the files in ``folder`` would have, worked out in a throw-away repository; ``ignore``: lines of a .gitignore."""
+    """The tree id that the files in ``folder`` would have, worked out in a throw-away repository; ``ignore``: lines of
+    a .gitignore.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         repo = Path(scratch) / "git"
         git("init", "--quiet", "--bare", repo)

@@ -1,7 +1,10 @@
-"""Add a release to upstream.toml: `lock add 2.9.0` downloads its source distribution and fills in size, sha256 and tree.
+"""Add a release to upstream.toml: `lock add 2.9.0` downloads its source distribution and fills in size, sha256 and
+tree.
 
-The hash is the one of the file that was downloaded now: compare it with what the package index shows before committing it.
+The hash is the one of the file that was downloaded now: compare it with what the package index shows before committing
+it.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,7 +39,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_trees(project: Project, trees: dict[str, tuple[str, str]]) -> bool:
-    """Write (tree, patched-tree) for each version of ``trees`` into upstream.toml, comments kept; whether anything changed."""
+    """Write (tree, patched-tree) for each version of ``trees`` into upstream.toml, comments kept; whether anything
+    changed.
+    """
     text = project.lock.path.read_text(encoding="utf-8")
     document = tomlkit.parse(text)
     versions = document["family"][project.family.name]["version"]
@@ -63,7 +68,9 @@ def _download(project: Project, version: str) -> Sdist:
 
 
 def add(project: Project, version: str, commit: str = "", cutlass: str = "") -> Release:
-    """Add ``version`` to the project's family in upstream.toml. Raises UsageError when it is no version or there already."""
+    """Add ``version`` to the project's family in upstream.toml. Raises UsageError when it is no version or there
+    already.
+    """
     try:
         version = str(Version(version))
     except InvalidVersion as e:
@@ -96,7 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(project: Project, args: argparse.Namespace) -> int:
     release = add(project, args.version, args.commit, args.cutlass)
-    print(f"{project.lock.path.name}: {release.version} added\n  {release.sdist.name}, {release.sdist.size} bytes\n"
-          f"  sha256 {release.sdist.sha256}\n  tree   {release.tree}\n"
-          f"  ->  compare the sha256 with the package index, then make rebase VERSION={release.version}")
+    print(
+        f"{project.lock.path.name}: {release.version} added\n  {release.sdist.name}, {release.sdist.size} bytes\n"
+        f"  sha256 {release.sdist.sha256}\n  tree   {release.tree}\n"
+        f"  ->  compare the sha256 with the package index, then make rebase VERSION={release.version}"
+    )
     return 0

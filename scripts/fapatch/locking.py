@@ -1,4 +1,5 @@
 """One run at a time in a checkout: a lock that the kernel drops when its holder ends, however it ends."""
+
 from __future__ import annotations
 
 import fcntl
@@ -43,7 +44,8 @@ def _holder(path: Path) -> str:
 def exclusive(project: Project, what: str, wait: float | None = None) -> Iterator[None]:
     """Hold the lock of ``project`` while the block runs. ``what`` names the command to whoever has to wait.
 
-    Waits up to ``wait`` seconds (default: FAP_LOCK_WAIT or ten minutes) with a message, then raises FapError naming the holder.
+    Waits up to ``wait`` seconds (default: FAP_LOCK_WAIT or ten minutes) with a message, then raises FapError naming the
+    holder.
     """
     wait = float(os.environ.get("FAP_LOCK_WAIT") or WAIT_SECONDS) if wait is None else wait
     path = project.cache / "lock"
@@ -52,8 +54,10 @@ def exclusive(project: Project, what: str, wait: float | None = None) -> Iterato
     said = False
     while (descriptor := _try(path)) is None:
         if time.monotonic() >= deadline:
-            raise FapError(f"{_holder(path)} has worked in {project.root} for more than {wait:.0f} s",
-                           "wait for it, or end that process, and run this again")
+            raise FapError(
+                f"{_holder(path)} has worked in {project.root} for more than {wait:.0f} s",
+                "wait for it, or end that process, and run this again",
+            )
         if not said:
             print(f"waiting for {_holder(path)}", file=sys.stderr, flush=True)
             said = True

@@ -1,4 +1,5 @@
 """Our own files: those in overlay/<family>, at the paths that they take in upstream's tree."""
+
 from __future__ import annotations
 
 from .errors import FapError

@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,15 @@ from pathlib import Path
 from .errors import FapError
 
 log = logging.getLogger("fapatch")
+
+
+# What a program says when the machine is to blame, and what to do about it.
+_HINTS = {
+    b"No space left on device": "free some space and run this again; nothing was lost",
+    b"Disk quota exceeded": "free some space and run this again; nothing was lost",
+    b"Permission denied": "check the owner and the permissions of that file, and run this again",
+    b"Read-only file system": "check the owner and the permissions of that file, and run this again",
+}
 
 
 class CommandFailed(FapError):
@@ -21,7 +31,20 @@ class CommandFailed(FapError):
         self.stdout = result.stdout or b""
         self.stderr = result.stderr or b""
         said = (self.stderr.strip() or self.stdout.strip()).decode("utf-8", "replace").splitlines()
+        hint = next((h for words, h in _HINTS.items() if words in self.stderr), hint or "fap.py -v shows what was run")
         super().__init__(f"`{shlex.join(argv)}` exited with {result.returncode}: {said[-1] if said else 'no output'}", hint)
+
+
+def _wait(process: subprocess.Popen[bytes], stdin: bytes | None, timeout: float | None) -> tuple[bytes, bytes]:
+    try:
+        return process.communicate(stdin, timeout)
+    except BaseException:
+        # The whole group: a helper that git started, stuck in a connect(), would keep the pipe open.
+        if timeout is not None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+        raise
 
 
 def run(
@@ -45,10 +68,13 @@ def run(
     pipe = subprocess.PIPE if capture else None
     environment = {name: value for name, value in {**os.environ, **(env or {})}.items() if value is not None}
     try:
-        result = subprocess.run(
-            args, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, timeout=timeout, check=False,
-            **({"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}),
-        )
+        # A group of its own only where there is a time limit: else Ctrl-C reaches the program by itself.
+        with subprocess.Popen(
+            args, cwd=cwd, env=environment, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            stdout=pipe, stderr=pipe, start_new_session=timeout is not None,
+        ) as process:
+            out, err = _wait(process, stdin, timeout)
+        result = subprocess.CompletedProcess(args, process.returncode, out, err)
     except FileNotFoundError as e:
         if cwd is not None and not cwd.is_dir():
             raise FapError(f"{cwd} is not a folder", "run `make status`") from e

@@ -1,8 +1,10 @@
-"""Export the commits of the patched tree to patches/ and overlay/, apply the result to every release, write the tree ids.
+"""Export the commits of the patched tree to patches/ and overlay/, apply the result to every release, write the tree
+ids.
 
-What is written is what `apply` would give back: export(apply(series)) is the series, byte for byte. Exit code 1 when a release could
-not be renewed; everything else is written all the same.
+What is written is what `apply` would give back: export(apply(series)) is the series, byte for byte. Exit code 1 when a
+release could not be renewed; everything else is written all the same.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -39,7 +41,9 @@ def patch_id(patch: Patch) -> str:
 
 
 def compare(old: tuple[Patch, ...], new: tuple[Patch, ...]) -> list[tuple[str, str]]:
-    """(untouched | refreshed | changed | added | dropped, name) for every patch; refreshed: the same change at other lines."""
+    """(untouched | refreshed | changed | added | dropped, name) for every patch; refreshed: the same change at other
+    lines.
+    """
     before, after = {p.name: p for p in old}, {p.name: p for p in new}
 
     def verdict(name: str) -> str:
@@ -57,7 +61,8 @@ def compare(old: tuple[Patch, ...], new: tuple[Patch, ...]) -> list[tuple[str, s
 
 
 def merge(recorded: State, files: Files, exported: Files) -> Files:
-    """What was committed in the tree (``exported``) together with what was edited in overlay/ (``files``) since ``recorded``.
+    """What was committed in the tree (``exported``) together with what was edited in overlay/ (``files``) since
+    ``recorded``.
 
     Raises FapError for a file that was changed in both places.
     """
@@ -66,8 +71,10 @@ def merge(recorded: State, files: Files, exported: Files) -> Files:
     theirs = {p.name: p.blob for p in exported.patches}
     for name in base.keys() | ours.keys():
         if ours.get(name) not in (base.get(name), theirs.get(name)):
-            raise FapError(f"{name} changed in patches/ while the patched tree has commits of its own",
-                           "git stash or commit one of the two, refresh, and do the other after it")
+            raise FapError(
+                f"{name} changed in patches/ while the patched tree has commits of its own",
+                "git stash or commit one of the two, refresh, and do the other after it",
+            )
     merged = {}
     for path in sorted(files.overlay.keys() | exported.overlay.keys()):
         mine, tree = files.overlay.get(path), exported.overlay.get(path)
@@ -94,8 +101,11 @@ def _wanted(project: Project, before: Files) -> tuple[Files, str]:
     found = state.look_at_tree(project, recorded)
     for finding in found:
         if finding.reason.holds_work and finding.reason is not Reason.SOURCE_COMMITTED:
-            hint = ("commit it there first, with --fixup for a change of a patch" if finding.reason is Reason.SOURCE_EDITED
-                    else "finish it there, or make clean FORCE=1")
+            hint = (
+                "commit it there first, with --fixup for a change of a patch"
+                if finding.reason is Reason.SOURCE_EDITED
+                else "finish it there, or make clean FORCE=1"
+            )
             raise FapError(f"{project.source.relative_to(project.root)}: {finding}", hint)
     if recorded is None or not any(f.reason is Reason.SOURCE_COMMITTED for f in found):
         return before, ""
@@ -110,11 +120,14 @@ def _settle(project: Project, base: Base, wanted: Files, expected: str) -> tuple
     for _ in range(3):
         built = apply.build(project, base, apply.scratch(project), wanted.patches, wanted.overlay)
         again = export_tree(project, built.folder, base.commit, wanted.patches)
-        if again == wanted:
-            if expected and built.tree != expected:
-                raise FapError(f"the exported files give tree {built.tree[:12]}, the commits {expected[:12]}",
-                               "a commit changes what a patch cannot hold, like a mode or a link: take that out")
+        if again == wanted and built.tree == (expected or built.tree):
             return built, wanted
+        worktree.remove(project, built.folder)
+        if again == wanted:
+            raise FapError(
+                f"the exported files give tree {built.tree[:12]}, the commits {expected[:12]}",
+                "a commit changes what a patch cannot hold, like a mode or a link: take that out",
+            )
         wanted = again
     raise FapError("the export changes each time it is applied", "look for lines in a message that git reads as part of a patch")
 
@@ -138,7 +151,9 @@ def _write(project: Project, old: Files, new: Files) -> None:
 
 
 def renew_trees(project: Project, files: Files, known: dict[str, tuple[str, str]]) -> list[str]:
-    """Apply ``files`` to every release and write the tree ids; ``known`` ones are not built again. Returns a complaint a release."""
+    """Apply ``files`` to every release and write the tree ids; ``known`` ones are not built again. Returns a complaint
+    a release.
+    """
     trees, complaints = dict(known), []
     for release in project.family.releases:
         if release.version in trees:

@@ -17,7 +17,7 @@ OUTCOMES = ("passed", "failed", "skipped")
 
 @dataclass(frozen=True)
 class Result:
-    """``outcome`` is passed, failed or skipped; ``seconds`` the duration of the call; ``message`` why it failed or was skipped."""
+    """``outcome``: passed, failed or skipped; ``seconds``: how long the call took; ``message``: why it failed or was skipped."""
 
     id: str
     outcome: str
@@ -27,7 +27,10 @@ class Result:
 
 @dataclass(frozen=True)
 class KnownFailure:
-    """A failure that is upstream's own, for ``reason``. ``id``: regular expression for the whole id; ``message``: for a part of what it says."""
+    """A failure that is upstream's own, for ``reason``.
+
+    ``id``: regular expression for the whole id of the case; ``message``: for a part of what the failure says.
+    """
 
     id: str
     message: str
@@ -51,12 +54,13 @@ def read_journal(path: Path) -> dict[str, Result]:
 
 
 def read_known_failures(path: Path) -> list[KnownFailure]:
-    """The committed list at ``path``: ``[[failure]]`` tables with id, message and reason. Raises FapError for an entry that lacks one."""
+    """The committed list at ``path``, ``[[failure]]`` tables. Raises FapError for an entry that lacks id, message or reason."""
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8")).get("failure", [])
         return [KnownFailure(re.compile(e["id"]).pattern, re.compile(e["message"]).pattern, e["reason"]) for e in entries]
     except (tomllib.TOMLDecodeError, KeyError, re.error) as e:
-        raise FapError(f"{path} cannot be read: {type(e).__name__} {e}", "each [[failure]] needs id and message (regular expressions) and a reason") from e
+        raise FapError(f"{path} cannot be read: {type(e).__name__} {e}",
+                       "each [[failure]] needs id and message (regular expressions) and a reason") from e
 
 
 @dataclass(frozen=True)

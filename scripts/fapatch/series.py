@@ -1,12 +1,11 @@
 """The patches of a family: their order, and which of them a release takes."""
+
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from . import git, header
 from .errors import FapError
@@ -29,6 +28,9 @@ class Patch:
 
     def applies_to(self, version: str) -> bool:
         """Whether the release ``version`` is inside Applies-To. A patch without that field applies to all."""
+        # Here, because `distclean` must run where nothing is installed.
+        from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
         wanted = header.parse(self.data).fields.get("Applies-To", "")
         try:
             return SpecifierSet(wanted).contains(version, prereleases=True)
@@ -64,7 +66,9 @@ def _name(line: str) -> str:
 
 
 def load(project: Project) -> tuple[Patch, ...]:
-    """The patches in the order of the series. Raises FapError for a missing or twice listed file, or one with changed line ends."""
+    """The patches in the order of the series. Raises FapError for a missing or twice listed file, or one with changed
+    line ends.
+    """
     try:
         lines = project.series.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as e:
@@ -73,20 +77,26 @@ def load(project: Project) -> tuple[Patch, ...]:
     for name in filter(None, map(_name, lines)):
         path = project.patches / name
         if Path(name).name != name or not path.is_file():
-            raise FapError(f"{project.family.series} lists {name}, and there is no such file beside it",
-                           f"git checkout {project.family.series}, or take the line out")
+            raise FapError(
+                f"{project.family.series} lists {name}, and there is no such file beside it",
+                f"git checkout {project.family.series}, or take the line out",
+            )
         if name in (p.name for p in patches):
             raise FapError(f"{project.family.series} lists {name} twice", "take one of the lines out")
         data = path.read_bytes()
         if b"\r\n" in data.partition(b"\n\n")[0]:
-            raise FapError(f"{name} has Windows line ends: something rewrote it",
-                           f"git checkout {path.relative_to(project.root)}; .gitattributes says `*.patch -text`")
+            raise FapError(
+                f"{name} has Windows line ends: something rewrote it",
+                f"git checkout {path.relative_to(project.root)}; .gitattributes says `*.patch -text`",
+            )
         patches.append(Patch(name, data))
     return tuple(patches)
 
 
 def rewrite(text: str, names: list[str]) -> str:
-    """The series file ``text`` with ``names`` in place of its own. The lines on top stay there, other comments stay with the name below."""
+    """The series file ``text`` with ``names`` in place of its own. The lines on top stay there, other comments stay
+    with the name below.
+    """
     blocks: dict[str, list[str]] = {"": []}
     pending = blocks[""]
     for line in text.splitlines():

@@ -73,14 +73,16 @@ def report() -> bool:
     import torch
 
     device, name = best_device()
-    print(f"smoke      flash_attn {metadata.version('flash_attn')}, use_softmax=False, causal, forward and backward on {device} ({name}) against float64")
+    version = metadata.version("flash_attn")
+    print(f"smoke      flash_attn {version}, use_softmax=False, causal, forward and backward on {device} ({name}) against float64")
     good = True
     for dtype in (torch.float16, torch.bfloat16) if device == "cuda" else (torch.float32, torch.bfloat16, torch.float16):
         errors, not_finite, seconds = measure(device, dtype)
         kind = str(dtype).removeprefix("torch.")
         fine = not_finite == 0 and all(e <= TOLERANCE[kind] for e in errors.values())
         numbers = "  ".join(f"{n} {e:.1e}" for n, e in errors.items())
-        print(f"           {kind:<9} relative error {numbers}  NaN or Inf: {not_finite}  {seconds * 1e3:.0f} ms  {'ok' if fine else 'WRONG'}")
+        verdict = "ok" if fine else "WRONG"
+        print(f"           {kind:<9} relative error {numbers}  NaN or Inf: {not_finite}  {seconds * 1e3:.0f} ms  {verdict}")
         good &= fine
     return good
 

@@ -1,4 +1,7 @@
-"""The places that upstream's files can come from. Each gives (path, content) of the wanted files, or None when it has nothing."""
+"""The places that upstream's files can come from. Each gives (path, content) of the wanted files, or None when it has
+nothing.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -24,8 +27,10 @@ def ours(project: Project) -> Wanted:
 def from_folder(project: Project, folder: Path) -> Files:
     """The files as they lie in ``folder``, somebody's own checkout or unpacked archive, edits included."""
     if not (folder / "setup.py").is_file() or not (folder / project.family.package).is_dir():
-        raise UsageError(f"{folder} is not a checkout of {project.family.package}: no setup.py or no {project.family.package}/ in it",
-                         "set FA_SRC_DIR (or SOURCE) to the top folder of one")
+        raise UsageError(
+            f"{folder} is not a checkout of {project.family.package}: it lacks setup.py or {project.family.package}/",
+            "set FA_SRC_DIR (or SOURCE) to the top folder of one",
+        )
     wanted = ours(project)
     found = {p.relative_to(folder).as_posix(): p for pattern in project.family.include for p in folder.glob(pattern) if p.is_file()}
     return ((path, found[path].read_bytes()) for path in sorted(found) if wanted(path))
@@ -87,8 +92,17 @@ def cutlass_from_submodule(project: Project, online: bool) -> Files | None:
         return None
     if online and not (nested / ".git").exists():
         try:
-            git.git("submodule", "update", "--init", "--depth", "1", "--", project.family.cutlass_submodule,
-                    cwd=project.submodule, timeout=CLONE_SECONDS)
+            git.git(
+                "submodule",
+                "update",
+                "--init",
+                "--depth",
+                "1",
+                "--",
+                project.family.cutlass_submodule,
+                cwd=project.submodule,
+                timeout=CLONE_SECONDS,
+            )
         except FapError:
             return None
     if not (nested / ".git").exists() or not git.resolve(f"{wanted}^{{commit}}", cwd=nested):

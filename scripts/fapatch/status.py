@@ -2,14 +2,19 @@
 
 Exit code 0: clean. 1: out of date or edited. 2: in the middle of a `git am` or a rebase, or broken.
 """
+
 from __future__ import annotations
 
 import argparse
 
-from . import fetch, rebase, state
+from . import fetch, rebase_state, state
 from .project import Project
 
-_NEXT = {0: "", 1: "make apply", 2: "finish or abort it there; make clean FORCE=1 drops the tree"}
+_NEXT = {
+    0: "",
+    1: "make apply, or make refresh after a change of your own",
+    2: "finish or abort it there; make clean FORCE=1 drops the tree",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(project: Project, args: argparse.Namespace) -> int:
     found = state.assess(project, fetch.current(project))
-    if target := rebase.target(project):
+    if target := rebase_state.place(project):
         found.insert(0, state.Finding(state.Reason.REBASE_IN_PROGRESS, (target,)))
     tree = project.source.relative_to(project.root)
     if not found:

@@ -1,10 +1,10 @@
 """The bare git repository in .cache that holds upstream's files: one commit a release, equal on every machine.
 
-    refs/upstream/<family>/<version>   what the lock pins
-    refs/local/<family>/<version>      what FA_SRC_DIR held when it differed from that
-    refs/cutlass/<commit or version>   the CUTLASS headers that a CUDA build needs
-    refs/heads/<family>/<version>      the patched tree, with whatever was committed on top
+refs/upstream/<family>/<version>   what the lock pins refs/local/<family>/<version>      what FA_SRC_DIR held when it
+differed from that refs/cutlass/<commit or version>   the CUTLASS headers that a CUDA build needs
+refs/heads/<family>/<version>      the patched tree, with whatever was committed on top
 """
+
 from __future__ import annotations
 
 import os
@@ -82,23 +82,23 @@ def is_sound(project: Project, commit: str) -> bool:
 def import_files(project: Project, ref: str, files: Iterable[tuple[str, bytes]], subject: str, expected: str = "") -> tuple[str, str]:
     """Commit ``files`` (path, content) as plain files under ``ref``; returns (commit, tree).
 
-    Author, date and modes are fixed, so that equal files give an equal commit. Raises FapError, with ``ref`` as it was, when there
-    is no file, or when the tree is not ``expected``.
+    Author, date and modes are fixed, so that equal files give an equal commit. Raises FapError, with ``ref`` as it was,
+    when there is no file, or when the tree is not ``expected``.
     """
     ensure(project)
     message = subject.encode()
     stream = [f"commit {_INCOMING}\ncommitter {_AUTHOR}\ndata {len(message)}\n".encode(), message, b"\n"]
-    count = 0
-    for count, (path, content) in enumerate(files, 1):
+    for path, content in files:
         stream += [f"M 100644 inline {path}\ndata {len(content)}\n".encode(), content, b"\n"]
-    if not count:
+    if len(stream) == 3:
         raise FapError(f"{subject}: no file of it was found", "check the source that was used")
     git.git("fast-import", "--quiet", "--force", repo=project.store, stdin=b"".join(stream))
     commit, tree = git.resolve(_INCOMING, repo=project.store), git.resolve(f"{_INCOMING}^{{tree}}", repo=project.store)
     git.git("update-ref", "-d", _INCOMING, repo=project.store)
     if expected and tree != expected:
-        raise FapError(f"{subject}: its tree is {tree}, {project.lock.path.name} says {expected}",
-                       "this is not the pinned source; do not use it")
+        raise FapError(
+            f"{subject}: its tree is {tree}, {project.lock.path.name} says {expected}", "this is not the pinned source; do not use it"
+        )
     git.git("update-ref", ref, commit, repo=project.store)
     return commit, tree
 
@@ -111,11 +111,11 @@ def export_cutlass(project: Project, folder: Path) -> int:
     from . import fetch  # fetch imports into this store
 
     commit = fetch.cutlass(project)
-    count = 0
-    for count, (path, content) in enumerate(git.read_tree(commit, lambda _: True, repo=project.store), 1):
+    files = list(git.read_tree(commit, lambda _: True, repo=project.store))
+    for path, content in files:
         target = folder / path
         if target.is_file() and target.read_bytes() == content:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
-    return count
+    return len(files)

@@ -18,7 +18,7 @@ def _tests(path: Path) -> frozenset[str]:
 
 
 def exists(root: Path, test_id: str) -> bool:
-    """Whether ``test_id`` (``tests/x.py::test_y``, ``tests/x.py::TestZ::test_y``, with or without ``[parameters]``) is a test below ``root``."""
+    """Whether ``test_id`` is a test below ``root``: ``tests/x.py::test_y`` or ``tests/x.py::TestZ::test_y``, ``[parameters]`` or not."""
     file, _, name = test_id.partition("::")
     path = root / file
     return file.startswith("tests/") and path.is_file() and name.partition("[")[0] in _tests(path)

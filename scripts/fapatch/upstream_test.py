@@ -116,24 +116,27 @@ def _run_batch(project: Project, test_file: Path, folder: Path, batch: list[samp
     ini = folder / "pytest.ini"  # ours, so that no configuration of this or another project is picked up
     ini.write_text("[pytest]\n", encoding="utf-8")
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    result = run(
-        sys.executable, "-m", "pytest", "-c", ini, "--rootdir", folder, "--import-mode=importlib", "-p", "no:cacheprovider",
-        "-p", "cpu_as_cuda", "-p", "pick", "--pick", plan_file, "--journal", journal, f"--junitxml={folder / 'junit.xml'}",
-        "-q", "--no-header", "--no-summary", "-n", str(jobs), "--dist", "worksteal", f"--timeout={CASE_TIMEOUT}", test_file,
-        cwd=folder, env=_environment(project, threads), check=False, capture=False,
-    )
-    plan_file.unlink()
+    try:
+        result = run(
+            sys.executable, "-m", "pytest", "-c", ini, "--rootdir", folder, "--import-mode=importlib", "-p", "no:cacheprovider",
+            "-p", "cpu_as_cuda", "-p", "pick", "--pick", plan_file, "--journal", journal, f"--junitxml={folder / 'junit.xml'}",
+            "-q", "--no-header", "--no-summary", "-n", str(jobs), "--dist", "worksteal", f"--timeout={CASE_TIMEOUT}", test_file,
+            cwd=folder, env=_environment(project, threads), check=False, capture=False,
+        )
+    finally:
+        plan_file.unlink()
     if result.returncode not in (0, 1):  # 1: some tests failed, the journal says which
         raise FapError(f"pytest stopped with exit code {result.returncode}", "its own message is above; results so far are kept")
 
 
-def _number(text: str, name: str, kind: type, least: float, most: float) -> float:
+def _number(text: str, name: str, kind: type, least: float, most: float, example: str) -> float:
     try:
         value = kind(text)
     except ValueError:
         value = None
     if value is None or not least <= value <= most:
-        raise UsageError(f"{name}={text} is not a number from {least:g} to {most:g}", f"for example {name}={most:g}")
+        what = "a whole number" if kind is int else "a number"
+        raise UsageError(f"{name}={text} is not {what} from {least:g} to {most:g}", f"for example {name}={example}")
     return value
 
 
@@ -148,9 +151,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(project: Project, args: argparse.Namespace) -> int:
-    seed = int(_number(args.seed, "SEED", int, 0, 2**63))
-    fraction = 1.0 if args.full else _number(args.fraction, "FRACTION", float, 0, 1) if args.fraction else 0.0
-    count = None if fraction else int(_number(args.count or str(DEFAULT_COUNT), "COUNT", int, 1, 10**9))
+    seed = int(_number(args.seed, "SEED", int, 0, 10**9, "1"))
+    fraction = 1.0 if args.full else _number(args.fraction, "FRACTION", float, 0, 1, "0.001") if args.fraction else 0.0
+    count = None if fraction else int(_number(args.count or str(DEFAULT_COUNT), "COUNT", int, 1, 10**9, "500"))
     folder = project.build / "upstream-test"
     folder.mkdir(parents=True, exist_ok=True)
     with locking.exclusive(project, "upstream-test"):  # not for the whole run: a full one takes hours
@@ -158,13 +161,14 @@ def main(project: Project, args: argparse.Namespace) -> int:
 
     described = _describe(project, test_file, folder)
     on_gpu, package = described["on_gpu"], Path(described["package"])
-    jobs = int(_number(args.jobs, "JOBS", int, 1, 1024)) if args.jobs else _jobs(on_gpu)
+    jobs = int(_number(args.jobs, "JOBS", int, 1, 1024, "2")) if args.jobs else _jobs(on_gpu)
     functions = {
         name: [sample.Axis(tuple(a["names"]), tuple(a["labels"])) for a in axes] for name, axes in described["functions"].items()
     }
     chosen = sample.choose(functions, seed, count, fraction, [SKIPS] if on_gpu else [SKIPS, COSTS])
-    known_list = project.root / "tests" / "upstream" / "known_failures.toml"
-    key = fingerprint(package, test_file, *sorted((project.root / "tests" / "upstream").glob("*.py")))
+    plugins = project.root / "tests" / "upstream"
+    tested = (package, test_file, plugins / "cpu_as_cuda.py", plugins / "pick.py")
+    key = fingerprint(*tested)
     journal = folder / f"journal-{key}.jsonl"
     if args.rerun:
         journal.unlink(missing_ok=True)
@@ -181,8 +185,11 @@ def main(project: Project, args: argparse.Namespace) -> int:
     sys.stdout.flush()
     for start in range(0, len(todo), BATCH):
         _run_batch(project, test_file, folder, todo[start:start + BATCH], journal, jobs)
+    if fingerprint(*tested) != key:
+        journal.unlink()  # nobody knows which results belong to which
+        raise FapError(f"{package} or upstream's tests changed while the tests ran", "run this again, without `make wheel` beside it")
 
-    outcome = report.judge(chosen.cases, report.read_journal(journal), report.read_known_failures(known_list))
+    outcome = report.judge(chosen.cases, report.read_journal(journal), report.read_known_failures(plugins / "known_failures.toml"))
     facts = {
         "device": where.lower(), "package": str(package), "fingerprint": key, "seed": seed, "eligible": chosen.eligible,
         "left_out": chosen.left_out,

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,9 +23,10 @@ EXCLUSIVE = True
 BACKENDS = ("auto", "cpu", "cuda")
 FREE_BYTES = {"cpu": 200 << 20, "cuda": 8 << 30}
 ABOUT = """
-import json, torch
+import json, platform, torch
 from torch.utils.cpp_extension import CUDA_HOME
-print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": torch.cuda.is_available(), "home": CUDA_HOME}))
+print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": torch.cuda.is_available(), "home": CUDA_HOME,
+                  "python": platform.python_version()}))
 """
 
 
@@ -132,27 +132,32 @@ def build(project: Project, backend: str, python: Path, tree: str) -> Path:
         run(python, "-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check", "--outdir", fresh, project.wheel_dir,
             cwd=project.wheel_dir, env=build_environment(project, backend), capture=backend == "cpu")
     except CommandFailed as e:
-        log = project.wheel_dir.parent / f"{project.release.version}.log"
-        log.write_bytes(e.stdout + e.stderr)
-        where = f"the whole output is in {log.relative_to(project.root)}" if backend == "cpu" else "its output is above; what was compiled is kept"
-        raise FapError(f"upstream's setup.py failed: {e.message}", where) from e
+        hint = "its output is above; what was compiled is kept"
+        if backend == "cpu":
+            log = project.wheel_dir.parent / f"{project.release.version}.log"
+            log.write_bytes(e.stdout + e.stderr)
+            hint = f"the whole output is in {log.relative_to(project.root)}"
+        raise FapError(f"upstream's setup.py failed: {e.message}", hint) from e
     (built,) = fresh.glob("*.whl")
     wheel_check.check(built, project, backend, project.wheel_dir)
     project.dist.mkdir(exist_ok=True)
-    for old in project.dist.glob(f"{project.family.package}-{project.release.version}+*.whl"):
-        old.unlink()
     target = project.dist / built.name
     os.replace(built, target)
+    for old in project.dist.glob(f"{project.family.package}-{project.release.version}+*.whl"):
+        if old != target:
+            old.unlink()
     return target
 
 
 def install(python: Path, wheel: Path) -> None:
     """Put the wheel in the place of any flash_attn in the environment of ``python``."""
-    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--force-reinstall", wheel)
+    quiet = ("--quiet", "--disable-pip-version-check")
+    run(python, "-m", "pip", "install", *quiet, "--no-index", "--no-deps", "--force-reinstall", wheel)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", default=os.environ.get("BACKEND") or "auto", help="auto, cpu or cuda (default: %(default)s; BACKEND)")
+    default = os.environ.get("BACKEND") or "auto"
+    parser.add_argument("--backend", default=default, help="auto, cpu or cuda (default: %(default)s; environment: BACKEND)")
 
 
 def main(project: Project, args: argparse.Namespace) -> int:
@@ -164,7 +169,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
     tree = build_copy.verified_tree(project, apply.ensure(project))
     inputs = Inputs(
         tree=tree, lock=sha256(project.lock.path), backend=backend.name,
-        python=f"{sys.version_info.major}.{sys.version_info.minor}", torch=facts["torch"],
+        python=facts["python"], torch=facts["torch"],
         archs=os.environ.get("FLASH_ATTN_CUDA_ARCHS", "") if backend.name == "cuda" else "",
     )
     state = _read_state(project)

@@ -20,7 +20,8 @@ ORIGIN = """
 import json, sys
 from importlib import metadata
 try:
-    print(json.loads(metadata.distribution(sys.argv[1]).read_text("direct_url.json") or "{}").get("archive_info", {}).get("hashes", {}).get("sha256", ""))
+    origin = json.loads(metadata.distribution(sys.argv[1]).read_text("direct_url.json") or "{}")
+    print(origin.get("archive_info", {}).get("hashes", {}).get("sha256", ""))
 except metadata.PackageNotFoundError:
     pass
 """

@@ -1,4 +1,5 @@
 """Worktrees of the store: made, looked at and taken away so that nobody's commits or edits are lost."""
+
 from __future__ import annotations
 
 import os
@@ -29,20 +30,24 @@ def _admin(project: Project, folder: Path) -> Path | None:
 
 
 def _link(project: Project, folder: Path) -> None:
-    """Join ``folder`` and its part of the store. Relative, where git allows it, so that a moved or copied checkout goes on working and
-    never reaches into the one that it was copied from (which `git worktree repair` would do).
+    """Join ``folder`` and its part of the store. Relative, where git allows it, so that a moved or copied checkout goes
+    on working and never reaches into the one that it was copied from (which `git worktree repair` would do).
     """
     admin = _admin(project, folder)
     if admin is None:
         return
-    for file, path in ((folder / ".git", f"gitdir: {os.path.relpath(admin.resolve(), folder.resolve())}"),
-                       (admin / "gitdir", str(folder.resolve() / ".git"))):
+    for file, path in (
+        (folder / ".git", f"gitdir: {os.path.relpath(admin.resolve(), folder.resolve())}"),
+        (admin / "gitdir", str(folder.resolve() / ".git")),
+    ):
         if file.read_text(encoding="utf-8").strip() != path:
             file.write_text(path + "\n", encoding="utf-8")
 
 
 def _tidy(project: Project) -> None:
-    """Drop the store's entries of worktrees that are gone, or that belong to the checkout that this store was copied from."""
+    """Drop the store's entries of worktrees that are gone, or that belong to the checkout that this store was copied
+    from.
+    """
     for folder in (*project.build.glob("src/*/*"), *project.build.glob("rebase/*")):
         _link(project, folder)
     for back in (project.store / "worktrees").glob("*/gitdir"):
@@ -105,8 +110,9 @@ def conflicts(folder: Path) -> list[str]:
 
 
 def put_in_place(project: Project, new: Path, base: str) -> None:
-    """Make the worktree ``new`` the project's patched tree, on its branch, which follows ``base`` (a ref). The old one must hold nothing
-    that is worth keeping."""
+    """Make the worktree ``new`` the project's patched tree, on its branch, which follows ``base`` (a ref). The old one
+    must hold nothing that is worth keeping.
+    """
     final, branch = project.source, store.branch(project)
     remove(project, final)
     new.rename(final)

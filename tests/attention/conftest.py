@@ -1,7 +1,7 @@
 """Fixtures: the implementation under test, once per device, and the dtypes it takes.
 
-Tests take an implementation and nothing else that depends on the machine, so that ``test_mutations.py`` can call the same
-test with the oracle and with wrong kernels.
+Tests take an implementation and nothing else that depends on the machine, so that ``test_mutations.py`` can call the
+same test with the oracle and with wrong kernels.
 """
 
 from __future__ import annotations

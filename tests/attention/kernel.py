@@ -1,14 +1,13 @@
 """A model of the fused kernel: the same attention as the oracle, taken apart into the steps that a kernel has.
 
-Unlike the oracle it writes its backward by hand, recomputes scores in tiles padded with rows that don't exist, rounds the
-weights P and their gradient dS to the input dtype and sums in float32. Every step is a method, so a wrong kernel is this
-one with one step replaced; ``mutations.py`` lists such kernels.
+Unlike the oracle it writes its backward by hand, recomputes scores in tiles padded with rows that don't exist, rounds
+the weights P and their gradient dS to the input dtype and sums in float32. Every step is a method, so a wrong kernel is
+this one with one step replaced; ``mutations.py`` lists such kernels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor
 from oracle import FUNCTIONS, ROW_FACTORS, Options, Oracle, distances, sigmoid_bias, visibility
 
 TILE_ROWS = 16
-# Scores of relu2 grow with the square of the inputs; far below float32's largest value, so that sums of them stay finite.
+# relu2 grows with the square of its inputs; far below float32's largest value, so that sums of it stay finite.
 WIDE_LIMIT = 2.0**80
 
 
@@ -27,7 +26,7 @@ class Head:
 
     o: Options
     slope: object
-    keep: Optional[Tensor]
+    keep: Tensor | None
     dropout_p: float
     seqlen_q: int
     seqlen_k: int
@@ -77,7 +76,7 @@ class Kernel(Oracle):
         return tuple(self.narrow_output(x, dtype).to(dtype) for x in (dq[: h.seqlen_q], dk, dv))
 
     def load(self, q, dout, k, v, h: Head):
-        """Tiles in the accumulator's dtype: rows past the last query are zeros, keys that no query sees are not read."""
+        """Tiles in the accumulator's dtype: rows past the last query are zeros, keys that nobody sees are not read."""
         rows = -h.seqlen_q % TILE_ROWS
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         visible = F.pad(self.visible(h), (0, 0, 0, rows), value=self.phantom_rows_see_keys())
@@ -143,13 +142,13 @@ class Kernel(Oracle):
     def mask_gradient(self, ds: Tensor, visible: Tensor, p: Tensor) -> Tensor:
         return torch.where(visible, ds, 0)
 
-    def drop_weights(self, p: Tensor, keep: Optional[Tensor]) -> Tensor:
+    def drop_weights(self, p: Tensor, keep: Tensor | None) -> Tensor:
         return p if keep is None else torch.where(keep, p, 0)
 
-    def drop_weights_again(self, p: Tensor, keep: Optional[Tensor]) -> Tensor:
+    def drop_weights_again(self, p: Tensor, keep: Tensor | None) -> Tensor:
         return self.drop_weights(p, keep)
 
-    def drop_gradient(self, ds: Tensor, keep: Optional[Tensor], p: Tensor) -> Tensor:
+    def drop_gradient(self, ds: Tensor, keep: Tensor | None, p: Tensor) -> Tensor:
         return ds if keep is None else torch.where(keep, ds, 0)
 
     def rescale(self, h: Head) -> float:
@@ -158,7 +157,7 @@ class Kernel(Oracle):
     def gradient_scale(self, h: Head) -> float:
         return h.scale
 
-    def row_factor(self, visible: Tensor, keep: Optional[Tensor], h: Head) -> Tensor:
+    def row_factor(self, visible: Tensor, keep: Tensor | None, h: Head) -> Tensor:
         return ROW_FACTORS[h.o.normalization](max(h.seqlen_k, 1), visible.sum(-1, keepdim=True).double())
 
     def narrow(self, x: Tensor, dtype: torch.dtype) -> Tensor:

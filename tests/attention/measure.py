@@ -7,7 +7,7 @@ where signed scores cancel.
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,15 +20,15 @@ LAST_PLACES = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 256, torch.fl
 NAMES = ("out", "dq", "dk", "dv")
 
 
-def randn(*shape: int, seed: int, like=None, dtype: Optional[torch.dtype] = None, size: float = 1.0) -> Tensor:
+def randn(*shape: int, seed: int, like=None, dtype: torch.dtype | None = None, size: float = 1.0) -> Tensor:
     """The same normal numbers on every device and, up to rounding, in every dtype."""
     numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * size
     return numbers.to(device=like.device if like else "cpu", dtype=dtype or (like.dtype if like else torch.float64))
 
 
 def qkv(
-    like, batch: int = 2, seqlen_q: int = 7, seqlen_k: int = 9, nheads: int = 2, nheads_k: Optional[int] = None,
-    head_dim: int = 8, dtype: Optional[torch.dtype] = None, seed: int = 0, size: float = 1.0,
+    like, batch: int = 2, seqlen_q: int = 7, seqlen_k: int = 9, nheads: int = 2, nheads_k: int | None = None,
+    head_dim: int = 8, dtype: torch.dtype | None = None, seed: int = 0, size: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Random q, k, v in the device and dtype of ``like`` (an implementation)."""
     nheads_k = nheads if nheads_k is None else nheads_k
@@ -53,7 +53,7 @@ def slopes(like, *shape: int, size: float = 0.5) -> Tensor:
     return torch.linspace(0.2, 1.0, torch.Size(shape).numel()).reshape(shape).mul(size).to(like.device)
 
 
-def gradients(function: Callable[..., Tensor], *tensors: Tensor, dout: Optional[Tensor] = None) -> tuple[Tensor, ...]:
+def gradients(function: Callable[..., Tensor], *tensors: Tensor, dout: Tensor | None = None) -> tuple[Tensor, ...]:
     """(out, one gradient per tensor); dout is random unless given."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     out = function(*leaves)
@@ -67,13 +67,13 @@ def assert_same(name: str, actual: Tensor, expected: Tensor, roundings: int = 2)
     assert_close(name, actual, expected, baseline=expected.double() * (1 + roundings * torch.finfo(actual.dtype).eps))
 
 
-def on_cpu(value, dtype: Optional[torch.dtype] = None):
+def on_cpu(value, dtype: torch.dtype | None = None):
     """A copy for the oracle, if a tensor: on the CPU, in another dtype if one is given."""
     return value.detach().to("cpu", dtype or value.dtype, copy=True) if isinstance(value, Tensor) else value
 
 
 def assert_close(
-    name: str, actual: Tensor, expected: Tensor, baseline: Optional[Tensor] = None, largest: float = 0.0
+    name: str, actual: Tensor, expected: Tensor, baseline: Tensor | None = None, largest: float = 0.0
 ) -> None:
     """``actual`` is as near to ``expected`` (float64) as ``baseline``, the oracle in the dtype of ``actual``.
 
@@ -92,7 +92,7 @@ def assert_close(
 
 
 def compare(
-    attention, q: Tensor, k: Tensor, v: Tensor, dout: Optional[Tensor] = None, method: str = "dense", **arguments
+    attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None = None, method: str = "dense", **arguments
 ) -> None:
     """Output and gradients of one method of ``attention`` against the oracle."""
     if dout is None:

@@ -2,16 +2,16 @@
 
 ``attend`` is the whole of the maths for one sequence and one head. It follows the contract in the module docstring of
 ``flash_attn.score_function`` and shares no code with the package; autograd differentiates it, so it gives the reference
-gradients too. It computes in the dtype of its inputs: float64 inputs give the reference, 16-bit inputs give the error that
-this precision costs anyhow (see ``measure``). The class around it only cuts batches, heads, packed sequences and caches
-into such single sequences.
+gradients too. It computes in the dtype of its inputs: float64 inputs give the reference, 16-bit inputs give the error
+that this precision costs anyhow (see ``measure``). The class around it only cuts batches, heads, packed sequences and
+caches into such single sequences.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Sequence, Union
 
 import torch
 from torch import Tensor
@@ -21,17 +21,18 @@ from torch import Tensor
 class Options:
     """The options that every public attention function takes, under the same names and with the same meaning."""
 
-    softmax_scale: Optional[float] = None
+    softmax_scale: float | None = None
     causal: bool = False
     window_size: tuple[int, int] = (-1, -1)
     softcap: float = 0.0
-    alibi_slopes: Optional[Tensor] = None
+    alibi_slopes: Tensor | None = None
     use_softmax: bool = False
     activation: str = "identity"
-    sigmoid_bias: Union[float, str] = 0.0
-    normalization: Optional[str] = None
+    sigmoid_bias: float | str = 0.0
+    normalization: str | None = None
+    deterministic: bool = False  # fixes the order of sums, and with it every bit; the result is the same
 
-    def slope(self, batch: int, head: int) -> Union[float, Tensor]:
+    def slope(self, batch: int, head: int) -> float | Tensor:
         """The ALiBi slope of one head; slopes are (nheads,) or (batch, nheads)."""
         if self.alibi_slopes is None:
             return 0.0
@@ -76,7 +77,7 @@ ROW_FACTORS = {
 }
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, o: Options, slope, keep: Optional[Tensor], dropout_p: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, o: Options, slope, keep: Tensor | None, dropout_p: float) -> Tensor:
     """One sequence, one head: q (seqlen_q, d), k and v (seqlen_k, d), keep bool (seqlen_q, seqlen_k)."""
     n, distance, visible = max(len(k), 1), distances(len(q), len(k)), visibility(len(q), len(k), o)
     k, v = (torch.where(visible.any(0)[:, None], x, 0) for x in (k, v))  # what no query may see is never read
@@ -134,7 +135,7 @@ class Oracle:
         return torch.stack(heads, 1)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, *, keep=None, dropout_p: float = 0.0, **options) -> Tensor:
-        """q (batch, seqlen_q, nheads, d), k, v (batch, seqlen_k, nheads_k, d), keep (batch, nheads, seqlen_q, seqlen_k)."""
+        """q (batch, seqlen_q, nheads, d); k and v (batch, seqlen_k, nheads_k, d); keep as ``dropped`` returns it."""
         o = Options(**options)
         keep = [None] * len(q) if keep is None else keep
         return torch.stack([self.sequence(q[b], k[b], v[b], o, b, keep[b], dropout_p) for b in range(len(q))])
@@ -194,7 +195,7 @@ class Oracle:
             out.append(self.sequence(q_b, k_b, v_b, o, b, used=used))
         return torch.stack(out)
 
-    def write(self, cache: Tensor, row: Tensor, slot: int, position: int, block_table: Optional[Tensor]) -> None:
+    def write(self, cache: Tensor, row: Tensor, slot: int, position: int, block_table: Tensor | None) -> None:
         if block_table is not None:
             slot, position = int(block_table[slot, position // cache.shape[1]]), position % cache.shape[1]
         cache[slot, position] = row

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import Optional, Sequence
 
 import torch
-from torch import Tensor
-
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
+from torch import Tensor
 
 EXTENSION = "flash_attn_2_cuda"
 
 
-def missing_for_cuda() -> Optional[str]:
+def missing_for_cuda() -> str | None:
     """Why the CUDA kernels cannot be tested here, or None if they can."""
     if not torch.cuda.is_available():
         return "needs a GPU: torch sees none"
@@ -38,7 +37,7 @@ def cumulative(lengths: Sequence[int], device: str) -> Tensor:
 
 
 class Package:
-    """Public functions of flash_attn on one device. Options are theirs; ``use_softmax`` is False unless told otherwise."""
+    """Public functions of flash_attn on one device, with their options; ``use_softmax`` is False unless given."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device

@@ -3,6 +3,7 @@
 gpt.py, bert.py and vit.py need transformers, timm, torchvision, safetensors and sentencepiece for configs, checkpoints
 and stochastic depth. None of that has to do with attention, and torchvision's wheel does not load beside a CPU torch.
 """
+
 from __future__ import annotations
 
 import sys

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
+from flash_attn import flash_attn_kvpacked_func, flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
 from torch import Tensor
 
-from flash_attn import flash_attn_kvpacked_func, flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
 from measure import NAMES, assert_same, gradients, integers, poison_allocator, qkv, randn
 from test_functions import FUNCTIONS
 
@@ -165,13 +165,15 @@ def test_packed_views(attention):
 
 @case(36)
 def test_strided_inputs(attention):
-    """Case 36: q, k, v and dout cut out of larger tensors, heads before tokens, and a dout that is one number expanded."""
+    """Case 36: q, k, v and dout cut out of larger tensors, heads before tokens; a dout that is one number expanded."""
     q, k, v = qkv(attention, 2, 20, 24, nheads=2)
-    run = lambda *x, dout: gradients(lambda *y: attention.dense(*y, causal=True), *x, dout=dout)  # noqa: E731
+
+    def run(*tensors, dout):
+        return gradients(lambda *x: attention.dense(*x, causal=True, deterministic=True), *tensors, dout=dout)
+
     dout = randn(*q.shape, seed=99, like=attention)
-    strided = [
-        torch.cat([x, x], -1)[..., : x.shape[-1]].transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, dout)
-    ]
+    heads_first = (x.transpose(1, 2).contiguous() for x in (q, k, v, dout))
+    strided = [torch.cat([x, x], -1)[..., : q.shape[-1]].transpose(1, 2) for x in heads_first]
     for a, b in zip(run(q, k, v, dout=dout), run(*strided[:3], dout=strided[3])):
         assert torch.equal(a, b)
     one = torch.ones((), dtype=q.dtype, device=q.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from measure import NAMES, assert_close, gradients, qkv, reference, randn, slopes
+from measure import NAMES, assert_close, gradients, qkv, randn, reference, slopes
 
 case = pytest.mark.case
 
@@ -95,7 +95,7 @@ def test_fraction_kept(attention):
 
 
 def test_rows_and_keys_are_independent(attention):
-    """No two queries, keys, heads or sequences share their mask, or the opposite of it, more than chance would have it."""
+    """No two queries, keys, heads or sequences share their mask, or its opposite, more than by chance."""
     q, k, v = qkv(attention, 2, 256, 256, nheads=2, head_dim=8)
     _, keep = attention.dropped(q, k, v, 0.5, 3)
     signs = keep.flatten(0, 1).cpu().double() * 2 - 1

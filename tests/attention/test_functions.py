@@ -25,7 +25,7 @@ NORMALIZATIONS = [None, "1/n", "1/visible", "1/sqrt(n)"]
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: "-".join(map(str, f.values())))
 @pytest.mark.parametrize("options", [dict(causal=True), dict(window_size=(4, 3))], ids=["causal", "local"])
 def test_every_pair(attention, function, normalization, options):
-    """Every activation with every normalization, forward and backward, more queries than keys and so rows without keys."""
+    """Every activation with every normalization; more queries than keys, so that some rows see none."""
     compare(attention, *qkv(attention, 1, 27, 21), normalization=normalization, **function, **options)
 
 
@@ -70,8 +70,8 @@ def test_one_over_visible_is_the_mean(attention):
 
 
 @case(28)
-def test_normalization_is_not_folded_into_float16_weights(attention):
-    """Case 28: at n = 32768 weights of about 0.02 / n have two digits in float16; the factor belongs on the float32 sum."""
+def test_normalization_is_not_folded_into_16_bits(attention):
+    """Case 28: weights of 0.02 / 32768 have two digits in float16; the factor belongs on the float32 sum."""
     q, k, v = (randn(1, s, 1, 64, seed=i, like=attention, dtype=torch.float16) for i, s in enumerate((4, 32768, 32768)))
     out, *_, dv = gradients(
         lambda *x: attention.dense(*x, softmax_scale=1 / 512, normalization="1/n"),

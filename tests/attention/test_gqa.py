@@ -1,4 +1,4 @@
-"""Grouped and single key-value heads: query head h reads key head h // group, and a key head sums its group's gradients."""
+"""Grouped key-value heads: query head h reads key head h // group, and a key head sums its group's gradients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_groups_equal_repeated_heads(attention):
 @pytest.mark.parametrize("nheads_k", [1, 2])
 @pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(window_size=(4, 0)), dict(alibi=True)])
 def test_one_query(attention, nheads_k, options):
-    """Case 20: one query and groups: a kernel may treat the group as its queries, the order of heads must survive that."""
+    """Case 20: a kernel may treat the heads of a group as queries; their order must survive that."""
     options = dict(options)
     if options.pop("alibi", False):
         options["alibi_slopes"] = slopes(attention, 6)
@@ -61,7 +61,7 @@ def test_one_query_kvcache(attention, causal):
 
 @case(21)
 def test_group_sum_in_float16(attention):
-    """Case 21: dV is +90510 from one head and -90510 from the other: each is out of range, their sum is 0 but for rounding."""
+    """Case 21: dV is +90510 from one head and -90510 from the other: out of range, but their sum is 0."""
     q, k, v, dout = (torch.ones(1, 16, h, 8, dtype=torch.float16, device=attention.device) for h in (2, 1, 1, 2))
     q[:, :, 0], q[:, :, 1] = 10, -10
     *_, dv = gradients(attention.dense, q, k, v, dout=dout * 200)

@@ -10,8 +10,9 @@ import flash_attn.flash_attn_interface as interface
 import pytest
 import torch
 from flash_attn import backends
-from package import cumulative
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from package import cumulative
 
 # What upstream's functions take by position, and how many arguments each layer beneath them took.
 DENSE = "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"

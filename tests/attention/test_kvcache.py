@@ -1,4 +1,4 @@
-"""Decoding from a key-value cache: lengths, appending in place, rotary positions, left padding, slots, pages, splits."""
+"""Decoding from a key-value cache: appending in place, rotary positions, left padding, slots, pages, splits."""
 
 from __future__ import annotations
 
@@ -96,8 +96,16 @@ def test_paged(attention, append):
     check(attention, q, *caches(attention, slots=7, capacity=256), *(new if append else ()), **arguments, **turn)
 
 
-@pytest.mark.parametrize("options", [dict(softcap=2.0), dict(activation="silu"), dict(activation="relu2", normalization="1/visible"),
-                                     dict(normalization="1/n"), dict(activation="sigmoid", sigmoid_bias="-log n")], ids=str)  # fmt: skip
+FUNCTIONS = [
+    dict(softcap=2.0),
+    dict(activation="silu"),
+    dict(activation="relu2", normalization="1/visible"),
+    dict(normalization="1/n"),
+    dict(activation="sigmoid", sigmoid_bias="-log n"),
+]
+
+
+@pytest.mark.parametrize("options", FUNCTIONS, ids=str)
 def test_functions(attention, options):
     """n is the length of each sequence with its new keys, not the capacity of the cache."""
     q, *new = step(attention, 2)
@@ -147,7 +155,7 @@ def test_splits_that_a_window_empties(attention, num_splits, window_size):
 @case(15)
 @pytest.mark.parametrize("seqlen_q, seqlen_k, nheads", [(3, 1024, 12), (64, 2048, 4), (16, 20000, 2)])
 def test_dense_that_a_kernel_would_split(attention, seqlen_q, seqlen_k, nheads):
-    """Case 15: few queries over many keys: the dense forward may split the keys too; it equals the cache with one split."""
+    """Case 15: few queries over many keys: a dense forward may split the keys too; it equals one split."""
     q, k, v = qkv(attention, 1, seqlen_q, seqlen_k, nheads=nheads, head_dim=64)
     compare_output(attention, q, k, v, method="dense")
     one = attention.kvcache(q, k, v, cache_seqlens=integers(attention, seqlen_k), num_splits=1)

@@ -9,8 +9,9 @@ from flash_attn.bert_padding import pad_input, unpad_input
 from flash_attn.layers.rotary import apply_rotary_emb
 from flash_attn.modules import mha
 from flash_attn.utils.generation import InferenceParams
-from stand_ins import Config, models
 from torch import nn
+
+from stand_ins import Config, models
 
 DIM, NHEADS, SEQLEN = 64, 4, 9
 SCORES = {

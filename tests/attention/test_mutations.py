@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_mutant_is_caught(mutant: Mutant):
 
 @pytest.mark.parametrize("test", sorted({mutant.caught_by for mutant in MUTANTS}))
 def test_right_kernel_passes(test: str):
-    """The model that the mutants are made from passes every test that catches one; that the package does is the test itself."""
+    """The model that the mutants are made from passes every test that catches one (the package: the test itself)."""
     assert list(failures(named(test), Kernel())) == []
 
 
@@ -89,5 +89,5 @@ ZERO_IS_ENOUGH = {
 
 @pytest.mark.parametrize("test", FINITE_TESTS, ids=lambda test: test.__name__)
 def test_masking_with_zero_is_not_enough(test: Callable):
-    """Writing 0 for -inf mends the masked entries; memory nobody wrote to and 16-bit overflow still spoil the output."""
+    """Writing 0 for -inf mends masked entries; unwritten memory and 16-bit overflow still spoil the output."""
     assert any(failures(test, MaskedWithZero())) == (test.__name__ not in ZERO_IS_ENOUGH)

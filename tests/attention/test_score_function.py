@@ -1,4 +1,4 @@
-"""flash_attn.score_function on its own: f and f' elementwise, and the dense weights that models without a kernel use."""
+"""flash_attn.score_function on its own: f, f', and the dense weights that models without a kernel use."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-
 from flash_attn.score_function import ACTIVATIONS, NORMALIZATIONS, activate, activate_grad, attention_weights, resolve
+
 from oracle import FUNCTIONS, ROW_FACTORS
 
 S = torch.linspace(-6, 6, 40, dtype=torch.float64)  # without 0, where relu has a kink

@@ -1,4 +1,7 @@
-"""The real series on upstream's real source, in a checkout of its own, so that nothing here touches build/ or waits for a lock."""
+"""The real series on upstream's real source, in a checkout of its own, so that nothing here touches build/ or waits for
+a lock.
+"""
+
 from __future__ import annotations
 
 import shutil

@@ -1,4 +1,5 @@
 """The series on every supported release: exact, reversible, the same by another engine, and what the export gives back."""
+
 from __future__ import annotations
 
 import ast
@@ -24,7 +25,8 @@ def test_upstream_is_what_the_lock_names(patched):
 def test_series_applies_exactly_and_gives_the_tree_in_the_lock(patched):
     assert patched.built.tree == patched.project.release.patched_tree, "make refresh writes the id, if the change is meant"
     assert [p.name for p in patched.files.patches] == sorted(
-        patched.built.applied + patched.built.skipped, key=[p.name for p in patched.files.patches].index)
+        patched.built.applied + patched.built.skipped, key=[p.name for p in patched.files.patches].index
+    )
 
 
 def test_each_prefix_of_the_series_leaves_python_that_parses(patched):
@@ -54,8 +56,13 @@ def test_second_engine_gives_the_same_tree(patched, plain):
         (plain / path).parent.mkdir(parents=True, exist_ok=True)
         (plain / path).write_bytes(content)
     for patch in patched.applied:
-        done = subprocess.run(["patch", "-p1", "--fuzz=0", "--force", "--no-backup-if-mismatch"], cwd=plain, input=patch.data,
-                              capture_output=True, check=False)
+        done = subprocess.run(
+            ["patch", "-p1", "--fuzz=0", "--force", "--no-backup-if-mismatch"],
+            cwd=plain,
+            input=patch.data,
+            capture_output=True,
+            check=False,
+        )
         assert done.returncode == 0, f"{patch.name}: {done.stdout.decode()}"
     assert git.tree_of(plain) == patched.built.tree
 

@@ -1,4 +1,5 @@
 """A toy upstream with two releases and a patch set over it, fresh and applied. No network, no torch."""
+
 from __future__ import annotations
 
 import os
@@ -15,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder with a name in its git configuration, and no setting of this machine. Returns the configuration file."""
+    """A home folder with a name in its git configuration, and no setting of this machine. Returns the configuration
+    file.
+    """
     home = tmp_path / "home"
     home.mkdir()
     for name in list(os.environ):
@@ -49,8 +52,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         toy = Toy(root)
         toy.fap("apply")
         toy.commit(MESSAGE.format(area="core", title="Change line eight", applies=">=1.0"), core=("line 8\n", "line eight\n"))
-        toy.commit(MESSAGE.format(area="dos", title="Change a file with carriage returns", applies=">=1.0"),
-                   dos=("second\r\n", "2nd\r\n"), core=("line 30\n", "line thirty\n"))
+        toy.commit(
+            MESSAGE.format(area="dos", title="Change a file with carriage returns", applies=">=1.0"),
+            dos=("second\r\n", "2nd\r\n"),
+            core=("line 30\n", "line thirty\n"),
+        )
         toy.fap("refresh")
         shell("git", "init", "--quiet", root, cwd=folder)
         shell("git", "add", "--all", cwd=root)

@@ -1,4 +1,5 @@
 """The patched tree: whole or not at all, exact, and never at the cost of somebody's work."""
+
 from __future__ import annotations
 
 import os
@@ -54,12 +55,15 @@ def test_a_tree_of_another_id_is_not_put_in_place(toy):
     assert stamps(toy) == before and not toy.leftovers()
 
 
-@pytest.mark.parametrize("old, new, told", [
-    ("-line 8\n", "-line 8888\n", "toy/core.py, hunk 1 of 1 (line 5)"),
-    ("-line 30\n", "-line 333\n", "toy/core.py, hunk 1 of 1 (line 27)"),
-    ("a/toy/dos.py", "a/toy/gone.py", "toy/gone.py: does not exist in index"),
-    ("@@ -27,7 +27,7 @@", "@@ -27,9 +27,9 @@", "cannot be read as a patch"),
-])
+@pytest.mark.parametrize(
+    "old, new, told",
+    [
+        ("-line 8\n", "-line 8888\n", "toy/core.py, hunk 1 of 1 (line 5)"),
+        ("-line 30\n", "-line 333\n", "toy/core.py, hunk 1 of 1 (line 27)"),
+        ("a/toy/dos.py", "a/toy/gone.py", "toy/gone.py: does not exist in index"),
+        ("@@ -27,7 +27,7 @@", "@@ -27,9 +27,9 @@", "cannot be read as a patch"),
+    ],
+)
 def test_failure_names_patch_file_and_hunk_and_changes_nothing(toy, old, new, told):
     patch = toy.patches / (CORE_PATCH if "8888" in new else DOS_PATCH)
     text = patch.read_bytes().decode()
@@ -164,16 +168,22 @@ def test_release_outside_applies_to_skips_the_patch(toy):
     assert "line eight" not in (toy.project("1.1").source / "toy" / "core.py").read_text()
 
 
-@pytest.mark.parametrize("damage, told", [
-    (lambda t: (t.patches / CORE_PATCH).unlink(), "there is no such file"),
-    (lambda t: (t.patches / "series").write_text(f"{CORE_PATCH}\n{CORE_PATCH}\n"), "twice"),
-    (lambda t: (t.patches / "series").unlink(), "series is missing"),
-    (lambda t: (t.patches / "series").write_text("../../upstream.toml\n"), "there is no such file beside it"),
-    (lambda t: (t.patches / CORE_PATCH).write_bytes((t.patches / CORE_PATCH).read_bytes().replace(b"\n", b"\r\n")), "Windows line ends"),
-    (lambda t: t.replace(t.patches / CORE_PATCH, ">=1.0", "one"), "not a version specifier"),
-    (lambda t: (t.overlay / "toy" / "core.py").write_text("mine\n"), "which upstream has too"),
-    (lambda t: (t.overlay / "toy" / "link.py").symlink_to("ours.py"), "symbolic link"),
-])
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (lambda t: (t.patches / CORE_PATCH).unlink(), "there is no such file"),
+        (lambda t: (t.patches / "series").write_text(f"{CORE_PATCH}\n{CORE_PATCH}\n"), "twice"),
+        (lambda t: (t.patches / "series").unlink(), "series is missing"),
+        (lambda t: (t.patches / "series").write_text("../../upstream.toml\n"), "there is no such file beside it"),
+        (
+            lambda t: (t.patches / CORE_PATCH).write_bytes((t.patches / CORE_PATCH).read_bytes().replace(b"\n", b"\r\n")),
+            "Windows line ends",
+        ),
+        (lambda t: t.replace(t.patches / CORE_PATCH, ">=1.0", "one"), "not a version specifier"),
+        (lambda t: (t.overlay / "toy" / "core.py").write_text("mine\n"), "which upstream has too"),
+        (lambda t: (t.overlay / "toy" / "link.py").symlink_to("ours.py"), "symbolic link"),
+    ],
+)
 def test_bad_input_is_named(toy, damage, told):
     damage(toy)
     assert told in toy.fap("apply", code=1) and not toy.leftovers()
@@ -228,11 +238,14 @@ def test_name_of_a_patch_travels_in_the_message_and_comes_back():
     assert without_name(patch.data) == ("", patch.data)
 
 
-@pytest.mark.parametrize("subject, taken, name", [
-    ("[core] Keep dq_accum offsets in 64 bits", [], "core-keep-dq-accum-offsets-in-64-bits.patch"),
-    ("[core] Ändere", ["core-ndere.patch"], "core-ndere-2.patch"),
-    ("…", [], "patch.patch"),
-])
+@pytest.mark.parametrize(
+    "subject, taken, name",
+    [
+        ("[core] Keep dq_accum offsets in 64 bits", [], "core-keep-dq-accum-offsets-in-64-bits.patch"),
+        ("[core] Ändere", ["core-ndere.patch"], "core-ndere-2.patch"),
+        ("…", [], "patch.patch"),
+    ],
+)
 def test_name_of_a_new_patch(subject, taken, name):
     assert name_for(subject, taken) == name
 

@@ -1,4 +1,7 @@
-"""The command line: one line for what a person can mend, the right exit code, one run at a time, and no harm from being stopped."""
+"""The command line: one line for what a person can mend, the right exit code, one run at a time, and no harm from being
+stopped.
+"""
+
 from __future__ import annotations
 
 import os
@@ -12,15 +15,22 @@ from pathlib import Path
 import pytest
 
 import fap
-from fapatch import apply, locking
+from fapatch import apply, locking, process
+from fapatch.errors import FapError
 from toy import shell
 
 FAP = Path(fap.__file__)
 
 
 def start(toy, *argv: str, **env: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, FAP, "--root", toy.root, *argv], env={**os.environ, **env}, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, FAP, "--root", toy.root, *argv],
+        env={**os.environ, **env},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def slow_git(tmp_path, verb: str) -> dict[str, str]:
@@ -28,7 +38,9 @@ def slow_git(tmp_path, verb: str) -> dict[str, str]:
     folder = tmp_path / "bin"
     folder.mkdir()
     script = folder / "git"
-    script.write_text(f'#!/bin/sh\ncase " $* " in *" {verb} "*) touch {tmp_path}/reached; sleep 60;; esac\nexec {shutil.which("git")} "$@"\n')
+    script.write_text(
+        f'#!/bin/sh\ncase " $* " in *" {verb} "*) touch {tmp_path}/reached; sleep 60;; esac\nexec {shutil.which("git")} "$@"\n'
+    )
     script.chmod(0o755)
     return {"PATH": f"{folder}:{os.environ['PATH']}"}
 
@@ -139,12 +151,15 @@ def test_cache_that_cannot_be_written(fresh):
     assert said.startswith("error: ") and ".cache" in said and len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("error, told", [
-    (PermissionError(13, "Permission denied", "/x/.cache/lock"), "/x/.cache/lock cannot be written"),
-    (OSError(30, "Read-only file system", "/x/.cache"), "check its owner and permissions"),
-    (OSError(122, "Disk quota exceeded"), "free some space"),
-    (OSError(5, "Input/output error", "/x"), "/x: Input/output error"),
-])
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (PermissionError(13, "Permission denied", "/x/.cache/lock"), "/x/.cache/lock cannot be written"),
+        (OSError(30, "Read-only file system", "/x/.cache"), "check its owner and permissions"),
+        (OSError(122, "Disk quota exceeded"), "free some space"),
+        (OSError(5, "Input/output error", "/x"), "/x: Input/output error"),
+    ],
+)
 def test_failures_of_the_machine_in_words(error, told):
     assert told in str(fap.explain(error))
 
@@ -208,3 +223,42 @@ def test_help_of_every_command(command, capsys):
     with pytest.raises(SystemExit) as ended:
         fap.main([command, "--help"])
     assert ended.value.code == 0 and f"fap.py {command}" in capsys.readouterr().out
+
+
+def test_a_program_past_its_time_is_ended_with_all_that_it_started(tmp_path):
+    """git's own helper, stuck in a connect(), keeps the pipe open: the wait must end all the same."""
+    begin = time.monotonic()
+    with pytest.raises(FapError, match="did not finish within 0 s.*try another"):
+        process.run("sh", "-c", "sleep 30 & sleep 30", timeout=0.3, hint="try another")
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize(
+    "said, told",
+    [
+        ("fatal: sha1 file write error: No space left on device", "free some space"),
+        ("error: insufficient permission: Permission denied", "check the owner"),
+        ("fatal: something else", "fap.py -v"),
+    ],
+)
+def test_what_git_says_gets_a_next_step(said, told):
+    with pytest.raises(FapError, match=told):
+        process.run("sh", "-c", f"echo '{said}' >&2; exit 128")
+
+
+def test_distclean_needs_no_package(toy):
+    """`make distclean` runs with a bare Python, because .venv goes too."""
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            f"import sys; sys.path.insert(0, {str(FAP.parent)!r}); import fap; "
+            f"sys.exit(fap.main(['--root', {str(toy.root)!r}, 'distclean']))",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0 and "removed: build, .cache" in ended.stdout, ended.stderr

@@ -1,4 +1,7 @@
-"""Where upstream's files come from: verified before use, equal from every source, and there without network once they were there."""
+"""Where upstream's files come from: verified before use, equal from every source, and there without network once they
+were there.
+"""
+
 from __future__ import annotations
 
 import shutil
@@ -78,10 +81,10 @@ def test_without_cache_and_network_it_says_what_to_do(fresh, index_is_far):
     assert not fresh.leftovers()
 
 
-@pytest.mark.parametrize("damage, told", [
-    (lambda data: data[:-100], "cut short or another file"),
-    (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "has sha256"),
-])
+@pytest.mark.parametrize(
+    "damage, told",
+    [(lambda data: data[:-100], "cut short or another file"), (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "has sha256")],
+)
 def test_wrong_file_in_the_cache_is_refused_by_name(fresh, damage, told):
     sdist(fresh).write_bytes(damage(sdist(fresh).read_bytes()))
     said = fresh.fap("fetch", code=1)
@@ -89,10 +92,10 @@ def test_wrong_file_in_the_cache_is_refused_by_name(fresh, damage, told):
     assert not tree(fresh) and not fresh.leftovers()
 
 
-@pytest.mark.parametrize("damage, told", [
-    (lambda data: data[:-100], "cut short or another file"),
-    (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "has sha256"),
-])
+@pytest.mark.parametrize(
+    "damage, told",
+    [(lambda data: data[:-100], "cut short or another file"), (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "has sha256")],
+)
 def test_wrong_download_never_reaches_the_cache(fresh, monkeypatch, damage, told):
     good = sdist(fresh).read_bytes()
     sdist(fresh).unlink()
@@ -120,14 +123,17 @@ def bad_member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarf
     return member
 
 
-@pytest.mark.parametrize("member, told", [
-    (bad_member("toy-1.0/toy/link.py", tarfile.SYMTYPE, "/etc/passwd"), "toy/link.py is a link"),
-    (bad_member("toy-1.0/docs/link", tarfile.LNKTYPE, "toy-1.0/setup.py"), "docs/link is a link"),
-    (bad_member("toy-1.0/pipe", tarfile.FIFOTYPE), "pipe is a link or a device"),
-    (bad_member("toy-1.0/../../evil.py"), "would leave the archive's folder"),
-    (bad_member("/etc/evil.py"), "would leave the archive's folder"),
-    (bad_member("toy-1.0/toy/new\nline.py"), "not a name that a source file has"),
-])
+@pytest.mark.parametrize(
+    "member, told",
+    [
+        (bad_member("toy-1.0/toy/link.py", tarfile.SYMTYPE, "/etc/passwd"), "toy/link.py is a link"),
+        (bad_member("toy-1.0/docs/link", tarfile.LNKTYPE, "toy-1.0/setup.py"), "docs/link is a link"),
+        (bad_member("toy-1.0/pipe", tarfile.FIFOTYPE), "pipe is a link or a device"),
+        (bad_member("toy-1.0/../../evil.py"), "would leave the archive's folder"),
+        (bad_member("/etc/evil.py"), "would leave the archive's folder"),
+        (bad_member("toy-1.0/toy/new\nline.py"), "not a name that a source file has"),
+    ],
+)
 def test_archive_with_what_does_not_belong_there(fresh, tmp_path, member, told):
     pin(fresh, make_sdist(sdist(fresh), "1.0", [member]))
     said = fresh.fap("fetch", code=1)
@@ -282,9 +288,13 @@ def test_user_configuration_does_not_leak(toy, person, monkeypatch, tmp_path):
     for hook in ("pre-commit", "applypatch-msg", "pre-applypatch", "post-checkout", "commit-msg"):
         (hooks / hook).write_text("#!/bin/sh\nexit 1\n")
         (hooks / hook).chmod(0o755)
-    settings = (f"[diff]\n noprefix = true\n context = 1\n algorithm = patience\n external = false\n[apply]\n whitespace = fix\n"
-                f"[commit]\n gpgsign = true\n[core]\n hooksPath = {hooks}\n autocrlf = true\n abbrev = 5\n[am]\n threeWay = true\n"
-                f"[format]\n signOff = true\n attach = true\n[user]\n name = Leak\n email = leak@example.org\n")
+    settings = (
+        f"[diff]\n noprefix = true\n context = 1\n algorithm = patience\n external = false\n"
+        "[apply]\n whitespace = fix\n"
+        f"[commit]\n gpgsign = true\n[core]\n hooksPath = {hooks}\n autocrlf = true\n abbrev = 5\n"
+        "[am]\n threeWay = true\n"
+        f"[format]\n signOff = true\n attach = true\n[user]\n name = Leak\n email = leak@example.org\n"
+    )
     person.write_text(settings)
     with (toy.root / ".cache" / "store.git" / "config").open("a") as config:
         config.write(settings)
@@ -296,20 +306,28 @@ def test_user_configuration_does_not_leak(toy, person, monkeypatch, tmp_path):
     toy.fap("refresh")
     toy.fap("bundle")
     assert toy.exported() == before and fetch.current(toy.project()) == commit
-    log = subprocess.run(["git", "log", "--format=%cn"], cwd=toy.source, capture_output=True, check=True,
-                         env={"PATH": "/usr/bin:/bin:/usr/local/bin", "HOME": str(tmp_path)})
+    log = subprocess.run(
+        ["git", "log", "--format=%cn"],
+        cwd=toy.source,
+        capture_output=True,
+        check=True,
+        env={"PATH": "/usr/bin:/bin:/usr/local/bin", "HOME": str(tmp_path)},
+    )
     assert b"Leak" not in log.stdout
 
 
-@pytest.mark.parametrize("path, patterns, expected", [
-    ("toy/core.py", ("toy/**/*.py",), True),
-    ("toy/ops/a/b.py", ("toy/**/*.py",), True),
-    ("other/toy/core.py", ("toy/**/*.py",), False),
-    ("toy/core.pyc", ("toy/**/*.py",), False),
-    ("a/b.py", ("*.py",), False),
-    ("flash_attn/cute/x/y.py", ("flash_attn/cute/**",), True),
-    ("setup.py", ("setup.py",), True),
-    ("setupXpy", ("setup.py",), False),
-])
+@pytest.mark.parametrize(
+    "path, patterns, expected",
+    [
+        ("toy/core.py", ("toy/**/*.py",), True),
+        ("toy/ops/a/b.py", ("toy/**/*.py",), True),
+        ("other/toy/core.py", ("toy/**/*.py",), False),
+        ("toy/core.pyc", ("toy/**/*.py",), False),
+        ("a/b.py", ("*.py",), False),
+        ("flash_attn/cute/x/y.py", ("flash_attn/cute/**",), True),
+        ("setup.py", ("setup.py",), True),
+        ("setupXpy", ("setup.py",), False),
+    ],
+)
 def test_path_patterns(path, patterns, expected):
     assert matches(path, patterns) is expected

@@ -93,7 +93,8 @@ def test_series_is_compared_both_ways(rule, patch, message, tmp_path):
 @pytest.mark.parametrize("status, good", [
     ("Pending", True), ("Submitted [https://example.org/1]", True), ("Denied [https://example.org/1]", True),
     ("Backport [060c9188]", True), ("Inappropriate [reason]", True),
-    ("pending", False), ("Submitted", False), ("Submitted [soon]", False), ("Backport []", False), ("Pending [why]", False), ("Merged", False),
+    ("pending", False), ("Submitted", False), ("Submitted [soon]", False), ("Backport []", False), ("Pending [why]", False),
+    ("Merged", False),
 ])
 def test_upstream_status_is_strict(status, good, tmp_path):
     patch = tmp_path / "interface-flag.patch"

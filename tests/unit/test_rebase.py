@@ -1,4 +1,5 @@
 """To another release: replayed, stopped at a conflict with the list of files, gone on or dropped without loss."""
+
 from __future__ import annotations
 
 import pytest
@@ -12,8 +13,11 @@ CORE_PATCH = "core-change-line-eight.patch"
 @pytest.fixture
 def clash(toy, monkeypatch):
     """A release 1.2 in which upstream changed the line that a patch changes; in the lock, not yet patched."""
-    monkeypatch.setitem(RELEASES, "1.2", {"toy/core.py": release_files("1.0")["toy/core.py"].replace("line 8\n", "line VIII\n"),
-                                          "toy/__init__.py": "VERSION = '1.2'\n"})
+    monkeypatch.setitem(
+        RELEASES,
+        "1.2",
+        {"toy/core.py": release_files("1.0")["toy/core.py"].replace("line 8\n", "line VIII\n"), "toy/__init__.py": "VERSION = '1.2'\n"},
+    )
     make_sdist(toy.root / ".cache" / "downloads" / "toy-1.2.tar.gz", "1.2")
     toy.fap("lock", "add", "1.2")
     return toy
@@ -32,8 +36,10 @@ def test_without_conflict(toy):
     before = toy.exported()
     said = toy.fap("rebase", version="1.1")
     assert "carrying 2 patches from 1.0 to 1.1" in said and "= 2:" in said and "make it the default" in said
-    assert {p for p, data in toy.exported().items() if data != before[p]} <= {f"patches/toy/{CORE_PATCH}",
-                                                                            "patches/toy/dos-change-a-file-with-carriage-returns.patch"}
+    assert {p for p, data in toy.exported().items() if data != before[p]} <= {
+        f"patches/toy/{CORE_PATCH}",
+        "patches/toy/dos-change-a-file-with-carriage-returns.patch",
+    }
     assert b"@@ -28,7 +28,7 @@" in (toy.patches / "dos-change-a-file-with-carriage-returns.patch").read_bytes()
     assert "clean" in toy.fap("status", version="1.1") and not (toy.root / "build" / "rebase" / "toy").exists()
     toy.fap("refresh")
@@ -69,7 +75,7 @@ def test_patches_that_changed_meanwhile_stop_it(clash):
     mend(clash)
     clash.replace(clash.patches / CORE_PATCH, "Why:", "Why: indeed,")
     before = clash.exported()
-    assert "changed since the rebase began" in clash.fap("rebase", "--continue", code=1)
+    assert f"{CORE_PATCH} changed since the rebase began" in clash.fap("rebase", "--continue", code=1)
     assert clash.exported() == before
     clash.replace(clash.patches / CORE_PATCH, "Why: indeed,", "Why:")
     clash.fap("rebase", "--continue", code=1)

@@ -1,4 +1,7 @@
-"""Export: what was committed in the patched tree becomes patches and overlay, the same bytes every time, and nothing gets lost."""
+"""Export: what was committed in the patched tree becomes patches and overlay, the same bytes every time, and nothing
+gets lost.
+"""
+
 from __future__ import annotations
 
 import pytest
@@ -121,10 +124,13 @@ def test_overlay_edited_in_the_checkout_and_other_files_in_the_tree_are_merged(t
     assert "clean" in toy.fap("status")
 
 
-@pytest.mark.parametrize("change, told", [
-    (lambda t: t.replace(t.overlay / "toy" / "ours.py", "1", "7"), "toy/ours.py changed in overlay/ and in the patched tree"),
-    (lambda t: t.replace(t.patches / CORE_PATCH, "Why:", "Why: indeed,"), f"{CORE_PATCH} changed in patches/"),
-])
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda t: t.replace(t.overlay / "toy" / "ours.py", "1", "7"), "toy/ours.py changed in overlay/ and in the patched tree"),
+        (lambda t: t.replace(t.patches / CORE_PATCH, "Why:", "Why: indeed,"), f"{CORE_PATCH} changed in patches/"),
+    ],
+)
 def test_changed_in_both_places_is_refused_and_nothing_is_written(toy, change, told):
     toy.replace(toy.source / "toy" / "ours.py", "1", "2")
     toy.commit("both", core=("line 20\n", "mine\n"))
@@ -188,7 +194,9 @@ def test_release_that_cannot_be_renewed_is_named_and_the_rest_is_written(toy, mo
 
 
 def test_interrupted_while_writing_goes_on(toy, monkeypatch):
-    """Killed after some files were written: the tree still has the commits, and what was written is no conflict with them."""
+    """Killed after some files were written: the tree still has the commits, and what was written is no conflict with
+    them.
+    """
     commit = toy.git("log", "--format=%H", "--grep=Change line eight")
     toy.commit(f"fixup! {commit}", core=("line 20\n", "line twenty\n"))
     toy.git(*AUTOSQUASH)

@@ -48,4 +48,4 @@ def test_a_result_is_tied_to_the_package_and_the_tests(tmp_path):
 @pytest.mark.parametrize("text", ["", "x", "-1", "2.5", "nan"])
 def test_a_fraction_is_a_number_from_0_to_1(text):
     with pytest.raises(UsageError, match="FRACTION="):
-        upstream_test._number(text, "FRACTION", float, 0, 1)
+        upstream_test._number(text, "FRACTION", float, 0, 1, "0.5")

@@ -57,7 +57,10 @@ def test_a_wheel_that_is_there_is_not_built_again_and_a_damaged_one_is(project):
     assert wheel.up_to_date(project, INPUTS, state) == (None, "dist/x.whl is gone")
 
 
-FILES = {"flash_attn/__init__.py": b"__version__ = '2.8.3.post1'\n", "flash_attn/flash_attn_interface.py": b"use_softmax = True\n", "LICENSE": b"BSD\n"}
+FILES = {
+    "flash_attn/__init__.py": b"__version__ = '2.8.3.post1'\n", "flash_attn/flash_attn_interface.py": b"use_softmax = True\n",
+    "LICENSE": b"BSD\n",
+}
 GOOD = "flash_attn-2.8.3.post1+nosoftmax.1-py3-none-any.whl"
 
 
@@ -72,12 +75,13 @@ def tree(tmp_path: Path) -> Path:
 
 def make(folder: Path, name: str = GOOD, changes: dict[str, bytes | None] | None = None, version: str = "2.8.3.post1+nosoftmax.1") -> Path:
     info = f"flash_attn-{version}.dist-info"
-    members = {**FILES, f"{info}/METADATA": f"Name: flash_attn\nVersion: {version}\n".encode(), f"{info}/licenses/LICENSE": FILES["LICENSE"]}
+    metadata = f"Name: flash_attn\nVersion: {version}\n".encode()
+    members = {**FILES, f"{info}/METADATA": metadata, f"{info}/licenses/LICENSE": FILES["LICENSE"]}
     del members["LICENSE"]
     with zipfile.ZipFile(folder / name, "w") as archive:
         for member, content in {**members, **(changes or {})}.items():
             if content is not None:
-                archive.writestr(member.format(info=info), content)
+                archive.writestr(member, content)
     return folder / name
 
 

@@ -1,4 +1,7 @@
-"""The toy patch set that the tests of the tools work on: its upstream, its lock, and what a person does in a checkout of it."""
+"""The toy patch set that the tests of the tools work on: its upstream, its lock, and what a person does in a checkout
+of it.
+"""
+
 from __future__ import annotations
 
 import gzip
@@ -59,16 +62,31 @@ def make_sdist(path: Path, version: str, extra: list[tarfile.TarInfo] | None = N
 
 def lock_text(sdists: dict[str, bytes], commits: dict[str, str], url: str) -> str:
     lines = [
-        "# A comment that must stay.", "schema = 1", 'default-family = "toy"', "", "[family.toy]", 'default = "1.0"', f'url = "{url}"',
-        'submodule = "third_party/toy"', 'cutlass-submodule = "csrc/cutlass"', 'series = "patches/toy/series"',
-        'overlay = "overlay/toy"', 'package = "toy"', "revision = 3  # and this one too",
-        'include = ["setup.py", "toy/**/*.py"]', 'exclude = ["toy/left_out/**"]',
+        "# A comment that must stay.",
+        "schema = 1",
+        'default-family = "toy"',
+        "",
+        "[family.toy]",
+        'default = "1.0"',
+        f'url = "{url}"',
+        'submodule = "third_party/toy"',
+        'cutlass-submodule = "csrc/cutlass"',
+        'series = "patches/toy/series"',
+        'overlay = "overlay/toy"',
+        'package = "toy"',
+        "revision = 3  # and this one too",
+        'include = ["setup.py", "toy/**/*.py"]',
+        'exclude = ["toy/left_out/**"]',
     ]
     for version, data in sdists.items():
         lines += [
-            "", f'[family.toy.version."{version}"]', f'tag = "v{version}"', f'commit = "{commits[version]}"',
+            "",
+            f'[family.toy.version."{version}"]',
+            f'tag = "v{version}"',
+            f'commit = "{commits[version]}"',
             f'sdist = {{ name = "toy-{version}.tar.gz", size = {len(data)}, sha256 = "{hashlib.sha256(data).hexdigest()}" }}',
-            'tree = ""', 'patched-tree = ""',
+            'tree = ""',
+            'patched-tree = ""',
         ]
     return "\n".join(lines) + "\n"
 
@@ -136,13 +154,20 @@ class Toy:
 
     def leftovers(self) -> list[str]:
         """What a run that failed must not leave behind."""
-        hidden = [*self.root.glob("build/src/*/.new*"), *self.root.glob(".cache/.*"), *self.root.glob(".cache/downloads/.part*"),
-                  *self.root.rglob("*.rej"), *self.root.rglob("*.orig")]
+        hidden = [
+            *self.root.glob("build/src/*/.new*"),
+            *self.root.glob(".cache/.*"),
+            *self.root.glob(".cache/downloads/.part*"),
+            *self.root.rglob("*.rej"),
+            *self.root.rglob("*.orig"),
+        ]
         return [str(p) for p in hidden]
 
 
 def make_upstream(folder: Path) -> dict[str, str]:
-    """The toy's git repository: what the sdist has without its vendored folders, and files that no sdist has. Version -> commit."""
+    """The toy's git repository: what the sdist has without its vendored folders, and files that no sdist has. Version
+    -> commit.
+    """
     shell("git", "init", "--quiet", folder, cwd=folder.parent)
     commits = {}
     for version in RELEASES:
@@ -154,8 +179,12 @@ def make_upstream(folder: Path) -> dict[str, str]:
         (folder / "AGENTS.md").unlink()
         (folder / "AGENTS.md").symlink_to("docs/readme.md")
         # The bytes as they are, whatever .gitattributes says: that is how such a file looks like in many a repository.
-        blobs = [line for p in sorted(folder.rglob("*")) if p.is_file() and ".git" not in p.relative_to(folder).parts[:1]
-                 and not p.is_symlink() for line in [(p, shell("git", "hash-object", "-w", "--no-filters", p, cwd=folder).strip())]]
+        blobs = [
+            line
+            for p in sorted(folder.rglob("*"))
+            if p.is_file() and ".git" not in p.relative_to(folder).parts[:1] and not p.is_symlink()
+            for line in [(p, shell("git", "hash-object", "-w", "--no-filters", p, cwd=folder).strip())]
+        ]
         for path, blob in blobs:
             shell("git", "update-index", "--add", "--cacheinfo", f"100644,{blob},{path.relative_to(folder)}", cwd=folder)
         shell("git", "add", "AGENTS.md", cwd=folder)

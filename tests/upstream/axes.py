@@ -1,7 +1,8 @@
 """Print the parameters of a test file as JSON, without making its test cases (upstream's file has a million of them).
 
     python axes.py TEST_FILE
-    {"on_gpu": false, "package": ".../flash_attn", "functions": {"test_x": [{"names": ["seqlen_q", "seqlen_k"], "labels": ["1-128", ...]}, ...]}}
+    {"on_gpu": false, "package": ".../flash_attn",
+     "functions": {"test_x": [{"names": ["seqlen_q", "seqlen_k"], "labels": ["1-128", ...]}, ...]}}
 
 The axes of a function stand in pytest's order, so that joining one label of each with "-" gives the id that pytest would give.
 """

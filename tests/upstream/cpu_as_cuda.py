@@ -40,7 +40,7 @@ def _to_cpu(value: Any) -> Any:
 class CpuAsCuda(TorchFunctionMode):
     """Inside this mode torch's functions and tensor methods that are given a CUDA device use the CPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: A002 (torch's own names)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.cuda:
             return args[0]
         return func(*map(_to_cpu, args), **{name: _to_cpu(value) for name, value in (kwargs or {}).items()})

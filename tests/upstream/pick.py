@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from axes import axes_of
 
 

@@ -6,8 +6,9 @@ import torch
 
 from ..score_function import activate_backward
 from . import torch_flash
-from .blocks import Block, blocks, dropped, query_scale, scores, weights
+from .blocks import blocks, kept, query_scale, scores, weights
 from .layout import heads_first, store
+from .masks import keep_where
 from .options import Sequences
 
 
@@ -40,48 +41,49 @@ def backward(
     k, v = (heads_first(x, nheads_k, dtype).squeeze(1) for x in (k, v))
     heads, group = q.shape[:2]
     if options.use_softmax:
-        lse = softmax_lse.to(dtype).reshape(q.shape[:3])
+        lse = softmax_lse.to(dtype).reshape(*q.shape[:3], 1)
         # As 1 / keep_prob is applied to dS at the end, it is taken out of the row sum here.
-        row_dot = (dout * heads_first(out, nheads_k, dtype)).sum(dim=-1)
+        row_dot = (dout * heads_first(out, nheads_k, dtype)).sum(dim=-1, keepdim=True)
         softmax_d.copy_(row_dot.view(softmax_d.shape))
         row_dot.mul_(keep_prob)
-    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    # Transposed, (heads, head_dim, seqlen_k): the products that add to them are faster so.
+    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k.mT), torch.zeros_like(v.mT)
 
     for block in blocks(sequences, heads, group):
-        q_block, k_block, dout_block = block.of_queries(q), block.of_keys(k), block.of_queries(dout)
+        q_block, dout_block = block.of_queries(q), block.of_queries(dout)
         if (norm := sequences.norm(block.rows)) is not None:
-            dout_block = dout_block.view(len(block.heads), group, len(block.rows), -1).mul(norm).view_as(dout_block)
-        s, slope_of_cap = scores(sequences, block, q_block, k_block)
-        dp = torch.bmm(dout_block, block.of_keys(v).transpose(1, 2))
-        drop = None if sequences.dropout is None else dropped(sequences, block, group, block.keys)
-        if drop is not None:
-            dp.masked_fill_(drop, 0.0)
-        if options.use_softmax:
-            p = _softmax(sequences, block, s, lse)
-            ds = dp.sub_(block.of_queries(row_dot[..., None])).mul_(p)
-        else:
-            ds = activate_backward(dp, s, options.activation, sequences.sigmoid_bias)
-            p = weights(sequences, block, s)
-        if slope_of_cap is not None:
-            ds.mul_(slope_of_cap)
-        if not options.use_softmax:
-            if (limit := options.grad_limit) is not None:
-                ds.clamp_(-limit, limit)
-            sequences.visibility.fill_hidden(block.by_group(ds), block.rows, block.keys, 0.0)
-        if drop is not None:
-            p.masked_fill_(drop, 0.0)
-        grad_q[block.index] = block.by_group(torch.bmm(ds, k_block))
-        block.of_keys(grad_k).baddbmm_(ds.transpose(1, 2), q_block)
-        block.of_keys(grad_v).baddbmm_(p.transpose(1, 2), dout_block)
+            dout_block = block.by_group(dout_block).mul(norm).view_as(dout_block)
+        grad_q_block = torch.zeros_like(q_block)
+        for part in block.by_keys():
+            k_part = part.of_keys(k)
+            s, slope_of_cap = scores(sequences, part, q_block, k_part)
+            dp = torch.bmm(dout_block, part.of_keys(v).mT)
+            mask = kept(sequences, part, group)
+            if mask is not None:
+                keep_where(dp, mask)
+            if options.use_softmax:
+                sequences.visibility.fill_hidden(part.by_group(s), part.rows, part.keys, -torch.inf)
+                p = s.sub_(block.of_queries(lse)).exp_()
+                ds = dp.sub_(block.of_queries(row_dot)).mul_(p)
+            else:
+                ds = activate_backward(dp, s, options.activation, sequences.sigmoid_bias)
+                p = weights(sequences, part, s)
+            if slope_of_cap is not None:
+                ds.mul_(slope_of_cap)
+            if not options.use_softmax:
+                if (limit := options.grad_limit) is not None:
+                    ds.clamp_(-limit, limit)
+                # A second time: dS has no factor P that is 0 already, and P = 0 does not mean hidden.
+                sequences.visibility.fill_hidden(part.by_group(ds), part.rows, part.keys, 0.0)
+            if mask is not None:
+                keep_where(p, mask)
+            grad_q_block.baddbmm_(ds, k_part)
+            part.of_keys(grad_k.mT).mT.baddbmm_(q_block.mT, ds)
+            part.of_keys(grad_v.mT).mT.baddbmm_(dout_block.mT, p)
+        grad_q[block.index] = block.by_group(grad_q_block)
 
     grad_q.mul_(options.softmax_scale / keep_prob)
     grad_k.mul_((options.softcap if options.softcap > 0.0 else 1.0) / keep_prob)
     grad_v.mul_(1.0 / keep_prob)
-    for target, grad in ((dq, grad_q), (dk, grad_k.unsqueeze(1)), (dv, grad_v.unsqueeze(1))):
+    for target, grad in ((dq, grad_q), (dk, grad_k.mT.unsqueeze(1)), (dv, grad_v.mT.unsqueeze(1))):
         store(target, grad, saturate=not options.use_softmax)
-
-
-def _softmax(sequences: Sequences, block: Block, s: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """exp(s - lse) in the place of s, and 0 where hidden."""
-    sequences.visibility.fill_hidden(block.by_group(s), block.rows, block.keys, -torch.inf)
-    return s.sub_(block.of_queries(lse[..., None])).exp_()

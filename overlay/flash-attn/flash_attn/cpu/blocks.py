@@ -1,6 +1,6 @@
 """Cutting the score matrix into blocks, and the steps on a block that the forward and the backward pass share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Iterator, Optional
 
 import torch
@@ -8,11 +8,10 @@ import torch
 from ..score_function import activate
 from .options import Sequences
 
-# 1 MiB of scores in float32 for each thread: the few arrays of that size stay near the caches, and calls are few.
-# Where the keys are many, the queries of a block become fewer, but not so few that the matrix products suffer.
-_ELEMENTS_PER_THREAD = 2**18
-_MAX_ROWS = 256
-_MIN_ROWS = 64
+# A block of one head takes 1 MiB in float32, so that the few arrays of that size stay near the caches; both sides are
+# long enough for the matrix products to run at full speed.
+_ROWS = 256
+_KEYS = 1024
 
 
 @dataclass(frozen=True)
@@ -22,6 +21,11 @@ class Block:
     heads: range
     rows: range
     keys: range
+
+    def by_keys(self) -> Iterator["Block"]:
+        """The same heads and queries with a part of the keys each."""
+        for first in range(self.keys.start, self.keys.stop, _KEYS):
+            yield replace(self, keys=range(first, min(first + _KEYS, self.keys.stop)))
 
     @property
     def index(self) -> tuple[slice, slice, slice]:
@@ -42,20 +46,21 @@ class Block:
 
 
 def blocks(sequences: Sequences, heads: int, group: int) -> Iterator[Block]:
-    """All blocks of `heads` key heads with `group` query heads each; queries that see no key are in none."""
+    """Cut `heads` key heads with `group` query heads each into blocks of rows, each with all the keys that they see.
+
+    Queries that see no key are in no block.
+    """
     visibility = sequences.visibility
-    elements = _ELEMENTS_PER_THREAD * torch.get_num_threads()
-    rows = max(1, min(_MAX_ROWS, visibility.seqlen_q))
-    while rows > 1 and rows * group > _MIN_ROWS and rows * group * visibility.widest(rows) > elements:
-        rows //= 2
-    heads_at_once = max(1, elements // max(1, rows * group * visibility.widest(rows)))
+    rows = max(1, min(_ROWS // group, visibility.seqlen_q))
+    keys = max(1, min(_KEYS, visibility.seqlen_k))
+    heads_at_once = max(torch.get_num_threads(), torch.get_num_threads() * _ROWS * _KEYS // (rows * group * keys))
     for first_head in range(0, heads, heads_at_once):
         block_heads = range(first_head, min(first_head + heads_at_once, heads))
         for first_row in range(0, visibility.seqlen_q, rows):
             block_rows = range(first_row, min(first_row + rows, visibility.seqlen_q))
-            keys = visibility.seen_by_any(block_rows)
-            if keys:
-                yield Block(block_heads, block_rows, keys)
+            seen = visibility.seen_by_any(block_rows)
+            if seen:
+                yield Block(block_heads, block_rows, seen)
 
 
 def query_scale(sequences: Sequences) -> float:
@@ -93,7 +98,10 @@ def weights(sequences: Sequences, block: Block, s: torch.Tensor) -> torch.Tensor
     return p
 
 
-def dropped(sequences: Sequences, block: Block, group: int, keys: range) -> torch.Tensor:
-    """Bool (heads, group * rows, keys), true where dropout drops the weight of one of `keys`."""
+def kept(sequences: Sequences, block: Block, group: int) -> Optional[torch.Tensor]:
+    """The mask (see masks.py) of the weights that dropout keeps, (heads, group * rows, keys); None without dropout."""
+    if sequences.dropout is None:
+        return None
     query_heads = range(block.heads.start * group, block.heads.stop * group)
-    return sequences.dropout.dropped(query_heads, block.rows, keys).view(len(block.heads), -1, len(keys))
+    mask = sequences.dropout.kept(query_heads, block.rows, block.keys)
+    return mask.view(len(block.heads), -1, len(block.keys))

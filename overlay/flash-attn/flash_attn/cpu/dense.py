@@ -71,7 +71,7 @@ def fwd(
     )
     out = torch.empty_like(q) if out is None else out
     lse_shape = (batch, nheads, seqlen_q) if use_softmax else (0,)
-    softmax_lse = torch.empty(lse_shape, dtype=torch.float32)
+    softmax_lse = torch.empty(lse_shape, dtype=torch.float32, device="cpu")
     forward(sequences, q, k, v, out, softmax_lse if use_softmax else None)
     s_dmask = q.new_zeros(0)
     if return_softmax and dropout_p > 0.0:
@@ -131,7 +131,7 @@ def bwd(
         options, range(batch), (seqlen_q, seqlen_k), (nheads, nheads_k), alibi_slopes, checks.seed(rng_state, dropout_p)
     )
     dq, dk, dv = (torch.empty_like(x) if grad is None else grad for x, grad in ((q, dq), (k, dk), (v, dv)))
-    softmax_d = torch.zeros((batch, nheads, round128(seqlen_q)) if use_softmax else (0,), dtype=torch.float32)
+    softmax_d = torch.zeros((batch, nheads, round128(seqlen_q)) if use_softmax else (0,), dtype=torch.float32, device="cpu")
     if use_softmax:
         backward(sequences, dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_d[..., :seqlen_q])
     else:

@@ -9,12 +9,14 @@ from typing import Optional
 
 import torch
 
+from .masks import is_negative
+
 
 def new_rng_state(dropout_p: float, generator: Optional[torch.Generator]) -> torch.Tensor:
     """int64 (2,): [seed, 0], drawn from the generator or PyTorch's default one; [0, 0], and none drawn, at p = 0."""
-    state = torch.zeros(2, dtype=torch.int64)
+    state = torch.zeros(2, dtype=torch.int64, device="cpu")
     if dropout_p > 0.0:
-        state[0] = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, generator=generator)
+        state[0] = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, generator=generator, device="cpu")
     return state
 
 
@@ -30,17 +32,21 @@ class Dropout:
     p: float
     first_head: int = 0
 
-    def dropped(self, heads: range, rows: range, keys: range) -> torch.Tensor:
-        """Bool (len(heads), len(rows), len(keys)), true where the weight is dropped; heads count from first_head."""
-        head = torch.arange(heads.start, heads.stop)[:, None] + self.first_head
-        row_key = _mix64(_mix64(head + self.seed) + torch.arange(rows.start, rows.stop)).to(torch.int32)
-        column_key = _mix64(torch.arange(keys.start, keys.stop) + ~self.seed).to(torch.int32)
+    def kept(self, heads: range, rows: range, keys: range) -> torch.Tensor:
+        """The mask (see masks.py) of the weights that stay, (len(heads), len(rows), len(keys)); heads from first_head."""
+        head = torch.arange(heads.start, heads.stop, device="cpu")[:, None] + self.first_head
+        row = torch.arange(rows.start, rows.stop, device="cpu")
+        column = torch.arange(keys.start, keys.stop, device="cpu")
+        row_key = _mix64(_mix64(head + self.seed) + row).to(torch.int32)
+        column_key = _mix64(column + ~self.seed).to(torch.int32)
         # Two rounds of multiply and xor-shift: neighbouring rows and columns share their keys, and must not correlate.
-        bits = row_key[:, :, None] ^ column_key
-        bits.mul_(0x7FEB352D)
-        bits.bitwise_xor_(bits >> 15)
-        bits.mul_(0x2C1B3C6D)
-        return bits < round(self.p * 2**32) - 2**31
+        number = row_key[:, :, None] ^ column_key
+        number.mul_(0x7FEB352D)
+        number.bitwise_xor_(number >> 15)
+        number.mul_(0x2C1B3C6D)
+        # 31 random bits; a weight is kept where they are at least p * 2^31.
+        number.bitwise_and_(2**31 - 1)
+        return is_negative(number.neg_().add_(round(self.p * 2**31) - 1))
 
 
 def _mix64(x: torch.Tensor) -> torch.Tensor:

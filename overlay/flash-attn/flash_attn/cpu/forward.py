@@ -5,8 +5,9 @@ from typing import Optional
 import torch
 
 from . import torch_flash
-from .blocks import Block, blocks, dropped, query_scale, scores, weights
+from .blocks import blocks, kept, query_scale, scores, weights
 from .layout import heads_first, store
+from .masks import keep_where
 from .options import Sequences
 
 
@@ -32,20 +33,25 @@ def forward(
     k, v = (heads_first(x, nheads_k, dtype).squeeze(1) for x in (k, v))
     heads, group = q.shape[:2]
     result = torch.zeros_like(q)
-    lse = torch.full(q.shape[:3], torch.inf, dtype=dtype)
+    lse = q.new_full(q.shape[:3], torch.inf)
 
     for block in blocks(sequences, heads, group):
-        s, _ = scores(sequences, block, block.of_queries(q), block.of_keys(k))
-        if options.use_softmax:
-            p, row_sum, row_lse = _softmax(sequences, block, s)
-            lse[block.index] = block.by_group(row_lse).squeeze(-1)
-        else:
-            p = weights(sequences, block, s)
-        if sequences.dropout is not None:
-            p.masked_fill_(dropped(sequences, block, group, block.keys), 0.0)
-        o = torch.bmm(p, block.of_keys(v))
-        if options.use_softmax:
-            o.div_(row_sum)
+        q_block = block.of_queries(q)
+        o = torch.zeros_like(q_block)
+        softmax = _RunningSoftmax(o) if options.use_softmax else None
+        for part in block.by_keys():
+            s, _ = scores(sequences, part, q_block, part.of_keys(k))
+            if softmax is not None:
+                sequences.visibility.fill_hidden(part.by_group(s), part.rows, part.keys, -torch.inf)
+                p = softmax.next_weights(s)
+            else:
+                p = weights(sequences, part, s)
+            if (mask := kept(sequences, part, group)) is not None:
+                keep_where(p, mask)
+            o.baddbmm_(p, part.of_keys(v))
+        if softmax is not None:
+            o.div_(softmax.divisor())
+            lse[block.index] = block.by_group(softmax.log_sum_exp()).squeeze(-1)
         o = block.by_group(o)
         if (norm := sequences.norm(block.rows)) is not None:
             o.mul_(norm)
@@ -58,15 +64,34 @@ def forward(
         softmax_lse.copy_(lse.view(softmax_lse.shape))
 
 
-def _softmax(
-    sequences: Sequences, block: Block, s: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """exp(s - row maximum) in the place of s, the sum of each row, and its log-sum-exp; +inf where no key is seen."""
-    sequences.visibility.fill_hidden(block.by_group(s), block.rows, block.keys, -torch.inf)
-    row_max = s.amax(dim=-1, keepdim=True)
-    row_max.masked_fill_(row_max == -torch.inf, 0.0)
-    p = s.sub_(row_max).exp_()
-    row_sum = p.sum(dim=-1, keepdim=True)
-    lse = row_sum.log().add_(row_max).masked_fill_(row_sum == 0.0, torch.inf)
-    # A row that sees a key sums to 1 at least, since its maximum gives exp(0).
-    return p, row_sum.clamp_(min=1.0), lse
+class _RunningSoftmax:
+    """Softmax over keys that come part by part (Milakov and Gimelshein, arXiv 1805.02867).
+
+    The weights are relative to the maximum so far; when it grows, the output accumulated from them is scaled down.
+    """
+
+    def __init__(self, output: torch.Tensor) -> None:
+        """output: (heads, rows, head_dim), zeros; the caller adds the product of the weights and V to it."""
+        self._output = output
+        self._maximum = output.new_full((*output.shape[:-1], 1), -torch.inf)
+        self._sum = torch.zeros_like(self._maximum)
+
+    def next_weights(self, s: torch.Tensor) -> torch.Tensor:
+        """exp(s - maximum) in the place of s (heads, rows, keys), in which hidden entries are -inf."""
+        maximum = torch.maximum(self._maximum, s.amax(dim=-1, keepdim=True))
+        # A row that has seen no key yet has the maximum -inf, and -inf - -inf would be NaN.
+        reference = maximum.masked_fill(maximum == -torch.inf, 0.0)
+        shrink = self._maximum.sub_(reference).exp_()
+        self._maximum = maximum
+        self._output.mul_(shrink)
+        p = s.sub_(reference).exp_()
+        self._sum.mul_(shrink).add_(p.sum(dim=-1, keepdim=True))
+        return p
+
+    def divisor(self) -> torch.Tensor:
+        """The row sums; 1 where no key was seen. Other rows sum to 1 at least, as their maximum gives exp(0)."""
+        return self._sum.clamp(min=1.0)
+
+    def log_sum_exp(self) -> torch.Tensor:
+        """+inf where no key was seen, as in the extension."""
+        return self._sum.log().add_(self._maximum).masked_fill_(self._sum == 0.0, torch.inf)

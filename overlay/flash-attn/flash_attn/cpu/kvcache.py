@@ -94,16 +94,16 @@ def fwd_kvcache(
     checks.rotary(rotary_cos, rotary_sin, head_dim, k is not None, capacity, filled, seqlen_q if steps else 1)
 
     out = torch.empty_like(q) if out is None else out
-    softmax_lse = torch.empty((batch, nheads, seqlen_q) if use_softmax else (0,), dtype=torch.float32)
+    softmax_lse = torch.empty((batch, nheads, seqlen_q) if use_softmax else (0,), dtype=torch.float32, device="cpu")
     for b in range(batch):
         q_b = q[b]
         if rotary_cos is not None:
-            position = torch.arange(seqlen_q) + filled[b] if steps else torch.full((seqlen_q,), filled[b])
+            position = torch.arange(seqlen_q, device="cpu") + filled[b] if steps else torch.full((seqlen_q,), filled[b], device="cpu")
             q_b = apply_rotary(q_b, rotary_cos, rotary_sin, position, rotary_interleaved)
         if k is not None:
             k_new = k[b]
             if rotary_cos is not None:
-                position = torch.arange(seqlen_new) + filled[b]
+                position = torch.arange(seqlen_new, device="cpu") + filled[b]
                 k_new = apply_rotary(k_new, rotary_cos, rotary_sin, position, rotary_interleaved)
             for cache, new in ((kcache, k_new), (vcache, v[b])):
                 if paged:

@@ -21,5 +21,5 @@ def store(target: torch.Tensor, value: torch.Tensor, saturate: bool) -> None:
     if saturate and target.dtype in (torch.float16, torch.bfloat16):
         limit = torch.finfo(target.dtype).max
         value = value.clamp_(-limit, limit)
-    value = value.view(batch, nheads // group, group, seqlen, head_dim)
+    value = value.unflatten(0, (batch, nheads // group))
     target.unflatten(2, (nheads // group, group)).permute(0, 2, 3, 1, 4).copy_(value)

@@ -83,10 +83,10 @@ class Sequences:
             case None:
                 return None
             case "1/n":
-                return torch.tensor(1.0 / n, dtype=dtype)
+                return torch.tensor(1.0 / n, dtype=dtype, device="cpu")
             case "1/sqrt(n)":
-                return torch.tensor(1.0 / math.sqrt(n), dtype=dtype)
+                return torch.tensor(1.0 / math.sqrt(n), dtype=dtype, device="cpu")
             case "1/visible":
-                return self.visibility.counts(rows).clamp(min=1).to(dtype).reciprocal()[:, None]
+                return self.visibility.counts(rows).clamp(min=1).to(dtype).reciprocal()
             case other:
                 raise ValueError(f"normalization={other!r} is not known")

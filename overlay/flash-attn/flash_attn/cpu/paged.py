@@ -14,6 +14,6 @@ def gather_pages(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch
 
 def write_pages(cache: torch.Tensor, table: torch.Tensor, start: int, rows: torch.Tensor) -> None:
     """Write rows (n, nheads_k, head_dim) at the positions start, start + 1, … of a sequence, in place."""
-    position = torch.arange(start, start + rows.shape[0])
+    position = torch.arange(start, start + rows.shape[0], device="cpu")
     page_size = cache.shape[1]
     cache[table[position // page_size].long(), position % page_size] = rows

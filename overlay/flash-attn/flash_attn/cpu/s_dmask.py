@@ -2,7 +2,7 @@
 
 import torch
 
-from .blocks import Block, blocks, dropped, query_scale, scores
+from .blocks import Block, blocks, kept, query_scale, scores
 from .layout import heads_first
 from .options import Sequences
 
@@ -22,8 +22,8 @@ def write_s_dmask(sequences: Sequences, q: torch.Tensor, k: torch.Tensor, s_dmas
         all_keys = range(visibility.seqlen_k)
         for head in range(s_dmask.shape[0]):
             block = Block(range(head, head + 1), range(visibility.seqlen_q), all_keys)
-            drop = block.by_group(dropped(sequences, block, group, all_keys))
-            s_dmask[block.index + (slice(visibility.seqlen_k),)] = 1.0 - 2.0 * drop.to(s_dmask.dtype)
+            mask = block.by_group(kept(sequences, block, group))
+            s_dmask[block.index + (slice(visibility.seqlen_k),)] = torch.where(mask != 0, 1.0, -1.0).to(s_dmask.dtype)
         return
     q = heads_first(q, nheads_k, options.compute_dtype) * query_scale(sequences)
     k = heads_first(k, nheads_k, options.compute_dtype).squeeze(1)
@@ -32,5 +32,5 @@ def write_s_dmask(sequences: Sequences, q: torch.Tensor, k: torch.Tensor, s_dmas
         visibility.fill_hidden(block.by_group(s), block.rows, block.keys, -torch.inf)
         row_max = s.amax(dim=-1, keepdim=True)
         p = s.sub_(row_max.masked_fill_(row_max == -torch.inf, 0.0)).exp_()
-        p = torch.where(dropped(sequences, block, group, block.keys), -p, p)
+        p = torch.where(kept(sequences, block, group) != 0, p, -p)
         s_dmask[block.index + (slice(block.keys.start, block.keys.stop),)] = block.by_group(p).to(s_dmask.dtype)

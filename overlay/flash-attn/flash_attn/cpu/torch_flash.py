@@ -10,12 +10,16 @@ _MIN_SEQLEN_Q = 32
 
 
 def fits(sequences: Sequences) -> bool:
-    """Softmax over keys that are all seen, without bias, cap or dropout. PyTorch's causal mask is aligned top left."""
+    """Plain softmax over keys that are all seen, or square and causal: PyTorch aligns the causal mask top left.
+
+    It also scales after masking, so that a softmax_scale of 0 or less would make the mask NaN or +inf.
+    """
     options, visibility = sequences.options, sequences.visibility
     window = visibility.window
     square_causal = window.left is None and window.right == 0 and visibility.offset == 0
     return (
         options.use_softmax
+        and options.softmax_scale > 0.0
         and options.softcap == 0.0
         and sequences.alibi_slopes is None
         and sequences.dropout is None

@@ -105,7 +105,7 @@ def varlen_fwd(
     )
     rng_state = new_rng_state(dropout_p, gen)
     out = torch.empty_like(q) if out is None else out
-    softmax_lse = torch.full((nheads, total_q) if use_softmax else (0,), torch.inf, dtype=torch.float32)
+    softmax_lse = torch.full((nheads, total_q) if use_softmax else (0,), torch.inf, dtype=torch.float32, device="cpu")
     s_dmask = q.new_zeros(0)
     if return_softmax and dropout_p > 0.0:
         s_dmask = q.new_zeros(batch, nheads, round128(max_seqlen_q), round128(max_seqlen_k))
@@ -184,7 +184,7 @@ def varlen_bwd(
         checks.shape("softmax_lse", softmax_lse, nheads, total_q, axes="nheads, total_q")
     seed = checks.seed(rng_state, dropout_p)
     dq, dk, dv = (torch.empty_like(x) if grad is None else grad for x, grad in ((q, dq), (k, dk), (v, dv)))
-    softmax_d = torch.zeros((nheads, total_q + 128 * batch) if use_softmax else (0,), dtype=torch.float32)
+    softmax_d = torch.zeros((nheads, total_q + 128 * batch) if use_softmax else (0,), dtype=torch.float32, device="cpu")
     for grad, starts in ((dq, starts_q), (dk, starts_k), (dv, starts_k)):
         grad[: starts[0]].zero_()
         grad[starts[-1] :].zero_()

@@ -5,6 +5,8 @@ from typing import Optional
 
 import torch
 
+from .masks import is_negative, keep_where
+
 
 @dataclass(frozen=True)
 class Window:
@@ -71,8 +73,8 @@ class Visibility:
         return min(self.seqlen_k, left + right + rows)
 
     def counts(self, rows: range) -> torch.Tensor:
-        """The number of keys that each of the queries sees, int64, shape (len(rows),)."""
-        aligned = torch.arange(rows.start, rows.stop) + self.offset
+        """The number of keys that each of the queries sees, int32, (len(rows), 1)."""
+        aligned, _ = self._positions(rows, range(0))
         left, right = self.window.left, self.window.right
         start = torch.zeros_like(aligned) if left is None else (aligned - left).clamp(min=0)
         stop = torch.full_like(aligned, self.seqlen_k)
@@ -89,20 +91,24 @@ class Visibility:
         for edge in edges:
             if edge:
                 part = block[..., edge.start - keys.start : edge.stop - keys.start]
-                part.masked_fill_(self._hidden(rows, edge), value)
+                keep_where(part, self._visible(rows, edge), value)
 
-    def _hidden(self, rows: range, keys: range) -> torch.Tensor:
-        """Bool (len(rows), len(keys)), true where the key is outside the query's window."""
-        aligned = torch.arange(rows.start, rows.stop)[:, None] + self.offset
-        key = torch.arange(keys.start, keys.stop)
-        hidden = torch.zeros(len(rows), len(keys), dtype=torch.bool)
+    def _visible(self, rows: range, keys: range) -> torch.Tensor:
+        """The mask (see masks.py) of the keys inside the window of each query, (len(rows), len(keys))."""
+        aligned, key = self._positions(rows, keys)
+        mask = torch.full((len(rows), len(keys)), -1, dtype=torch.int32, device="cpu")
         if self.window.left is not None:
-            hidden |= key < aligned - self.window.left
+            mask &= is_negative(aligned - (self.window.left + 1) - key)
         if self.window.right is not None:
-            hidden |= key > aligned + self.window.right
-        return hidden
+            mask &= is_negative(key - (aligned + (self.window.right + 1)))
+        return mask
+
+    def _positions(self, rows: range, keys: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32: the keys that the queries are aligned with, (len(rows), 1), and the keys, (len(keys),)."""
+        aligned = torch.arange(rows.start, rows.stop, dtype=torch.int32, device="cpu")[:, None] + self.offset
+        return aligned, torch.arange(keys.start, keys.stop, dtype=torch.int32, device="cpu")
 
     def distances(self, rows: range, keys: range, dtype: torch.dtype) -> torch.Tensor:
-        """|i + seqlen_k - seqlen_q - j|, the distance that ALiBi weighs; shape (len(rows), len(keys))."""
-        aligned = torch.arange(rows.start, rows.stop)[:, None] + self.offset
-        return (aligned - torch.arange(keys.start, keys.stop)).abs().to(dtype)
+        """|i + seqlen_k - seqlen_q - j|, the distance that ALiBi weighs, (len(rows), len(keys))."""
+        aligned, key = self._positions(rows, keys)
+        return (aligned - key).abs().to(dtype)
