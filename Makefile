@@ -48,7 +48,7 @@ smoke: env  ## one forward and backward without softmax, checked against fp64
 
 lint: env  ## check patches, headers, lock and code style
 	@$(FAP) lint
-	@$(PY) -m ruff check scripts tests overlay benchmarks examples
+	@$(PY) -m ruff check --quiet scripts tests overlay benchmarks
 
 test: wheel lint  ## everything that this machine can check
 	$(PY) -m pytest -n $(JOBS)
