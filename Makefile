@@ -66,7 +66,8 @@ upstream-test: wheel  ## a sample of upstream's own tests (FRACTION=, COUNT=, SE
 	@$(FAP) upstream-test
 
 bench: wheel  ## speed of the CPU backend against torch's own attention
-	$(PY) benchmarks/cpu_vs_sdpa.py
+	$(PY) benchmarks/cpu_vs_sdpa.py --max-ratio 1.5 --json docs/results/cpu_vs_sdpa.json
+	$(PY) benchmarks/plot_cpu.py
 
 clean: env  ## drop build/
 	@$(FAP) clean

@@ -50,10 +50,10 @@ Backward, with dO'_i = norm_i dO_i, dP_ij = dO'_i . v_j and r = 1 / (1 - dropout
 The mask and the dropout act on dS as well: without softmax dS has no factor P that would do it, and a visible score of
 exactly 0 still has a gradient. Neither O nor a log-sum-exp is needed.
 
-Finite in, finite out: for float16 tensors of any finite size and bfloat16 tensors up to 1e9 no output or gradient is NaN
-or Inf. With float16, P and dS saturate at +-65504 before they are used; outputs and gradients saturate at the largest
-finite value of their dtype; "relu2" takes scores above 2^40 as 2^40. NaN or Inf in a slot that no query may see never
-reaches a result.
+Finite in, finite out: for float16 tensors of any finite size and bfloat16 tensors up to 1e9 no output or gradient is
+NaN or Inf. With float16, P and dS saturate at +-65504 before they are used; "relu2" takes scores above 2^40 as 2^40,
+and its dS saturates at +-2^80. Outputs and gradients in 16 bit saturate at the largest finite value of their dtype. NaN
+or Inf in a slot that no query may see never reaches a result.
 """
 
 import math

@@ -6,7 +6,7 @@ import torch
 
 from ..score_function import activate_backward
 from . import torch_flash
-from .blocks import blocks, kept, query_scale, scores, weights
+from .blocks import Block, blocks, kept, products, query_scale, scores, weights
 from .layout import heads_first, store
 from .masks import keep_where
 from .options import Sequences
@@ -46,8 +46,9 @@ def backward(
         row_dot = (dout * heads_first(out, nheads_k, dtype)).sum(dim=-1, keepdim=True)
         softmax_d.copy_(row_dot.view(softmax_d.shape))
         row_dot.mul_(keep_prob)
-    # Transposed, (heads, head_dim, seqlen_k): the products that add to them are faster so.
-    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k.mT), torch.zeros_like(v.mT)
+    grad_q = torch.zeros_like(q)
+    # (heads, head_dim, seqlen_k): the products that add to these are faster in this layout.
+    grad_k, grad_v = (x.new_zeros(x.mT.shape) for x in (k, v))
 
     for block in blocks(sequences, heads, group):
         q_block, dout_block = block.of_queries(q), block.of_queries(dout)
@@ -56,25 +57,22 @@ def backward(
         grad_q_block = torch.zeros_like(q_block)
         for part in block.by_keys():
             k_part = part.of_keys(k)
-            s, slope_of_cap = scores(sequences, part, q_block, k_part)
+            u = products(sequences, q_block, k_part)
+            # u is tanh here, whose derivative is 1 - tanh^2; taken before the bias is added in its place.
+            slope_of_cap = u.square().neg_().add_(1.0) if options.softcap > 0.0 else None
+            s = scores(sequences, part, u)
             dp = torch.bmm(dout_block, part.of_keys(v).mT)
             mask = kept(sequences, part, group)
             if mask is not None:
                 keep_where(dp, mask)
             if options.use_softmax:
-                sequences.visibility.fill_hidden(part.by_group(s), part.rows, part.keys, -torch.inf)
-                p = s.sub_(block.of_queries(lse)).exp_()
-                ds = dp.sub_(block.of_queries(row_dot)).mul_(p)
+                p, ds = _softmax(sequences, part, s, dp, block.of_queries(lse), block.of_queries(row_dot))
             else:
-                ds = activate_backward(dp, s, options.activation, sequences.sigmoid_bias)
-                p = weights(sequences, part, s)
+                p, ds = _activation(sequences, part, s, dp)
             if slope_of_cap is not None:
                 ds.mul_(slope_of_cap)
-            if not options.use_softmax:
-                if (limit := options.grad_limit) is not None:
-                    ds.clamp_(-limit, limit)
-                # A second time: dS has no factor P that is 0 already, and P = 0 does not mean hidden.
-                sequences.visibility.fill_hidden(part.by_group(ds), part.rows, part.keys, 0.0)
+            if (limit := options.grad_limit) is not None:
+                ds.clamp_(-limit, limit)
             if mask is not None:
                 keep_where(p, mask)
             grad_q_block.baddbmm_(ds, k_part)
@@ -87,3 +85,22 @@ def backward(
     grad_v.mul_(1.0 / keep_prob)
     for target, grad in ((dq, grad_q), (dk, grad_k.mT.unsqueeze(1)), (dv, grad_v.mT.unsqueeze(1))):
         store(target, grad, saturate=not options.use_softmax)
+
+
+def _softmax(
+    sequences: Sequences, part: Block, s: torch.Tensor, dp: torch.Tensor, lse: torch.Tensor, row_dot: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """P and dS = P * (dP - rowsum(dO * O)), in the places of s and dp."""
+    sequences.visibility.fill_hidden(part.by_group(s), part.rows, part.keys, -torch.inf)
+    p = s.sub_(lse).exp_()
+    return p, dp.sub_(row_dot).mul_(p)
+
+
+def _activation(
+    sequences: Sequences, part: Block, s: torch.Tensor, dp: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """P and dS = dP * f'(s); s and dp may be overwritten."""
+    ds = activate_backward(dp, s, sequences.options.activation, sequences.sigmoid_bias)
+    # The mask acts on dS as well: it has no factor P that is 0 already, and a P of 0 does not mean hidden.
+    sequences.visibility.fill_hidden(part.by_group(ds), part.rows, part.keys, 0.0)
+    return weights(sequences, part, s), ds

@@ -53,7 +53,7 @@ def blocks(sequences: Sequences, heads: int, group: int) -> Iterator[Block]:
     visibility = sequences.visibility
     rows = max(1, min(_ROWS // group, visibility.seqlen_q))
     keys = max(1, min(_KEYS, visibility.seqlen_k))
-    heads_at_once = max(torch.get_num_threads(), torch.get_num_threads() * _ROWS * _KEYS // (rows * group * keys))
+    heads_at_once = max(1, torch.get_num_threads() * _ROWS * _KEYS // (rows * group * keys))
     for first_head in range(0, heads, heads_at_once):
         block_heads = range(first_head, min(first_head + heads_at_once, heads))
         for first_row in range(0, visibility.seqlen_q, rows):
@@ -69,24 +69,24 @@ def query_scale(sequences: Sequences) -> float:
     return options.softmax_scale / options.softcap if options.softcap > 0.0 else options.softmax_scale
 
 
-def scores(
-    sequences: Sequences, block: Block, q: torch.Tensor, k: torch.Tensor
-) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """s of a block (heads, group * rows, keys), hidden entries included, and 1 - tanh^2 of the softcap or None.
+def products(sequences: Sequences, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The scaled q.k of a block, (heads, group * rows, keys); with softcap tanh(scaled q.k / softcap).
 
     q: (heads, group * rows, head_dim), scaled by query_scale; k: (heads, keys, head_dim).
     """
-    s = torch.bmm(q, k.transpose(1, 2))
-    softcap, slope_of_cap = sequences.options.softcap, None
-    if softcap > 0.0:
-        s.tanh_()
-        slope_of_cap = s.square().neg_().add_(1.0)
-        s.mul_(softcap)
+    u = torch.bmm(q, k.mT)
+    return u.tanh_() if sequences.options.softcap > 0.0 else u
+
+
+def scores(sequences: Sequences, block: Block, u: torch.Tensor) -> torch.Tensor:
+    """s, hidden entries included, in the place of what `products` returned."""
+    if sequences.options.softcap > 0.0:
+        u.mul_(sequences.options.softcap)
     if sequences.alibi_slopes is not None:
         slopes = sequences.alibi_slopes[block.heads.start : block.heads.stop, :, None, None]
-        distances = sequences.visibility.distances(block.rows, block.keys, s.dtype)
-        block.by_group(s).addcmul_(slopes, distances, value=-1)
-    return s, slope_of_cap
+        distances = sequences.visibility.distances(block.rows, block.keys, u.dtype)
+        block.by_group(u).addcmul_(slopes, distances, value=-1)
+    return u
 
 
 def weights(sequences: Sequences, block: Block, s: torch.Tensor) -> torch.Tensor:

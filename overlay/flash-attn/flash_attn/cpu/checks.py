@@ -35,9 +35,9 @@ def options(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p={dropout_p}: give a probability in [0, 1)")
     if softcap > 0.0 and dropout_p > 0.0:
-        raise ValueError(f"softcap={softcap} with dropout_p={dropout_p}: softcap does not support dropout, leave one out")
+        raise ValueError(f"softcap={softcap} with dropout_p={dropout_p} is not supported: leave one of them out")
     if softcap > 0.0 and softmax_scale <= 0.0:
-        raise ValueError(f"softmax_scale={softmax_scale} with softcap={softcap}: softcap needs a positive softmax_scale")
+        raise ValueError(f"softmax_scale={softmax_scale} with softcap={softcap}: softcap needs a positive scale")
     if has_alibi and softmax_scale == 0.0:
         raise ValueError("softmax_scale=0 with alibi_slopes: give another softmax_scale, or leave the slopes out")
     resolve(use_softmax, activation, "-log n" if sigmoid_bias is None else sigmoid_bias, normalization)
@@ -116,7 +116,7 @@ def cu_seqlens(name: str, offsets: Sequence[int], total: Optional[int], max_seql
         if stop < start:
             raise ValueError(f"{name} descends from {start} to {stop} at entry {i + 1}: give cumulative lengths")
         if max_seqlen is not None and stop - start > max_seqlen:
-            raise ValueError(f"{name}: sequence {i} has length {stop - start}, but the max_seqlen given is {max_seqlen}")
+            raise ValueError(f"{name}: sequence {i} has length {stop - start}, more than max_seqlen={max_seqlen}")
     if total is not None and offsets[-1] > total:
         raise ValueError(f"{name} ends at {offsets[-1]}, but the tensor has only {total} rows")
 

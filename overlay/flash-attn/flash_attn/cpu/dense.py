@@ -49,8 +49,8 @@ def fwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention forward. sigmoid_bias None is -log n; see flash_attn.score_function for the last four.
 
-    q: (batch, seqlen_q, nheads, head_dim); k, v: (batch, seqlen_k, nheads_k, head_dim); out as q, written in place if it
-    is given; float16, bfloat16, float32 or float64. alibi_slopes: float32 (nheads,) or (batch, nheads).
+    q: (batch, seqlen_q, nheads, head_dim); k, v: (batch, seqlen_k, nheads_k, head_dim); out as q, written in place if
+    it is given; float16, bfloat16, float32 or float64. alibi_slopes: float32 (nheads,) or (batch, nheads).
     Returns out; softmax_lse, float32 (batch, nheads, seqlen_q), or (0,) without softmax; S_dmask (batch, nheads,
     round128(seqlen_q), round128(seqlen_k)) in q's dtype if return_softmax and dropout_p > 0, else (0,); and rng_state,
     int64 (2,), for the backward pass.
@@ -131,7 +131,8 @@ def bwd(
         options, range(batch), (seqlen_q, seqlen_k), (nheads, nheads_k), alibi_slopes, checks.seed(rng_state, dropout_p)
     )
     dq, dk, dv = (torch.empty_like(x) if grad is None else grad for x, grad in ((q, dq), (k, dk), (v, dv)))
-    softmax_d = torch.zeros((batch, nheads, round128(seqlen_q)) if use_softmax else (0,), dtype=torch.float32, device="cpu")
+    d_shape = (batch, nheads, round128(seqlen_q)) if use_softmax else (0,)
+    softmax_d = torch.zeros(d_shape, dtype=torch.float32, device="cpu")
     if use_softmax:
         backward(sequences, dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_d[..., :seqlen_q])
     else:

@@ -33,7 +33,10 @@ class Dropout:
     first_head: int = 0
 
     def kept(self, heads: range, rows: range, keys: range) -> torch.Tensor:
-        """The mask (see masks.py) of the weights that stay, (len(heads), len(rows), len(keys)); heads from first_head."""
+        """The mask (see masks.py) of the weights that stay, (len(heads), len(rows), len(keys)).
+
+        Heads are numbered from first_head.
+        """
         head = torch.arange(heads.start, heads.stop, device="cpu")[:, None] + self.first_head
         row = torch.arange(rows.start, rows.stop, device="cpu")
         column = torch.arange(keys.start, keys.stop, device="cpu")

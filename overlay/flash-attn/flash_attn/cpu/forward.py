@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 
 from . import torch_flash
-from .blocks import blocks, kept, query_scale, scores, weights
+from .blocks import blocks, kept, products, query_scale, scores, weights
 from .layout import heads_first, store
 from .masks import keep_where
 from .options import Sequences
@@ -40,7 +40,7 @@ def forward(
         o = torch.zeros_like(q_block)
         softmax = _RunningSoftmax(o) if options.use_softmax else None
         for part in block.by_keys():
-            s, _ = scores(sequences, part, q_block, part.of_keys(k))
+            s = scores(sequences, part, products(sequences, q_block, part.of_keys(k)))
             if softmax is not None:
                 sequences.visibility.fill_hidden(part.by_group(s), part.rows, part.keys, -torch.inf)
                 p = softmax.next_weights(s)

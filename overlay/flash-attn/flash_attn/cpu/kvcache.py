@@ -47,9 +47,10 @@ def fwd_kvcache(
     """Append k, v to the cache in place, turn q and the new keys by their positions, and attend.
 
     q, out: (batch, seqlen_q, nheads, head_dim); kcache, vcache: (batch_cache, seqlen_cache, nheads_k, head_dim), or
-    (num_pages, page_size, nheads_k, head_dim) with block_table, int32 (batch, pages); k, v: (batch, seqlen_new, nheads_k,
-    head_dim). seqlens_k: int32 (batch,), the filled length of each cache (all of it if None); cache_batch_idx: int32
-    (batch,), the cache row of each sequence; leftpad_k: int32 (batch,), the rows at its start that do not count.
+    (num_pages, page_size, nheads_k, head_dim) with block_table, int32 (batch, pages); k, v: (batch, seqlen_new,
+    nheads_k, head_dim). seqlens_k: int32 (batch,), the filled length of each cache (all of it if None);
+    cache_batch_idx: int32 (batch,), the cache row of each sequence; leftpad_k: int32 (batch,), the rows at its start
+    that do not count.
     rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2) in q's dtype. New keys take the positions after seqlens_k; so do
     the queries if the call is causal or has a window, else all of them take the position seqlens_k.
     num_splits changes nothing here. sigmoid_bias None is -log n; see flash_attn.score_function for the last four.
@@ -98,7 +99,7 @@ def fwd_kvcache(
     for b in range(batch):
         q_b = q[b]
         if rotary_cos is not None:
-            position = torch.arange(seqlen_q, device="cpu") + filled[b] if steps else torch.full((seqlen_q,), filled[b], device="cpu")
+            position = torch.arange(seqlen_q, device="cpu") * int(steps) + filled[b]
             q_b = apply_rotary(q_b, rotary_cos, rotary_sin, position, rotary_interleaved)
         if k is not None:
             k_new = k[b]

@@ -4,7 +4,7 @@ import torch
 
 
 def heads_first(x: torch.Tensor, nheads_k: int, dtype: torch.dtype) -> torch.Tensor:
-    """(batch, seqlen, nheads, head_dim) -> (batch * nheads_k, group, seqlen, head_dim) in dtype; a view if it can be."""
+    """(batch, seqlen, nheads, head_dim) -> (batch * nheads_k, group, seqlen, head_dim) in dtype, a view where it can."""
     batch, seqlen, nheads, head_dim = x.shape
     x = x.unflatten(2, (nheads_k, nheads // nheads_k)).permute(0, 2, 3, 1, 4)
     x = x.to(dtype, memory_format=torch.contiguous_format)

@@ -1,8 +1,8 @@
-"""S_dmask: the dropout mask that upstream's tests read back, in the sign of a number. It has seqlen_q * seqlen_k entries."""
+"""S_dmask: the dropout mask as the sign of a number, for tests; the one result with seqlen_q * seqlen_k entries."""
 
 import torch
 
-from .blocks import Block, blocks, kept, query_scale, scores
+from .blocks import Block, blocks, kept, products, query_scale, scores
 from .layout import heads_first
 from .options import Sequences
 
@@ -28,7 +28,7 @@ def write_s_dmask(sequences: Sequences, q: torch.Tensor, k: torch.Tensor, s_dmas
     q = heads_first(q, nheads_k, options.compute_dtype) * query_scale(sequences)
     k = heads_first(k, nheads_k, options.compute_dtype).squeeze(1)
     for block in blocks(sequences, *q.shape[:2]):
-        s, _ = scores(sequences, block, block.of_queries(q), block.of_keys(k))
+        s = scores(sequences, block, products(sequences, block.of_queries(q), block.of_keys(k)))
         visibility.fill_hidden(block.by_group(s), block.rows, block.keys, -torch.inf)
         row_max = s.amax(dim=-1, keepdim=True)
         p = s.sub_(row_max.masked_fill_(row_max == -torch.inf, 0.0)).exp_()

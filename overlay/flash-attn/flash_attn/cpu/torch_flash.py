@@ -5,6 +5,8 @@ import torch
 from .options import Sequences
 
 _ATEN = torch.ops.aten
+# Not a public operator: without it the loops of forward.py and backward.py serve.
+_IS_THERE = hasattr(_ATEN, "_scaled_dot_product_flash_attention_for_cpu")
 # Below this the operator's blocking gains nothing over two matrix products, and costs a call for each head of a group.
 _MIN_SEQLEN_Q = 32
 
@@ -18,7 +20,8 @@ def fits(sequences: Sequences) -> bool:
     window = visibility.window
     square_causal = window.left is None and window.right == 0 and visibility.offset == 0
     return (
-        options.use_softmax
+        _IS_THERE
+        and options.use_softmax
         and options.softmax_scale > 0.0
         and options.softcap == 0.0
         and sequences.alibi_slopes is None

@@ -111,4 +111,4 @@ class Visibility:
     def distances(self, rows: range, keys: range, dtype: torch.dtype) -> torch.Tensor:
         """|i + seqlen_k - seqlen_q - j|, the distance that ALiBi weighs, (len(rows), len(keys))."""
         aligned, key = self._positions(rows, keys)
-        return (aligned - key).abs().to(dtype)
+        return (aligned - key).abs_().to(dtype)
