@@ -1,10 +1,12 @@
 # Thin on purpose: every target is one call of scripts/fap.py, which `scripts/fap.py --help` explains.
 # Variables: VERSION (upstream release), BACKEND (auto, cpu, cuda), SOURCE (submodule, sdist, path), FA_SRC_DIR, FAMILY,
+#            HEAD_DIMS, DTYPES, PASSES, ARCHS, NO_SOFTMAX_ONLY, MAX_JOBS (CUDA builds: csrc/flash_attn/kernel_build.py in the overlay),
 #            FRACTION, COUNT, SEED, FULL (upstream-test), FORCE (clean), PYTHON (the interpreter that .venv is made from).
 PYTHON ?= python3
 PY     := .venv/bin/python
 FAP    := $(PY) scripts/fap.py
 JOBS   ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 2)')
+export HEAD_DIMS DTYPES PASSES ARCHS NO_SOFTMAX_ONLY
 export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN
 
 .PHONY: help env fetch apply status refresh rebase rebase-continue rebase-abort bundle lint wheel smoke \

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  the backend is chosen first: there is no screen
+import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 BARS_WIDTH = 0.85  # of a group of bars; groups are 1 apart

@@ -21,6 +21,8 @@ from .project import Project
 
 EXCLUSIVE = True
 BACKENDS = ("auto", "cpu", "cuda")
+# What csrc/flash_attn/kernel_build.py reads: which kernels a CUDA build holds.
+CUDA_OPTIONS = ("HEAD_DIMS", "DTYPES", "PASSES", "ARCHS", "NO_SOFTMAX_ONLY", "FLASH_ATTN_CUDA_ARCHS")
 FREE_BYTES = {"cpu": 200 << 20, "cuda": 8 << 30}
 ABOUT = """
 import json, platform, torch
@@ -39,7 +41,7 @@ class Inputs:
     backend: str
     python: str
     torch: str
-    archs: str
+    options: str
 
     def changed_from(self, other: dict) -> list[str]:
         return [name for name, value in asdict(self).items() if other.get(name) != value]
@@ -170,7 +172,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
     inputs = Inputs(
         tree=tree, lock=sha256(project.lock.path), backend=backend.name,
         python=facts["python"], torch=facts["torch"],
-        archs=os.environ.get("FLASH_ATTN_CUDA_ARCHS", "") if backend.name == "cuda" else "",
+        options=" ".join(f"{name}={os.environ.get(name, '')}" for name in CUDA_OPTIONS) if backend.name == "cuda" else "",
     )
     state = _read_state(project)
     wheel, why = up_to_date(project, inputs, state)

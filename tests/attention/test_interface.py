@@ -414,3 +414,14 @@ def test_rocm_has_softmax_alone(cuda_call, extension, kind, monkeypatch):
 def test_too_few_arguments(cuda_call):
     with pytest.raises(TypeError, match=r"fwd\(\) lacks its last arguments: return_softmax, gen"):
         backends.fwd(*cuda_call[:-2])
+
+
+def test_patched_extension_gets_a_whole_tensor_for_out(cuda_call, extension):
+    """It checks the shape of `out` in backward, where nothing is kept in it without softmax."""
+    extension.has_use_softmax, extension.bwd = True, lambda *args: args
+    q, k = cuda_call[:2]
+    with FakeTensorMode():
+        dout, lse = torch.empty(q.shape, device="cuda"), torch.empty(0, device="cuda")
+    rest = (None,) * (EXTENSION_ARGUMENTS["bwd"] - 6)
+    assert backends.bwd(dout, q, k, k, lse, lse, *rest, False, *SCORE_DEFAULTS)[4] is q
+    assert backends.bwd(dout, q, k, k, lse, lse, *rest)[4] is lse

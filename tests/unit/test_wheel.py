@@ -11,7 +11,7 @@ from fapatch import build_copy, git, wheel, wheel_check
 from fapatch.errors import FapError, UsageError
 from fapatch.project import Project
 
-INPUTS = wheel.Inputs(tree="a" * 40, lock="b" * 64, backend="cpu", python="3.11", torch="2.13.0", archs="")
+INPUTS = wheel.Inputs(tree="a" * 40, lock="b" * 64, backend="cpu", python="3.11", torch="2.13.0", options="")
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_backend_that_is_asked_for_is_taken_or_refused():
         wheel.choose_backend("rocm", True, "12.8", Path("nvcc"))
 
 
-@pytest.mark.parametrize("field", ["tree", "lock", "backend", "python", "torch", "archs"])
+@pytest.mark.parametrize("field", ["tree", "lock", "backend", "python", "torch", "options"])
 def test_a_changed_input_is_named(project, field):
     state = {"inputs": wheel.asdict(replace(INPUTS, **{field: "other"})), "wheel": "x.whl", "sha256": ""}
     assert wheel.up_to_date(project, INPUTS, state) == (None, f"changed since the last wheel: {field}")

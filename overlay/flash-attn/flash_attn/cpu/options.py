@@ -79,14 +79,13 @@ class Sequences:
     def norm(self, rows: range) -> Optional[torch.Tensor]:
         """The factor of each row in the compute dtype, broadcastable to (len(rows), 1); None is 1."""
         n, dtype = max(self.visibility.seqlen_k, 1), self.options.compute_dtype
-        match self.options.normalization:
-            case None:
-                return None
-            case "1/n":
-                return torch.tensor(1.0 / n, dtype=dtype, device="cpu")
-            case "1/sqrt(n)":
-                return torch.tensor(1.0 / math.sqrt(n), dtype=dtype, device="cpu")
-            case "1/visible":
-                return self.visibility.counts(rows).clamp(min=1).to(dtype).reciprocal()
-            case other:
-                raise ValueError(f"normalization={other!r} is not known")
+        normalization = self.options.normalization
+        if normalization is None:
+            return None
+        if normalization == "1/n":
+            return torch.tensor(1.0 / n, dtype=dtype, device="cpu")
+        if normalization == "1/sqrt(n)":
+            return torch.tensor(1.0 / math.sqrt(n), dtype=dtype, device="cpu")
+        if normalization == "1/visible":
+            return self.visibility.counts(rows).clamp(min=1).to(dtype).reciprocal()
+        raise ValueError(f"normalization={normalization!r} is not known")

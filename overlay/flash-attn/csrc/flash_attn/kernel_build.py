@@ -1,0 +1,127 @@
+"""Which kernels the extension is built with. setup.py calls `configure` on the extension that it has put together.
+
+Options, from the environment; each one left out means everything:
+    HEAD_DIMS         head dimensions of the kernels, such as "64,128" (32, 64, 96, 128, 192, 256)
+    DTYPES            "fp16", "bf16" or both
+    PASSES            "fwd", "bwd", "splitkv" (KV cache, decoding), or several
+    NO_SOFTMAX_ONLY   1: only the kernels for use_softmax=False
+    ARCHS             compute capabilities, such as "80,90" (80, 90, 100, 120); by default those of the GPUs present,
+                      else FLASH_ATTN_CUDA_ARCHS, else 80 and 90
+A call that needs a kernel outside the build raises an error that names the option (src/kernel_dispatch.h).
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HEAD_DIMS = ("32", "64", "96", "128", "192", "256")
+DTYPES = ("fp16", "bf16")
+PASSES = ("fwd", "bwd", "splitkv")
+ARCHS = ("80", "90", "100", "120")
+
+PASS_OF_FILE = {"fwd": "fwd", "bwd": "bwd", "split": "splitkv"}
+KERNEL_FILE = re.compile(r"flash_(?P<nosoftmax>nosoftmax_)?(?:fwd_(?=split))?(?P<kind>fwd|bwd|split)_"
+                         r"hdim(?P<head_dim>\d+)_(?P<dtype>fp16|bf16)_(?:causal_)?sm80\.cu")
+
+
+@dataclass(frozen=True)
+class KernelSubset:
+    """The kernels of a build; each tuple holds strings from the constants above."""
+
+    head_dims: tuple[str, ...] = HEAD_DIMS
+    dtypes: tuple[str, ...] = DTYPES
+    passes: tuple[str, ...] = PASSES
+    archs: tuple[str, ...] = ("80", "90")
+    with_softmax: bool = True
+
+    def __contains__(self, source: str) -> bool:
+        """Whether the build compiles this source file; what is no kernel file belongs to every build."""
+        match = KERNEL_FILE.fullmatch(Path(source).name)
+        return match is None or (
+            match["head_dim"] in self.head_dims
+            and match["dtype"] in self.dtypes
+            and PASS_OF_FILE[match["kind"]] in self.passes
+            and (self.with_softmax or match["nosoftmax"] is not None)
+        )
+
+    def macros(self) -> list[str]:
+        """What src/kernel_dispatch.h has to know of it, as compiler flags."""
+        names = [f"DISABLE_HDIM{head_dim}" for head_dim in HEAD_DIMS if head_dim not in self.head_dims]
+        names += [f"DISABLE_{dtype.upper()}" for dtype in DTYPES if dtype not in self.dtypes]
+        names += [f"DISABLE_{name.upper()}" for name in PASSES if name not in self.passes]
+        names += [] if self.with_softmax else ["DISABLE_SOFTMAX"]
+        names += [f"ARCH_{arch}" for arch in self.archs]
+        return [f"-DFLASHATTENTION_{name}" for name in names]
+
+
+def chosen(environ: Mapping[str, str], option: str, choices: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
+    """The items of a list option, in the order of `choices`.
+
+    Raises:
+        ValueError: an item is not one of the choices.
+    """
+    items = [item for item in re.split(r"[,;\s]+", environ.get(option, "")) if item]
+    unknown = [item for item in items if item not in choices]
+    if unknown:
+        raise ValueError(f"{option}={environ[option]!r}: {', '.join(unknown)} is not among {', '.join(choices)}")
+    return tuple(choice for choice in choices if choice in (items or default))
+
+
+def default_archs(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Those of the GPUs present (8.6 and 8.9 run code for 8.0), else upstream's option, else 80 and 90."""
+    import torch
+
+    present = {str(torch.cuda.get_device_capability(i)[0] * 10) for i in range(torch.cuda.device_count())}
+    return tuple(sorted(present & set(ARCHS), key=int)) or chosen(environ, "FLASH_ATTN_CUDA_ARCHS", ARCHS, ("80", "90"))
+
+
+def subset_from(environ: Mapping[str, str]) -> KernelSubset:
+    """Reads the options; ValueError names the option, the value and the choices."""
+    flag = environ.get("NO_SOFTMAX_ONLY", "").upper()
+    if flag not in ("", "0", "1", "FALSE", "TRUE"):
+        raise ValueError(f"NO_SOFTMAX_ONLY={environ['NO_SOFTMAX_ONLY']!r}: neither 0 nor 1")
+    return KernelSubset(
+        head_dims=chosen(environ, "HEAD_DIMS", HEAD_DIMS, HEAD_DIMS),
+        dtypes=chosen(environ, "DTYPES", DTYPES, DTYPES),
+        passes=chosen(environ, "PASSES", PASSES, PASSES),
+        archs=chosen(environ, "ARCHS", ARCHS, ()) or default_archs(environ),
+        with_softmax=flag not in ("1", "TRUE"),
+    )
+
+
+def nvcc_flags(flags: Sequence[str], archs: Sequence[str]) -> list[str]:
+    """`flags` with machine code for `archs` in place of what they ask for."""
+    kept = []
+    rest = iter(flags)
+    for flag in rest:
+        if flag == "-gencode":
+            next(rest)
+        else:
+            kept.append(flag)
+    for arch in archs:
+        kept += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    return kept
+
+
+def language_standard(flags: Sequence[str], torch_version: str) -> list[str]:
+    """`flags` with C++20, which the headers of PyTorch 2.14 and later need."""
+    release = tuple(int(part) for part in re.match(r"(\d+)\.(\d+)", torch_version).groups())
+    return [flag.replace("c++17", "c++20") for flag in flags] if release >= (2, 14) else list(flags)
+
+
+def configure(extension, environ: Mapping[str, str] = os.environ) -> None:
+    """Gives the setuptools extension the sources and the flags of the build that the options ask for."""
+    import torch
+
+    subset = subset_from(environ)
+    source_dir = Path(__file__).parent / "src"
+    own = sorted(source_dir.glob("flash_nosoftmax_*.cu"))
+    relative = [os.path.relpath(path, Path(__file__).parents[2]) for path in own]
+    extension.sources = [source for source in [*extension.sources, *relative] if source in subset]
+    cxx, nvcc = extension.extra_compile_args["cxx"], extension.extra_compile_args["nvcc"]
+    extension.extra_compile_args = {
+        "cxx": language_standard(cxx, torch.__version__) + subset.macros(),
+        "nvcc": language_standard(nvcc_flags(nvcc, subset.archs), torch.__version__),
+    }

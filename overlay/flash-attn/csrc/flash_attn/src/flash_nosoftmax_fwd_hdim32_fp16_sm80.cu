@@ -1,0 +1,11 @@
+// One head size and element type in each file, to compile them side by side.
+// Written by generate_nosoftmax_kernels.py.
+
+#include "namespace_config.h"
+#include "flash_nosoftmax_launch_template.h"
+
+namespace FLASH_NAMESPACE {
+
+template void run_mha_fwd_nosoftmax<cutlass::half_t, 32>(Flash_fwd_params &params, cudaStream_t stream);
+
+}  // namespace FLASH_NAMESPACE

@@ -1,0 +1,291 @@
+// Attention without softmax, O = dropout(M ⊙ f(scale · Q Kᵀ)) V: the pieces that take the place of the online softmax
+// in the forward, split-KV and backward kernels. A kernel chooses them through its traits: NoSoftmaxTraits<KT> is KT
+// with a tag, so no template list and no kernel name changes, and what is compiled for softmax stays as it was.
+
+#pragma once
+
+#include <type_traits>
+
+#include <cute/tensor.hpp>
+
+#include <cutlass/numeric_types.h>
+
+#include "namespace_config.h"
+#include "mask.h"
+#include "softmax.h"
+#include "utils.h"
+
+namespace FLASH_NAMESPACE {
+
+using namespace cute;
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+
+template <typename Kernel_traits>
+struct NoSoftmaxTraits : public Kernel_traits {
+    static constexpr bool Is_nosoftmax = true;
+};
+
+template <typename Kernel_traits, typename = void>
+inline constexpr bool kUseSoftmax = true;
+
+template <typename Kernel_traits>
+inline constexpr bool kUseSoftmax<Kernel_traits, std::void_t<decltype(Kernel_traits::Is_nosoftmax)>> = false;
+
+// bf16 has the range of fp32, so raw scores fit and the scale can wait for the accumulators of O and dV: one
+// multiplication for each of their elements instead of one for each score. fp16 would saturate on raw scores, and
+// ALiBi is added to the scaled score.
+template <typename Kernel_traits, bool Has_alibi>
+inline constexpr bool kScaleAtEnd = !kUseSoftmax<Kernel_traits> && !Has_alibi
+    && std::is_same_v<typename Kernel_traits::Element, cutlass::bfloat16_t>;
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+
+// Calls visit(score, row, col) for each score that this thread holds. Scores have shape (nrow=(2, MMA_M),
+// ncol=(2, MMA_N)); row0 is this thread's first row, col0 the first column of its warp's tile.
+template <typename Engine, typename Layout, typename Visit>
+__forceinline__ __device__ void for_each_score(Tensor<Engine, Layout> &scores, const int col0, const int row0,
+                                               const int row_stride, Visit visit) {
+    static_assert(Layout::rank == 2, "Only support 2D Tensor");
+    const int col_of_thread = col0 + (threadIdx.x % 4) * 2;
+    #pragma unroll
+    for (int mi = 0; mi < size<0, 1>(scores); ++mi) {
+        #pragma unroll
+        for (int i = 0; i < size<0, 0>(scores); ++i) {
+            const int row = row0 + mi * row_stride + i * 8;
+            #pragma unroll
+            for (int nj = 0; nj < size<1, 1>(scores); ++nj) {
+                #pragma unroll
+                for (int j = 0; j < size<1, 0>(scores); ++j) {
+                    visit(scores(make_coord(i, mi), make_coord(j, nj)), row, col_of_thread + nj * 8 + j);
+                }
+            }
+        }
+    }
+}
+
+// Turns scores into attention weights P = M ⊙ f(scale · qk - slope · |distance|), f the identity.
+template <typename Kernel_traits, bool Is_causal, bool Is_local, bool Has_alibi>
+struct ScoreWeights {
+
+    const int seqlen_k;
+    const int diagonal;  // the key that query 0 is aligned with
+    const int window_size_left, window_size_right;
+    const float scale, alibi_slope;
+    const int first_row;  // of the block of queries, in the forward kernels
+
+    // The forward kernels' call, with the signature of Mask::apply_mask. Causal_mask and !Is_even_MN say that this
+    // iteration may hold scores beyond the diagonal or the last key.
+    template <bool Causal_mask=false, bool Is_even_MN=true, typename Engine, typename Layout>
+    __forceinline__ __device__ void apply_mask(Tensor<Engine, Layout> &acc_s, const int col0, const int row0,
+                                               const int row_stride) const {
+        Tensor scores = make_tensor(acc_s.data(), FLASH_NAMESPACE::convert_layout_acc_rowcol(acc_s.layout()));
+        activate(scores, col0, row0, row_stride);
+        if constexpr (Causal_mask || Is_local) {
+            if (!is_tile_visible(first_row, col0)) { hide(scores, col0, row0, row_stride); }
+        } else if constexpr (!Is_even_MN) {
+            for_each_score(scores, col0, row0, row_stride, [&](float &score, const int, const int col) {
+                if (col >= seqlen_k) { score = 0.f; }
+            });
+        }
+    }
+
+    template <typename Engine, typename Layout>
+    __forceinline__ __device__ void activate(Tensor<Engine, Layout> &scores, const int col0, const int row0,
+                                             const int row_stride) const {
+        if constexpr (!kScaleAtEnd<Kernel_traits, Has_alibi>) {
+            #pragma unroll
+            for (int i = 0; i < size(scores); ++i) { scores(i) *= scale; }
+        }
+        if constexpr (Has_alibi) {
+            if (alibi_slope != 0.f) {
+                // The full bias, also when causal: adding slope * col to a whole row would change the result here.
+                for_each_score(scores, col0, row0, row_stride, [&](float &score, const int row, const int col) {
+                    score -= alibi_slope * abs(row + diagonal - col);
+                });
+            }
+        }
+    }
+
+    // Whether every query of the tile sees every key of it. The same for all threads.
+    __forceinline__ __device__ bool is_tile_visible(const int tile_row, const int tile_col) const {
+        return tile_col + Kernel_traits::kBlockN <= end_of_row(tile_row)
+            && (!Is_local || tile_col >= begin_of_row(tile_row + Kernel_traits::kBlockM - 1));
+    }
+
+    // Sets scores outside the window to 0. By assignment, after f: f(0) need not be 0, and a product with 0 would keep
+    // the NaN that unwritten shared memory or an unused cache slot may hold.
+    template <typename Engine, typename Layout>
+    __forceinline__ __device__ void hide(Tensor<Engine, Layout> &scores, const int col0, const int row0,
+                                         const int row_stride) const {
+        for_each_score(scores, col0, row0, row_stride, [&](float &score, const int row, const int col) {
+            if (col >= end_of_row(row) || (Is_local && col < begin_of_row(row))) { score = 0.f; }
+        });
+    }
+
+private:
+
+    __forceinline__ __device__ int begin_of_row(const int row) const { return row + diagonal - window_size_left; }
+
+    __forceinline__ __device__ int end_of_row(const int row) const {
+        return std::min(seqlen_k, row + 1 + diagonal + (Is_causal ? 0 : window_size_right));
+    }
+};
+
+// The bias that ALiBi adds is in units of the score before scaling with softmax, and after it without.
+template <typename Kernel_traits>
+__forceinline__ __device__ float alibi_unit(const float softmax_scale) {
+    return kUseSoftmax<Kernel_traits> ? softmax_scale : 1.f;
+}
+
+template <typename Kernel_traits, bool Is_causal, bool Is_local, bool Has_alibi, typename Params, typename Block_info>
+__forceinline__ __device__ auto make_mask(const Params &params, const Block_info &binfo, const float alibi_slope,
+                                          const int first_row=0) {
+    if constexpr (kUseSoftmax<Kernel_traits>) {
+        return Mask<Is_causal, Is_local, Has_alibi>(binfo.actual_seqlen_k, binfo.actual_seqlen_q,
+                                                    params.window_size_left, params.window_size_right, alibi_slope);
+    } else {
+        return ScoreWeights<Kernel_traits, Is_causal, Is_local, Has_alibi>{
+            binfo.actual_seqlen_k, binfo.actual_seqlen_k - binfo.actual_seqlen_q,
+            params.window_size_left, params.window_size_right, params.scale_softmax, alibi_slope, first_row};
+    }
+}
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+
+// Stands in for Softmax<kNRows>: no row needs a maximum or a sum, so there is no state and nothing to rescale.
+template <bool Scale_at_end, int kNRows>
+struct NoRowState {
+
+    using TensorT = decltype(make_tensor<float>(Shape<Int<kNRows>>{}));
+
+    template <bool Is_first, bool Check_inf=false, typename Tensor0, typename Tensor1>
+    __forceinline__ __device__ void softmax_rescale_o(Tensor0 &, Tensor1 &, float) {}
+
+    // Applies the factors that were left for the end; the log-sum-exp it returns does not exist and is never stored.
+    template <bool Is_dropout=false, bool Split=false, typename Tensor0>
+    __forceinline__ __device__ TensorT normalize_softmax_lse(Tensor0 &acc_o, float softmax_scale,
+                                                             float rp_dropout=1.0) {
+        if constexpr (Scale_at_end || Is_dropout) {
+            const float factor = (Scale_at_end ? softmax_scale : 1.f) * (Is_dropout ? rp_dropout : 1.f);
+            #pragma unroll
+            for (int i = 0; i < size(acc_o); ++i) { acc_o(i) *= factor; }
+        }
+        TensorT lse;
+        clear(lse);
+        return lse;
+    }
+};
+
+template <typename Kernel_traits, bool Has_alibi, int kNRows>
+using RowState = std::conditional_t<kUseSoftmax<Kernel_traits>, Softmax<kNRows>,
+                                    NoRowState<kScaleAtEnd<Kernel_traits, Has_alibi>, kNRows>>;
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+
+// Two floats to two 16-bit floats; what is too large becomes the largest finite value. Softmax bounds P by 1, here
+// nothing does, and an infinity times a masked 0 would be NaN. NaN stays NaN, except in the fallback.
+template <typename To_type>
+__forceinline__ __device__ uint32_t convert_saturating2(const float2 a) {
+    uint32_t out;
+    #if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 1)
+        if constexpr (std::is_same_v<To_type, cutlass::half_t>) {
+            asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(a.y), "f"(a.x));
+        } else {
+            asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(a.y), "f"(a.x));
+        }
+    #else  // The instruction needs PTX ISA 8.1.
+        const float largest = float(cutlass::platform::numeric_limits<To_type>::max());
+        const float x = fminf(fmaxf(a.x, -largest), largest), y = fminf(fmaxf(a.y, -largest), largest);
+        if constexpr (std::is_same_v<To_type, cutlass::half_t>) {
+            asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(y), "f"(x));
+        } else {
+            asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(y), "f"(x));
+        }
+    #endif
+    return out;
+}
+
+template <typename To_type, typename Engine, typename Layout>
+__forceinline__ __device__ auto convert_saturating(Tensor<Engine, Layout> const &tensor) {
+    static_assert(std::is_same_v<To_type, cutlass::half_t> || std::is_same_v<To_type, cutlass::bfloat16_t>);
+    static_assert(std::is_same_v<float, typename Engine::value_type>);
+    static_assert(decltype(size(tensor))::value % 2 == 0);
+    Tensor pairs = recast<float2>(tensor);
+    Tensor out = make_tensor<To_type>(tensor.layout());
+    Tensor out_pairs = recast<uint32_t>(out);
+    #pragma unroll
+    for (int i = 0; i < size(out_pairs); ++i) { out_pairs(i) = convert_saturating2<To_type>(pairs(i)); }
+    return out;
+}
+
+// convert_type (or convert_type_relu) as the kernel's traits want it.
+template <typename Kernel_traits, typename To_type, bool Relu=false, typename Engine, typename Layout>
+__forceinline__ __device__ auto convert_for(Tensor<Engine, Layout> const &tensor) {
+    if constexpr (kUseSoftmax<Kernel_traits> && Relu) {
+        return FLASH_NAMESPACE::convert_type_relu<To_type>(tensor);
+    } else if constexpr (kUseSoftmax<Kernel_traits> || std::is_same_v<To_type, float>) {
+        return FLASH_NAMESPACE::convert_type<To_type>(tensor);
+    } else {
+        return FLASH_NAMESPACE::convert_saturating<To_type>(tensor);
+    }
+}
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+
+// copy() for a tile of keys: V in the forward, K in the backward kernels, whose products a masked weight of 0 does not
+// protect from NaN. Without softmax, where a window leaves keys that no query sees, rows below min_MN are zeroed too.
+template <typename Kernel_traits, bool Is_local, bool Is_even_MN, bool Is_even_K, bool Clear_OOB_MN=false,
+          typename TiledCopy, typename Engine0, typename Layout0, typename Engine1, typename Layout1,
+          typename Engine2, typename Layout2, typename Engine3, typename Layout3>
+__forceinline__ __device__ void copy_seen_keys(TiledCopy tiled_copy, Tensor<Engine0, Layout0> const &S,
+                                               Tensor<Engine1, Layout1> &D,
+                                               Tensor<Engine2, Layout2> const &identity_MN,
+                                               Tensor<Engine3, Layout3> const &predicate_K,
+                                               const int max_MN, const int min_MN) {
+    if constexpr (kUseSoftmax<Kernel_traits> || !Is_local) {
+        FLASH_NAMESPACE::copy<Is_even_MN, Is_even_K, Clear_OOB_MN>(tiled_copy, S, D, identity_MN, predicate_K, max_MN);
+    } else if (min_MN <= 0 && max_MN >= Kernel_traits::kBlockN) {
+        FLASH_NAMESPACE::copy</*Is_even_MN=*/true, Is_even_K>(tiled_copy, S, D, identity_MN, predicate_K);
+    } else {
+        #pragma unroll
+        for (int m = 0; m < size<1>(S); ++m) {
+            const int row = get<0>(identity_MN(0, m, 0));
+            #pragma unroll
+            for (int k = 0; k < size<2>(S); ++k) {
+                if (row >= min_MN && row < max_MN && (Is_even_K || predicate_K(k))) {
+                    cute::copy(tiled_copy, S(_, m, k), D(_, m, k));
+                } else {
+                    cute::clear(D(_, m, k));
+                }
+            }
+        }
+    }
+}
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+
+// Which scores of a fragment dropout keeps: all bits of an element set, or none. The backward pass needs it for dS as
+// well as for P, and the sign of P is not free to carry it.
+template <typename Element, typename Dropout, typename Layout>
+__forceinline__ __device__ auto draw_kept(Dropout dropout, const Layout &acc_layout, const int block_row_start,
+                                          const int block_col_start, const int block_row_stride) {
+    Tensor kept = make_tensor<Element>(acc_layout);
+    Tensor bits = recast<uint32_t>(kept);
+    #pragma unroll
+    for (int i = 0; i < size(bits); ++i) { bits(i) = 0xffffffff; }
+    dropout.apply_dropout(kept, block_row_start, block_col_start, block_row_stride);
+    return kept;
+}
+
+template <typename Engine0, typename Layout0, typename Engine1, typename Layout1>
+__forceinline__ __device__ void drop(Tensor<Engine0, Layout0> &tensor, Tensor<Engine1, Layout1> const &kept) {
+    Tensor tensor_bits = recast<uint32_t>(tensor);
+    Tensor kept_bits = recast<uint32_t>(kept);
+    #pragma unroll
+    for (int i = 0; i < size(tensor_bits); ++i) { tensor_bits(i) &= kept_bits(i); }
+}
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+
+} // namespace FLASH_NAMESPACE

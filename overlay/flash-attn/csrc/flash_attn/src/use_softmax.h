@@ -1,0 +1,89 @@
+// What flash_api.cpp needs for its trailing use_softmax argument: checks, outputs that do not exist without softmax,
+// and Python bindings that keep callers of upstream's positional signatures working.
+
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <torch/python.h>
+
+#include "kernel_dispatch.h"
+#include "namespace_config.h"
+
+namespace FLASH_NAMESPACE {
+
+inline void check_nosoftmax_arguments(const float softmax_scale, const float softcap, const bool has_alibi) {
+    TORCH_CHECK(std::isfinite(softmax_scale), "use_softmax=False needs a finite softmax_scale, got ", softmax_scale);
+    TORCH_CHECK(softcap <= 0.f || softmax_scale > 0.f,
+                "use_softmax=False with softcap=", softcap, " needs softmax_scale > 0, got ", softmax_scale);
+    TORCH_CHECK(!has_alibi || softmax_scale != 0.f,
+                "use_softmax=False with alibi_slopes needs a softmax_scale other than 0");
+}
+
+// There is no log-sum-exp without softmax: an empty tensor, never uninitialised memory.
+inline at::Tensor empty_unless(const bool exists, const at::IntArrayRef shape, const at::TensorOptions &options) {
+    return torch::empty(exists ? shape : at::IntArrayRef({0}), options.dtype(at::kFloat));
+}
+
+// Sums the gradients of the query heads that share a key head. Without softmax a sum over heads may leave the range of
+// fp16, and saturates.
+inline void sum_groups(at::Tensor &out, const at::Tensor &expanded, const at::IntArrayRef dim, const bool use_softmax) {
+    if (use_softmax || out.scalar_type() != at::kHalf) {
+        at::sum_out(out, expanded, dim);
+    } else {
+        const double largest = std::numeric_limits<at::Half>::max();
+        out.copy_(at::sum(expanded, dim, /*keepdim=*/false, at::kFloat).clamp_(-largest, largest));
+    }
+}
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+
+template <typename Function> struct Signature;
+
+template <typename R, typename... Args>
+struct Signature<R (*)(Args...)> {
+    using Arguments = std::tuple<Args...>;
+    static constexpr size_t kWithoutLast = sizeof...(Args) - 1;
+};
+
+// `function` as upstream declares it: without its last argument, use_softmax.
+template <auto function, size_t... I>
+auto with_softmax(std::index_sequence<I...>) {
+    using Arguments = typename Signature<decltype(function)>::Arguments;
+    return +[](std::tuple_element_t<I, Arguments>... arguments) {
+        return function(std::forward<std::tuple_element_t<I, Arguments>>(arguments)..., /*use_softmax=*/true);
+    };
+}
+
+template <auto function>
+void def_with_use_softmax(pybind11::module_ &m, const char *name, const char *doc) {
+    m.def(name, with_softmax<function>(std::make_index_sequence<Signature<decltype(function)>::kWithoutLast>{}), doc);
+    m.def(name, function, doc);
+}
+
+// What this build holds, for callers that choose a backend and for error messages.
+inline void def_built_kernels(pybind11::module_ &m) {
+    std::vector<int> head_dims;
+    for (const int head_dim : {32, 64, 96, 128, 192, 256}) {
+        if (is_head_dim_built(head_dim)) { head_dims.push_back(head_dim); }
+    }
+    std::vector<std::string> dtypes, passes;
+    if (is_dtype_built<cutlass::half_t>()) { dtypes.push_back("fp16"); }
+    if (is_dtype_built<cutlass::bfloat16_t>()) { dtypes.push_back("bf16"); }
+    if (kFwdBuilt) { passes.push_back("fwd"); }
+    if (kBwdBuilt) { passes.push_back("bwd"); }
+    if (kSplitKVBuilt) { passes.push_back("splitkv"); }
+    m.attr("has_use_softmax") = true;
+    m.attr("built_with_softmax") = kSoftmaxBuilt;
+    m.attr("built_head_dims") = pybind11::tuple(pybind11::cast(head_dims));
+    m.attr("built_dtypes") = pybind11::tuple(pybind11::cast(dtypes));
+    m.attr("built_passes") = pybind11::tuple(pybind11::cast(passes));
+    m.attr("built_archs") = pybind11::tuple(pybind11::cast(built_archs()));
+}
+
+}  // namespace FLASH_NAMESPACE
