@@ -7,10 +7,12 @@ Encodings are compared, not the listing: its columns depend on the longest name.
 
 import argparse
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from fapatch.errors import FapError
+from fapatch.process import run
 
 ARCH = re.compile(r"^\s*arch = (\S+)")
 FUNCTION = re.compile(r"^\s*Function : (\S+)")
@@ -37,8 +39,7 @@ def parse_listing(listing: str) -> Kernels:
 def kernels_of(objects: Sequence[Path]) -> Kernels:
     kernels: Kernels = {}
     for path in objects:
-        listing = subprocess.run(["cuobjdump", "-sass", path], check=True, capture_output=True, text=True).stdout
-        kernels |= parse_listing(listing)
+        kernels |= parse_listing(run("cuobjdump", "-sass", path, hint="cuobjdump comes with the CUDA toolkit").stdout.decode())
     return kernels
 
 
@@ -47,7 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--before", type=Path, nargs="+", required=True)
     parser.add_argument("--after", type=Path, nargs="+", required=True)
     arguments = parser.parse_args(argv)
-    before, after = kernels_of(arguments.before), kernels_of(arguments.after)
+    try:
+        before, after = kernels_of(arguments.before), kernels_of(arguments.after)
+    except FapError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
     different = sorted(key for key in before if before[key] != after.get(key))
     for arch, name in different:
         print(f"different: {arch} {name}: {len(before[arch, name])} -> {len(after.get((arch, name), ()))} words")

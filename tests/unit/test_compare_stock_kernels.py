@@ -1,14 +1,6 @@
 """Comparison of machine code: encodings by architecture and mangled name, whatever the columns of the listing."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_stock_kernels.py"
-spec = importlib.util.spec_from_file_location("compare_stock_kernels", SCRIPT)
-compare = importlib.util.module_from_spec(spec)
-sys.modules["compare_stock_kernels"] = compare
-spec.loader.exec_module(compare)
+import compare_stock_kernels as compare
 
 LISTING = """
 Fatbin elf code:
