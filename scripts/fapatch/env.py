@@ -93,6 +93,13 @@ def _create(venv: Path, base: Path, shared: bool) -> None:
         raise FapError(f"{base} cannot make a virtual environment: {e.message}", "install python3-venv, or set PYTHON=") from e
 
 
+def _share_packages(venv: Path, base: Path) -> None:
+    """Let ``venv`` see the packages of ``base`` when that is a virtual environment itself: --system-site-packages goes past it."""
+    folders = json.loads(run(base, "-c", "import json, site; print(json.dumps(site.getsitepackages()))").stdout)
+    own = json.loads(run(venv_python(venv), "-c", "import json, sysconfig; print(json.dumps(sysconfig.get_path('purelib')))").stdout)
+    (Path(own) / "fapatch-shared.pth").write_text("".join(f"{folder}\n" for folder in folders), encoding="utf-8")
+
+
 def missing(python: Path, pyproject: Path, groups: list[str]) -> list[str]:
     """The requirements of ``groups`` that the environment of ``python`` does not meet."""
     return json.loads(run(python, "-I", Path(__file__).with_name("missing.py"), pyproject, *groups).stdout)
@@ -127,6 +134,8 @@ def ensure(root: Path, venv: Path, groups: list[str]) -> str:
     shared = has_usable_torch(facts["torch"])
     if stamp.get("base") != str(base) or not _runs(python):
         _create(venv, base, shared)
+        if shared and not has_usable_torch(about(python)["torch"]):
+            _share_packages(venv, base)
     _write_stamp(venv, base=str(base))  # no hash: from here to the end the environment counts as half made
     wanted = missing(python, pyproject, groups)
     if shared and has_usable_torch(about(python)["torch"]):

@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from .errors import FapError
@@ -35,8 +35,15 @@ class CommandFailed(FapError):
         super().__init__(f"`{shlex.join(argv)}` exited with {result.returncode}: {said[-1] if said else 'no output'}", hint)
 
 
-def _wait(process: subprocess.Popen[bytes], stdin: bytes | None, timeout: float | None) -> tuple[bytes, bytes]:
+def _wait(
+    process: subprocess.Popen[bytes], stdin: bytes | None, timeout: float | None, on_line: Callable[[bytes], None] | None
+) -> tuple[bytes, bytes]:
     try:
+        if on_line is not None:
+            for line in process.stdout:
+                on_line(line)
+            process.wait()
+            return b"", b""
         return process.communicate(stdin, timeout)
     except BaseException:
         # The whole group: a helper that git started, stuck in a connect(), would keep the pipe open.
@@ -56,10 +63,13 @@ def run(
     capture: bool = True,
     timeout: float | None = None,
     hint: str = "",
+    on_line: Callable[[bytes], None] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run ``argv`` (never through a shell), log the command, return the result with bytes in stdout and stderr.
 
-    ``env`` is added to this process's environment; None takes a variable away. ``capture=False`` lets the program write to the terminal.
+    ``env`` is added to this process's environment; None takes a variable away. ``capture=False`` lets the program write to the terminal;
+    ``on_line`` is called with each line of its output, both streams together, as it comes (the result then holds none, and there is no
+    ``stdin`` and no ``timeout``).
     Raises CommandFailed (with ``hint``) when ``check`` and the exit status is not 0, FapError when the program is
     missing or runs past ``timeout`` seconds.
     """
@@ -71,9 +81,9 @@ def run(
         # A group of its own only where there is a time limit: else Ctrl-C reaches the program by itself.
         with subprocess.Popen(
             args, cwd=cwd, env=environment, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
-            stdout=pipe, stderr=pipe, start_new_session=timeout is not None,
+            stdout=pipe, stderr=pipe if on_line is None else subprocess.STDOUT, start_new_session=timeout is not None,
         ) as process:
-            out, err = _wait(process, stdin, timeout)
+            out, err = _wait(process, stdin, timeout, on_line)
         result = subprocess.CompletedProcess(args, process.returncode, out, err)
     except FileNotFoundError as e:
         if cwd is not None and not cwd.is_dir():

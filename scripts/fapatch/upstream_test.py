@@ -75,6 +75,12 @@ COSTS = sample.Rule(
 )
 
 
+WITH_SOFTMAX = sample.Rule(
+    "with softmax, whose kernels this wheel was built without (NO_SOFTMAX_ONLY)", frozenset({sample.SOFTMAX}),
+    lambda function, parameters: parameters.get(sample.SOFTMAX, "True") == "True",
+)
+
+
 def _environment(project: Project, threads: int) -> dict[str, str | None]:
     path = os.pathsep.join(filter(None, [str(project.root / "tests" / "upstream"), os.environ.get("PYTHONPATH", "")]))
     # Called from a test of ours, the options of that pytest must not reach this one.
@@ -165,7 +171,9 @@ def main(project: Project, args: argparse.Namespace) -> int:
     functions = {
         name: [sample.Axis(tuple(a["names"]), tuple(a["labels"])) for a in axes] for name, axes in described["functions"].items()
     }
-    chosen = sample.choose(functions, seed, count, fraction, [SKIPS] if on_gpu else [SKIPS, COSTS])
+    rules = [SKIPS] if on_gpu else [SKIPS, COSTS]
+    rules += [] if described["with_softmax"] else [WITH_SOFTMAX]
+    chosen = sample.choose(functions, seed, count, fraction, rules)
     plugins = project.root / "tests" / "upstream"
     tested = (package, test_file, plugins / "cpu_as_cuda.py", plugins / "pick.py")
     key = fingerprint(*tested)

@@ -14,7 +14,9 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from . import apply, build_copy, env, git, wheel_check
+import psutil
+
+from . import apply, build_copy, build_progress, env, git, wheel_check
 from .errors import FapError, UsageError
 from .process import CommandFailed, run
 from .project import Project
@@ -23,6 +25,8 @@ EXCLUSIVE = True
 BACKENDS = ("auto", "cpu", "cuda")
 # What csrc/flash_attn/kernel_build.py reads: which kernels a CUDA build holds.
 CUDA_OPTIONS = ("HEAD_DIMS", "DTYPES", "PASSES", "ARCHS", "NO_SOFTMAX_ONLY", "FLASH_ATTN_CUDA_ARCHS")
+# nvcc on the largest backward file, one architecture after the other, stays below this.
+BYTES_PER_COMPILER = 5 << 30
 FREE_BYTES = {"cpu": 200 << 20, "cuda": 8 << 30}
 ABOUT = """
 import json, platform, torch
@@ -78,9 +82,17 @@ def find_nvcc(cuda_home: str | None) -> Path | None:
     return Path(found) if found else None
 
 
+def max_jobs(cores: int, free_bytes: int) -> int:
+    """How many compilers to run at once: one a core, as far as the memory goes (upstream's own rule leaves half of the cores idle)."""
+    return max(1, min(cores, free_bytes // BYTES_PER_COMPILER))
+
+
 def build_environment(project: Project, backend: str) -> dict[str, str]:
-    """The variables that upstream's setup.py reads. MAX_JOBS is left to it: it counts cores and free memory itself."""
+    """The variables that upstream's setup.py reads; MAX_JOBS and NVCC_THREADS from the caller's environment win."""
+    jobs = max_jobs(len(os.sched_getaffinity(0)), psutil.virtual_memory().available)
     return {
+        "MAX_JOBS": os.environ.get("MAX_JOBS") or str(jobs),
+        "NVCC_THREADS": os.environ.get("NVCC_THREADS") or "1",
         "FLASH_ATTENTION_FORCE_BUILD": "TRUE",
         "FLASH_ATTN_LOCAL_VERSION": project.family.local_label,
         "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE" if backend == "cpu" else "FALSE",
@@ -130,16 +142,18 @@ def build(project: Project, backend: str, python: Path, tree: str) -> Path:
     build_copy.sync(project, tree, with_cutlass=backend == "cuda")
     fresh = project.wheel_dir / "fresh"
     shutil.rmtree(fresh, ignore_errors=True)
+    log = project.wheel_dir.parent / f"{project.release.version}.log"
+    environment = build_environment(project, backend)
+    if backend == "cuda":
+        print(f"{environment['MAX_JOBS']} compilers at once (MAX_JOBS=); a build that is stopped goes on where it was", flush=True)
     try:
-        run(python, "-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check", "--outdir", fresh, project.wheel_dir,
-            cwd=project.wheel_dir, env=build_environment(project, backend), capture=backend == "cpu")
+        with log.open("wb") as file:
+            run(python, "-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check", "--outdir", fresh, project.wheel_dir,
+                cwd=project.wheel_dir, env=environment, on_line=build_progress.Progress(file))
     except CommandFailed as e:
-        hint = "its output is above; what was compiled is kept"
-        if backend == "cpu":
-            log = project.wheel_dir.parent / f"{project.release.version}.log"
-            log.write_bytes(e.stdout + e.stderr)
-            hint = f"the whole output is in {log.relative_to(project.root)}"
-        raise FapError(f"upstream's setup.py failed: {e.message}", hint) from e
+        print(build_progress.errors_in(log), flush=True)
+        raise FapError(f"upstream's setup.py failed: exit code {e.returncode}",
+                       f"the whole output is in {log.relative_to(project.root)}; what was compiled is kept") from e
     (built,) = fresh.glob("*.whl")
     wheel_check.check(built, project, backend, project.wheel_dir)
     project.dist.mkdir(exist_ok=True)

@@ -86,6 +86,16 @@ def test_a_torch_that_is_there_is_shared(root, tmp_path, monkeypatch):
     assert "include-system-site-packages = true" in (root / ".venv" / "pyvenv.cfg").read_text()
 
 
+def test_the_packages_of_a_virtual_environment_are_shared_too(root, tmp_path, monkeypatch):
+    """--system-site-packages shares those of the interpreter beneath it, not its own."""
+    parent = tmp_path / "parent"
+    run(sys.executable, "-m", "venv", parent)
+    site = next((parent / "lib").glob("python*/site-packages"))
+    (site / "torch.py").write_text("__version__ = '9.9.0'\n")
+    monkeypatch.setenv("PYTHON", str(env.venv_python(parent)))
+    assert "torch 9.9.0, shared with" in ensure(root)
+
+
 @pytest.mark.parametrize("version, usable", [
     ("2.4.0", True), ("2.13.0+cpu", True), ("2.10.1", True), ("2.3.1", False), ("1.13", False), ("", False),
 ])

@@ -1,13 +1,14 @@
 """Deciding what to build and whether to build at all, and refusing a wheel that is not the patched package."""
 from __future__ import annotations
 
+import io
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fapatch import build_copy, git, wheel, wheel_check
+from fapatch import build_copy, build_progress, git, wheel, wheel_check
 from fapatch.errors import FapError, UsageError
 from fapatch.project import Project
 
@@ -182,3 +183,36 @@ def test_a_tree_that_the_lock_does_not_name_is_refused(project, worktree):
         build_copy.verified_tree(pinned, worktree)
     with pytest.raises(FapError, match="nothing yet"):
         build_copy.verified_tree(replace(project, release=replace(project.release, patched_tree="")), worktree)
+
+
+@pytest.mark.parametrize("cores, gib, jobs", [(16, 128, 16), (16, 20, 4), (2, 4, 1), (1, 64, 1)])
+def test_compilers_at_once_fit_the_cores_and_the_memory(cores, gib, jobs):
+    assert wheel.max_jobs(cores, gib << 30) == jobs
+
+
+def test_max_jobs_of_the_caller_wins(project, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert wheel.build_environment(project, "cuda")["MAX_JOBS"] == "3"
+
+
+def test_a_build_says_how_far_it_is_and_keeps_its_output():
+    log, screen, times = io.BytesIO(), io.StringIO(), iter([0, 30, 31, 60, 90])
+    progress = build_progress.Progress(log, screen, lambda: next(times))
+    lines = [
+        b"running build_ext\n", b"[1/4] nvcc a.cu\n", b"[2/4] nvcc b.cu\n", b"warning: b\n", b"[3/4] nvcc c.cu\n", b"[4/4] nvcc d.cu\n",
+    ]
+    for line in lines:
+        progress(line)
+    assert log.getvalue() == b"".join(lines)
+    # The second file came a second after the first: not every line is worth printing where nothing overwrites it.
+    assert screen.getvalue().splitlines() == [
+        "compiled 1 of 4 files, 0:30 elapsed, about 1:30 left",
+        "compiled 3 of 4 files, 1:00 elapsed, about 0:20 left",
+        "compiled 4 of 4 files, 1:30 elapsed, linking",
+    ]
+
+
+def test_a_failed_build_shows_the_lines_that_name_errors(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("ok\nx.h(3): error: no such thing\nninja: stopped\n")
+    assert build_progress.errors_in(log) == "x.h(3): error: no such thing"

@@ -1,13 +1,14 @@
 """Print the parameters of a test file as JSON, without making its test cases (upstream's file has a million of them).
 
     python axes.py TEST_FILE
-    {"on_gpu": false, "package": ".../flash_attn",
+    {"on_gpu": false, "with_softmax": true, "package": ".../flash_attn",
      "functions": {"test_x": [{"names": ["seqlen_q", "seqlen_k"], "labels": ["1-128", ...]}, ...]}}
 
 The axes of a function stand in pytest's order, so that joining one label of each with "-" gives the id that pytest would give.
 """
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -40,6 +41,13 @@ def axes_of(function: Any) -> list[tuple[tuple[str, ...], list[tuple[Any, ...]],
     return axes
 
 
+def has_softmax_kernels() -> bool:
+    """False for a CUDA build with NO_SOFTMAX_ONLY."""
+    if not cpu_as_cuda.on_gpu():
+        return True
+    return getattr(importlib.import_module("flash_attn_2_cuda"), "built_with_softmax", True)
+
+
 def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -56,8 +64,8 @@ def main(argv: list[str]) -> int:
         name: [{"names": names, "labels": labels} for names, _, labels in axes_of(value)]
         for name, value in vars(module).items() if name.startswith("test_") and callable(value)
     }
-    package = str(Path(flash_attn.__file__).parent)
-    json.dump({"on_gpu": cpu_as_cuda.on_gpu(), "package": package, "functions": functions}, sys.stdout)
+    described = {"on_gpu": cpu_as_cuda.on_gpu(), "with_softmax": has_softmax_kernels(), "package": str(Path(flash_attn.__file__).parent)}
+    json.dump({**described, "functions": functions}, sys.stdout)
     return 0
 
 

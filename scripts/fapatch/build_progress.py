@@ -1,0 +1,52 @@
+"""What a CUDA build says while it runs: n of m files, the time so far and an estimate of the rest; all of the output goes to a file."""
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+NINJA = re.compile(rb"^\[(\d+)/(\d+)\] ")
+SECONDS_BETWEEN_LINES = 20  # where the output is no terminal
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, such as 3:05."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class Progress:
+    """Takes the lines of a build; writes them to ``log`` and a progress line to ``screen`` for each file that ninja has finished."""
+
+    def __init__(self, log: BinaryIO, screen: TextIO = sys.stdout, now: Callable[[], float] = time.monotonic) -> None:
+        self.log, self.screen, self.now = log, screen, now
+        self.start = now()
+        self.shown = -SECONDS_BETWEEN_LINES
+        self.total = 0
+
+    def __call__(self, line: bytes) -> None:
+        self.log.write(line)
+        self.log.flush()
+        if match := NINJA.match(line):
+            self._show(int(match[1]), int(match[2]))
+
+    def _show(self, done: int, total: int) -> None:
+        elapsed = self.now() - self.start
+        self.total = total
+        terminal, last = self.screen.isatty(), done == total
+        if not (terminal or last or elapsed - self.shown >= SECONDS_BETWEEN_LINES):
+            return
+        self.shown = elapsed
+        rest = "linking" if last else f"about {clock(elapsed / done * (total - done))} left"
+        text = f"compiled {done} of {total} files, {clock(elapsed)} elapsed, {rest}"
+        self.screen.write(f"\r{text:<78}" + ("\n" if last else "") if terminal else f"{text}\n")
+        self.screen.flush()
+
+
+def errors_in(log: Path, most: int = 20) -> str:
+    """The first lines of a build's output that name an error, for the message of a build that failed."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [line for line in lines if re.search(r"\berror\b|Error:|FAILED:", line)]
+    return "\n".join((found or lines[-most:])[:most])
