@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from package import Package, devices, missing_for_cuda, supports
+from package import Package, devices, missing_for_cuda, not_in_this_build, supports
 
 # Derandomized: a test that fails here fails for everybody, every time.
 settings.register_profile("attention", derandomize=True, deadline=None, database=None, max_examples=60)
@@ -25,6 +25,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header() -> str:
     return f"attention devices: {', '.join(devices())}" + (f" (cuda {why})" if (why := missing_for_cuda()) else "")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """A test of what the installed CUDA kernels don't have is skipped with their own words; any other error is a failure."""
+    try:
+        return (yield)
+    except (NotImplementedError, RuntimeError) as error:
+        if not_in_this_build(error):
+            pytest.skip(str(error).splitlines()[0])
+        raise
 
 
 @pytest.fixture(params=devices())

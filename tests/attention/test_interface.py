@@ -12,7 +12,7 @@ import torch
 from flash_attn import backends
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from package import cumulative
+from package import cumulative, not_in_this_build
 
 # What upstream's functions take by position, and how many arguments each layer beneath them took.
 DENSE = "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"
@@ -425,3 +425,14 @@ def test_patched_extension_gets_a_whole_tensor_for_out(cuda_call, extension):
     rest = (None,) * (EXTENSION_ARGUMENTS["bwd"] - 6)
     assert backends.bwd(dout, q, k, k, lse, lse, *rest, False, *SCORE_DEFAULTS)[4] is q
     assert backends.bwd(dout, q, k, k, lse, lse, *rest)[4] is lse
+
+
+@pytest.mark.parametrize("error, expected", [
+    (NotImplementedError("flash_attn_2_cuda has no kernels for activation='relu', sigmoid_bias=0.0, normalization=None; ..."), True),
+    (RuntimeError("This flash attention build has no kernels for fp16: rebuild with DTYPES=fp16 added"), True),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    (NotImplementedError("flash_attn_2_cuda has no kernels for use_softmax=False, it was built from unpatched sources"), False),
+    (AssertionError("This flash attention build has no kernels"), False),
+])
+def test_only_kernels_that_are_not_built_are_skipped(error, expected):
+    assert not_in_this_build(error) is expected
