@@ -1,0 +1,86 @@
+"""Runs the primitive where its tensors are: Triton kernels for 16-bit CUDA tensors, else PyTorch in chunks."""
+
+import importlib.util
+from functools import lru_cache
+from typing import Optional
+
+import torch
+
+from . import chunked
+from .form import Form
+
+
+@lru_cache(maxsize=None)
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def has_kernels(x: torch.Tensor) -> bool:
+    """Whether the Triton kernels take tensors like x."""
+    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and _triton_installed()
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    form: Form,
+    cu_seqlens_q: Optional[torch.Tensor] = None,
+    cu_seqlens_k: Optional[torch.Tensor] = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+) -> torch.Tensor:
+    """One form of linear attention; see Form and chunked.attend. With cu_seqlens, q, k and v are packed: (total, heads, d).
+
+    Returns out, as q with v's last dimension. Rows of out that belong to no sequence are 0 in PyTorch and are not written
+    by the kernels, as in the quadratic ones.
+    """
+    if has_kernels(q):
+        from . import kernels
+
+        return kernels.attend(q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if cu_seqlens_q is None:
+        return chunked.attend(q, k, v, form)[0]
+    out = q.new_zeros(*q.shape[:-1], v.shape[-1])
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for b in range(len(starts_q) - 1):
+        rows, keys = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
+        out[rows] = chunked.attend(q[None, rows], k[None, keys], v[None, keys], form)[0][0]
+    return out
+
+
+def attend_with_state(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, state: Optional[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The causal form over one piece: (out, the float32 state after it). state: that before it, None for zeros."""
+    if has_kernels(q):
+        from . import kernels
+
+        return kernels.attend_with_state(q, k, v, form, state)
+    out, state = chunked.attend(q, k, v, form, state)
+    return out, state.float()
+
+
+def gradients(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    form: Form,
+    cu_seqlens_q: Optional[torch.Tensor] = None,
+    cu_seqlens_k: Optional[torch.Tensor] = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv of `attend`: three more forms of it (DESIGN: F(dO, V, K; M), F(V, dO, Q; Mt), F(K, Q, dO; Mt))."""
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if has_kernels(q):
+        from . import kernels
+
+        return kernels.gradients(dout, q, k, v, form, *lengths)
+    swapped = (cu_seqlens_k, cu_seqlens_q, max_seqlen_k, max_seqlen_q)
+    return (
+        attend(dout, v, k, form, *lengths),
+        attend(v, dout, q, form.transpose(), *swapped),
+        attend(k, q, dout, form.transpose(), *swapped),
+    )

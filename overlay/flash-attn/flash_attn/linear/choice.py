@@ -1,0 +1,58 @@
+"""Which algorithm a call gets: linear where that is exact and predicted faster, else quadratic, unless the caller says."""
+
+from typing import Optional
+
+import torch
+
+from .backend import has_kernels
+
+ALGORITHMS = ("auto", "quadratic", "linear")
+
+# Where the two algorithms take the same time, forward and backward together: seqlen_q = seqlen_k = SLOPE * head_dim + OFFSET,
+# as (slope, offset) for the full and the causal mask. Measured with benchmarks/linear_vs_quadratic.py, which prints the
+# crossovers that these lines go through; docs/linear.md says on what. The line of a class that is not listed is the CPU's.
+CROSSOVERS = {
+    "cpu": {"full": (4.0, 128.0), "causal": (8.0, 256.0)},
+    "cuda": {"full": (8.0, 512.0), "causal": (16.0, 1024.0)},
+}
+
+
+def obstacle(
+    q: torch.Tensor,
+    dropout_p: float,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Optional[torch.Tensor],
+    block_table: Optional[torch.Tensor],
+    use_softmax: bool,
+    activation: str,
+    normalization: Optional[str],
+) -> Optional[str]:
+    """The option, with its value, for which there is no exact algorithm in linear time; None if there is one."""
+    if use_softmax:
+        return "use_softmax=True"
+    if activation != "identity":
+        return f"activation={activation!r}"
+    if softcap > 0.0:
+        return f"softcap={softcap}"
+    if dropout_p > 0.0:
+        return f"dropout_p={dropout_p}"
+    if alibi_slopes is not None:
+        return "alibi_slopes"
+    if window_size[0] >= 0 or (window_size[1] >= 0 and not causal):
+        return f"window_size={tuple(window_size)}"
+    if block_table is not None:
+        return "block_table"
+    if normalization == "1/visible" and causal and has_kernels(q):
+        return "normalization='1/visible' with causal=True on CUDA tensors"
+    return None
+
+
+def predicted_faster(device: torch.device, head_dim: int, causal: bool, seqlen_q: float, seqlen_k: float) -> bool:
+    """Whether linear time is less time, for sequences of these mean lengths.
+
+    Quadratic costs seqlen_q * seqlen_k, linear seqlen_q + seqlen_k: what counts is their harmonic mean.
+    """
+    slope, offset = CROSSOVERS.get(device.type, CROSSOVERS["cpu"])["causal" if causal else "full"]
+    return 2 * seqlen_q * seqlen_k > (slope * head_dim + offset) * (seqlen_q + seqlen_k)

@@ -1,0 +1,47 @@
+"""Which of the primitive's forms a call is: what its mask is, and which side the normalization counts."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Optional
+
+FULL, CAUSAL, ANTICAUSAL = "full", "causal", "anticausal"
+
+
+@dataclass(frozen=True)
+class Form:
+    """out_i = norm * scale * sum over the visible j of (q_i . k_j) v_j, or its transpose.
+
+    Rows are what the output has (i), keys are what is summed over (j). Both are aligned at their end: with
+    T = max(rows, keys), row i has position i + T - rows and key j has position j + T - keys. Causal: a row sees the keys
+    at its own position and before it. ``transposed``: the rows are the keys of the attention that was asked for and the
+    keys its queries, which is what the gradients of k and v are; a causal mask is then anticausal (its own position and
+    after it), and the normalization belongs to the keys.
+    """
+
+    softmax_scale: float
+    causal: bool
+    transposed: bool = False
+    normalization: Optional[str] = None
+
+    @property
+    def mask(self) -> str:
+        if not self.causal:
+            return FULL
+        return ANTICAUSAL if self.transposed else CAUSAL
+
+    def transpose(self) -> "Form":
+        return replace(self, transposed=not self.transposed)
+
+    @property
+    def weighs_positions(self) -> bool:
+        """Whether the normalization differs between the queries of a sequence. Else it is `constant`."""
+        return self.normalization == "1/visible" and self.causal
+
+    def constant(self, seqlen_rows: int, seqlen_keys: int) -> float:
+        """The factor that all rows of a sequence share: softmax_scale, and the normalization if that is a constant."""
+        n = max(seqlen_rows if self.transposed else seqlen_keys, 1)
+        if self.normalization == "1/n" or (self.normalization == "1/visible" and not self.causal):
+            return self.softmax_scale / n
+        if self.normalization == "1/sqrt(n)":
+            return self.softmax_scale / math.sqrt(n)
+        return self.softmax_scale

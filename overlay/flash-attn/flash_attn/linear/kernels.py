@@ -1,0 +1,391 @@
+"""The primitive in Triton, for float16 and bfloat16 tensors on CUDA: dense and packed sequences, with or without a state.
+
+Positions are cut into segments of whole chunks. `_sum_segments` adds up k^T v of every segment, `_scan` turns the sums into
+the state that each segment starts with, and `_walk` goes through each segment chunk by chunk with the running state in
+registers. So k and v are read twice and q and out touched once, whatever the chunk, and a segment is long enough to make its
+state small beside it. One segment alone (short sequences, or as many heads as the GPU has multiprocessors) needs only `_walk`.
+
+A state in float32 meets a 16-bit matrix unit as the sum of two 16-bit numbers, hi + lo, so that no more is lost than in the
+products of the quadratic kernel. In float16 it is first scaled by a power of two to fit.
+
+Nothing here reads a GPU tensor on the host: grids and buffers follow from shapes and max_seqlen, so calls can be captured in
+CUDA graphs.
+"""
+
+from functools import lru_cache
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+
+from .form import ANTICAUSAL, CAUSAL, FULL, Form
+
+_FULL, _CAUSAL, _ANTICAUSAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+_MASKS = {FULL: 0, CAUSAL: 1, ANTICAUSAL: 2}
+_NORMALIZATIONS = {None: 0, "1/n": 1, "1/visible": 1, "1/sqrt(n)": 2}  # "1/visible" arrives with the full mask alone
+_LARGEST_HALF = tl.constexpr(65504.0)
+
+
+@triton.jit
+def _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN: tl.constexpr):
+    """(start, length) of the rows and of the keys of sequence b, and the positions it has."""
+    start_row, start_key = 0, 0
+    if VARLEN:
+        start_row, start_key = tl.load(cu_rows + b), tl.load(cu_keys + b)
+        rows, keys = tl.load(cu_rows + b + 1) - start_row, tl.load(cu_keys + b + 1) - start_key
+    return start_row, rows, start_key, keys, tl.maximum(rows, keys)
+
+
+@triton.jit
+def _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN: tl.constexpr):
+    """Where the states of sequence b begin. Packed: a sequence has at most as many segments as fit between two of these."""
+    if VARLEN:
+        return ((tl.load(cu_rows + b) + tl.load(cu_keys + b)) // segment_length + b).to(tl.int64)
+    return (b * segments).to(tl.int64)
+
+
+@triton.jit
+def _load(base, stride, index, valid, channels, CHANNELS: tl.constexpr):
+    """The rows `index` (where valid, else 0) of a matrix with CHANNELS columns, of which `channels` are read."""
+    pointers = base + index[:, None].to(tl.int64) * stride + channels[None, :]
+    return tl.load(pointers, mask=valid[:, None] & (channels < CHANNELS)[None, :], other=0.0)
+
+
+@triton.jit
+def _narrow(x, dtype: tl.constexpr):
+    """To 16 bit, saturating."""
+    if dtype == tl.float16:
+        x = tl.minimum(tl.maximum(x, -_LARGEST_HALF), _LARGEST_HALF)
+    return x.to(dtype)
+
+
+@triton.jit
+def _power_of_two_below(x):
+    """The largest power of two that is at most x, for x > 0."""
+    return (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _hi_lo(state, dtype: tl.constexpr):
+    """state * up as hi + lo in 16 bit, and 1 / up, a power of two."""
+    down = 1.0
+    if dtype == tl.float16:
+        down = _power_of_two_below(tl.maximum(tl.max(tl.abs(state)), 1e-30)) / 16384.0
+        state = state * (1.0 / down)
+    hi = state.to(dtype)
+    return hi, (state - hi.to(tl.float32)).to(dtype), down
+
+
+@triton.jit
+def _sum_segments(
+    k, v, sums, cu_rows, cu_keys, rows, keys, segments, segment_length,
+    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    """sums[slot of the segment, head] = sum of k^T v over the segment's keys and the head's group.
+
+    Grid: (segments * tiles of the state, heads, batch). Left out are sums that nobody reads, unless ALL: of the last
+    segment (causal) or the first (anticausal).
+    """
+    tiles_v: tl.constexpr = (D_V + BLOCK_V - 1) // BLOCK_V
+    tiles: tl.constexpr = tiles_v * ((D + BLOCK_D - 1) // BLOCK_D)
+    segment, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    head, b = tl.program_id(1), tl.program_id(2)
+    start_row, rows, start_key, keys, total = _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN)
+    begin, end = segment * segment_length, tl.minimum((segment + 1) * segment_length, total)
+    if begin >= total:
+        return
+    if not ALL:
+        if MASK == _CAUSAL and end == total:
+            return
+        if MASK == _ANTICAUSAL and segment == 0:
+            return
+    first_key = total - keys
+    channels = (tile // tiles_v) * BLOCK_D + tl.arange(0, BLOCK_D)
+    channels_v = (tile % tiles_v) * BLOCK_V + tl.arange(0, BLOCK_V)
+    acc = tl.zeros((BLOCK_D, BLOCK_V), dtype=tl.float32)
+    # Whole chunks before the first key are skipped; the rest is one loop over chunks and the heads of the group.
+    skipped = tl.maximum(first_key - begin, 0) // CHUNK
+    for step in range(skipped * GROUP, tl.cdiv(end - begin, CHUNK) * GROUP):
+        index = begin + (step // GROUP) * CHUNK + tl.arange(0, CHUNK) - first_key
+        valid = (index >= 0) & (index < keys)
+        key_head = head * GROUP + step % GROUP
+        k_base = k + b.to(tl.int64) * stride_kb + start_key.to(tl.int64) * stride_kt + key_head * stride_kh
+        v_base = v + b.to(tl.int64) * stride_vb + start_key.to(tl.int64) * stride_vt + key_head * stride_vh
+        k_chunk = _load(k_base, stride_kt, index, valid, channels, D)
+        v_chunk = _load(v_base, stride_vt, index, valid, channels_v, D_V)
+        acc = tl.dot(tl.trans(k_chunk), v_chunk, acc)
+    slot = _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN) + segment
+    out = sums + (slot * tl.num_programs(1) + head) * (D * D_V)
+    tl.store(
+        out + channels[:, None] * D_V + channels_v[None, :], acc,
+        mask=(channels < D)[:, None] & (channels_v < D_V)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def _scan(
+    sums, initial, final, cu_rows, cu_keys, rows, keys, segments, segment_length,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
+):  # fmt: skip
+    """In place: the sum of each segment becomes the sum of those before it (causal) or after it (anticausal); with the full
+    mask, that of the first segment becomes the sum of all.
+
+    Grid: (tiles of the state, heads, batch). initial: what the sums start from; final: the sum of everything.
+    """
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < SIZE
+    head, b, heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    start_row, rows, start_key, keys, total = _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN)
+    count = tl.cdiv(total, segment_length)
+    first = _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN)
+    here = sums + head * SIZE + offsets
+    carry = tl.zeros((BLOCK,), dtype=tl.float32)
+    if HAS_INITIAL:
+        carry = tl.load(initial + (b * heads + head).to(tl.int64) * SIZE + offsets, mask=inside, other=0.0)
+    for i in range(count):
+        segment = count - 1 - i if MASK == _ANTICAUSAL else i
+        pointers = here + (first + segment) * heads * SIZE
+        # The last sum was not computed unless it is needed.
+        needed = inside & (HAS_FINAL or MASK == _FULL or i < count - 1)
+        own = tl.load(pointers, mask=needed, other=0.0)
+        if MASK != _FULL:
+            tl.store(pointers, carry, mask=inside)
+        carry += own
+    if MASK == _FULL and count > 0:
+        tl.store(here + first * heads * SIZE, carry, mask=inside)
+    if HAS_FINAL:
+        tl.store(final + (b * heads + head).to(tl.int64) * SIZE + offsets, carry, mask=inside)
+
+
+@triton.jit
+def _walk(
+    q, k, v, out, states, cu_rows, cu_keys, rows, keys, segments, segment_length, softmax_scale,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    stride_ob, stride_ot, stride_oh, stride_sd, stride_sv,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP_Q: tl.constexpr, GROUP_K: tl.constexpr, MASK: tl.constexpr,
+    TRANSPOSED: tl.constexpr, NORMALIZATION: tl.constexpr, VARLEN: tl.constexpr, HAS_STATES: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+):  # fmt: skip
+    """The output of one segment, one head and BLOCK_V of its columns.
+
+    Grid: (segments * tiles of columns, nheads, batch). GROUP_Q heads of q share a head of k and v; GROUP_K heads of k and v
+    are summed for a head of q; one of them is 1. states: (slots, heads, D, D_V) in the strides stride_sd and stride_sv.
+    """
+    dtype: tl.constexpr = q.dtype.element_ty
+    # In bfloat16 products need no scale to fit.
+    late: tl.constexpr = dtype == tl.bfloat16
+    tiles_v: tl.constexpr = (D_V + BLOCK_V - 1) // BLOCK_V
+    segment, tile = tl.program_id(0) // tiles_v, tl.program_id(0) % tiles_v
+    head, b = tl.program_id(1), tl.program_id(2)
+    start_row, rows, start_key, keys, total = _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN)
+    begin, end = segment * segment_length, tl.minimum((segment + 1) * segment_length, total)
+    first_row, first_key = total - rows, total - keys
+    if end <= first_row or begin >= total:
+        return
+    # A row before this sees nothing and is 0, whatever it holds.
+    seeing = first_key if MASK == _CAUSAL else tl.where(keys > 0, 0, total)
+    factor = softmax_scale if late else 1.0
+    if NORMALIZATION > 0:
+        n = tl.maximum(rows if TRANSPOSED else keys, 1).to(tl.float32)
+        factor *= 1.0 / n if NORMALIZATION == 1 else 1.0 / tl.sqrt(n)
+
+    channels, channels_v = tl.arange(0, BLOCK_D), tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    q_base = q + b.to(tl.int64) * stride_qb + start_row.to(tl.int64) * stride_qt + head * stride_qh
+    out_base = out + b.to(tl.int64) * stride_ob + start_row.to(tl.int64) * stride_ot + head * stride_oh
+    k_base = k + b.to(tl.int64) * stride_kb + start_key.to(tl.int64) * stride_kt + (head // GROUP_Q) * GROUP_K * stride_kh
+    v_base = v + b.to(tl.int64) * stride_vb + start_key.to(tl.int64) * stride_vt + (head // GROUP_Q) * GROUP_K * stride_vh
+
+    state = tl.zeros((BLOCK_D, BLOCK_V), dtype=tl.float32)
+    if HAS_STATES:
+        slot = _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN)
+        if MASK != _FULL:
+            slot += segment
+        start = states + (slot * (tl.num_programs(1) // GROUP_Q) + head // GROUP_Q) * (D * D_V)
+        # The segment that is walked first starts from nothing.
+        if MASK == _FULL or HAS_INITIAL:
+            present = total > 0
+        elif MASK == _CAUSAL:
+            present = segment > 0
+        else:
+            present = end < total
+        state = tl.load(
+            start + channels[:, None] * stride_sd + channels_v[None, :] * stride_sv,
+            mask=((channels < D) & present)[:, None] & (channels_v < D_V)[None, :], other=0.0,
+        )  # fmt: skip
+    if MASK == _FULL:
+        hi, lo, down = _hi_lo(state, dtype)
+
+    chunks = tl.cdiv(end - begin, CHUNK)
+    at = tl.arange(0, CHUNK)
+    for i in range(chunks):
+        position = begin + (chunks - 1 - i if MASK == _ANTICAUSAL else i) * CHUNK + at
+        row, key = position - first_row, position - first_key
+        valid = (row >= 0) & (row < rows)
+        q_chunk = _load(q_base, stride_qt, row, valid, channels, D)
+        if MASK != _FULL:
+            hi, lo, down = _hi_lo(state, dtype)
+        acc = tl.dot(q_chunk, hi)
+        acc = tl.dot(q_chunk, lo, acc)
+        if not late:
+            acc *= down * softmax_scale
+        if MASK != _FULL:
+            key_valid = (key >= 0) & (key < keys)
+            visible = at[:, None] >= at[None, :] if MASK == _CAUSAL else at[:, None] <= at[None, :]
+            for g in range(GROUP_K):
+                k_chunk = _load(k_base + g * stride_kh, stride_kt, key, key_valid, channels, D)
+                v_chunk = _load(v_base + g * stride_vh, stride_vt, key, key_valid, channels_v, D_V)
+                p = tl.dot(q_chunk, tl.trans(k_chunk))
+                p = tl.where(visible, p if late else p * softmax_scale, 0.0)
+                acc = tl.dot(_narrow(p, dtype), v_chunk, acc)
+                state = tl.dot(tl.trans(k_chunk), v_chunk, state)
+        acc = tl.where((position >= seeing)[:, None], acc * factor, 0.0)
+        tl.store(
+            out_base + row[:, None].to(tl.int64) * stride_ot + channels_v[None, :], _narrow(acc, dtype),
+            mask=valid[:, None] & (channels_v < D_V)[None, :],
+        )  # fmt: skip
+
+
+# Positions of a chunk: the masked products cost 2 CHUNK (d + d_v) operations a row, the state 4 d d_v for any chunk.
+_CHUNK = 64
+# Segments per multiprocessor to aim at, and the shortest segment whose state is small beside what it stands for.
+_WAVES = 1
+_SHORTEST_SEGMENT = 512
+
+
+@lru_cache(maxsize=None)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class _Call:
+    """The sizes, segments and launches of one set of sequences, for one assignment of rows and keys."""
+
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        form: Form,
+        cu_rows: Optional[torch.Tensor],
+        cu_keys: Optional[torch.Tensor],
+        max_rows: int,
+        max_keys: int,
+    ) -> None:
+        self.form, self.varlen = form, cu_rows is not None
+        self.heads = min(q.shape[-2], k.shape[-2])
+        self.batch = cu_rows.shape[0] - 1 if self.varlen else q.shape[0]
+        rows, keys = (max_rows, max_keys) if self.varlen else (q.shape[1], k.shape[1])
+        all_rows, all_keys = (q.shape[0], k.shape[0]) if self.varlen else (self.batch * rows, self.batch * keys)
+        wanted = max(_WAVES * _multiprocessors(q.device) // q.shape[-2], 1)
+        length = max(triton.cdiv(max(all_rows, all_keys), wanted), _SHORTEST_SEGMENT)
+        self.segment_length = triton.cdiv(length, _CHUNK) * _CHUNK
+        self.segments = triton.cdiv(max(rows, keys), self.segment_length)
+        self.slots = self.batch * self.segments
+        if self.varlen:
+            self.slots = (all_rows + all_keys) // self.segment_length + self.batch
+        self._lengths = (cu_rows, cu_keys, rows, keys, self.segments, self.segment_length)
+
+    @property
+    def empty(self) -> bool:
+        return self.batch == 0 or self.segments == 0
+
+    def states(
+        self, k: torch.Tensor, v: torch.Tensor, initial: Optional[torch.Tensor] = None, final: Optional[torch.Tensor] = None
+    ) -> Optional[torch.Tensor]:
+        """The state that each segment starts with, (slots, heads, d, d_v); None if all start from nothing."""
+        mask, everything = self.form.mask, final is not None
+        if self.segments == 1 and mask != FULL and not everything:
+            return None
+        k, v = _with_dense_channels(k), _with_dense_channels(v)
+        d, d_v = k.shape[-1], v.shape[-1]
+        sums = k.new_empty(self.slots, self.heads, d, d_v, dtype=torch.float32)
+        block_d, block_v = min(_block(d), 128), min(_block(d_v), 128)
+        tiles = triton.cdiv(d, block_d) * triton.cdiv(d_v, block_v)
+        _sum_segments[(self.segments * tiles, self.heads, self.batch)](
+            k, v, sums, *self._lengths, *self._strides(k), *self._strides(v),
+            D=d, D_V=d_v, BLOCK_D=block_d, BLOCK_V=block_v, CHUNK=_CHUNK, GROUP=k.shape[-2] // self.heads,
+            MASK=_MASKS[mask], VARLEN=self.varlen, ALL=everything, num_warps=8 if block_d * block_v > 4096 else 4, num_stages=3,
+        )  # fmt: skip
+        if self.segments > 1 or everything:
+            block = min(_block(d * d_v), 512)
+            _scan[(triton.cdiv(d * d_v, block), self.heads, self.batch)](
+                sums, initial, final, *self._lengths, SIZE=d * d_v, BLOCK=block, MASK=_MASKS[mask], VARLEN=self.varlen,
+                HAS_INITIAL=initial is not None, HAS_FINAL=everything, num_warps=4,
+            )  # fmt: skip
+        return sums
+
+    def walk(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, states: Optional[torch.Tensor], initial: bool = False
+    ) -> torch.Tensor:
+        """The output. states: those of (k, v), or of (v, k) transposed."""
+        q, k, v = (_with_dense_channels(x) for x in (q, k, v))
+        d, d_v = q.shape[-1], v.shape[-1]
+        out = q.new_empty(*q.shape[:-1], d_v)
+        block_d = _block(d)
+        block_v = min(_block(d_v), 128 if block_d <= 128 else 64)
+        tiles, nheads = triton.cdiv(d_v, block_v), q.shape[-2]
+        _walk[(self.segments * tiles, nheads, self.batch)](
+            q, k, v, out, states, *self._lengths, self.form.softmax_scale,
+            *self._strides(q), *self._strides(k), *self._strides(v), *self._strides(out),
+            *((0, 0) if states is None else states.stride()[2:]),
+            D=d, D_V=d_v, BLOCK_D=block_d, BLOCK_V=block_v, CHUNK=_CHUNK,
+            GROUP_Q=nheads // self.heads, GROUP_K=k.shape[-2] // self.heads, MASK=_MASKS[self.form.mask],
+            TRANSPOSED=self.form.transposed, NORMALIZATION=_NORMALIZATIONS[self.form.normalization], VARLEN=self.varlen,
+            HAS_STATES=states is not None, HAS_INITIAL=initial, num_warps=8 if block_d * block_v > 4096 else 4, num_stages=2,
+        )  # fmt: skip
+        return out
+
+    def _strides(self, x: torch.Tensor) -> tuple[int, int, int]:
+        """Of batch, position and head; packed sequences have one batch."""
+        return (0, *x.stride()[:2]) if self.varlen else x.stride()[:3]
+
+
+def _block(size: int) -> int:
+    """A side of a tile: tensor cores take powers of two from 16."""
+    return max(triton.next_power_of_2(size), 16)
+
+
+def _with_dense_channels(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def attend(q, k, v, form, cu_rows, cu_keys, max_rows, max_keys) -> torch.Tensor:
+    """See backend.attend."""
+    call = _Call(q, k, form, cu_rows, cu_keys, max_rows, max_keys)
+    if call.empty:
+        return q.new_zeros(*q.shape[:-1], v.shape[-1])
+    with torch.cuda.device_of(q):
+        return call.walk(q, k, v, call.states(k, v))
+
+
+def attend_with_state(q, k, v, form, state) -> tuple[torch.Tensor, torch.Tensor]:
+    """See backend.attend_with_state."""
+    call = _Call(q, k, form, None, None, 0, 0)
+    shape = (call.batch, call.heads, q.shape[-1], v.shape[-1])
+    if call.empty:
+        unchanged = q.new_zeros(shape, dtype=torch.float32) if state is None else state.clone()
+        return q.new_zeros(*q.shape[:-1], v.shape[-1]), unchanged
+    initial, final = None if state is None else state.contiguous(), q.new_empty(shape, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        states = call.states(k, v, initial, final)
+        return call.walk(q, k, v, states, initial=state is not None), final
+
+
+def gradients(dout, q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+    """See backend.gradients. dk and dv walk over the same states, one transposed; dq over those of the output, transposed."""
+    call = _Call(q, k, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    back = _Call(k, q, form.transpose(), cu_seqlens_k, cu_seqlens_q, max_seqlen_k, max_seqlen_q)
+    if call.empty:
+        return tuple(torch.zeros_like(x) for x in (q, k, v))
+    with torch.cuda.device_of(q):
+        states = call.states(k, v)
+        dq = call.walk(dout, v, k, None if states is None else states.mT)
+        del states
+        states = back.states(q, dout)
+        dk = back.walk(v, dout, q, None if states is None else states.mT)
+        dv = back.walk(k, q, dout, states)
+    return dq, dk, dv
