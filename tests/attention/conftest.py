@@ -20,6 +20,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "scores: tests what happens to the scores, which the linear algorithm does not form")
     config.addinivalue_line("markers", "case(*numbers): the numbered regression cases (cases.py) that this test covers")
 
 
@@ -43,10 +44,12 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def attention(device: str) -> Package:
-    """The installed package on one device."""
-    return Package(device)
+@pytest.fixture(params=["quadratic", "linear"])
+def attention(request: pytest.FixtureRequest, device: str) -> Package:
+    """The installed package on one device, by each algorithm."""
+    if request.param == "linear" and request.node.get_closest_marker("scores"):
+        pytest.skip("the linear algorithm does not form scores")
+    return Package(device, request.param)
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -6,12 +6,14 @@ import importlib.util
 from collections.abc import Sequence
 from itertools import accumulate
 
+import pytest
 import torch
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 from torch import Tensor
 
 EXTENSION = "flash_attn_2_cuda"
+NOT_LINEAR = 'algorithm="linear" is not possible with '
 
 
 def missing_for_cuda() -> str | None:
@@ -46,14 +48,27 @@ def cumulative(lengths: Sequence[int], device: str) -> Tensor:
 
 
 class Package:
-    """Public functions of flash_attn on one device, with their options; ``use_softmax`` is False unless given."""
+    """Public functions of flash_attn on one device, by one algorithm; ``use_softmax`` is False unless given.
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
+    With algorithm="linear" a call that has no linear algorithm skips the test, with the package's own reason.
+    """
+
+    def __init__(self, device: str = "cpu", algorithm: str = "quadratic") -> None:
+        self.device, self.algorithm = device, algorithm
         self.dtype = torch.float64 if supports(device, torch.float64) else torch.float16
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
-        return flash_attn_func(q, k, v, **{"use_softmax": False, **options})
+        return self._call(flash_attn_func, q, k, v, **options)
+
+    def _call(self, function, *arguments, **options):
+        """Anything that the linear algorithm refuses is skipped, except refusals that both algorithms share."""
+        options = {"use_softmax": False, **options}
+        try:
+            return function(*arguments, **{"algorithm": self.algorithm, **options})
+        except ValueError as error:
+            if str(error).startswith(NOT_LINEAR):
+                pytest.skip(str(error))
+            raise
 
     def dropped(self, q, k, v, dropout_p: float, seed: int, **options) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed)
@@ -69,8 +84,9 @@ class Package:
         cu_q, cu_k = (cumulative(lengths, self.device) for lengths in (lengths_q, lengths_k))
         longest = max(lengths_q), max(lengths_k)
         if seqused_k is None and leftpad_k is None:
-            options = {"use_softmax": False, **options}
-            return flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, block_table=block_table, **options)
+            return self._call(flash_attn_varlen_func, q, k, v, cu_q, cu_k, *longest, block_table=block_table, **options)
+        if self.algorithm == "linear":
+            pytest.skip("seqused_k and leftpad_k have no linear algorithm")
         return self._varlen_op(q, k, v, cu_q, cu_k, *longest, seqused_k, leftpad_k, block_table, **options)
 
     def _varlen_op(
@@ -87,4 +103,6 @@ class Package:
         )[0]  # fmt: skip
 
     def kvcache(self, q, k_cache, v_cache, k=None, v=None, **options) -> Tensor:
+        if self.algorithm == "linear":
+            pytest.skip("the linear algorithm has a state and no cache")
         return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **{"use_softmax": False, **options})

@@ -121,6 +121,7 @@ def test_poisoned_pages(attention):
 
 
 @case(27)
+@pytest.mark.scores
 def test_weights_saturate_in_float16(attention):
     """Case 27: a third of the scores is beyond 65504; they count as ±65504, and nothing is Inf - Inf."""
     q, k, v = qkv(attention, 1, 64, 64, head_dim=64, dtype=torch.float16, size=60)
@@ -133,6 +134,7 @@ def test_weights_saturate_in_float16(attention):
 
 
 @case(27)
+@pytest.mark.scores
 def test_weight_gradients_saturate_in_float16(attention):
     """Case 27: so do those dS = dO·v that are beyond 65504."""
     q, k, v = qkv(attention, 1, 64, 64, head_dim=64, dtype=torch.float16, size=60)

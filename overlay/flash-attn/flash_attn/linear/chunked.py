@@ -29,8 +29,10 @@ def attend(
     chunks = _Chunks(q, k, v, form)
     shape = (q.shape[0], chunks.heads, q.shape[-1], v.shape[-1])
     state = torch.zeros(shape, dtype=chunks.dtype, device=q.device) if state is None else state.to(chunks.dtype, copy=True)
-    state = state.reshape(-1, *shape[2:])
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
+    if q.shape[0] == 0:
+        return out, state
+    state = state.reshape(-1, *shape[2:])
     if form.mask == FULL:
         for span in chunks.spans:
             if chunks.has_keys(span):

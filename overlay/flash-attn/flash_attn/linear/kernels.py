@@ -30,7 +30,8 @@ _LARGEST_HALF = tl.constexpr(65504.0)
 @triton.jit
 def _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN: tl.constexpr):
     """(start, length) of the rows and of the keys of sequence b, and the positions it has."""
-    start_row, start_key = 0, 0
+    start_row = tl.full((), 0, tl.int32)
+    start_key = start_row
     if VARLEN:
         start_row, start_key = tl.load(cu_rows + b), tl.load(cu_keys + b)
         rows, keys = tl.load(cu_rows + b + 1) - start_row, tl.load(cu_keys + b + 1) - start_key

@@ -1,0 +1,216 @@
+"""Time attention without softmax in linear time against the quadratic kernels and against others, over sequence lengths.
+
+Contenders, each left out where it does not run, with the reason in the record:
+    linear     flash_attn_func(use_softmax=False, algorithm="linear")
+    quadratic  the same with algorithm="quadratic"
+    fla        fla.ops.linear_attn.chunk_linear_attn(normalize=False), causal only (package fla-core)
+    torch      Q @ (K^T V), full only
+Every length runs at batch 1 and, up to --tokens, at that many tokens in all. Results go to --json as they come, so that a run
+that is stopped keeps what it has. At the end: the length from which linear is faster, for each head size, mask and pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+from flash_attn import flash_attn_func
+
+ROOT = Path(__file__).resolve().parents[1]
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_PASSES = ("forward", "forward+backward")
+# A contender that takes longer than this once is not asked for longer sequences of the same setting.
+_TOO_LONG_MS = 4000.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    batch: int
+    seqlen: int
+    nheads: int
+    head_dim: int
+    causal: bool
+    direction: str
+
+
+@dataclass(frozen=True)
+class Result(Setting):
+    """One contender's median time in ms, and the share that reading the inputs and writing the results once would have."""
+
+    contender: str
+    ms: float | None
+    memory_floor_share: float | None
+    why_not: str | None = None
+
+
+def _fla(q, k, v, causal):
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    out = chunk_linear_attn(q, k, v, scale=q.shape[-1] ** -0.5, normalize=False)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _torch(q, k, v, causal):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return (q @ (k.transpose(-1, -2) @ v) * q.shape[-1] ** -0.5).transpose(1, 2)
+
+
+def _ours(algorithm: str) -> Callable:
+    return lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal, use_softmax=False, algorithm=algorithm)
+
+
+CONTENDERS = {"linear": _ours("linear"), "quadratic": _ours("quadratic"), "fla": _fla, "torch": _torch}
+_ONLY = {"fla": True, "torch": False}
+
+
+def _median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
+    times = []
+    started = time.perf_counter()
+    for repeat in range(repeats + 2):
+        if device == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            milliseconds = begin.elapsed_time(end)
+        else:
+            begin = time.perf_counter()
+            run()
+            milliseconds = (time.perf_counter() - begin) * 1e3
+        if repeat >= 2 or milliseconds > _TOO_LONG_MS:
+            times.append(milliseconds)
+        if times and time.perf_counter() - started > 10:
+            break
+    return statistics.median(times)
+
+
+def _copy_rate(device: str) -> float:
+    """Bytes per second of a copy, read and written: what the memory floor is measured with."""
+    source = torch.empty(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (_median_ms(lambda: target.copy_(source), device, 10) * 1e-3)
+
+
+def _floor_ms(setting: Setting, dtype: torch.dtype, rate: float) -> float:
+    """Forward reads q, k, v and writes out; backward reads q, k, v, dout and writes dq, dk, dv."""
+    tensor = setting.batch * setting.seqlen * setting.nheads * setting.head_dim * dtype.itemsize
+    return (4 if setting.direction == "forward" else 11) * tensor / rate * 1e3
+
+
+def _run(setting: Setting, contender: str, dtype: torch.dtype, device: str, repeats: int) -> float:
+    shape = (setting.batch, setting.seqlen, setting.nheads, setting.head_dim)
+    backward = setting.direction != "forward"
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v, dout = (torch.randn(shape, dtype=dtype, device=device, generator=generator) for _ in range(4))
+    inputs = [x.requires_grad_(backward) for x in (q, k, v)]
+
+    def step():
+        out = CONTENDERS[contender](*inputs, setting.causal)
+        if backward:
+            torch.autograd.grad(out, inputs, dout)
+
+    return _median_ms(step, device, repeats)
+
+
+def _settings(args: argparse.Namespace) -> Iterator[Setting]:
+    for head_dim in args.head_dims:
+        for causal in (True, False):
+            for direction in _PASSES:
+                batched = [(args.tokens // n, n) for n in args.seqlens if args.tokens // n > 1]
+                for batch, seqlen in [(1, n) for n in args.seqlens] + batched:
+                    yield Setting(batch, seqlen, args.heads, head_dim, causal, direction)
+
+
+def measure(args: argparse.Namespace) -> Iterator[Result]:
+    dtype, rate = _DTYPES[args.dtype], _copy_rate(args.device)
+    stopped: set[tuple] = set()
+    deadline = time.monotonic() + args.seconds
+    for setting in _settings(args):
+        for contender in args.contenders:
+            kind = (contender, setting.head_dim, setting.causal, setting.direction, setting.batch == 1)
+            if _ONLY.get(contender, setting.causal) != setting.causal or kind in stopped or time.monotonic() > deadline:
+                continue
+            try:
+                ms, why = _run(setting, contender, dtype, args.device, args.repeats), None
+            except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+                ms, why = None, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+                gc.collect()
+                if args.device == "cuda":
+                    torch.cuda.empty_cache()
+            if ms is None or ms > _TOO_LONG_MS:
+                stopped.add(kind)
+            share = None if ms is None else _floor_ms(setting, dtype, rate) / ms
+            yield Result(**asdict(setting), contender=contender, ms=ms, memory_floor_share=share, why_not=why)
+
+
+def crossovers(results: list[Result]) -> dict[str, float | None]:
+    """The length at batch 1 from which linear is faster than quadratic, by log-log interpolation; None if nowhere."""
+    times: dict[str, dict[int, dict[str, float]]] = {}
+    for r in results:
+        if r.batch == 1 and r.ms is not None:
+            name = f"head_dim {r.head_dim}, {'causal' if r.causal else 'full'}, {r.direction}"
+            times.setdefault(name, {}).setdefault(r.seqlen, {})[r.contender] = r.ms
+    found = {}
+    for name, by_length in times.items():
+        ratios = [(n, ms["linear"] / ms["quadratic"]) for n, ms in sorted(by_length.items()) if {"linear", "quadratic"} <= ms.keys()]
+        found[name] = None
+        for (n0, r0), (n1, r1) in zip(ratios, ratios[1:]):
+            if r0 > 1 >= r1:
+                found[name] = round(n0 * (n1 / n0) ** ((r0 - 1) / (r0 - r1)))
+        if ratios and ratios[0][1] <= 1 and found[name] is None:
+            found[name] = ratios[0][0]
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16" if on_gpu else "float32")
+    parser.add_argument("--heads", type=int, default=16 if on_gpu else 4)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--seqlens", type=int, nargs="+", default=[2**n for n in (range(10, 21) if on_gpu else range(7, 15))])
+    parser.add_argument("--tokens", type=int, default=16384 if on_gpu else 0, help="tokens in all for the batched runs; 0 leaves these out")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--repeats", type=int, default=20 if on_gpu else 5)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing new after this time")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+
+    record = {
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device_type": args.device,
+        "dtype": args.dtype,
+        "results": [],
+    }
+    results: list[Result] = []
+    print(f"{record['date']}  {record['device']}  torch {record['torch']}  {args.dtype}, {args.heads} heads, median of {args.repeats}")
+    print(f"{'mask':<8}{'pass':<18}{'d':>4}{'batch':>7}{'N':>9}  {'contender':<11}{'ms':>10}{'of floor':>10}")
+    for r in measure(args):
+        results.append(r)
+        record["results"].append(asdict(r))
+        outcome = f"{r.ms:>10.3f}{r.memory_floor_share:>9.0%}" if r.ms is not None else f"  {r.why_not}"
+        mask = "causal" if r.causal else "full"
+        print(f"{mask:<8}{r.direction:<18}{r.head_dim:>4}{r.batch:>7}{r.seqlen:>9}  {r.contender:<11}{outcome}", flush=True)
+        record["crossovers"] = crossovers(results)
+        if args.json is not None:
+            args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for name, length in crossovers(results).items():
+        print(f"crossover, {name}: {'not within these lengths' if length is None else length}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
