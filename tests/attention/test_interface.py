@@ -82,12 +82,12 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_signature(name):
     parameters = list(inspect.signature(getattr(flash_attn, name)).parameters.values())
-    before, (use_softmax, *keyword_only) = parameters[:-4], parameters[-4:]
+    before, (use_softmax, *keyword_only) = parameters[:-5], parameters[-5:]
     assert [p.name for p in before] == UPSTREAM[name].split()
     assert (use_softmax.name, use_softmax.default) == ("use_softmax", True)
     assert use_softmax.kind == use_softmax.POSITIONAL_OR_KEYWORD
     assert [(p.name, p.default) for p in keyword_only] == [
-        ("activation", "identity"), ("sigmoid_bias", 0.0), ("normalization", None),
+        ("activation", "identity"), ("sigmoid_bias", 0.0), ("normalization", None), ("algorithm", "auto"),
     ]  # fmt: skip
     assert all(p.kind == p.KEYWORD_ONLY for p in keyword_only)
 

@@ -1,6 +1,6 @@
 """Linear time: the primitive and its derivatives, when it is chosen, and that it keeps the contract of use_softmax=False.
 
-The other attention tests run with algorithm="linear" too, where it applies (conftest.py); here is what only this path can get
+The other attention tests run with algorithm="linear" too, where it applies (conftest.py). Here is what this path alone can get
 wrong: chunks, the state between them, lengths that no chunk divides, sums over many tokens.
 """
 
@@ -9,16 +9,332 @@ from __future__ import annotations
 import flash_attn
 import pytest
 import torch
-from flash_attn.linear import choice, chunked
-from flash_attn.linear.form import Form
+from flash_attn import flash_attn_func, flash_attn_varlen_func
+from flash_attn.linear import choice, public
 from torch.utils.checkpoint import checkpoint
 
-from linear_cases import LARGE_MEAN_TOKENS, LENGTHS, check_large_mean, check_piece_boundaries, linear
-from measure import NAMES, assert_close, assert_same, compare, gradients, poisoned, qkv, randn, reference
-from package import cumulative, supports
+import linear_checks as checks
+from linear_mutations import MUTANTS, Mutant
+from measure import NAMES, assert_same, compare, gradients, qkv, randn
+from package import Package, cumulative, not_in_this_build, supports
+from test_interface import DIFFERENTIABLE, close, inputs, run
 
 MASKS = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-FUNCTIONS = pytest.mark.parametrize("name", [n for n in flash_attn.__all__] if hasattr(flash_attn, "__all__") else [
-    "flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func",
-    "flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func",
-])  # fmt: skip
+SIXTEEN_BIT = pytest.mark.parametrize(
+    "dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"]
+)
+
+
+@pytest.fixture
+def linear(device: str) -> Package:
+    return Package(device, "linear")
+
+
+@pytest.fixture
+def quadratic(device: str) -> Package:
+    return Package(device, "quadratic")
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@MASKS
+@pytest.mark.parametrize("lengths", checks.LENGTHS, ids=str)
+def test_lengths(linear, causal, lengths, dtype):
+    checks.check_lengths(linear, causal, lengths, dtype)
+
+
+@MASKS
+@pytest.mark.parametrize("normalization", ["1/n", "1/visible", "1/sqrt(n)"])
+@pytest.mark.parametrize("lengths", [(300, 300), (70, 300), (300, 70)], ids=str)
+def test_normalizations(linear, causal, lengths, normalization):
+    checks.check_lengths(linear, causal, lengths, normalization=normalization)
+
+
+@MASKS
+@pytest.mark.parametrize("head_dim", [40, 96, 128, 256])
+def test_head_dims(linear, causal, head_dim):
+    compare(linear, *qkv(linear, 1, 150, 170, nheads=2, nheads_k=1, head_dim=head_dim), causal=causal)
+
+
+@MASKS
+@pytest.mark.parametrize("normalization", [None, "1/n", "1/visible"])
+@pytest.mark.parametrize("nheads_k", [1, 4])
+def test_packed(linear, causal, normalization, nheads_k):
+    checks.check_packed(linear, causal, nheads_k, normalization=normalization)
+
+
+@MASKS
+def test_nothing_leaks_between_packed_sequences(linear, causal):
+    checks.check_nothing_leaks(linear, causal)
+
+
+def test_rows_without_keys(linear):
+    checks.check_rows_without_keys(linear)
+
+
+@SIXTEEN_BIT
+@MASKS
+@pytest.mark.parametrize("agree", [False, True], ids=["both signs", "one sign"])
+def test_largest_inputs(linear, dtype, largest, causal, agree):
+    checks.check_largest(linear, dtype, largest, causal, agree)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 8.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_many_tokens(linear, quadratic, dtype, mean):
+    """A large mean is where the state grows fastest."""
+    if dtype == torch.float16 and mean > 1:
+        pytest.skip("sums of 64k such tokens are larger than float16's largest number")
+    checks.check_many_tokens(linear, quadratic, dtype, mean)
+
+
+@MASKS
+def test_second_derivatives(linear, device, causal):
+    """The derivative is the primitive again, and so is its derivative: finite differences agree with both."""
+    if device != "cpu":
+        pytest.skip("finite differences need float64, which the CUDA kernels do not take")
+    tensors = [x.requires_grad_() for x in qkv(linear, 1, 4, 5, nheads=2, nheads_k=1, head_dim=2)]
+    assert torch.autograd.gradcheck(lambda *x: linear.dense(*x, causal=causal), tensors)
+    assert torch.autograd.gradgradcheck(lambda *x: linear.dense(*x, causal=causal), tensors)
+
+
+@MASKS
+def test_gradients_are_the_same_every_time(linear, causal):
+    tensors = qkv(linear, 1, 500, 500)
+    first, second = (gradients(lambda *x: linear.dense(*x, causal=causal), *tensors) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_caught(monkeypatch, mutant: Mutant):
+    """Each check fails for the mistake that the table names it for, and passes without it."""
+    package = Package("cpu", "linear")
+    mutant.check(package)
+    monkeypatch.setattr(mutant.owner, mutant.step, mutant.wrong)
+    with pytest.raises(AssertionError):
+        mutant.check(package)
+
+
+# --- the public functions ---------------------------------------------------------------------------------------------
+
+
+@MASKS
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_public_functions(name, device, causal):
+    """Each of the six gives what it gives in quadratic time, and no log-sum-exp."""
+    options = dict(use_softmax=False, causal=causal, softmax_scale=0.4)
+    actual, expected = (run(name, device, **options, algorithm=algorithm) for algorithm in ("linear", "quadratic"))
+    for a, e in zip(actual, expected, strict=True):
+        close(a, e)
+    tensors, lengths = inputs(name, device)
+    out, lse, encoded = getattr(flash_attn, name)(*tensors, *lengths, **options, algorithm="linear", return_attn_probs=True)
+    assert torch.equal(out, actual[0]) and lse.numel() == encoded.numel() == 0 and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_only_inputs_are_saved(name, device):
+    kept: list[torch.Tensor] = []
+    tensors, lengths = inputs(name, device)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        getattr(flash_attn, name)(*tensors, *lengths, use_softmax=False, algorithm="linear")
+    given = {x.untyped_storage().data_ptr() for x in [*tensors, *lengths] if isinstance(x, torch.Tensor)}
+    assert kept and {x.untyped_storage().data_ptr() for x in kept} <= given
+
+
+@pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_varlen_qkvpacked_func"])
+def test_compiles_to_one_graph(name, device):
+    torch._dynamo.reset()
+    tensors, lengths = inputs(name, device)
+
+    def attend(*x):
+        return getattr(flash_attn, name)(*x, *lengths, causal=True, use_softmax=False, algorithm="linear")
+
+    expected = attend(*tensors)
+    actual = torch.compile(attend, fullgraph=True, backend="aot_eager")(*tensors)
+    dout = randn(*expected.shape, seed=0).to(expected)
+    for a, e in zip((actual, *torch.autograd.grad(actual, tensors, dout)), (expected, *torch.autograd.grad(expected, tensors, dout))):
+        close(a, e)
+
+
+def test_operators_pass_opcheck(device):
+    q, k, v = (x.detach() for x in inputs("flash_attn_func", device)[0])
+    options = (None, None, 0, 0, 0.3, True, False, "1/n")
+    torch.library.opcheck(torch.ops.flash_attn._linear_attention.default, (q, k, v, *options))
+    torch.library.opcheck(torch.ops.flash_attn._linear_attention_backward.default, (q, q, k, v, *options))
+
+
+def test_activation_checkpointing(linear):
+    tensors = qkv(linear, 1, 200, 200)
+
+    def attend(*x):
+        return linear.dense(*x, causal=True)
+
+    plain = gradients(attend, *tensors)
+    again = gradients(lambda *x: checkpoint(attend, *x, use_reentrant=False), *tensors)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+
+
+def test_autocast_does_not_lower_the_precision(linear, device):
+    tensors = qkv(linear, 1, 200, 200, dtype=torch.float32 if device == "cpu" else torch.float16)
+    expected = gradients(linear.dense, *tensors)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        actual = gradients(linear.dense, *tensors)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+
+
+def test_strides_do_not_matter(linear):
+    tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(linear, 2, 150, 150)]
+    plain = gradients(lambda *x: linear.dense(*(t.contiguous() for t in x), causal=True), *tensors)
+    for name, a, b in zip(NAMES, gradients(lambda *x: linear.dense(*x, causal=True), *tensors), plain):
+        assert_same(name, a, b)
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+INEXACT = {
+    "softcap": dict(softcap=2.0),
+    "dropout_p": dict(dropout_p=0.1),
+    "alibi_slopes": dict(alibi_slopes=torch.ones(2)),
+    "window_size": dict(window_size=(4, 4)),
+    "activation": dict(activation="relu"),
+    "use_softmax": dict(use_softmax=True),
+}
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_linear_is_refused_where_it_is_not_exact(name):
+    """The error names the option that is in the way."""
+    q, k, v = (torch.zeros(1, 8, 2, 8) for _ in range(3))
+    with pytest.raises(ValueError, match=f'algorithm="linear" is not possible with {name}'):
+        flash_attn_func(q, k, v, **{"use_softmax": False, **INEXACT[name]}, algorithm="linear")
+
+
+def test_linear_is_refused_with_pages():
+    q, pages = torch.zeros(4, 2, 8), torch.zeros(1, 256, 2, 8)
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), cumulative([4], "cpu")
+    with pytest.raises(ValueError, match="block_table"):
+        flash_attn_varlen_func(
+            q, pages, pages, lengths, lengths, 4, 4, block_table=table, use_softmax=False, algorithm="linear"
+        )
+
+
+def test_a_window_that_causal_implies_is_none(linear):
+    """upstream's callers pass window_size=(-1, 0) for causal."""
+    q, k, v = qkv(linear, 1, 9, 9)
+    assert torch.equal(linear.dense(q, k, v, causal=True, window_size=(-1, 0)), linear.dense(q, k, v, causal=True))
+
+
+def test_unknown_algorithm():
+    x = torch.zeros(1, 8, 2, 8)
+    for call in (flash_attn_func, flash_attn.flash_attn_with_kvcache):
+        with pytest.raises(ValueError, match="algorithm='fast'"):
+            call(x, x, x, use_softmax=False, algorithm="fast")
+    with pytest.raises(ValueError, match="linear_attention_step"):
+        flash_attn.flash_attn_with_kvcache(x, x, x, use_softmax=False, algorithm="linear")
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[str]:
+    """Grows by one with each call that runs in linear time."""
+    calls: list[str] = []
+    right = public.LinearAttention
+
+    class Counting(right):
+        @staticmethod
+        def forward(*arguments):
+            calls.append("linear")
+            return right.forward(*arguments)
+
+    monkeypatch.setattr(public, "LinearAttention", Counting)
+    return calls
+
+
+@pytest.mark.parametrize("options, seqlen_q, seqlen_k, expected", [
+    (dict(), 8192, 8192, True),
+    (dict(causal=True), 8192, 8192, True),
+    (dict(), 64, 64, False),
+    (dict(causal=True), 1, 8192, False),
+    (dict(causal=True, softcap=1.0), 2048, 2048, False),
+    (dict(use_softmax=True), 2048, 2048, False),
+    (dict(algorithm="quadratic"), 8192, 8192, False),
+    (dict(algorithm="linear"), 64, 64, True),
+], ids=str)  # fmt: skip
+def test_auto_takes_linear_where_it_pays(taken, options, seqlen_q, seqlen_k, expected):
+    q, k, v = (torch.zeros(1, n, 1, 8) for n in (seqlen_q, seqlen_k, seqlen_k))
+    flash_attn_func(q, k, v, **{"use_softmax": False, **options})
+    assert bool(taken) == expected
+
+
+def test_auto_goes_by_the_mean_length_of_packed_sequences(taken):
+    q, k, v = (torch.zeros(8192, 1, 8) for _ in range(3))
+    for count, expected in ((1, True), (256, False)):
+        lengths = cumulative([8192 // count] * count, "cpu")
+        flash_attn_varlen_func(q, k, v, lengths, lengths, 8192 // count, 8192 // count, use_softmax=False)
+        assert bool(taken) == expected
+        taken.clear()
+
+
+@MASKS
+def test_auto_gives_the_result_of_the_algorithm_it_takes(device, causal):
+    """Above and below the crossover, within the quadratic algorithm's error."""
+    try:
+        for seqlen in (64, 6000):
+            q, k, v = qkv(Package(device), 1, seqlen, seqlen, nheads=1, dtype=torch.float16)
+            auto, quadratic = (
+                flash_attn_func(q, k, v, causal=causal, use_softmax=False, algorithm=a) for a in ("auto", "quadratic")
+            )
+            assert_same("out", auto, quadratic)
+    except (NotImplementedError, RuntimeError) as error:
+        assert not_in_this_build(error)
+
+
+@pytest.mark.parametrize("device_type", choice.CROSSOVERS)
+@MASKS
+def test_the_cost_rule_is_monotone(device_type, causal):
+    """Once linear is faster it stays so for longer sequences; wider heads need longer ones."""
+    device = torch.device(device_type)
+    for head_dim in (32, 64, 128, 256):
+        chosen = [choice.predicted_faster(device, head_dim, causal, n, n) for n in (2**i for i in range(4, 22))]
+        assert chosen == sorted(chosen) and chosen[-1] and not chosen[0]
+
+
+# --- wrong arguments --------------------------------------------------------------------------------------------------
+
+X = torch.zeros(1, 8, 2, 8)
+WRONG = {
+    "k has shape": dict(k=torch.zeros(1, 8, 2, 16)),
+    "v has shape": dict(v=torch.zeros(1, 9, 2, 8)),
+    "q has shape": dict(q=torch.zeros(8, 2, 8)),
+    "heads in q": dict(k=torch.zeros(1, 8, 3, 8), v=torch.zeros(1, 8, 3, 8)),
+    "k has dtype": dict(k=X.double()),
+    "q has dtype": dict(q=X.long(), k=X.long(), v=X.long()),
+    "k is on meta": dict(k=X.to("meta")),
+    "softmax_scale=inf": dict(softmax_scale=float("inf")),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_tensors(message):
+    arguments = {"q": X, "k": X, "v": X, **WRONG[message]}
+    with pytest.raises((ValueError, TypeError), match=message):
+        flash_attn_func(**arguments, use_softmax=False, algorithm="linear")
+
+
+@pytest.mark.parametrize("lengths, message", [
+    ([0, 5, 3, 8], "cu_seqlens_q descends from 5 to 3"),
+    ([0, 4, 9], "cu_seqlens_q ends at 9"),
+    ([-1, 8], r"cu_seqlens_q\[0\]=-1"),
+    ([0, 8, 8], "length 8, more than max_seqlen=7"),
+], ids=str)  # fmt: skip
+def test_wrong_cu_seqlens(lengths, message):
+    x, lengths = torch.zeros(8, 2, 8), torch.tensor(lengths, dtype=torch.int32)
+    longest = 7 if "7" in message else 8
+    with pytest.raises(ValueError, match=message):
+        flash_attn_varlen_func(x, x, x, lengths, lengths.clone(), longest, longest, use_softmax=False, algorithm="linear")
+
+
+def test_cu_seqlens_of_the_wrong_dtype():
+    x, lengths = torch.zeros(8, 2, 8), torch.tensor([0, 8])
+    with pytest.raises(TypeError, match="cu_seqlens_q has dtype torch.int64"):
+        flash_attn_varlen_func(x, x, x, lengths, lengths, 8, 8, use_softmax=False, algorithm="linear")

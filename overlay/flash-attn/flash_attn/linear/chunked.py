@@ -55,7 +55,10 @@ def attend(
 
 
 class _Chunks:
-    """Cuts rows and keys at the same positions (see Form). A span is a range of positions."""
+    """Cuts rows and keys at the same positions (see Form). A span is a range of positions.
+
+    Rows that see no key and keys that no row sees are left out: a NaN in them would come back through 0 * NaN.
+    """
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form) -> None:
         self.form, self.dtype = form, torch.promote_types(q.dtype, torch.float32)
@@ -63,62 +66,60 @@ class _Chunks:
         self._q, self._k, self._v = (x.unflatten(2, (self.heads, -1)) for x in (q, k, v))
         total = max(q.shape[1], k.shape[1])
         self._first_row, self._first_key = total - q.shape[1], total - k.shape[1]
+        self._from_row = max(self._first_row, self._first_key) if form.mask == CAUSAL or k.shape[1] == 0 else self._first_row
+        self._from_key = max(self._first_row, self._first_key) if form.mask == ANTICAUSAL else self._first_key
         self._factor = form.constant(q.shape[1], k.shape[1])
         self.spans = [range(at, min(at + CHUNK, total)) for at in range(0, total, CHUNK)]
 
     def has_rows(self, span: range) -> bool:
-        """Whether a row of the span sees anything. A row that doesn't is left 0, even if it is NaN."""
-        seen = span.stop > self._first_key if self.form.mask == CAUSAL else self._k.shape[1] > 0
-        return seen and span.stop > self._first_row
+        return span.stop > self._from_row
 
     def has_keys(self, span: range) -> bool:
-        return span.stop > self._first_key
+        return span.stop > self._from_key
 
     def rows(self, span: range) -> torch.Tensor:
-        return self._cut(self._q, span, self._first_row)
+        return self._cut(self._q, max(span.start, self._from_row), span.stop, self._first_row)
 
     def keys(self, span: range) -> torch.Tensor:
-        return self._cut(self._k, span, self._first_key)
+        return self._cut(self._k, max(span.start, self._from_key), span.stop, self._first_key)
 
     def values(self, span: range) -> torch.Tensor:
-        values = self._cut(self._v, span, self._first_key)
+        start = max(span.start, self._from_key)
+        values = self._cut(self._v, start, span.stop, self._first_key)
         if self.form.weighs_positions and self.form.transposed:
-            values.mul_(self._weights(self._k, span, self._first_key, self._first_row))
+            values.mul_(self._weights(self._v, range(start, span.stop), self._first_row))
         return values
 
     def mask(self, scores: torch.Tensor, span: range) -> torch.Tensor:
         """scores (batch * heads, group of rows, group of keys) with 0, in place, where the row does not see the key."""
-        first_row, first_key = max(span.start, self._first_row), max(span.start, self._first_key)
+        offset = max(span.start, self._from_row) - max(span.start, self._from_key)
         split = scores.unflatten(2, (self._k.shape[3], -1)).unflatten(1, (self._q.shape[3], -1)).transpose(2, 3)
         if self.form.mask == CAUSAL:
-            split.tril_(first_row - first_key)
+            split.tril_(offset)
         else:
-            split.triu_(first_row - first_key)
+            split.triu_(offset)
         return scores
 
     def store(self, out: torch.Tensor, result: torch.Tensor, span: range) -> None:
         """Normalize, saturate and put the result of the span's rows in its place."""
+        span = range(max(span.start, self._from_row), span.stop)
         result.mul_(self._factor)
         if self.form.weighs_positions and not self.form.transposed:
-            result.mul_(self._weights(self._q, span, self._first_row, self._first_key))
+            result.mul_(self._weights(self._q, span, self._first_key))
         if result.dtype != out.dtype:
             limit = torch.finfo(out.dtype).max
             result.clamp_(-limit, limit)
         batch, _, heads, group, _ = self._q.shape
-        result = result.view(batch, heads, group, -1, result.shape[-1]).permute(0, 3, 1, 2, 4)
-        if self.form.mask == CAUSAL and span.start < self._first_key:  # the rows before the first key stay 0
-            result = result[:, -(span.stop - max(self._first_key, self._first_row)) :]
-        stop = span.stop - self._first_row
-        out[:, stop - result.shape[1] : stop].unflatten(2, (heads, group)).copy_(result)
+        result = result.view(batch, heads, group, len(span), -1).permute(0, 3, 1, 2, 4)
+        out[:, span.start - self._first_row : span.stop - self._first_row].unflatten(2, (heads, group)).copy_(result)
 
-    def _cut(self, x: torch.Tensor, span: range, first: int) -> torch.Tensor:
+    def _cut(self, x: torch.Tensor, start: int, stop: int, first: int) -> torch.Tensor:
         """(batch * heads, group * positions, channels) in the compute dtype: always a copy."""
-        part = x[:, max(span.start - first, 0) : span.stop - first].permute(0, 2, 3, 1, 4)
+        part = x[:, start - first : stop - first].permute(0, 2, 3, 1, 4)
         part = part.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
         return part.view(x.shape[0] * self.heads, -1, x.shape[-1])
 
-    def _weights(self, x: torch.Tensor, span: range, first: int, first_seen: int) -> torch.Tensor:
+    def _weights(self, x: torch.Tensor, span: range, first_seen: int) -> torch.Tensor:
         """1 / (number of keys that a query sees) of the span's queries x, in the order of `_cut`."""
-        positions = torch.arange(max(span.start, first), span.stop, device=x.device)
-        counts = (positions - first_seen + 1).clamp(min=1).to(self.dtype)
-        return counts.reciprocal().repeat(x.shape[3])[:, None]
+        seen = torch.arange(span.start - first_seen + 1, span.stop - first_seen + 1, device=x.device)
+        return seen.clamp(min=1).to(self.dtype).reciprocal().repeat(x.shape[3])[:, None]

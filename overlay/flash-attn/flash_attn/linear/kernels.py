@@ -104,14 +104,16 @@ def _sum_segments(
         if MASK == _ANTICAUSAL and segment == 0:
             return
     first_key = total - keys
+    # A key before this is seen by no row, and not read.
+    seen = tl.maximum(first_key, total - rows) if MASK == _ANTICAUSAL else first_key
     channels = (tile // tiles_v) * BLOCK_D + tl.arange(0, BLOCK_D)
     channels_v = (tile % tiles_v) * BLOCK_V + tl.arange(0, BLOCK_V)
     acc = tl.zeros((BLOCK_D, BLOCK_V), dtype=tl.float32)
-    # Whole chunks before the first key are skipped; the rest is one loop over chunks and the heads of the group.
-    skipped = tl.maximum(first_key - begin, 0) // CHUNK
+    # Whole chunks before the first key seen are skipped; the rest is one loop over chunks and the heads of the group.
+    skipped = tl.maximum(seen - begin, 0) // CHUNK
     for step in range(skipped * GROUP, tl.cdiv(end - begin, CHUNK) * GROUP):
         index = begin + (step // GROUP) * CHUNK + tl.arange(0, CHUNK) - first_key
-        valid = (index >= 0) & (index < keys)
+        valid = (index >= seen - first_key) & (index < keys)
         key_head = head * GROUP + step % GROUP
         k_base = k + b.to(tl.int64) * stride_kb + start_key.to(tl.int64) * stride_kt + key_head * stride_kh
         v_base = v + b.to(tl.int64) * stride_vb + start_key.to(tl.int64) * stride_vt + key_head * stride_vh
@@ -188,8 +190,9 @@ def _walk(
     first_row, first_key = total - rows, total - keys
     if end <= first_row or begin >= total:
         return
-    # A row before this sees nothing and is 0, whatever it holds.
+    # A row before `seeing` sees nothing and is 0, whatever it holds; a key before `seen` is seen by no row, and not read.
     seeing = first_key if MASK == _CAUSAL else tl.where(keys > 0, 0, total)
+    seen = tl.maximum(first_key, first_row) if MASK == _ANTICAUSAL else first_key
     factor = softmax_scale if late else 1.0
     if NORMALIZATION > 0:
         n = tl.maximum(rows if TRANSPOSED else keys, 1).to(tl.float32)
@@ -235,7 +238,7 @@ def _walk(
         if not late:
             acc *= down * softmax_scale
         if MASK != _FULL:
-            key_valid = (key >= 0) & (key < keys)
+            key_valid = (position >= seen) & (key < keys)
             visible = at[:, None] >= at[None, :] if MASK == _CAUSAL else at[:, None] <= at[None, :]
             for g in range(GROUP_K):
                 k_chunk = _load(k_base + g * stride_kh, stride_kt, key, key_valid, channels, D)

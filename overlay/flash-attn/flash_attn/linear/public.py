@@ -1,5 +1,6 @@
 """What the public functions call before their quadratic path."""
 
+import math
 from typing import Optional, Union
 
 import torch
@@ -59,6 +60,10 @@ def in_linear_time(
         )
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale={softmax_scale}: give a finite number, or None for 1/sqrt(head_dim)")
+    # One query sees every key either way, and the full form is the cheaper one.
+    causal = causal and (q.shape[1] if cu_seqlens_q is None else max_seqlen_q) > 1
     distinct_k = None if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k
     out = LinearAttention.apply(
         q, k, v, cu_seqlens_q, distinct_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, False, normalization

@@ -1,0 +1,111 @@
+"""Checks of the linear algorithm that take an implementation: the installed package, and the wrong ones of linear_mutations.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from measure import assert_close, compare, gradients, poisoned, qkv, randn
+
+# (seqlen_q, seqlen_k) around the edges of chunks of 64 and 128, and far from square.
+LENGTHS = [(127, 127), (128, 128), (129, 129), (300, 300), (70, 300), (300, 70), (1, 200), (200, 1), (260, 132)]
+PACKED = dict(lengths_q=[130, 0, 64, 5, 200], lengths_k=[130, 7, 0, 133, 100])
+# As near as this to float64, times the error of the quadratic algorithm.
+FACTOR = 1.5
+MANY_TOKENS = 2**16
+
+
+def check_lengths(attention, causal: bool, lengths: tuple[int, int], dtype: torch.dtype | None = None, **options) -> None:
+    """Output and gradients against the oracle; grouped heads."""
+    compare(attention, *qkv(attention, 2, *lengths, nheads=4, nheads_k=2, head_dim=16, dtype=dtype), causal=causal, **options)
+
+
+def packed(attention, nheads_k: int = 2, **keywords) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = [(sum(PACKED["lengths_q"]), 4), *[(sum(PACKED["lengths_k"]), nheads_k)] * 2]
+    return tuple(randn(*size, 16, seed=i, like=attention, **keywords) for i, size in enumerate(sizes))
+
+
+def check_packed(attention, causal: bool, nheads_k: int = 2, **options) -> None:
+    """Sequences of unequal length, some of them empty on either side."""
+    compare(attention, *packed(attention, nheads_k), method="varlen", **PACKED, causal=causal, **options)
+
+
+def check_nothing_leaks(attention, causal: bool) -> None:
+    """Bit for bit, a packed sequence does not depend on its neighbours, not even if they are NaN."""
+    tensors = packed(attention)
+    dout = randn(*tensors[0].shape, seed=9, like=attention)
+    first_q, first_k = PACKED["lengths_q"][0], PACKED["lengths_k"][0]
+    results = []
+    for value in (0.0, float("nan")):
+        q, k, v = (poisoned(x, slice(0, n), value) for x, n in zip(tensors, (first_q, first_k, first_k)))
+        results.append(gradients(lambda *x: attention.varlen(*x, **PACKED, causal=causal), q, k, v, dout=dout))
+    for a, b, n in zip(*results, (first_q, first_q, first_k, first_k)):
+        assert torch.isfinite(b[n:]).all() and torch.equal(a[n:], b[n:])
+
+
+def check_rows_without_keys(attention) -> None:
+    """Rows before the first key are exactly 0 and get no gradient, though they hold NaN."""
+    q, k, v = qkv(attention, 1, 300, 70, head_dim=16)
+    dout = randn(*q.shape, seed=9, like=attention)
+    q, dout = (poisoned(x, (slice(None), slice(0, 230)), float("nan")) for x in (q, dout))
+    out, dq, dk, dv = gradients(lambda *x: attention.dense(*x, causal=True), q, k, v, dout=dout)
+    assert not out[:, :230].any() and not dq[:, :230].any()
+    assert all(torch.isfinite(x).all() for x in (out, dq, dk, dv))
+
+
+def check_many_tokens(attention, quadratic, dtype: torch.dtype, mean: float) -> None:
+    """The last outputs of a long causal sequence, and the gradients of the first keys of a full one, are as exact as those of
+    the quadratic algorithm, which computes only these."""
+    few, size = 64, dict(head_dim=16, nheads=1, dtype=dtype)
+    q, k, v = (x + mean for x in qkv(attention, 1, MANY_TOKENS, MANY_TOKENS, **size))
+    dout = randn(*q.shape, seed=9, like=attention, dtype=dtype) + mean
+    wide = [x.double() for x in (q, k, v, dout)]
+    last = slice(MANY_TOKENS - few, None)
+    scores = torch.einsum("bihd,bjhd->bhij", wide[0][:, last], wide[1]).tril(MANY_TOKENS - few) / 4
+    expected = torch.einsum("bhij,bjhd->bihd", scores, wide[2])
+    actual = attention.dense(q, k, v, causal=True)[:, last]
+    _as_exact("out", actual, quadratic.dense(q[:, last], k, v, causal=True), expected)
+    _, _, *actual = gradients(attention.dense, q, k, v, dout=dout)
+    _, _, *others = gradients(quadratic.dense, q, k[:, :few], v[:, :few], dout=dout)
+    expected_dk = torch.einsum("bihd,bihe->bhde", wide[3], wide[0]) / 4
+    expected_dk, expected_dv = wide[2][:, :few, 0] @ expected_dk[:, 0], wide[1][:, :few, 0] @ expected_dk[:, 0].mT
+    for name, a, other, e in zip(("dk", "dv"), actual, others, (expected_dk, expected_dv)):
+        _as_exact(name, a[:, :few, 0], other[:, :, 0], e)
+
+
+def _as_exact(name: str, actual: Tensor, other: Tensor, expected: Tensor) -> None:
+    error, allowed = ((x.double() - expected).abs().max().item() for x in (actual, other))
+    # Where the other is exact by luck, rounding the result once is still allowed.
+    allowed = max(FACTOR * allowed, torch.finfo(actual.dtype).eps / 2 * expected.abs().max().item())
+    assert error <= allowed, f"{name} is off by {error:.3g}, allowed {allowed:.3g} ({actual.dtype})"
+
+
+def check_largest(attention, dtype: torch.dtype, largest: float, causal: bool, agree: bool) -> None:
+    """Every input at the largest size that the contract allows, over many chunks: no NaN, no Inf."""
+    tensors = [randn(1, 1000, 2, 64, seed=i, like=attention, dtype=dtype).sign() * largest for i in range(4)]
+    if agree:
+        tensors = [x.abs() for x in tensors]
+    *inputs, dout = tensors
+    for x in gradients(lambda *x: attention.dense(*x, causal=causal), *inputs, dout=dout):
+        assert torch.isfinite(x).all(), f"{(~torch.isfinite(x)).sum()} of {x.numel()} values NaN or Inf"
+
+
+def check_pieces(prefill, attention, nheads_k: int, dtype: torch.dtype) -> None:
+    """A sequence in pieces, and token by token at the end, gives what it gives whole."""
+    from flash_attn.linear import linear_attention_step
+
+    q, k, v = qkv(attention, 2, 333, 333, nheads=4, nheads_k=nheads_k, head_dim=16, dtype=dtype)
+    whole, whole_state = prefill(q, k, v)
+    parts, state = [], None
+    for start, stop in ((0, 1), (1, 130), (130, 130), (130, 258), (258, 331)):
+        out, state = prefill(*(x[:, start:stop] for x in (q, k, v)), state)
+        parts.append(out)
+    for t in (331, 332):
+        out, state = linear_attention_step(*(x[:, t] for x in (q, k, v)), state)
+        parts.append(out[:, None])
+    exact = attention.dense(*(x.double().cpu() for x in (q, k, v)), causal=True) if attention.device == "cpu" else whole.double()
+    expected_state = torch.einsum("bthd,bthe->bhde", k.double(), v.double())
+    for name, a, e in (("whole", whole, exact), ("pieces", torch.cat(parts, 1), exact)):
+        assert_close(name, a, e, baseline=whole)
+    for name, a in (("whole state", whole_state), ("state in pieces", state)):
+        assert_close(name, a, expected_state)

@@ -1,0 +1,88 @@
+"""Wrong primitives on purpose: one step of flash_attn.linear replaced by a mistake, and the check that must notice it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from flash_attn.linear import backend, chunked
+from flash_attn.linear.form import Form
+
+import linear_checks as checks
+
+_Chunks = chunked._Chunks
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``owner.step`` is replaced by ``wrong``; ``check``, called with the package, then fails."""
+
+    name: str
+    owner: object
+    step: str
+    wrong: object
+    check: Callable
+
+
+def _later_mask(shift: int) -> Callable:
+    def mask(self, scores, span):
+        offset = max(span.start, self._from_row) - max(span.start, self._from_key) + shift
+        split = scores.unflatten(2, (self._k.shape[3], -1)).unflatten(1, (self._q.shape[3], -1)).transpose(2, 3)
+        (split.tril_ if self.form.mask == "causal" else split.triu_)(offset)
+        return scores
+
+    return mask
+
+
+def _top_left(self, q, k, v, form):
+    """Row i sees the keys up to i, as if both began at the first position."""
+    rows = min(q.shape[1], k.shape[1])
+    _RIGHT_INIT(self, q[:, :rows], k[:, :rows], v[:, :rows], form)
+
+
+def _reads_everything(self, q, k, v, form):
+    _RIGHT_INIT(self, q, k, v, form)
+    self._from_row, self._from_key = self._first_row, self._first_key
+
+
+def _ungrouped(self, x, start, stop, first):
+    part = x[:, start - first : stop - first].permute(0, 2, 1, 3, 4)
+    return part.to(self.dtype, copy=True).reshape(x.shape[0] * self.heads, -1, x.shape[-1])
+
+
+def _state_of_the_neighbour(q, k, v, form, cu_q=None, cu_k=None, max_q=0, max_k=0):
+    """Packed sequences as one."""
+    return chunked.attend(q[None], k[None], v[None], form)[0][0] if cu_q is not None else chunked.attend(q, k, v, form)[0]
+
+
+def _unlimited(self, out, result, span):
+    wide = out.float()
+    _RIGHT_STORE(self, wide, result, span)
+    out.copy_(wide)
+
+
+_RIGHT_INIT, _RIGHT_STORE, _RIGHT_CONSTANT = _Chunks.__init__, _Chunks.store, Form.constant
+
+_causal = partial(checks.check_lengths, causal=True, lengths=(300, 300))
+_uneven = partial(checks.check_lengths, causal=True, lengths=(70, 300))
+
+MUTANTS = [
+    Mutant("a query does not see its own key", _Chunks, "mask", _later_mask(-1), _causal),
+    Mutant("a query sees the next key", _Chunks, "mask", _later_mask(1), _causal),
+    Mutant("no mask inside a chunk", _Chunks, "mask", lambda self, scores, span: scores, _causal),
+    Mutant("aligned at the first position", _Chunks, "__init__", _top_left, _uneven),
+    Mutant("rows without keys are read", _Chunks, "__init__", _reads_everything, checks.check_rows_without_keys),
+    Mutant("heads of a group interleaved with positions", _Chunks, "_cut", _ungrouped, _causal),
+    Mutant("state runs on into the next sequence", backend, "attend", _state_of_the_neighbour,
+           partial(checks.check_packed, causal=True)),
+    Mutant("gradients without the transposed mask", Form, "transpose", lambda self: self, _causal),
+    Mutant("scale forgotten", Form, "constant", lambda self, rows, keys: 1.0, _causal),
+    Mutant("1/n of the other side", Form, "constant", lambda self, rows, keys: _RIGHT_CONSTANT(self, keys, rows),
+           partial(_uneven, normalization="1/n")),
+    Mutant("1/visible taken for 1/n", Form, "weighs_positions", False, partial(_causal, normalization="1/visible")),
+    Mutant("last chunk left out", _Chunks, "has_keys", lambda self, span: len(span) == chunked.CHUNK, _causal),
+    Mutant("outputs overflow", _Chunks, "store", _unlimited,
+           partial(checks.check_largest, dtype=torch.float16, largest=65504.0, causal=True, agree=True)),
+]  # fmt: skip

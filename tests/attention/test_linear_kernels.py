@@ -1,0 +1,160 @@
+"""The Triton kernels against the primitive in PyTorch, in float64: on a GPU, or interpreted on the CPU where triton is installed.
+
+triton is no dependency of the project, so that a CPU machine without it skips this file. The interpreter has no bfloat16.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from flash_attn.linear import chunked
+from flash_attn.linear.form import Form
+from torch import Tensor
+
+import linear_checks as checks
+from measure import NAMES
+from package import cumulative
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed")
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = [torch.float16, *[torch.bfloat16] * ON_GPU]
+MASKS = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    if not ON_GPU:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+    from flash_attn.linear import kernels
+
+    return kernels
+
+
+@pytest.fixture(autouse=True)
+def short_segments(kernels, monkeypatch):
+    """Several segments in sequences that the interpreter gets through."""
+    monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 64)
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 12)
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + mean).to(DEVICE, dtype)
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, form: Form, lengths_q=None, lengths_k=None) -> Tensor:
+    """In float64."""
+    q, k, v = (x.double().cpu() for x in (q, k, v))
+    if lengths_q is None:
+        return chunked.attend(q, k, v, form)[0]
+    parts = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
+    return torch.cat([chunked.attend(a[None], b[None], c[None], form)[0][0] for a, b, c in parts])
+
+
+def check(kernels, q, k, v, dout, form: Form, lengths_q=None, lengths_k=None) -> None:
+    """Output and gradients, to about the rounding of one 16-bit number of the largest size."""
+    options, back = (None, None, 0, 0), (lengths_k, lengths_q)
+    if lengths_q is not None:
+        options = (cumulative(lengths_q, DEVICE), cumulative(lengths_k, DEVICE), max(lengths_q), max(lengths_k))
+    actual = (kernels.attend(q, k, v, form, *options), *kernels.gradients(dout, q, k, v, form, *options))
+    expected = (
+        exact(q, k, v, form, lengths_q, lengths_k),
+        exact(dout, v, k, form, lengths_q, lengths_k),
+        exact(v, dout, q, form.transpose(), *back),
+        exact(k, q, dout, form.transpose(), *back),
+    )
+    for name, a, e in zip(NAMES, actual, expected):
+        if e.numel():
+            error, size = (a.double().cpu() - e).abs().max().item(), e.abs().max().item()
+            assert error <= torch.finfo(a.dtype).eps * size, f"{name} is off by {error:.3g} of {size:.3g}"
+
+
+@MASKS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nheads, nheads_k", [(2, 2), (4, 2)])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(200, 200), (70, 300), (300, 70), (1, 130), (0, 5), (5, 0)])
+def test_dense(kernels, causal, dtype, seqlen_q, seqlen_k, nheads, nheads_k):
+    q, dout = (draw(2, seqlen_q, nheads, 24, seed=i, dtype=dtype) for i in (0, 1))
+    k, v = (draw(2, seqlen_k, nheads_k, 24, seed=i, dtype=dtype) for i in (2, 3))
+    check(kernels, q, k, v, dout, Form(0.2, causal))
+
+
+@MASKS
+@pytest.mark.parametrize("normalization", ["1/n", "1/sqrt(n)"])
+def test_packed(kernels, causal, normalization):
+    lengths = checks.PACKED["lengths_q"], checks.PACKED["lengths_k"]
+    q, dout = (draw(sum(lengths[0]), 2, 16, seed=i, dtype=torch.float16) for i in (0, 1))
+    k, v = (draw(sum(lengths[1]), 1, 16, seed=i, dtype=torch.float16) for i in (2, 3))
+    check(kernels, q, k, v, dout, Form(0.25, causal, normalization=normalization), *lengths)
+
+
+def test_packed_neighbours_are_nan(kernels):
+    """Nothing of a packed sequence reaches the next one."""
+    lengths = [150, 100]
+    x = [draw(250, 1, 16, seed=i, dtype=torch.float16) for i in range(4)]
+    for y in x:
+        y[:150] = float("nan")
+    options = (cumulative(lengths, DEVICE), cumulative(lengths, DEVICE), 150, 150)
+    q, k, v, dout = x
+    form = Form(0.25, causal=True)
+    for a in (kernels.attend(q, k, v, form, *options), *kernels.gradients(dout, q, k, v, form, *options)):
+        assert torch.isfinite(a[150:]).all()
+
+
+def test_rows_without_keys_are_zero(kernels):
+    q, dout = (draw(1, 300, 1, 16, seed=i, dtype=torch.float16) for i in (0, 1))
+    k, v = (draw(1, 70, 1, 16, seed=i, dtype=torch.float16) for i in (2, 3))
+    q[:, :230] = dout[:, :230] = float("nan")
+    form = Form(0.25, causal=True)
+    out, (dq, dk, dv) = kernels.attend(q, k, v, form, None, None, 0, 0), kernels.gradients(dout, q, k, v, form, None, None, 0, 0)
+    assert not out[:, :230].any() and not dq[:, :230].any()
+    assert all(torch.isfinite(x).all() for x in (out, dq, dk, dv))
+
+
+@MASKS
+@pytest.mark.parametrize("dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)][: len(DTYPES)], ids=str)
+def test_largest_inputs(kernels, causal, dtype, largest):
+    q, k, v, dout = (draw(1, 200, 1, 16, seed=i, dtype=dtype).sign().abs() * largest for i in range(4))
+    form = Form(0.25, causal)
+    for x in (kernels.attend(q, k, v, form, None, None, 0, 0), *kernels.gradients(dout, q, k, v, form, None, None, 0, 0)):
+        assert torch.isfinite(x).all()
+
+
+@pytest.mark.parametrize("mean", [0.0, 4.0])
+def test_state_in_pieces(kernels, mean):
+    q, k, v = (draw(1, 300, n, 16, seed=n, dtype=torch.float16, mean=mean) for n in (4, 2, 2))
+    form = Form(0.01, causal=True)
+    whole, whole_state = kernels.attend_with_state(q, k, v, form, None)
+    parts, state = [], None
+    for start, stop in ((0, 1), (1, 130), (130, 130), (130, 300)):
+        out, state = kernels.attend_with_state(*(x[:, start:stop] for x in (q, k, v)), form, state)
+        parts.append(out)
+    expected = exact(q, k, v, form)
+    for a in (whole, torch.cat(parts, 1)):
+        assert (a.double().cpu() - expected).abs().max() <= torch.finfo(a.dtype).eps * expected.abs().max()
+    torch.testing.assert_close(state, whole_state, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(state.double().cpu(), torch.einsum("bthd,bthe->bhde", k.double(), v.double()).cpu(), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_captured_in_a_cuda_graph(kernels):
+    """No call looks at a tensor on the host: what is captured is replayed on other lengths of other numbers."""
+    from flash_attn import flash_attn_varlen_func
+
+    q, k, v = (draw(400, 2, 64, seed=i, dtype=torch.bfloat16) for i in range(3))
+    lengths = cumulative([100, 300], DEVICE)
+
+    def attend():
+        return flash_attn_varlen_func(q, k, v, lengths, lengths, 300, 300, causal=True, use_softmax=False, algorithm="linear")
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend()
+    lengths.copy_(cumulative([250, 150], DEVICE))
+    q.mul_(2)
+    graph.replay()
+    torch.testing.assert_close(captured, attend())

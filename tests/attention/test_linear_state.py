@@ -1,0 +1,117 @@
+"""The recurrent form: a state that a prefill returns, that the next piece goes on from, and that a step adds one token to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flash_attn import flash_attn_func
+from flash_attn.linear import linear_attention_prefill, linear_attention_step
+
+import linear_checks as checks
+from measure import qkv, randn
+from package import Package
+
+
+@pytest.fixture
+def linear(device: str) -> Package:
+    return Package(device, "linear")
+
+
+@pytest.mark.parametrize("nheads_k", [1, 2, 4])
+def test_pieces_give_the_whole(linear, nheads_k, dtype):
+    """The state is a float32, so pieces of float64 are no more exact than that."""
+    if dtype == torch.float64:
+        pytest.skip("float64 pieces with a float32 state don't have float64's precision")
+    checks.check_pieces(linear_attention_prefill, linear, nheads_k, dtype)
+
+
+def without_state(q, k, v, state=None):
+    return linear_attention_prefill(q, k, v, None)
+
+
+def state_twice(q, k, v, state=None):
+    out, state = linear_attention_prefill(q, k, v, state)
+    return out, 2 * state
+
+
+def rounded_state(q, k, v, state=None):
+    out, state = linear_attention_prefill(q, k, v, state)
+    return out, state.bfloat16().float()
+
+
+@pytest.mark.parametrize("wrong", [without_state, state_twice, rounded_state], ids=lambda f: f.__name__)
+def test_wrong_states_are_noticed(wrong):
+    with pytest.raises(AssertionError):
+        checks.check_pieces(wrong, Package("cpu", "linear"), 2, torch.float32)
+
+
+def test_the_state_is_per_key_head_and_float32(linear, device):
+    q, k, v = (x.half() for x in qkv(linear, 2, 40, 40, nheads=6, nheads_k=3, head_dim=16))
+    v = v[..., :8]
+    out, state = linear_attention_prefill(q, k, v)
+    assert state.shape == (2, 3, 16, 8) and state.dtype == torch.float32 and out.shape == (2, 40, 6, 8)
+    step, same = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], state)
+    assert step.shape == (2, 6, 8) and same is state
+
+
+def test_prefill_leaves_its_state_alone(linear):
+    q, k, v = (x.half() for x in qkv(linear, 1, 20, 20, head_dim=16))
+    _, state = linear_attention_prefill(q, k, v)
+    before = state.clone()
+    linear_attention_prefill(q, k, v, state)
+    assert torch.equal(state, before)
+
+
+def test_scale(linear):
+    q, k, v = (x.half() for x in qkv(linear, 1, 20, 20, head_dim=16))
+    (twice, state), (once, same) = (linear_attention_prefill(q, k, v, softmax_scale=s) for s in (0.5, 0.25))
+    assert torch.equal(state, same)
+    torch.testing.assert_close(twice, 2 * once)
+
+
+@pytest.mark.parametrize("dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"])
+def test_largest_inputs(linear, dtype, largest):
+    q, k, v = (randn(1, 300, 1, 64, seed=i, like=linear, dtype=dtype).sign().abs() * largest for i in range(3))
+    out, state = linear_attention_prefill(q, k, v)
+    step, state = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], state)
+    assert all(torch.isfinite(x).all() for x in (out, step, state))
+
+
+def test_steps_equal_causal_attention():
+    """From zeros, token by token, without a prefill."""
+    q, k, v = (randn(1, 9, n, 8, seed=n) for n in (4, 2, 2))
+    state = torch.zeros(1, 2, 8, 8)
+    steps = [linear_attention_step(*(x[:, t].float() for x in (q, k, v)), state)[0] for t in range(9)]
+    expected = flash_attn_func(q, k, v, causal=True, use_softmax=False, algorithm="quadratic")
+    torch.testing.assert_close(torch.stack(steps, 1).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+X, STATE = torch.zeros(1, 8, 2, 8), torch.zeros(1, 2, 8, 8)
+WRONG = {
+    "state has shape": dict(state=torch.zeros(1, 2, 8, 9)),
+    "state has dtype": dict(state=STATE.double()),
+    "state is on meta": dict(state=STATE.to("meta")),
+    "k has shape": dict(k=torch.zeros(1, 9, 2, 8)),
+    "v has shape": dict(v=torch.zeros(1, 9, 2, 8)),
+    "q has shape": dict(q=torch.zeros(8, 2, 8)),
+    "heads in q": dict(k=torch.zeros(1, 8, 3, 8), v=torch.zeros(1, 8, 3, 8)),
+    "v has dtype": dict(v=X.half()),
+    "no gradient": dict(q=X.clone().requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments(message):
+    arguments = {"q": X, "k": X, "v": X, "state": STATE, **WRONG[message]}
+    with pytest.raises((ValueError, TypeError), match=message):
+        linear_attention_prefill(**arguments)
+    token = {name: x if name == "state" or x.dim() < 4 else x[:, 0] for name, x in arguments.items()}
+    token = {name: x[0] if name == "q" and message.startswith("q has") else x for name, x in token.items()}
+    if message not in ("k has shape", "v has shape"):
+        with pytest.raises((ValueError, TypeError), match=message):
+            linear_attention_step(**token)
+
+
+def test_a_step_needs_a_state():
+    with pytest.raises(TypeError, match="pass zeros before the first token"):
+        linear_attention_step(X[:, 0], X[:, 0], X[:, 0], None)
