@@ -7,8 +7,8 @@ from torch import Tensor
 
 from measure import assert_close, compare, gradients, poisoned, qkv, randn
 
-# (seqlen_q, seqlen_k) around the edges of chunks of 64 and 128, and far from square.
-LENGTHS = [(127, 127), (128, 128), (129, 129), (300, 300), (70, 300), (300, 70), (1, 200), (200, 1), (260, 132)]
+# (seqlen_q, seqlen_k) around the edges of chunks of 64, 128 and 512, and far from square.
+LENGTHS = [(127, 127), (128, 128), (129, 129), (300, 300), (70, 300), (300, 70), (1, 200), (200, 1), (260, 132), (513, 600)]
 PACKED = dict(lengths_q=[130, 0, 64, 5, 200], lengths_k=[130, 7, 0, 133, 100])
 # As near as this to float64, times the error of the quadratic algorithm.
 FACTOR = 1.5

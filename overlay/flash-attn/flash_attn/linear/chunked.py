@@ -12,6 +12,8 @@ from .form import ANTICAUSAL, CAUSAL, FULL, Form
 
 # Positions of one chunk. Longer ones waste products on masked entries, shorter ones time on starting operators.
 CHUNK = 128
+# The full form masks nothing.
+FULL_CHUNK = 512
 
 
 def attend(
@@ -69,7 +71,8 @@ class _Chunks:
         self._from_row = max(self._first_row, self._first_key) if form.mask == CAUSAL or k.shape[1] == 0 else self._first_row
         self._from_key = max(self._first_row, self._first_key) if form.mask == ANTICAUSAL else self._first_key
         self._factor = form.constant(q.shape[1], k.shape[1])
-        self.spans = [range(at, min(at + CHUNK, total)) for at in range(0, total, CHUNK)]
+        size = FULL_CHUNK if form.mask == FULL else CHUNK
+        self.spans = [range(at, min(at + size, total)) for at in range(0, total, size)]
 
     def has_rows(self, span: range) -> bool:
         return span.stop > self._from_row

@@ -12,6 +12,7 @@ Nothing here reads a GPU tensor on the host: grids and buffers follow from shape
 CUDA graphs.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Optional
 
@@ -254,9 +255,29 @@ def _walk(
         )  # fmt: skip
 
 
-# Positions of a chunk: the masked products cost 2 CHUNK (d + d_v) operations a row, the state 4 d d_v for any chunk.
-_CHUNK = 64
-# Segments per multiprocessor to aim at, and the shortest segment whose state is small beside what it stands for.
+@dataclass(frozen=True)
+class _Tuning:
+    """Positions of a chunk, the largest tile of columns of v, and Triton's warps and pipeline stages."""
+
+    chunk: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+
+
+# By the power of two that head_dim is padded to. A chunk costs 2 chunk (d + d_v) operations a row for the masked products and
+# 6 d d_v for the state, whose registers and shared memory set the limits. Chosen by measurement on an H100, docs/linear.md.
+_WALK = {
+    16: _Tuning(64, 128, 4, 3),
+    32: _Tuning(64, 128, 4, 3),
+    64: _Tuning(64, 64, 4, 3),
+    128: _Tuning(64, 128, 8, 2),
+    256: _Tuning(64, 64, 8, 2),
+}
+_SUM = _Tuning(64, 128, 8, 3)
+# Segments are multiples of this, so of any chunk.
+_SEGMENT_UNIT = 128
+# Segments to aim at, per multiprocessor, and the shortest segment whose state is small beside what it stands for.
 _WAVES = 1
 _SHORTEST_SEGMENT = 512
 
@@ -286,7 +307,7 @@ class _Call:
         all_rows, all_keys = (q.shape[0], k.shape[0]) if self.varlen else (self.batch * rows, self.batch * keys)
         wanted = max(_WAVES * _multiprocessors(q.device) // q.shape[-2], 1)
         length = max(triton.cdiv(max(all_rows, all_keys), wanted), _SHORTEST_SEGMENT)
-        self.segment_length = triton.cdiv(length, _CHUNK) * _CHUNK
+        self.segment_length = triton.cdiv(length, _SEGMENT_UNIT) * _SEGMENT_UNIT
         self.segments = triton.cdiv(max(rows, keys), self.segment_length)
         self.slots = self.batch * self.segments
         if self.varlen:
@@ -307,12 +328,13 @@ class _Call:
         k, v = _with_dense_channels(k), _with_dense_channels(v)
         d, d_v = k.shape[-1], v.shape[-1]
         sums = k.new_empty(self.slots, self.heads, d, d_v, dtype=torch.float32)
-        block_d, block_v = min(_block(d), 128), min(_block(d_v), 128)
+        block_d, block_v = min(_block(d), 128), min(_block(d_v), _SUM.block_v)
         tiles = triton.cdiv(d, block_d) * triton.cdiv(d_v, block_v)
         _sum_segments[(self.segments * tiles, self.heads, self.batch)](
             k, v, sums, *self._lengths, *self._strides(k), *self._strides(v),
-            D=d, D_V=d_v, BLOCK_D=block_d, BLOCK_V=block_v, CHUNK=_CHUNK, GROUP=k.shape[-2] // self.heads,
-            MASK=_MASKS[mask], VARLEN=self.varlen, ALL=everything, num_warps=8 if block_d * block_v > 4096 else 4, num_stages=3,
+            D=d, D_V=d_v, BLOCK_D=block_d, BLOCK_V=block_v, CHUNK=_SUM.chunk, GROUP=k.shape[-2] // self.heads,
+            MASK=_MASKS[mask], VARLEN=self.varlen, ALL=everything,
+            num_warps=_SUM.num_warps if block_d * block_v > 4096 else 4, num_stages=_SUM.num_stages,
         )  # fmt: skip
         if self.segments > 1 or everything:
             block = min(_block(d * d_v), 512)
@@ -330,16 +352,17 @@ class _Call:
         d, d_v = q.shape[-1], v.shape[-1]
         out = q.new_empty(*q.shape[:-1], d_v)
         block_d = _block(d)
-        block_v = min(_block(d_v), 128 if block_d <= 128 else 64)
+        tuning = _WALK[block_d]
+        block_v = min(_block(d_v), tuning.block_v)
         tiles, nheads = triton.cdiv(d_v, block_v), q.shape[-2]
         _walk[(self.segments * tiles, nheads, self.batch)](
             q, k, v, out, states, *self._lengths, self.form.softmax_scale,
             *self._strides(q), *self._strides(k), *self._strides(v), *self._strides(out),
             *((0, 0) if states is None else states.stride()[2:]),
-            D=d, D_V=d_v, BLOCK_D=block_d, BLOCK_V=block_v, CHUNK=_CHUNK,
+            D=d, D_V=d_v, BLOCK_D=block_d, BLOCK_V=block_v, CHUNK=tuning.chunk,
             GROUP_Q=nheads // self.heads, GROUP_K=k.shape[-2] // self.heads, MASK=_MASKS[self.form.mask],
             TRANSPOSED=self.form.transposed, NORMALIZATION=_NORMALIZATIONS[self.form.normalization], VARLEN=self.varlen,
-            HAS_STATES=states is not None, HAS_INITIAL=initial, num_warps=8 if block_d * block_v > 4096 else 4, num_stages=2,
+            HAS_STATES=states is not None, HAS_INITIAL=initial, num_warps=tuning.num_warps, num_stages=tuning.num_stages,
         )  # fmt: skip
         return out
 
