@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from measure import assert_close, compare, gradients, poisoned, qkv, randn
+from measure import NAMES, assert_close, compare, gradients, poisoned, qkv, randn
 
 # (seqlen_q, seqlen_k) around the edges of chunks of 64, 128 and 512, and far from square.
 LENGTHS = [(127, 127), (128, 128), (129, 129), (300, 300), (70, 300), (300, 70), (1, 200), (200, 1), (260, 132), (513, 600)]
@@ -86,8 +86,8 @@ def check_largest(attention, dtype: torch.dtype, largest: float, causal: bool, a
     if agree:
         tensors = [x.abs() for x in tensors]
     *inputs, dout = tensors
-    for x in gradients(lambda *x: attention.dense(*x, causal=causal), *inputs, dout=dout):
-        assert torch.isfinite(x).all(), f"{(~torch.isfinite(x)).sum()} of {x.numel()} values NaN or Inf"
+    for name, result in zip(NAMES, gradients(lambda *x: attention.dense(*x, causal=causal), *inputs, dout=dout)):
+        assert torch.isfinite(result).all(), f"{name} has {(~torch.isfinite(result)).sum()} of {result.numel()} values NaN or Inf"
 
 
 def check_pieces(prefill, attention, nheads_k: int, dtype: torch.dtype) -> None:

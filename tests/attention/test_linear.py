@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import linear_checks as checks
 from linear_mutations import MUTANTS, Mutant
 from measure import NAMES, assert_same, compare, gradients, qkv, randn
-from package import Package, cumulative, not_in_this_build, supports
+from package import Package, cumulative, not_in_this_build
 from test_interface import DIFFERENTIABLE, close, inputs, run
 
 MASKS = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])

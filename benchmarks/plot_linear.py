@@ -1,0 +1,59 @@
+"""Draw docs/linear_vs_quadratic.png from the JSON that benchmarks/linear_vs_quadratic.py writes: time against length, log-log."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+LABELS = {"linear": "flash_attn, linear", "quadratic": "flash_attn, quadratic", "fla": "fla chunk_linear_attn", "torch": "torch Q(KᵀV)"}
+
+
+def draw(record: dict, target: Path) -> None:
+    """One panel for each head size, mask and pass, at batch 1; a line for each contender, and the memory floor."""
+    panels: dict[tuple, dict[str, list[tuple[int, float]]]] = {}
+    for r in record["results"]:
+        if r["batch"] == 1 and r["ms"] is not None:
+            panel = panels.setdefault((r["head_dim"], r["causal"], r["direction"]), {})
+            panel.setdefault(r["contender"], []).append((r["seqlen"], r["ms"]))
+            if r["contender"] == "linear":
+                panel.setdefault("floor", []).append((r["seqlen"], r["ms"] * r["memory_floor_share"]))
+    columns = max(1, min(4, len(panels)))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.6 * rows), layout="constrained", squeeze=False)
+    for ax, ((head_dim, causal, direction), lines) in zip(axes.flat, panels.items()):
+        for name, points in lines.items():
+            style = {"color": "black", "linestyle": ":"} if name == "floor" else {"marker": ".", "label": LABELS[name]}
+            ax.loglog(*zip(*sorted(points)), base=2, **{"label": "memory floor", **style})
+        ax.set_yscale("log", base=10)
+        ax.set_title(f"head_dim {head_dim}, {'causal' if causal else 'full'}, {direction}", fontsize=10)
+        ax.set_xlabel("tokens")
+        ax.set_ylabel("ms")
+        ax.grid(alpha=0.3)
+    for ax in list(axes.flat)[len(panels) :]:
+        ax.remove()
+    if panels:
+        axes.flat[0].legend(fontsize=8)
+    figure.suptitle(f"{record['device']}, {record['dtype']}, batch 1, torch {record['torch']}, {record['date']}", fontsize=11)
+    figure.savefig(target, dpi=110)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, default=ROOT / "docs/results/linear_vs_quadratic.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/linear_vs_quadratic.png")
+    args = parser.parse_args(argv)
+    draw(json.loads(args.json.read_text(encoding="utf-8")), args.out)
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
