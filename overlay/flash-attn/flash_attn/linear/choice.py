@@ -12,7 +12,7 @@ ALGORITHMS = ("auto", "quadratic", "linear")
 # as (slope, offset) for the full and the causal mask. Measured with benchmarks/linear_vs_quadratic.py, which prints the
 # crossovers that these lines go through; docs/linear.md says on what. The line of a class that is not listed is the CPU's.
 CROSSOVERS = {
-    "cpu": {"full": (1.5, 0.0), "causal": (1.0, 192.0)},
+    "cpu": {"full": (1.0, 64.0), "causal": (1.0, 192.0)},
     "cuda": {"full": (8.0, 512.0), "causal": (16.0, 1024.0)},
 }
 
