@@ -139,6 +139,15 @@ def test_state_in_pieces(kernels, mean):
     torch.testing.assert_close(state.double().cpu(), torch.einsum("bthd,bthe->bhde", k.double(), v.double()).cpu(), rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("limit", [101376, 166912, 232448], ids=["99 KiB", "163 KiB", "227 KiB"])
+def test_tunings_fit_the_shared_memory(kernels, limit):
+    """Of compute capability 8.9, 8.0 and 9.0, whose tunings are as they stand in the table."""
+    for block_d, tuning in kernels._WALK.items():
+        fitted = tuning.within(limit, block_d)
+        assert fitted.shared_memory(block_d) <= limit and fitted.chunk >= 16 and fitted.block_v >= min(block_d, 32)
+        assert limit < 200_000 or fitted == tuning
+
+
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_captured_in_a_cuda_graph(kernels):
     """No call looks at a tensor on the host: what is captured is replayed on other lengths of other numbers."""

@@ -1,7 +1,6 @@
 """Runs the primitive where its tensors are: Triton kernels for 16-bit CUDA tensors, else PyTorch in chunks."""
 
 import importlib.util
-from functools import lru_cache
 from typing import Optional
 
 import torch
@@ -10,14 +9,12 @@ from . import chunked
 from .form import Form
 
 
-@lru_cache(maxsize=None)
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def has_kernels(x: torch.Tensor) -> bool:
     """Whether the Triton kernels take tensors like x."""
-    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and _triton_installed()
+    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and _TRITON
 
 
 def attend(

@@ -12,7 +12,7 @@ Nothing here reads a GPU tensor on the host: grids and buffers follow from shape
 CUDA graphs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Optional
 
@@ -264,6 +264,23 @@ class _Tuning:
     num_warps: int
     num_stages: int
 
+    def shared_memory(self, block_d: int) -> int:
+        """Bytes that `_walk` needs: the stages of q, k and v, and the state as hi and lo."""
+        operands = self.chunk * (2 * block_d + self.block_v)
+        return 2 * (self.num_stages * operands + 2 * block_d * self.block_v)
+
+    def within(self, limit: int, block_d: int) -> "_Tuning":
+        """The nearest tuning that needs no more shared memory than this."""
+        if self.shared_memory(block_d) <= limit:
+            return self
+        if self.num_stages > 1:
+            smaller = replace(self, num_stages=self.num_stages - 1)
+        elif self.block_v > 32:
+            smaller = replace(self, block_v=self.block_v // 2)
+        else:
+            smaller = replace(self, chunk=self.chunk // 2)
+        return smaller.within(limit, block_d)
+
 
 # By the power of two that head_dim is padded to. A chunk costs 2 chunk (d + d_v) operations a row for the masked products and
 # 6 d d_v for the state, whose registers and shared memory set the limits. Chosen by measurement on an H100, docs/linear.md.
@@ -285,6 +302,16 @@ _SHORTEST_SEGMENT = 512
 @lru_cache(maxsize=None)
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=None)
+def _walk_tuning(device: torch.device, d: int, d_v: int) -> _Tuning:
+    """Fitted to the device. The interpreter has no limits."""
+    block_d = _block(d)
+    tuning = replace(_WALK[block_d], block_v=min(_WALK[block_d].block_v, _block(d_v)))
+    if device.type != "cuda":
+        return tuning
+    return tuning.within(torch.cuda.get_device_properties(device).shared_memory_per_block_optin, block_d)
 
 
 class _Call:
@@ -351,15 +378,13 @@ class _Call:
         q, k, v = (_with_dense_channels(x) for x in (q, k, v))
         d, d_v = q.shape[-1], v.shape[-1]
         out = q.new_empty(*q.shape[:-1], d_v)
-        block_d = _block(d)
-        tuning = _WALK[block_d]
-        block_v = min(_block(d_v), tuning.block_v)
-        tiles, nheads = triton.cdiv(d_v, block_v), q.shape[-2]
+        tuning = _walk_tuning(q.device, d, d_v)
+        tiles, nheads = triton.cdiv(d_v, tuning.block_v), q.shape[-2]
         _walk[(self.segments * tiles, nheads, self.batch)](
             q, k, v, out, states, *self._lengths, self.form.softmax_scale,
             *self._strides(q), *self._strides(k), *self._strides(v), *self._strides(out),
             *((0, 0) if states is None else states.stride()[2:]),
-            D=d, D_V=d_v, BLOCK_D=block_d, BLOCK_V=block_v, CHUNK=tuning.chunk,
+            D=d, D_V=d_v, BLOCK_D=_block(d), BLOCK_V=tuning.block_v, CHUNK=tuning.chunk,
             GROUP_Q=nheads // self.heads, GROUP_K=k.shape[-2] // self.heads, MASK=_MASKS[self.form.mask],
             TRANSPOSED=self.form.transposed, NORMALIZATION=_NORMALIZATIONS[self.form.normalization], VARLEN=self.varlen,
             HAS_STATES=states is not None, HAS_INITIAL=initial, num_warps=tuning.num_warps, num_stages=tuning.num_stages,
