@@ -8,7 +8,6 @@ import torch
 from . import chunked
 from .form import Form
 
-
 _TRITON = importlib.util.find_spec("triton") is not None
 
 

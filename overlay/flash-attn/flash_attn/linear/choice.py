@@ -8,12 +8,11 @@ from .backend import has_kernels
 
 ALGORITHMS = ("auto", "quadratic", "linear")
 
-# Where the two algorithms take the same time, forward and backward together: seqlen_q = seqlen_k = SLOPE * head_dim + OFFSET,
-# as (slope, offset) for the full and the causal mask. Measured with benchmarks/linear_vs_quadratic.py, which prints the
-# crossovers that these lines go through; docs/linear.md says on what. The line of a class that is not listed is the CPU's.
+# Where the two algorithms take the same time, forward and backward together: seqlen_q = seqlen_k = slope * head_dim + offset,
+# as (slope, offset) for each mask. Measured with benchmarks/linear_vs_quadratic.py, which prints the crossovers that such a line
+# goes through; docs/linear.md says on what. "auto" is quadratic on a device type that was not measured.
 CROSSOVERS = {
     "cpu": {"full": (1.0, 64.0), "causal": (1.0, 192.0)},
-    "cuda": {"full": (8.0, 512.0), "causal": (16.0, 1024.0)},
 }
 
 
@@ -54,5 +53,7 @@ def predicted_faster(device: torch.device, head_dim: int, causal: bool, seqlen_q
 
     Quadratic costs seqlen_q * seqlen_k, linear seqlen_q + seqlen_k: what counts is their harmonic mean.
     """
-    slope, offset = CROSSOVERS.get(device.type, CROSSOVERS["cpu"])["causal" if causal else "full"]
+    if device.type not in CROSSOVERS:
+        return False
+    slope, offset = CROSSOVERS[device.type]["causal" if causal else "full"]
     return 2 * seqlen_q * seqlen_k > (slope * head_dim + offset) * (seqlen_q + seqlen_k)

@@ -115,7 +115,7 @@ def _sum_segments(
     for step in range(skipped * GROUP, tl.cdiv(end - begin, CHUNK) * GROUP):
         index = begin + (step // GROUP) * CHUNK + tl.arange(0, CHUNK) - first_key
         valid = (index >= seen - first_key) & (index < keys)
-        key_head = head * GROUP + step % GROUP
+        key_head = (head * GROUP + step % GROUP).to(tl.int64)
         k_base = k + b.to(tl.int64) * stride_kb + start_key.to(tl.int64) * stride_kt + key_head * stride_kh
         v_base = v + b.to(tl.int64) * stride_vb + start_key.to(tl.int64) * stride_vt + key_head * stride_vh
         k_chunk = _load(k_base, stride_kt, index, valid, channels, D)
@@ -200,10 +200,12 @@ def _walk(
         factor *= 1.0 / n if NORMALIZATION == 1 else 1.0 / tl.sqrt(n)
 
     channels, channels_v = tl.arange(0, BLOCK_D), tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    q_base = q + b.to(tl.int64) * stride_qb + start_row.to(tl.int64) * stride_qt + head * stride_qh
-    out_base = out + b.to(tl.int64) * stride_ob + start_row.to(tl.int64) * stride_ot + head * stride_oh
-    k_base = k + b.to(tl.int64) * stride_kb + start_key.to(tl.int64) * stride_kt + (head // GROUP_Q) * GROUP_K * stride_kh
-    v_base = v + b.to(tl.int64) * stride_vb + start_key.to(tl.int64) * stride_vt + (head // GROUP_Q) * GROUP_K * stride_vh
+    # A stride times an index can pass 2^31.
+    head_q, head_k = head.to(tl.int64), (head // GROUP_Q * GROUP_K).to(tl.int64)
+    q_base = q + b.to(tl.int64) * stride_qb + start_row.to(tl.int64) * stride_qt + head_q * stride_qh
+    out_base = out + b.to(tl.int64) * stride_ob + start_row.to(tl.int64) * stride_ot + head_q * stride_oh
+    k_base = k + b.to(tl.int64) * stride_kb + start_key.to(tl.int64) * stride_kt
+    v_base = v + b.to(tl.int64) * stride_vb + start_key.to(tl.int64) * stride_vt
 
     state = tl.zeros((BLOCK_D, BLOCK_V), dtype=tl.float32)
     if HAS_STATES:
@@ -242,8 +244,8 @@ def _walk(
             key_valid = (position >= seen) & (key < keys)
             visible = at[:, None] >= at[None, :] if MASK == _CAUSAL else at[:, None] <= at[None, :]
             for g in range(GROUP_K):
-                k_chunk = _load(k_base + g * stride_kh, stride_kt, key, key_valid, channels, D)
-                v_chunk = _load(v_base + g * stride_vh, stride_vt, key, key_valid, channels_v, D_V)
+                k_chunk = _load(k_base + (head_k + g) * stride_kh, stride_kt, key, key_valid, channels, D)
+                v_chunk = _load(v_base + (head_k + g) * stride_vh, stride_vt, key, key_valid, channels_v, D_V)
                 p = tl.dot(q_chunk, tl.trans(k_chunk))
                 p = tl.where(visible, p if late else p * softmax_scale, 0.0)
                 acc = tl.dot(_narrow(p, dtype), v_chunk, acc)
@@ -283,7 +285,8 @@ class _Tuning:
 
 
 # By the power of two that head_dim is padded to. A chunk costs 2 chunk (d + d_v) operations a row for the masked products and
-# 6 d d_v for the state, whose registers and shared memory set the limits. Chosen by measurement on an H100, docs/linear.md.
+# 6 d d_v for the state, whose registers and shared memory set the limits: these are the largest that compile for sm_90 without
+# spilling registers (bfloat16, to 128). They were not timed yet.
 _WALK = {
     16: _Tuning(64, 128, 4, 3),
     32: _Tuning(64, 128, 4, 3),
