@@ -44,11 +44,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Result(Setting):
-    """One contender's median time in ms, and the share that reading the inputs and writing the results once would have."""
+    """One contender's median time in ms, and the share that reading the inputs and writing the results once would have.
+
+    peak_mib: on a GPU, the most memory that was allocated, the inputs included.
+    """
 
     contender: str
     ms: float | None
     memory_floor_share: float | None
+    peak_mib: float | None = None
     why_not: str | None = None
 
 
@@ -140,6 +144,8 @@ def measure(args: argparse.Namespace) -> Iterator[Result]:
             kind = (contender, setting.head_dim, setting.causal, setting.direction, setting.batch == 1)
             if _ONLY.get(contender, setting.causal) != setting.causal or kind in stopped or time.monotonic() > deadline:
                 continue
+            if args.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             try:
                 ms, why = _run(setting, contender, dtype, args.device, args.repeats), None
             except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
@@ -150,7 +156,8 @@ def measure(args: argparse.Namespace) -> Iterator[Result]:
             if ms is None or ms > _TOO_LONG_MS:
                 stopped.add(kind)
             share = None if ms is None else _floor_ms(setting, dtype, rate) / ms
-            yield Result(**asdict(setting), contender=contender, ms=ms, memory_floor_share=share, why_not=why)
+            peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else None
+            yield Result(**asdict(setting), contender=contender, ms=ms, memory_floor_share=share, peak_mib=peak, why_not=why)
 
 
 def crossovers(results: list[Result]) -> dict[str, float | None]:
@@ -190,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     record = {
         "date": date.today().isoformat(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, threads: {torch.get_num_threads()}",
         "device_type": args.device,
         "dtype": args.dtype,
         "results": [],

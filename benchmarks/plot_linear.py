@@ -1,4 +1,4 @@
-"""Draw docs/linear_vs_quadratic.png from the JSON that benchmarks/linear_vs_quadratic.py writes: time against length, log-log."""
+"""Draw a plot in docs/ from the JSON in docs/results/ that benchmarks/linear_vs_quadratic.py writes: time against length, log-log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
-LABELS = {"linear": "flash_attn, linear", "quadratic": "flash_attn, quadratic", "fla": "fla chunk_linear_attn", "torch": "torch Q(KᵀV)"}
+STYLES = {
+    "linear": {"label": "flash_attn, linear", "color": "C0", "marker": "."},
+    "quadratic": {"label": "flash_attn, quadratic", "color": "C1", "marker": "."},
+    "fla": {"label": "fla chunk_linear_attn", "color": "C3", "marker": "."},
+    "torch": {"label": "torch Q(KᵀV)", "color": "C2", "marker": "."},
+    "floor": {"label": "memory floor", "color": "black", "linestyle": ":"},
+}
 
 
 def draw(record: dict, target: Path) -> None:
@@ -30,8 +36,7 @@ def draw(record: dict, target: Path) -> None:
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.6 * rows), layout="constrained", squeeze=False)
     for ax, ((head_dim, causal, direction), lines) in zip(axes.flat, panels.items()):
         for name, points in lines.items():
-            style = {"color": "black", "linestyle": ":"} if name == "floor" else {"marker": ".", "label": LABELS[name]}
-            ax.loglog(*zip(*sorted(points)), base=2, **{"label": "memory floor", **style})
+            ax.loglog(*zip(*sorted(points)), base=2, **STYLES[name])
         ax.set_yscale("log", base=10)
         ax.set_title(f"head_dim {head_dim}, {'causal' if causal else 'full'}, {direction}", fontsize=10)
         ax.set_xlabel("tokens")
@@ -39,19 +44,20 @@ def draw(record: dict, target: Path) -> None:
         ax.grid(alpha=0.3)
     for ax in list(axes.flat)[len(panels) :]:
         ax.remove()
-    if panels:
-        axes.flat[0].legend(fontsize=8)
+    lines = {line.get_label(): line for ax in figure.axes for line in ax.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), fontsize=9)
     figure.suptitle(f"{record['device']}, {record['dtype']}, batch 1, torch {record['torch']}, {record['date']}", fontsize=11)
     figure.savefig(target, dpi=110)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, default=ROOT / "docs/results/linear_vs_quadratic.json")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/linear_vs_quadratic.png")
+    parser.add_argument("--json", type=Path, default=ROOT / "docs/results/linear_vs_quadratic_cpu.json")
+    parser.add_argument("--out", type=Path, help="docs/ and the name of the JSON by default")
     args = parser.parse_args(argv)
-    draw(json.loads(args.json.read_text(encoding="utf-8")), args.out)
-    print(f"wrote {args.out}")
+    target = args.out or ROOT / "docs" / args.json.with_suffix(".png").name
+    draw(json.loads(args.json.read_text(encoding="utf-8")), target)
+    print(f"wrote {target}")
     return 0
 
 

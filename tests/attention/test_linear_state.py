@@ -86,6 +86,17 @@ def test_steps_equal_causal_attention():
     torch.testing.assert_close(torch.stack(steps, 1).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_agrees_with_flash_linear_attention():
+    """A second oracle: the plain recurrence of fla, where the package fla-core is installed. Its state is ours."""
+    naive = pytest.importorskip("fla.ops.linear_attn.naive", exc_type=ImportError)
+    q, k, v = (randn(2, 150, 3, 16, seed=i).float() for i in range(3))
+    _, state = linear_attention_prefill(k, v, q)
+    expected, expected_state = naive.naive_recurrent_linear_attn(q, k, v, initial_state=state, output_final_state=True)
+    out, new_state = linear_attention_prefill(q, k, v, state)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(new_state, expected_state, rtol=1e-4, atol=1e-3)
+
+
 X, STATE = torch.zeros(1, 8, 2, 8), torch.zeros(1, 2, 8, 8)
 WRONG = {
     "state has shape": dict(state=torch.zeros(1, 2, 8, 9)),

@@ -9,10 +9,10 @@ from .backend import has_kernels
 ALGORITHMS = ("auto", "quadratic", "linear")
 
 # Where the two algorithms take the same time, forward and backward together: seqlen_q = seqlen_k = slope * head_dim + offset,
-# as (slope, offset) for each mask. Measured with benchmarks/linear_vs_quadratic.py, which prints the crossovers that such a line
-# goes through; docs/linear.md says on what. "auto" is quadratic on a device type that was not measured.
+# as (slope, offset) for each mask. From the crossovers that benchmarks/linear_vs_quadratic.py prints, rounded up; docs/linear.md
+# says where it ran. "auto" is quadratic on a device type that was not measured.
 CROSSOVERS = {
-    "cpu": {"full": (1.0, 64.0), "causal": (1.0, 192.0)},
+    "cpu": {"full": (1.0, 64.0), "causal": (2.0, 64.0)},
 }
 
 
