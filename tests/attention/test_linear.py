@@ -157,6 +157,20 @@ def test_compiles_to_one_graph(name, device):
         close(a, e)
 
 
+def test_compiles_with_dynamic_shapes():
+    """One function for lengths on both sides of the crossover."""
+    torch._dynamo.reset()
+
+    def attend(*x):
+        return flash_attn_func(*x, causal=True, use_softmax=False)
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seqlen in (50, 300, 301):
+        tensors = qkv(Package("cpu"), 1, seqlen, seqlen)
+        for a, e in zip(gradients(compiled, *tensors), gradients(attend, *tensors)):
+            close(a, e)
+
+
 def test_operators_pass_opcheck(device):
     q, k, v = (x.detach() for x in inputs("flash_attn_func", device)[0])
     options = (None, None, 0, 0, 0.3, True, False, "1/n")

@@ -54,6 +54,9 @@ Finite in, finite out: for float16 tensors of any finite size and bfloat16 tenso
 NaN or Inf. With float16, P and dS saturate at +-65504 before they are used; "relu2" takes scores above 2^40 as 2^40,
 and its dS saturates at +-2^80. Outputs and gradients in 16 bit saturate at the largest finite value of their dtype. NaN
 or Inf in a slot that no query may see never reaches a result.
+
+The linear algorithm (flash_attn/linear) gives the same sums in another order. It forms only few scores, or none, so that
+float16 scores beyond 65504 are limited there only where it forms them.
 """
 
 import math
@@ -89,7 +92,7 @@ def resolve(
         bias = None
     elif isinstance(sigmoid_bias, (int, float)) and not isinstance(sigmoid_bias, bool):
         bias = float(sigmoid_bias)
-        if not math.isfinite(bias):
+        if not abs(bias) < math.inf:  # math.isfinite can't be traced with dynamic shapes
             raise ValueError(f'sigmoid_bias={sigmoid_bias!r}: give a finite number or the string "{MINUS_LOG_N}"')
     else:
         raise ValueError(f'sigmoid_bias={sigmoid_bias!r}: give a finite number or the string "{MINUS_LOG_N}"')

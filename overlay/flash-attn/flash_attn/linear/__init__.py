@@ -11,6 +11,7 @@ of N^2 d. The causal form needs one state per head, the sum of k_j^T v_j so far;
     choice.py   when it is exact, when it pays
     public.py   what flash_attn_func and its kin call
     state.py    prefill, continue and step with a recurrent state
+    checks.py   what the last two check
 """
 
 from .choice import ALGORITHMS

@@ -7,6 +7,7 @@ import torch
 
 from ..cpu import checks
 from .backend import has_kernels
+from .checks import alike
 from .choice import ALGORITHMS, obstacle, predicted_faster
 from .ops import LinearAttention
 
@@ -60,7 +61,7 @@ def in_linear_time(
         )
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if not math.isfinite(softmax_scale):
+    if not abs(softmax_scale) < math.inf:  # math.isfinite can't be traced with dynamic shapes
         raise ValueError(f"softmax_scale={softmax_scale}: give a finite number, or None for 1/sqrt(head_dim)")
     # One query sees every key either way, and the full form is the cheaper one.
     causal = causal and (q.shape[1] if cu_seqlens_q is None else max_seqlen_q) > 1
@@ -111,14 +112,7 @@ def _check(
     checks.shape("k", k, *expected, axes=axes_k)
     checks.shape("v", v, *expected, axes=axes_k)
     checks.heads(q.shape[-2], k.shape[-2], q.shape[-1])
-    for name, x in (("k", k), ("v", v), ("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, but q is on {q.device}: move one of them with .to()")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {x.dtype}, but q has {q.dtype}: convert one of them")
-    if not q.dtype.is_floating_point:
-        raise TypeError(f"q has dtype {q.dtype}: attention takes floating-point tensors")
+    alike(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if has_kernels(q) and q.shape[-1] > _MAX_HEAD_DIM:
         raise ValueError(f"head_dim={q.shape[-1]}: the kernels go up to {_MAX_HEAD_DIM}")
     if cu_seqlens_q is None:

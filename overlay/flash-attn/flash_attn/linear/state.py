@@ -11,6 +11,7 @@ import torch
 
 from ..cpu import checks
 from . import backend
+from .checks import alike
 from .form import Form
 
 _STATE_AXES = "batch, nheads_k, head_dim, head_dim_v"
@@ -84,12 +85,7 @@ def _check(
 ) -> None:
     if q.device.type == "cuda" and not backend.has_kernels(q):
         raise TypeError(f"q has dtype {q.dtype}: on CUDA give float16 or bfloat16, with triton installed")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {x.dtype}, but q has {q.dtype}: convert one of them")
-    for name, x in (("k", k), ("v", v), ("state", state)):
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, but q is on {q.device}: move one of them with .to()")
+    alike(q, k, v, state=state)
     if state is not None:
         checks.shape("state", state, *state_shape, axes=_STATE_AXES)
         if state.dtype != torch.float32:
