@@ -3,15 +3,15 @@
 
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <limits>
-#include <string>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 #include <torch/python.h>
 
+#include "built_kernels.h"
 #include "kernel_dispatch.h"
 #include "namespace_config.h"
 
@@ -66,24 +66,21 @@ void def_with_use_softmax(pybind11::module_ &m, const char *name, const char *do
     m.def(name, function, doc);
 }
 
+template <typename Item, size_t n>
+pybind11::tuple names_of(const std::array<Item, n> &items) {
+    pybind11::list names;
+    for (const Item item : items) { names.append(built::name(item)); }
+    return pybind11::tuple(names);
+}
+
 // What this build holds, for callers that choose a backend and for error messages.
 inline void def_built_kernels(pybind11::module_ &m) {
-    std::vector<int> head_dims;
-    for (const int head_dim : {32, 64, 96, 128, 192, 256}) {
-        if (is_head_dim_built(head_dim)) { head_dims.push_back(head_dim); }
-    }
-    std::vector<std::string> dtypes, passes;
-    if (is_dtype_built<cutlass::half_t>()) { dtypes.push_back("fp16"); }
-    if (is_dtype_built<cutlass::bfloat16_t>()) { dtypes.push_back("bf16"); }
-    if (kFwdBuilt) { passes.push_back("fwd"); }
-    if (kBwdBuilt) { passes.push_back("bwd"); }
-    if (kSplitKVBuilt) { passes.push_back("splitkv"); }
     m.attr("has_use_softmax") = true;
-    m.attr("built_with_softmax") = kSoftmaxBuilt;
-    m.attr("built_head_dims") = pybind11::tuple(pybind11::cast(head_dims));
-    m.attr("built_dtypes") = pybind11::tuple(pybind11::cast(dtypes));
-    m.attr("built_passes") = pybind11::tuple(pybind11::cast(passes));
-    m.attr("built_archs") = pybind11::tuple(pybind11::cast(built_archs()));
+    m.attr("built_with_softmax") = built::with_softmax;
+    m.attr("built_head_dims") = pybind11::tuple(pybind11::cast(built::head_dims));
+    m.attr("built_dtypes") = names_of(built::dtypes);
+    m.attr("built_passes") = names_of(built::passes);
+    m.attr("built_archs") = pybind11::tuple(pybind11::cast(built::archs));
 }
 
 }  // namespace FLASH_NAMESPACE
