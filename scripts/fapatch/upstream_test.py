@@ -98,11 +98,11 @@ def fingerprint(package: Path, *others: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _jobs(on_gpu: bool) -> int:
-    """Worker processes: one a core on the CPU, a few on a GPU; the largest reference computation takes about 3 GiB."""
+def _jobs(gpus: int) -> int:
+    """Worker processes: one a core on the CPU, a few on each GPU; the largest reference computation takes about 3 GiB."""
     cores = os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30 if hasattr(os, "sysconf") else 8
-    return max(1, min(4 if on_gpu else cores, cores, memory // 3))
+    return max(1, min(4 * gpus or cores, cores, memory // 3))
 
 
 def _describe(project: Project, test_file: Path, folder: Path) -> dict:
@@ -166,8 +166,8 @@ def main(project: Project, args: argparse.Namespace) -> int:
         test_file = apply.ensure(project) / "tests" / "test_flash_attn.py"
 
     described = _describe(project, test_file, folder)
-    on_gpu, package = described["on_gpu"], Path(described["package"])
-    jobs = int(_number(args.jobs, "JOBS", int, 1, 1024, "2")) if args.jobs else _jobs(on_gpu)
+    on_gpu, package = described["gpus"] > 0, Path(described["package"])
+    jobs = int(_number(args.jobs, "JOBS", int, 1, 1024, "2")) if args.jobs else _jobs(described["gpus"])
     functions = {
         name: [sample.Axis(tuple(a["names"]), tuple(a["labels"])) for a in axes] for name, axes in described["functions"].items()
     }
