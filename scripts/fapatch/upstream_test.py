@@ -12,7 +12,8 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 from . import apply, locking, report, sample
@@ -153,6 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", default=env("SEED") or "0", help="another seed is another sample (default 0; SEED)")
     parser.add_argument("--jobs", default=env("JOBS"), help="worker processes (default: by cores and memory; JOBS)")
     parser.add_argument("--full", action="store_true", default=env("FULL") == "1", help="all cases; on the CPU all cheap ones (FULL=1)")
+    parser.add_argument("--summary", type=Path, help="also write the results without the single cases to this JSON file")
     parser.add_argument("--rerun", action="store_true", default=env("RERUN") == "1", help="forget earlier results (RERUN=1)")
 
 
@@ -199,10 +201,14 @@ def main(project: Project, args: argparse.Namespace) -> int:
 
     outcome = report.judge(chosen.cases, report.read_journal(journal), report.read_known_failures(plugins / "known_failures.toml"))
     facts = {
-        "device": where.lower(), "package": str(package), "fingerprint": key, "seed": seed, "eligible": chosen.eligible,
+        "date": date.today().isoformat(), "device": described["device"], "flash_attn": described["version"],
+        "fingerprint": key, "seed": seed, "eligible": chosen.eligible,
         "left_out": chosen.left_out,
     }
-    report.write_json(folder / "results.json", chosen.cases, outcome, facts)
+    document = report.document(chosen.cases, outcome, facts)
+    report.write_json(folder / "results.json", {**document, "results": [asdict(r) for r in outcome.results.values()]})
+    if args.summary:
+        report.write_json(args.summary, document)
     print("\n" + report.table(chosen.cases, outcome))
     if text := report.failures(outcome):
         print("\n" + text)

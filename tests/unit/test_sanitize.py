@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from fapatch import sanitize
 from fapatch.errors import FapError, UsageError
 
@@ -34,6 +35,7 @@ def test_unknown_tool_is_named():
 
 
 def test_calls_are_right_on_the_cpu():
-    done = subprocess.run([sys.executable, SHAPES, "--device", "cpu", "--head-dims", "32", "--dtypes", "bf16"], capture_output=True, text=True)
+    argv = [sys.executable, SHAPES, "--device", "cpu", "--head-dims", "32", "--dtypes", "bf16"]
+    done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith(" calls, 0 wrong\n")

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,6 +70,8 @@ def main(argv: list[str]) -> int:
         "gpus": torch.cuda.device_count() if cpu_as_cuda.on_gpu() else 0,
         "with_softmax": has_softmax_kernels(),
         "package": str(Path(flash_attn.__file__).parent),
+        "version": metadata.version("flash_attn"),
+        "device": torch.cuda.get_device_name() if cpu_as_cuda.on_gpu() else "cpu",
         "functions": functions,
     }
     json.dump(described, sys.stdout)

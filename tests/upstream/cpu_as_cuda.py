@@ -8,7 +8,8 @@ cannot even be collected. This plugin
 - says that a block of the kernel is a whole row: the CPU backend returns exp(s - row maximum) where the GPU kernels return
   exp(s - maximum so far), which is the same thing for one block (see ``normalize_flash_attn_S`` in upstream's file).
 
-On a machine with GPUs and the compiled extension it only spreads the test processes over the GPUs. Use: ``pytest -p cpu_as_cuda`` with this folder on PYTHONPATH.
+On a machine with GPUs and the compiled extension it only spreads the test processes over the GPUs.
+Use: ``pytest -p cpu_as_cuda`` with this folder on PYTHONPATH.
 """
 from __future__ import annotations
 
