@@ -16,7 +16,8 @@ void launch_built(Params &params, Without without_softmax, With with_softmax) {
     check_built<pass, T, kHeadDim>(params.use_softmax);
     if constexpr (kIsBuilt<pass, T, kHeadDim>) {
         if (!params.use_softmax) {
-            without_softmax(params);
+            // Without queries there is nothing to compute, and a grid of no blocks is an error.
+            if (params.seqlen_q > 0) { without_softmax(params); }
         } else if constexpr (built::with_softmax) {
             with_softmax(params);
         }
