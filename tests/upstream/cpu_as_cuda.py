@@ -85,3 +85,9 @@ def pytest_configure(config) -> None:
     activate()
     if on_gpu() and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
         torch.cuda.set_device(device_of(worker, torch.cuda.device_count()))
+
+
+def pytest_runtest_teardown() -> None:
+    """Give back what the test's references took: several processes share a GPU."""
+    if on_gpu():
+        torch.cuda.empty_cache()
