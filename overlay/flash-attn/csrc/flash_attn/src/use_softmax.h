@@ -6,7 +6,6 @@
 #include <array>
 #include <cmath>
 #include <limits>
-#include <tuple>
 #include <utility>
 
 #include <torch/python.h>
@@ -43,27 +42,16 @@ inline void sum_groups(at::Tensor &out, const at::Tensor &expanded, const at::In
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
-template <typename Function> struct Signature;
-
-template <typename R, typename... Args>
-struct Signature<R (*)(Args...)> {
-    using Arguments = std::tuple<Args...>;
-    static constexpr size_t kWithoutLast = sizeof...(Args) - 1;
-};
-
-// `function` as upstream declares it: without its last argument, use_softmax.
-template <auto function, size_t... I>
-auto with_softmax(std::index_sequence<I...>) {
-    using Arguments = typename Signature<decltype(function)>::Arguments;
-    return +[](std::tuple_element_t<I, Arguments>... arguments) {
-        return function(std::forward<std::tuple_element_t<I, Arguments>>(arguments)..., /*use_softmax=*/true);
-    };
+template <typename Function, size_t... I>
+void def_with_default(pybind11::module_ &m, const char *name, Function function, const char *doc,
+                      std::index_sequence<I...>) {
+    m.def(name, function, doc, (static_cast<void>(I), pybind11::arg())..., pybind11::arg("use_softmax") = true);
 }
 
-template <auto function>
-void def_with_use_softmax(pybind11::module_ &m, const char *name, const char *doc) {
-    m.def(name, with_softmax<function>(std::make_index_sequence<Signature<decltype(function)>::kWithoutLast>{}), doc);
-    m.def(name, function, doc);
+// `function` ends with use_softmax, which callers of upstream's positional signature leave out.
+template <typename R, typename... Args>
+void def_with_use_softmax(pybind11::module_ &m, const char *name, R (*function)(Args...), const char *doc) {
+    def_with_default(m, name, function, doc, std::make_index_sequence<sizeof...(Args) - 1>{});
 }
 
 template <typename Item, size_t n>
