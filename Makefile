@@ -10,7 +10,7 @@ export HEAD_DIMS DTYPES PASSES ARCHS NO_SOFTMAX_ONLY
 export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN
 
 .PHONY: help env fetch apply status refresh rebase rebase-continue rebase-abort bundle lint wheel smoke \
-        test test-unit test-patches test-attention upstream-test bench clean distclean
+        test test-unit test-patches test-attention upstream-test sanitize bench bench-gpu clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -67,9 +67,16 @@ test-attention: wheel
 upstream-test: wheel  ## a sample of upstream's own tests (FRACTION=, COUNT=, SEED=, FULL=1)
 	@$(FAP) upstream-test
 
+sanitize: wheel  ## compute-sanitizer over every CUDA kernel family (needs a GPU)
+	@$(FAP) sanitize --json docs/results/sanitizers.json
+
 bench: wheel  ## speed of the CPU backend against torch's own attention
 	$(PY) benchmarks/cpu_vs_sdpa.py --max-ratio 1.5 --json docs/results/cpu_vs_sdpa.json
 	$(PY) benchmarks/plot_cpu.py
+
+bench-gpu: wheel  ## speed and memory of the CUDA kernels without softmax against those with it (needs a GPU)
+	$(PY) benchmarks/gpu_vs_softmax.py --json docs/results/gpu_vs_softmax.json
+	$(PY) benchmarks/gpu_tables.py
 
 clean: env  ## drop build/
 	@$(FAP) clean

@@ -37,6 +37,7 @@ COMMANDS = {
     "wheel": ("wheel", "build the wheel into dist/ and install it into .venv"),
     "smoke": ("smoke", "one forward and backward without softmax, checked against float64"),
     "upstream-test": ("upstream_test", "a sample of upstream's own tests"),
+    "sanitize": ("sanitize", "every kernel family under compute-sanitizer"),
     "clean": ("clean", "drop build/"),
     "distclean": ("distclean", "drop everything that git ignores"),
 }

@@ -5,7 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import FapError
@@ -140,16 +140,18 @@ def failures(outcome: Outcome, limit: int = 20) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path, chosen: Sequence[Case], outcome: Outcome, facts: Mapping[str, object]) -> None:
-    """Everything above as JSON, for machines."""
+def document(chosen: Sequence[Case], outcome: Outcome, facts: Mapping[str, object]) -> dict[str, object]:
+    """Everything above but the single results, to be written as JSON."""
     by_function = [
         {"function": f, "use_softmax": on, **{o: row[o] for o in OUTCOMES}, "seconds": round(row["seconds"], 1)}
         for (f, on), row in sorted(counts(chosen, outcome.results).items())
     ]
     total = {str(on): dict(row) for on, row in totals(chosen, outcome.results).items()}
-    document = {
+    return {
         **facts, "ok": outcome.ok, "total": total, "functions": by_function, "failed": list(outcome.failed),
         "not_finished": list(outcome.missing), "known_failures": [{"id": i, "reason": r} for i, r in outcome.known],
-        "results": [asdict(r) for r in outcome.results.values()],
     }
+
+
+def write_json(path: Path, document: Mapping[str, object]) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

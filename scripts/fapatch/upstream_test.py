@@ -12,7 +12,8 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 from . import apply, locking, report, sample
@@ -98,11 +99,11 @@ def fingerprint(package: Path, *others: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _jobs(on_gpu: bool) -> int:
-    """Worker processes: one a core on the CPU, a few on a GPU; the largest reference computation takes about 3 GiB."""
+def _jobs(gpus: int) -> int:
+    """Worker processes: one a core on the CPU, a few on each GPU; the largest reference computation takes about 3 GiB."""
     cores = os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30 if hasattr(os, "sysconf") else 8
-    return max(1, min(4 if on_gpu else cores, cores, memory // 3))
+    return max(1, min(4 * gpus or cores, cores, memory // 3))
 
 
 def _describe(project: Project, test_file: Path, folder: Path) -> dict:
@@ -153,6 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", default=env("SEED") or "0", help="another seed is another sample (default 0; SEED)")
     parser.add_argument("--jobs", default=env("JOBS"), help="worker processes (default: by cores and memory; JOBS)")
     parser.add_argument("--full", action="store_true", default=env("FULL") == "1", help="all cases; on the CPU all cheap ones (FULL=1)")
+    parser.add_argument("--summary", type=Path, help="also write the results without the single cases to this JSON file")
     parser.add_argument("--rerun", action="store_true", default=env("RERUN") == "1", help="forget earlier results (RERUN=1)")
 
 
@@ -166,8 +168,8 @@ def main(project: Project, args: argparse.Namespace) -> int:
         test_file = apply.ensure(project) / "tests" / "test_flash_attn.py"
 
     described = _describe(project, test_file, folder)
-    on_gpu, package = described["on_gpu"], Path(described["package"])
-    jobs = int(_number(args.jobs, "JOBS", int, 1, 1024, "2")) if args.jobs else _jobs(on_gpu)
+    on_gpu, package = described["gpus"] > 0, Path(described["package"])
+    jobs = int(_number(args.jobs, "JOBS", int, 1, 1024, "2")) if args.jobs else _jobs(described["gpus"])
     functions = {
         name: [sample.Axis(tuple(a["names"]), tuple(a["labels"])) for a in axes] for name, axes in described["functions"].items()
     }
@@ -199,10 +201,14 @@ def main(project: Project, args: argparse.Namespace) -> int:
 
     outcome = report.judge(chosen.cases, report.read_journal(journal), report.read_known_failures(plugins / "known_failures.toml"))
     facts = {
-        "device": where.lower(), "package": str(package), "fingerprint": key, "seed": seed, "eligible": chosen.eligible,
+        "date": date.today().isoformat(), "device": described["device"], "flash_attn": described["version"],
+        "fingerprint": key, "seed": seed, "eligible": chosen.eligible,
         "left_out": chosen.left_out,
     }
-    report.write_json(folder / "results.json", chosen.cases, outcome, facts)
+    document = report.document(chosen.cases, outcome, facts)
+    report.write_json(folder / "results.json", {**document, "results": [asdict(r) for r in outcome.results.values()]})
+    if args.summary:
+        report.write_json(args.summary, document)
     print("\n" + report.table(chosen.cases, outcome))
     if text := report.failures(outcome):
         print("\n" + text)

@@ -34,7 +34,7 @@ def exact(device: str) -> dict:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    tolerance = 1e-4 if actual.dtype == torch.float32 else 2e-2
+    tolerance = 1e-4 if actual.dtype == torch.float32 else 5e-2
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 

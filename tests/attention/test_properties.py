@@ -42,6 +42,12 @@ def options(draw, seqlen_q: int, seqlen_k: int) -> dict:
     return chosen
 
 
+def built(attention, chosen: dict) -> dict:
+    """The part of ``chosen`` that the kernels of the device have: other score functions are the CPU backend's alone."""
+    absent = () if attention.device == "cpu" else ("activation", "sigmoid_bias", "normalization")
+    return {name: value for name, value in chosen.items() if name not in absent}
+
+
 @st.composite
 def heads(draw) -> dict:
     nheads_k, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
@@ -57,7 +63,7 @@ def test_dense(attention, data):
         chosen["alibi_slopes"] = slopes(
             attention, *data.draw(st.sampled_from([(), (batch,)])), sizes["nheads"], size=0.1
         )
-    compare(attention, *qkv(attention, batch, seqlen_q, seqlen_k, **sizes), **chosen)
+    compare(attention, *qkv(attention, batch, seqlen_q, seqlen_k, **sizes), **built(attention, chosen))
 
 
 @reuse
@@ -70,7 +76,8 @@ def test_dropout(attention, data):
         | dict(normalization=data.draw(st.sampled_from(list(ROW_FACTORS))))
     )
     tensors = qkv(attention, 2, seqlen_q, seqlen_k, **data.draw(heads()))
-    compare_dropped(attention, *tensors, data.draw(st.floats(0.05, 0.95)), data.draw(st.integers(0, 2**31)), **chosen)
+    dropout_p, seed = data.draw(st.floats(0.05, 0.95)), data.draw(st.integers(0, 2**31))
+    compare_dropped(attention, *tensors, dropout_p, seed, **built(attention, chosen))
 
 
 @reuse
@@ -79,7 +86,7 @@ def test_varlen(attention, data):
     batch = data.draw(st.integers(1, 4))
     lists = [data.draw(st.lists(st.integers(0, 40), min_size=batch, max_size=batch)) for _ in range(2)]
     each = dict(zip(("lengths_q", "lengths_k"), lists))
-    chosen = data.draw(options(*map(max, lists)))
+    chosen = built(attention, data.draw(options(*map(max, lists))))
     compare(attention, *packed(attention, **each, **data.draw(heads())), method="varlen", **each, **chosen)
 
 
@@ -101,14 +108,15 @@ def test_kvcache(attention, data):
     q = randn(batch, seqlen, sizes["nheads"], sizes["head_dim"], seed=0, like=attention)
     caches = [randn(slots, capacity, nheads_k, sizes["head_dim"], seed=i, like=attention) for i in (1, 2)]
     new = [randn(batch, seqlen, nheads_k, sizes["head_dim"], seed=i, like=attention) for i in (3, 4)]
-    compare_output(
-        attention, q, *caches, *(new if data.draw(st.booleans(), "append") else ()), method="kvcache", **chosen
-    )
+    new = new if data.draw(st.booleans(), "append") else ()
+    compare_output(attention, q, *caches, *new, method="kvcache", **built(attention, chosen))
 
 
 @reuse
 @given(data=st.data())
 def test_softmax(attention, data):
-    seqlen_q, seqlen_k = data.draw(lengths, "seqlen_q"), data.draw(lengths, "seqlen_k")
+    # Upstream's CUDA kernels with softmax fail to launch, forward without queries and backward without keys.
+    drawn = lengths.filter(bool) if attention.device == "cuda" else lengths
+    seqlen_q, seqlen_k = data.draw(drawn, "seqlen_q"), data.draw(drawn, "seqlen_k")
     tensors = qkv(attention, 2, seqlen_q, seqlen_k, **data.draw(heads()), dtype=single(attention))
     compare(attention, *tensors, use_softmax=True, **data.draw(masks(seqlen_q, seqlen_k)))

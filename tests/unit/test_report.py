@@ -71,7 +71,7 @@ def test_the_latest_line_of_a_case_wins_and_a_cut_line_is_passed_over(tmp_path):
 
 def test_results_are_written_for_machines(tmp_path):
     outcome = report.judge(CHOSEN[:2], journal(result("test_a[True]", "passed"), result("test_a[False]", "passed")), [])
-    report.write_json(tmp_path / "results.json", CHOSEN[:2], outcome, {"seed": 3})
+    report.write_json(tmp_path / "results.json", report.document(CHOSEN[:2], outcome, {"seed": 3}))
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["ok"] and written["seed"] == 3
     assert written["total"]["False"]["ran"] == written["total"]["True"]["ran"] == 1

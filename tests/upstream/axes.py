@@ -1,7 +1,7 @@
 """Print the parameters of a test file as JSON, without making its test cases (upstream's file has a million of them).
 
     python axes.py TEST_FILE
-    {"on_gpu": false, "with_softmax": true, "package": ".../flash_attn",
+    {"gpus": 0, "with_softmax": true, "package": ".../flash_attn",
      "functions": {"test_x": [{"names": ["seqlen_q", "seqlen_k"], "labels": ["1-128", ...]}, ...]}}
 
 The axes of a function stand in pytest's order, so that joining one label of each with "-" gives the id that pytest would give.
@@ -12,11 +12,13 @@ import importlib
 import importlib.util
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import cpu_as_cuda
+import torch
 
 
 def _label(name: str, value: Any, index: int) -> str:
@@ -64,8 +66,15 @@ def main(argv: list[str]) -> int:
         name: [{"names": names, "labels": labels} for names, _, labels in axes_of(value)]
         for name, value in vars(module).items() if name.startswith("test_") and callable(value)
     }
-    described = {"on_gpu": cpu_as_cuda.on_gpu(), "with_softmax": has_softmax_kernels(), "package": str(Path(flash_attn.__file__).parent)}
-    json.dump({**described, "functions": functions}, sys.stdout)
+    described = {
+        "gpus": torch.cuda.device_count() if cpu_as_cuda.on_gpu() else 0,
+        "with_softmax": has_softmax_kernels(),
+        "package": str(Path(flash_attn.__file__).parent),
+        "version": metadata.version("flash_attn"),
+        "device": torch.cuda.get_device_name() if cpu_as_cuda.on_gpu() else "cpu",
+        "functions": functions,
+    }
+    json.dump(described, sys.stdout)
     return 0
 
 

@@ -8,7 +8,8 @@ cannot even be collected. This plugin
 - says that a block of the kernel is a whole row: the CPU backend returns exp(s - row maximum) where the GPU kernels return
   exp(s - maximum so far), which is the same thing for one block (see ``normalize_flash_attn_S`` in upstream's file).
 
-On a machine with a GPU and the compiled extension it changes nothing. Use: ``pytest -p cpu_as_cuda`` with this folder on PYTHONPATH.
+On a machine with GPUs and the compiled extension it only spreads the test processes over the GPUs.
+Use: ``pytest -p cpu_as_cuda`` with this folder on PYTHONPATH.
 """
 from __future__ import annotations
 
@@ -75,5 +76,18 @@ def activate() -> None:
     CpuAsCuda().__enter__()
 
 
+def device_of(worker: str, gpus: int) -> int:
+    """The GPU of a process of pytest-xdist, which names them gw0, gw1 and so on."""
+    return int(worker.removeprefix("gw")) % gpus
+
+
 def pytest_configure(config) -> None:
     activate()
+    if on_gpu() and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
+        torch.cuda.set_device(device_of(worker, torch.cuda.device_count()))
+
+
+def pytest_runtest_teardown() -> None:
+    """Give back what the test's references took: several processes share a GPU."""
+    if on_gpu():
+        torch.cuda.empty_cache()

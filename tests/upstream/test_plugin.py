@@ -51,6 +51,10 @@ def test_nothing_changes_on_a_machine_with_a_gpu(plugin, monkeypatch):
     assert not torch.overrides._get_current_function_mode()
 
 
+def test_processes_take_the_gpus_in_turn(plugin):
+    assert [plugin.device_of(f"gw{i}", 2) for i in range(5)] == [0, 1, 0, 1, 0]
+
+
 @pytest.mark.parametrize("plugins, outcome", [((), "passed"), (("wrong",), "failed")], ids=["as it is", "off by 5 %"])
 def test_upstreams_tests_catch_a_wrong_forward(tmp_path, plugins, outcome):
     from fapatch.project import Project

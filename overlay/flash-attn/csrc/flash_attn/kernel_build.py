@@ -7,7 +7,7 @@ Options, from the environment; each one left out means everything:
     NO_SOFTMAX_ONLY   1: only the kernels for use_softmax=False
     ARCHS             compute capabilities, such as "80,90" (80, 90, 100, 120); by default those of the GPUs present,
                       else FLASH_ATTN_CUDA_ARCHS, else 80 and 90
-A call that needs a kernel outside the build raises an error that names the option (src/kernel_dispatch.h).
+A call that needs a kernel outside the build raises an error that names the option (src/built_kernels.h).
 """
 
 import os
@@ -47,13 +47,10 @@ class KernelSubset:
         )
 
     def macros(self) -> list[str]:
-        """What src/kernel_dispatch.h has to know of it, as compiler flags."""
-        names = [f"DISABLE_HDIM{head_dim}" for head_dim in HEAD_DIMS if head_dim not in self.head_dims]
-        names += [f"DISABLE_{dtype.upper()}" for dtype in DTYPES if dtype not in self.dtypes]
-        names += [f"DISABLE_{name.upper()}" for name in PASSES if name not in self.passes]
-        names += [] if self.with_softmax else ["DISABLE_SOFTMAX"]
-        names += [f"ARCH_{arch}" for arch in self.archs]
-        return [f"-DFLASHATTENTION_{name}" for name in names]
+        """The same lists for src/built_kernels.h, as compiler flags."""
+        lists = {"HEAD_DIMS": self.head_dims, "DTYPES": self.dtypes, "PASSES": self.passes, "ARCHS": self.archs}
+        flags = [f"-DFLASH_BUILT_{name}={','.join(items)}" for name, items in lists.items()]
+        return [*flags, f"-DFLASH_BUILT_WITH_SOFTMAX={str(self.with_softmax).lower()}"]
 
 
 def chosen(environ: Mapping[str, str], option: str, choices: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:

@@ -3,15 +3,14 @@
 
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <limits>
-#include <string>
-#include <tuple>
 #include <utility>
-#include <vector>
 
 #include <torch/python.h>
 
+#include "built_kernels.h"
 #include "kernel_dispatch.h"
 #include "namespace_config.h"
 
@@ -43,47 +42,33 @@ inline void sum_groups(at::Tensor &out, const at::Tensor &expanded, const at::In
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
-template <typename Function> struct Signature;
-
-template <typename R, typename... Args>
-struct Signature<R (*)(Args...)> {
-    using Arguments = std::tuple<Args...>;
-    static constexpr size_t kWithoutLast = sizeof...(Args) - 1;
-};
-
-// `function` as upstream declares it: without its last argument, use_softmax.
-template <auto function, size_t... I>
-auto with_softmax(std::index_sequence<I...>) {
-    using Arguments = typename Signature<decltype(function)>::Arguments;
-    return +[](std::tuple_element_t<I, Arguments>... arguments) {
-        return function(std::forward<std::tuple_element_t<I, Arguments>>(arguments)..., /*use_softmax=*/true);
-    };
+template <typename Function, size_t... I>
+void def_with_default(pybind11::module_ &m, const char *name, Function function, const char *doc,
+                      std::index_sequence<I...>) {
+    m.def(name, function, doc, (static_cast<void>(I), pybind11::arg())..., pybind11::arg("use_softmax") = true);
 }
 
-template <auto function>
-void def_with_use_softmax(pybind11::module_ &m, const char *name, const char *doc) {
-    m.def(name, with_softmax<function>(std::make_index_sequence<Signature<decltype(function)>::kWithoutLast>{}), doc);
-    m.def(name, function, doc);
+// `function` ends with use_softmax, which callers of upstream's positional signature leave out.
+template <typename R, typename... Args>
+void def_with_use_softmax(pybind11::module_ &m, const char *name, R (*function)(Args...), const char *doc) {
+    def_with_default(m, name, function, doc, std::make_index_sequence<sizeof...(Args) - 1>{});
+}
+
+template <typename Item, size_t n>
+pybind11::tuple names_of(const std::array<Item, n> &items) {
+    pybind11::list names;
+    for (const Item item : items) { names.append(built::name(item)); }
+    return pybind11::tuple(names);
 }
 
 // What this build holds, for callers that choose a backend and for error messages.
 inline void def_built_kernels(pybind11::module_ &m) {
-    std::vector<int> head_dims;
-    for (const int head_dim : {32, 64, 96, 128, 192, 256}) {
-        if (is_head_dim_built(head_dim)) { head_dims.push_back(head_dim); }
-    }
-    std::vector<std::string> dtypes, passes;
-    if (is_dtype_built<cutlass::half_t>()) { dtypes.push_back("fp16"); }
-    if (is_dtype_built<cutlass::bfloat16_t>()) { dtypes.push_back("bf16"); }
-    if (kFwdBuilt) { passes.push_back("fwd"); }
-    if (kBwdBuilt) { passes.push_back("bwd"); }
-    if (kSplitKVBuilt) { passes.push_back("splitkv"); }
     m.attr("has_use_softmax") = true;
-    m.attr("built_with_softmax") = kSoftmaxBuilt;
-    m.attr("built_head_dims") = pybind11::tuple(pybind11::cast(head_dims));
-    m.attr("built_dtypes") = pybind11::tuple(pybind11::cast(dtypes));
-    m.attr("built_passes") = pybind11::tuple(pybind11::cast(passes));
-    m.attr("built_archs") = pybind11::tuple(pybind11::cast(built_archs()));
+    m.attr("built_with_softmax") = built::with_softmax;
+    m.attr("built_head_dims") = pybind11::tuple(pybind11::cast(built::head_dims));
+    m.attr("built_dtypes") = names_of(built::dtypes);
+    m.attr("built_passes") = names_of(built::passes);
+    m.attr("built_archs") = pybind11::tuple(pybind11::cast(built::archs));
 }
 
 }  // namespace FLASH_NAMESPACE

@@ -1,0 +1,129 @@
+"""The parts of gpu_vs_softmax.py: each yields its rows, as gpu_record.py describes them, one after the other."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+import gpu_cases
+from gpu_cases import FEATURES, PLAIN, Feature, Side
+from gpu_device import Gpu
+from gpu_record import (
+    BACKWARD,
+    DECODE,
+    FORWARD,
+    NO_SOFTMAX,
+    NO_SOFTMAX_KERNEL,
+    SOFTMAX,
+    Case,
+    attention_flops,
+    kv_bytes,
+    ratio,
+    tera_per_second,
+)
+
+HEAD_DIMS = (64, 128)  # of all parts but dense
+DECODE_HEADS = (32, 4)  # of queries, of keys
+NOT_BUILT = ("has no kernels ", "This flash attention build ")
+
+Row = dict[str, object]
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error that tells of a wheel without these kernels; others are raised again."""
+    words = str(error).partition("\n")[0]
+    if not any(phrase in words for phrase in NOT_BUILT):
+        raise error
+    return words
+
+
+def _row(case: Case, ms: dict[str, float], skipped: dict[str, str], finite: bool = True) -> Row:
+    row = {**asdict(case), "ms": ms, "skipped": skipped, "finite": finite, "ratio": ratio(ms)}
+    said = [f"{name} {value:.3f} ms" for name, value in ms.items()]
+    said += [f"ratio {row['ratio']:.2f}"] if row["ratio"] else []
+    said += [f"{name} skipped: {why}" for name, why in skipped.items()] + ([] if finite else ["NaN or Inf"])
+    _progress(f"{case}: {', '.join(said)}")
+    return row
+
+
+def _compare(case: Case, sides: dict[str, Side], gpu: Gpu, calls: int = 1) -> Row:
+    """Time the sides of one case in turn. ``calls``: how many calls of the package a side makes each time it is run."""
+    prepared, skipped, finite = {}, {}, True
+    for name, side in sides.items():
+        try:
+            results, prepared[name] = side()
+        except (NotImplementedError, RuntimeError) as error:
+            skipped[name] = _reason(error)
+        else:
+            finite &= all(bool(x.isfinite().all()) for x in results)
+    times = gpu.medians(list(prepared.values())) if prepared else []
+    return _row(case, {name: ms / calls for name, ms in zip(prepared, times)}, skipped, finite)
+
+
+def _attention(
+    args: argparse.Namespace, gpu: Gpu, features: Sequence[Feature], head_dims: Sequence[int], seqlens: Sequence[int]
+) -> Iterator[tuple[Case, Row]]:
+    shapes = [(head_dim, feature, seqlen) for head_dim in head_dims for feature in features for seqlen in seqlens]
+    for head_dim, feature, seqlen in shapes:
+        nheads = args.hidden // head_dim
+        shape = (args.tokens // seqlen, seqlen, nheads, max(1, nheads // feature.heads_per_key_head), head_dim)
+        for causal in feature.masks:
+            for direction in (FORWARD, BACKWARD):
+                case = Case(feature.name, direction, *shape, causal)
+                row = _compare(case, gpu_cases.attention(feature, case, args.dtype, gpu.device), gpu)
+                yield case, row if direction == FORWARD else {**row, "backward_by": feature.backward_by}
+
+
+def _narrow(args: argparse.Namespace) -> list[int]:
+    return [head_dim for head_dim in args.head_dims if head_dim in HEAD_DIMS]
+
+
+def dense(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> Iterator[Row]:
+    """Plain attention: every head size, length and mask, forward and backward, with TFLOP/s."""
+    for case, row in _attention(args, gpu, [PLAIN], args.head_dims, args.seqlens):
+        flops = attention_flops(case)
+        yield {**row, "tflops": {name: tera_per_second(flops, ms) for name, ms in row["ms"].items()}}
+
+
+def features(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> Iterator[Row]:
+    """What attention can have beside the plain form, with half of the tokens in the longest sequence."""
+    for _, row in _attention(args, gpu, FEATURES, _narrow(args), [args.tokens // 2]):
+        yield row
+
+
+def decode(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> Iterator[Row]:
+    """One new token for each sequence against its KV cache, with the share of the memory bandwidth that reading K and V reaches."""
+    shapes = [(head_dim, batch, context) for head_dim in _narrow(args) for batch in args.batches for context in args.contexts]
+    for head_dim, batch, context in shapes:
+        case = Case("kvcache", DECODE, batch, context, *DECODE_HEADS, head_dim)
+        size = kv_bytes(case, args.dtype.itemsize)
+        if size > args.memory_limit * 1e9:
+            why = f"K and V take {size / 1e9:.1f} GB, more than --memory-limit {args.memory_limit:g}"
+            row = _row(case, {}, {SOFTMAX: why, NO_SOFTMAX: why})
+        else:
+            sides, calls = gpu_cases.decode(case, args.dtype, gpu)
+            row = _compare(case, sides, gpu, calls)
+        yield {**row, "bandwidth": {name: tera_per_second(size, ms) / yardsticks["copy_tb_per_s"] for name, ms in row["ms"].items()}}
+
+
+def memory(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> Iterator[Row]:
+    """A causal forward and backward of all tokens as one sequence: gpu_cases.training_step_memory says what is counted."""
+    for head_dim in _narrow(args):
+        nheads = args.hidden // head_dim
+        case = Case("training step", "forward+backward", 1, args.tokens, nheads, nheads, head_dim, causal=True)
+        for name in (SOFTMAX, NO_SOFTMAX, NO_SOFTMAX_KERNEL):
+            row = {**asdict(case), "side": name, "skipped": ""}
+            try:
+                row |= gpu_cases.training_step_memory(case, name, args.dtype, gpu)
+                found = f"{row['kept_bytes']} bytes kept, {row['peak_bytes']} at the peak beside {row['gradient_bytes']} of gradients"
+            except (NotImplementedError, RuntimeError) as error:
+                row["skipped"] = _reason(error)
+                found = f"skipped: {row['skipped']}"
+            _progress(f"{case}: {name} {found}")
+            yield row

@@ -1,0 +1,175 @@
+"""Calls every family of CUDA kernels without softmax once, on shapes so small that compute-sanitizer can watch each access.
+
+    compute-sanitizer --tool memcheck python tests/gpu/small_shapes.py --head-dims 64 --dtypes bf16
+
+Results are compared with the CPU backend in float64, so that a run under a sanitizer also shows that the kernels ran.
+`make sanitize` runs it under all four tools.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from torch import Tensor
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+TOLERANCE = 2e-2  # of the largest value; bf16 rounds weights and results
+BACKWARD_ENV = "FLASH_ATTENTION_NOSOFTMAX_BACKWARD"
+# One tile and a bit more, with uneven ends; a key head serves two query heads.
+SEQLEN_Q, SEQLEN_K, NHEADS, NHEADS_K = 136, 150, 2, 1
+EVEN = 128
+
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a case runs: numbers are rounded to ``rounded``, then computed with in ``dtype`` on ``device``."""
+
+    device: str
+    dtype: torch.dtype
+    rounded: torch.dtype
+
+    def numbers(self, x: Tensor) -> Tensor:
+        return x.to(self.rounded).to(self.device, self.dtype)
+
+    def int32(self, values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def randn(self, *shapes: tuple[int, ...]) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return [self.numbers(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+Case = Callable[[Place, int], list[Tensor]]
+
+
+def with_gradients(run: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    leaves = [x.requires_grad_() for x in tensors]
+    out = run(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+def dense(place: Place, head_dim: int, seqlens=(SEQLEN_Q, SEQLEN_K), uneven=False, alibi=False, **options) -> list[Tensor]:
+    d = head_dim - 8 if uneven else head_dim
+    tensors = place.randn((1, seqlens[0], NHEADS, d), *[(1, seqlens[1], NHEADS_K, d)] * 2)
+    if alibi:
+        options["alibi_slopes"] = torch.tensor([0.05, 0.1], device=place.device)
+    return with_gradients(partial(flash_attn_func, use_softmax=False, **options), tensors)
+
+
+def varlen(place: Place, head_dim: int, **options) -> list[Tensor]:
+    """Packed sequences, one of them without queries and one without keys."""
+    cu_q, cu_k = (place.int32(x) for x in ([0, 70, 70, 75, 140], [0, 65, 80, 80, 150]))
+    tensors = place.randn((140, NHEADS, head_dim), *[(150, NHEADS_K, head_dim)] * 2)
+    return with_gradients(
+        lambda q, k, v: flash_attn_varlen_func(q, k, v, cu_q, cu_k, 70, 70, use_softmax=False, **options), tensors
+    )
+
+
+def kvcache(place: Place, head_dim: int, new: bool, paged: bool, **options) -> list[Tensor]:
+    """Decoding with a cache of 512 slots, all of whose unused ones hold NaN; returns the cache as well when it is appended to."""
+    slots, page = 512, 256
+    q, k, v, *fresh = place.randn((2, 3, NHEADS, head_dim), *[(2, slots, NHEADS_K, head_dim)] * 2, *[(2, 3, NHEADS_K, head_dim)] * 2)
+    lengths = place.int32([300, 17])
+    for cache in (k, v):
+        for batch, length in enumerate(lengths.tolist()):
+            cache[batch, length:] = float("nan")
+    if paged:
+        k, v = (x.reshape(2 * slots // page, page, NHEADS_K, head_dim) for x in (k, v))
+        options["block_table"] = place.int32([[0, 1], [2, 3]])
+    else:
+        options["cache_leftpad"] = place.int32([5, 0])
+    if new:
+        angles = torch.arange(slots)[:, None] / 10000 ** (torch.arange(8) / 8)
+        options["rotary_cos"], options["rotary_sin"] = (place.numbers(x) for x in (angles.cos(), angles.sin()))
+        options["k"], options["v"] = fresh
+    out = flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, use_softmax=False, **options)
+    return [out, k.nan_to_num(), v.nan_to_num()] if new else [out]
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    yield "even tiles", partial(dense, seqlens=(EVEN, 2 * EVEN))
+    yield "even tiles, causal", partial(dense, seqlens=(EVEN, 2 * EVEN), causal=True)
+    yield "even tiles, small batch that splits", partial(dense, seqlens=(EVEN, 1024))
+    yield "dense", dense
+    yield "causal", partial(dense, causal=True)
+    yield "window", partial(dense, window_size=(40, 7))
+    yield "ALiBi", partial(dense, alibi=True)
+    yield "ALiBi, causal", partial(dense, alibi=True, causal=True)
+    yield "softcap", partial(dense, softcap=5.0)
+    yield "softcap, causal", partial(dense, softcap=5.0, causal=True)
+    yield "dropout", partial(dense, dropout_p=0.2)
+    yield "dropout, causal", partial(dense, dropout_p=0.2, causal=True)
+    yield "dropout, ALiBi, window", partial(dense, dropout_p=0.2, alibi=True, window_size=(40, 7))
+    yield "general", partial(dense, uneven=True)
+    yield "general, window", partial(dense, uneven=True, window_size=(40, 7))
+    yield "general, ALiBi and softcap, causal", partial(dense, uneven=True, alibi=True, softcap=5.0, causal=True)
+    yield "general, dropout", partial(dense, uneven=True, dropout_p=0.2)
+    yield "varlen", varlen
+    yield "varlen, causal", partial(varlen, causal=True)
+    for paged in (False, True):
+        for new in (False, True):
+            for splits in (1, 3):
+                name = f"kvcache{', paged' * paged}{', append and rotary' * new}, {splits} splits"
+                yield name, partial(kvcache, paged=paged, new=new, num_splits=splits, causal=True)
+    yield "kvcache, softcap, 3 splits", partial(kvcache, paged=False, new=False, num_splits=3, softcap=5.0)
+    yield "kvcache, window, 3 splits", partial(kvcache, paged=False, new=False, num_splits=3, window_size=(50, 0))
+
+
+def difference(name: str, actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest error of any result, in units of its largest value. Raises AssertionError for NaN or Inf."""
+    worst = 0.0
+    for x, y in zip(actual, expected):
+        assert torch.isfinite(x).all(), f"{name}: {(~torch.isfinite(x)).sum()} of {x.numel()} values NaN or Inf"
+        worst = max(worst, ((x.cpu().double() - y).abs().max() / y.abs().max().clamp(min=1e-30)).item())
+    return worst
+
+
+def check(name: str, case: Case, head_dim: int, dtype: torch.dtype, device: str) -> None:
+    actual = case(Place(device, dtype, dtype), head_dim)
+    if "dropout" in name:  # another backend drops other entries
+        expected = [x.double().cpu() for x in actual]
+    else:
+        expected = case(Place("cpu", torch.float64, dtype), head_dim)
+    error = difference(name, actual, expected)
+    assert error <= TOLERANCE, f"{name}: off by {error:.3g} of the largest value"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS, choices=HEAD_DIMS)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("error: torch sees no GPU; --device cpu runs the same calls on the CPU backend", file=sys.stderr)
+        return 2
+    failed = total = 0
+    for head_dim in args.head_dims:
+        for dtype in args.dtypes:
+            for name, case in cases():
+                # With "forwards" what can be three forward passes is; softcap and dropout take the backward kernel anyway.
+                for backward in ("kernel", "forwards"):
+                    if backward == "forwards" and ("softcap" in name or "dropout" in name or "kvcache" in name):
+                        continue
+                    os.environ[BACKWARD_ENV] = backward
+                    total += 1
+                    try:
+                        check(name, case, head_dim, DTYPES[dtype], args.device)
+                    except AssertionError as error:
+                        failed += 1
+                        print(f"head_dim {head_dim}, {dtype}, backward by {backward}: {error}", flush=True)
+    print(f"{total} calls, {failed} wrong")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Reading what compute-sanitizer says; running it needs a GPU (`make sanitize`), its calls run here on the CPU backend."""
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fapatch import sanitize
+from fapatch.errors import FapError, UsageError
+
+SHAPES = Path(__file__).parents[1] / "gpu" / "small_shapes.py"
+
+
+@pytest.mark.parametrize("summary, errors", [
+    ("========= ERROR SUMMARY: 0 errors", 0),
+    ("========= ERROR SUMMARY: 1 error", 1),
+    ("========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)", 3),
+])
+def test_summaries(summary, errors):
+    finding = sanitize.parse("memcheck", "64", f"========= COMPUTE-SANITIZER\n66 calls, 2 wrong\n{summary}\n")
+    assert (finding.errors, finding.calls, finding.wrong) == (errors, 66, 2)
+
+
+@pytest.mark.parametrize("output", ["66 calls, 0 wrong\n", "========= ERROR SUMMARY: 0 errors\n", "Killed\n"])
+def test_a_run_that_ended_early_is_no_clean_run(output):
+    with pytest.raises(FapError, match="without a summary"):
+        sanitize.parse("memcheck", "64", output)
+
+
+def test_unknown_tool_is_named():
+    with pytest.raises(UsageError, match="--tools memchek: memchek is not among memcheck"):
+        sanitize.chosen("memchek", sanitize.TOOLS, "--tools")
+
+
+def test_calls_are_right_on_the_cpu():
+    argv = [sys.executable, SHAPES, "--device", "cpu", "--head-dims", "32", "--dtypes", "bf16"]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith(" calls, 0 wrong\n")
