@@ -1,7 +1,7 @@
 # Thin on purpose: every target is one call of scripts/fap.py, which `scripts/fap.py --help` explains.
 # Variables: VERSION (upstream release), BACKEND (auto, cpu, cuda), SOURCE (submodule, sdist, path), FA_SRC_DIR, FAMILY,
 #            HEAD_DIMS, DTYPES, PASSES, ARCHS, NO_SOFTMAX_ONLY, MAX_JOBS (CUDA builds: csrc/flash_attn/kernel_build.py in the overlay),
-#            FRACTION, COUNT, SEED, FULL (upstream-test), FORCE (clean), PYTHON (the interpreter that .venv is made from).
+#            FRACTION, COUNT, SEED, FULL (upstream-test; FULL also sass-identity), FORCE (clean), PYTHON (the interpreter that .venv is made from).
 PYTHON ?= python3
 PY     := .venv/bin/python
 FAP    := $(PY) scripts/fap.py
@@ -9,8 +9,8 @@ JOBS   ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 2)')
 export HEAD_DIMS DTYPES PASSES ARCHS NO_SOFTMAX_ONLY
 export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN
 
-.PHONY: help env fetch apply status refresh rebase rebase-continue rebase-abort bundle lint wheel smoke \
-        test test-unit test-patches test-attention upstream-test sanitize bench bench-gpu clean distclean
+.PHONY: help env fetch apply status refresh rebase rebase-continue rebase-abort bundle lint toolchain wheel smoke sass-identity \
+        test test-unit test-patches test-attention upstream-test sanitize naive-kernels bench bench-gpu clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -42,11 +42,17 @@ rebase-abort: env  ## drop the rebase and return to the tree before it
 bundle: env  ## one patch for plain `git apply` in dist/
 	@$(FAP) bundle
 
+toolchain: env  ## install the CUDA compiler from the Python package index into .venv
+	@$(FAP) toolchain
+
 wheel: env  ## build the wheel into dist/, install it into .venv, show that it works
 	@$(FAP) wheel
 
 smoke: env  ## one forward and backward without softmax, checked against fp64
 	@$(FAP) smoke
+
+sass-identity: env  ## machine code of upstream's kernels, pristine against patched (HEAD_DIMS=, DTYPES=, PASSES=, ARCHS=, FULL=1)
+	@$(FAP) sass-identity
 
 lint: env  ## check patches, headers, lock and code style
 	@$(FAP) lint
@@ -69,6 +75,10 @@ upstream-test: wheel  ## a sample of upstream's own tests (FRACTION=, COUNT=, SE
 
 sanitize: wheel  ## compute-sanitizer over every CUDA kernel family (needs a GPU)
 	@$(FAP) sanitize --json docs/results/sanitizers.json
+
+naive-kernels: wheel  ## kernels with the softmax commented out by hand, and the tests that notice (needs a GPU and nvcc)
+	@$(FAP) naive build
+	@$(FAP) naive test
 
 bench: wheel  ## speed of the CPU backend against torch's own attention
 	$(PY) benchmarks/cpu_vs_sdpa.py --max-ratio 1.5 --json docs/results/cpu_vs_sdpa.json

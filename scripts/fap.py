@@ -34,10 +34,13 @@ COMMANDS = {
     "bundle": ("bundle", "write one patch for plain `git apply` into dist/"),
     "lock": ("lock_edit", "add a release to upstream.toml"),
     "lint": ("lint", "check patches, headers and the lock"),
+    "toolchain": ("toolchain", "install the CUDA compiler from the Python package index into .venv"),
     "wheel": ("wheel", "build the wheel into dist/ and install it into .venv"),
     "smoke": ("smoke", "one forward and backward without softmax, checked against float64"),
+    "sass-identity": ("sass_identity", "compare the machine code of upstream's kernels, pristine against patched"),
     "upstream-test": ("upstream_test", "a sample of upstream's own tests"),
     "sanitize": ("sanitize", "every kernel family under compute-sanitizer"),
+    "naive": ("naive", "wrong kernels on purpose, and the tests that notice them"),
     "clean": ("clean", "drop build/"),
     "distclean": ("distclean", "drop everything that git ignores"),
 }

@@ -20,8 +20,10 @@ def clock(seconds: float) -> str:
 class Progress:
     """Takes the lines of a build; writes them to ``log`` and a progress line to ``screen`` for each file that ninja has finished."""
 
-    def __init__(self, log: BinaryIO, screen: TextIO = sys.stdout, now: Callable[[], float] = time.monotonic) -> None:
-        self.log, self.screen, self.now = log, screen, now
+    def __init__(
+        self, log: BinaryIO, screen: TextIO = sys.stdout, now: Callable[[], float] = time.monotonic, afterwards: str = "linking"
+    ) -> None:
+        self.log, self.screen, self.now, self.afterwards = log, screen, now, afterwards
         self.start = now()
         self.shown = -SECONDS_BETWEEN_LINES
         self.total = 0
@@ -39,7 +41,7 @@ class Progress:
         if not (terminal or last or elapsed - self.shown >= SECONDS_BETWEEN_LINES):
             return
         self.shown = elapsed
-        rest = "linking" if last else f"about {clock(elapsed / done * (total - done))} left"
+        rest = self.afterwards if last else f"about {clock(elapsed / done * (total - done))} left"
         text = f"compiled {done} of {total} files, {clock(elapsed)} elapsed, {rest}"
         self.screen.write(f"\r{text:<78}" + ("\n" if last else "") if terminal else f"{text}\n")
         self.screen.flush()

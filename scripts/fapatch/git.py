@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -105,6 +105,16 @@ def read_tree(
         size = int(head[2])
         yield path, data[end + 1 : end + 1 + size]
         position = end + size + 2
+
+
+def tree_with(tree: str, patches: Iterable[bytes], *, repo: Path, hint: str = "") -> str:
+    """The id of ``tree`` with ``patches`` on it, written to ``repo``. Raises CommandFailed, with ``hint``, when one does not apply."""
+    with tempfile.TemporaryDirectory() as scratch:
+        index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
+        git("read-tree", tree, repo=repo, env=index)
+        for patch in patches:
+            git("apply", "--cached", "-", repo=repo, env=index, stdin=patch, hint=hint)
+        return output("write-tree", repo=repo, env=index)
 
 
 def tree_of(folder: Path, ignore: str = "") -> str:

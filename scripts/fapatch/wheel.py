@@ -11,12 +11,14 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
-from . import apply, build_copy, build_progress, env, git, wheel_check
+from . import apply, build_copy, build_progress, cuda_toolkit, env, git, wheel_check
+from .cuda_toolkit import Search, Torch
 from .errors import FapError, UsageError
 from .process import CommandFailed, run
 from .project import Project
@@ -28,12 +30,7 @@ CUDA_OPTIONS = ("HEAD_DIMS", "DTYPES", "PASSES", "ARCHS", "NO_SOFTMAX_ONLY", "FL
 # nvcc on the largest backward file, one architecture after the other, stays below this.
 BYTES_PER_COMPILER = 5 << 30
 FREE_BYTES = {"cpu": 200 << 20, "cuda": 8 << 30}
-ABOUT = """
-import json, platform, torch
-from torch.utils.cpp_extension import CUDA_HOME
-print(json.dumps({"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": torch.cuda.is_available(), "home": CUDA_HOME,
-                  "python": platform.python_version()}))
-"""
+TOOLCHAIN_HINT = "`make toolchain` installs it from the Python package index"
 
 
 @dataclass(frozen=True)
@@ -53,33 +50,31 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Backend:
+    """``hint``: what would make a faster one possible here, if anything would."""
+
     name: str
     reason: str
+    hint: str = ""
 
 
-def choose_backend(asked: str, gpu: bool, torch_cuda: str | None, nvcc: Path | None) -> Backend:
-    """cpu or cuda. ``torch_cuda`` is the CUDA version that torch was built with, None for a torch without.
+def choose_backend(asked: str, torch: Torch, nvcc: Search) -> Backend:
+    """cpu or cuda.
 
     Raises UsageError for another name, FapError when cuda was asked for and cannot be built here.
     """
     if asked not in BACKENDS:
         raise UsageError(f"BACKEND={asked} is not known", f"choose one of: {', '.join(BACKENDS)}")
-    if asked == "cuda" and not torch_cuda:
-        raise FapError("BACKEND=cuda needs a torch with CUDA, and .venv has one without",
-                       "make .venv from an interpreter that has it (PYTHON=), or build with BACKEND=cpu")
-    if asked == "cuda" and nvcc is None:
-        raise FapError("BACKEND=cuda needs the CUDA compiler, and neither CUDA_HOME nor PATH leads to an nvcc",
-                       f"install the CUDA {torch_cuda} toolkit and set CUDA_HOME, or build with BACKEND=cpu")
+    if asked == "cuda":
+        if not torch.cuda:
+            raise FapError("BACKEND=cuda needs a torch with CUDA, and .venv has one without",
+                           "make .venv from an interpreter that has it (PYTHON=), or build with BACKEND=cpu")
+        nvcc.require("BACKEND=cuda", f"{TOOLCHAIN_HINT}; or set CUDA_HOME to a CUDA {torch.cuda} toolkit, or build with BACKEND=cpu")
     if asked == "auto":
-        lacking = [what for what, there in (("GPU", gpu), ("torch with CUDA", torch_cuda), ("nvcc", nvcc)) if not there]
-        return Backend("cpu", f"no {' and no '.join(lacking)} here") if lacking else Backend("cuda", "GPU and nvcc found")
+        lacking = [what for what, there in (("GPU", torch.gpu), ("torch with CUDA", torch.cuda), ("nvcc", nvcc.toolkit)) if not there]
+        found = "; ".join(nvcc.refused) or "no nvcc was found"
+        hint = f"for the GPU of this machine the CUDA compiler is missing ({found}): {TOOLCHAIN_HINT}" if lacking == ["nvcc"] else ""
+        return Backend("cpu", f"no {' and no '.join(lacking)} here", hint) if lacking else Backend("cuda", "GPU and nvcc found")
     return Backend(asked, f"BACKEND={asked}")
-
-
-def find_nvcc(cuda_home: str | None) -> Path | None:
-    """The compiler that upstream's setup.py would start: that of torch's CUDA_HOME, which torch also looks for on the PATH."""
-    found = shutil.which("nvcc", path=str(Path(cuda_home) / "bin")) if cuda_home else None
-    return Path(found) if found else None
 
 
 def max_jobs(cores: int, free_bytes: int) -> int:
@@ -132,28 +127,39 @@ def up_to_date(project: Project, inputs: Inputs, state: dict) -> tuple[Path | No
     return path, ""
 
 
-def build(project: Project, backend: str, python: Path, tree: str) -> Path:
-    """Build ``tree``, a git id, with upstream's setup.py; returns the checked wheel in dist/. Raises FapError, leaving dist/ as it was."""
+def run_setup(project: Project, backend: str, tree: str, *command: str | Path, env: Mapping[str, str] | None = None) -> None:
+    """Run ``command``, which starts upstream's setup.py, in the build copy of ``tree``, a git id. Raises FapError that names the log.
+
+    ``env`` is added to the variables that ``build_environment`` sets.
+    """
     project.wheel_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(project.wheel_dir).free
     if free < FREE_BYTES[backend]:
         raise FapError(f"{free >> 20} MiB are free in {project.build}, a {backend} build needs {FREE_BYTES[backend] >> 20}",
                        "free some space, or move the checkout; what was built so far is kept")
     build_copy.sync(project, tree, with_cutlass=backend == "cuda")
-    fresh = project.wheel_dir / "fresh"
-    shutil.rmtree(fresh, ignore_errors=True)
     log = project.wheel_dir.parent / f"{project.release.version}.log"
-    environment = build_environment(project, backend)
+    environment = {**build_environment(project, backend), **(env or {})}
     if backend == "cuda":
         print(f"{environment['MAX_JOBS']} compilers at once (MAX_JOBS=); a build that is stopped goes on where it was", flush=True)
     try:
         with log.open("wb") as file:
-            run(python, "-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check", "--outdir", fresh, project.wheel_dir,
-                cwd=project.wheel_dir, env=environment, on_line=build_progress.Progress(file))
+            run(*command, cwd=project.wheel_dir, env=environment, on_line=build_progress.Progress(file))
     except CommandFailed as e:
         print(build_progress.errors_in(log), flush=True)
         raise FapError(f"upstream's setup.py failed: exit code {e.returncode}",
                        f"the whole output is in {log.relative_to(project.root)}; what was compiled is kept") from e
+
+
+def build(project: Project, backend: str, python: Path, tree: str, env: Mapping[str, str] | None = None) -> Path:
+    """Build ``tree``, a git id, with upstream's setup.py, and ``env`` beside the variables that ``build_environment`` sets.
+
+    Returns the checked wheel in dist/. Raises FapError, leaving dist/ as it was.
+    """
+    fresh = project.wheel_dir / "fresh"
+    shutil.rmtree(fresh, ignore_errors=True)
+    run_setup(project, backend, tree, python, "-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check",
+              "--outdir", fresh, project.wheel_dir, env=env)
     (built,) = fresh.glob("*.whl")
     wheel_check.check(built, project, backend, project.wheel_dir)
     project.dist.mkdir(exist_ok=True)
@@ -180,12 +186,15 @@ def main(project: Project, args: argparse.Namespace) -> int:
     python = env.venv_python(project.venv)
     if not python.exists():
         raise FapError(".venv is missing", "make env")
-    facts = json.loads(run(python, "-c", ABOUT, hint="make env").stdout)
-    backend = choose_backend(args.backend, facts["gpu"], facts["cuda"], find_nvcc(facts["home"]))
+    torch = Torch.of(python)
+    nvcc = cuda_toolkit.find(project.venv, torch)
+    backend = choose_backend(args.backend, torch, nvcc)
+    if backend.hint:
+        print(backend.hint, flush=True)
     tree = build_copy.verified_tree(project, apply.ensure(project))
     inputs = Inputs(
         tree=tree, lock=sha256(project.lock.path), backend=backend.name,
-        python=facts["python"], torch=facts["torch"],
+        python=torch.python, torch=torch.version,
         options=" ".join(f"{name}={os.environ.get(name, '')}" for name in CUDA_OPTIONS) if backend.name == "cuda" else "",
     )
     state = _read_state(project)
@@ -196,7 +205,11 @@ def main(project: Project, args: argparse.Namespace) -> int:
         return 0
     if wheel is None:
         print(f"building {project.family.package} {project.release.version}, backend {backend.name} ({backend.reason}): {why}", flush=True)
-        wheel = build(project, backend.name, python, tree)
+        variables = {}
+        if backend.name == "cuda":
+            print(f"compiler: {nvcc.toolkit.nvcc} ({nvcc.toolkit.origin})", flush=True)
+            variables = cuda_toolkit.build_environment(nvcc.toolkit, torch.packages)
+        wheel = build(project, backend.name, python, tree, variables)
         state = {"inputs": asdict(inputs), "wheel": wheel.name, "sha256": sha256(wheel)}
         temporary = _state_file(project).with_suffix(".new")
         temporary.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")

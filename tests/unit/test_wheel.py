@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fapatch import build_copy, build_progress, git, wheel, wheel_check
+from fapatch.cuda_toolkit import Search, Toolkit, Torch
 from fapatch.errors import FapError, UsageError
 from fapatch.project import Project
 
@@ -20,23 +21,41 @@ def project(tmp_path: Path) -> Project:
     return replace(Project.open(family="flash-attn", version="2.8.3.post1"), root=tmp_path)
 
 
+FOUND = Search(Toolkit(Path("/cuda"), "CUDA_HOME"), ())
+NONE = Search(None, ("/usr/local/bin/nvcc has no headers",))
+
+
+def torch(gpu: bool, cuda: str | None) -> Torch:
+    return Torch(python="3.11.7", version="2.13.0", cuda=cuda, gpu=gpu, home=None, packages=())
+
+
 @pytest.mark.parametrize("gpu, torch_cuda, nvcc, expected, why", [
-    (True, "12.8", Path("nvcc"), "cuda", "GPU and nvcc found"), (False, "12.8", Path("nvcc"), "cpu", "no GPU here"),
-    (True, "12.8", None, "cpu", "no nvcc here"), (False, None, None, "cpu", "no GPU and no torch with CUDA and no nvcc here"),
+    (True, "12.8", FOUND, "cuda", "GPU and nvcc found"), (False, "12.8", FOUND, "cpu", "no GPU here"),
+    (True, "12.8", NONE, "cpu", "no nvcc here"), (False, None, NONE, "cpu", "no GPU and no torch with CUDA and no nvcc here"),
 ])
 def test_auto_takes_cuda_only_where_it_can_be_built_and_run(gpu, torch_cuda, nvcc, expected, why):
-    assert wheel.choose_backend("auto", gpu, torch_cuda, nvcc) == wheel.Backend(expected, why)
+    chosen = wheel.choose_backend("auto", torch(gpu, torch_cuda), nvcc)
+    assert (chosen.name, chosen.reason) == (expected, why)
+
+
+def test_a_gpu_that_waits_for_a_compiler_alone_gets_a_hint():
+    hint = wheel.choose_backend("auto", torch(True, "13.0"), NONE).hint
+    assert "/usr/local/bin/nvcc has no headers" in hint and "`make toolchain`" in hint
+    # Nowhere else: there a compiler would change nothing.
+    for gpu, cuda, nvcc in [(False, "13.0", NONE), (True, None, NONE), (True, "13.0", FOUND)]:
+        assert not wheel.choose_backend("auto", torch(gpu, cuda), nvcc).hint
+    assert not wheel.choose_backend("cpu", torch(True, "13.0"), NONE).hint
 
 
 def test_a_backend_that_is_asked_for_is_taken_or_refused():
-    assert wheel.choose_backend("cpu", True, "12.8", Path("nvcc")).name == "cpu"
-    assert wheel.choose_backend("cuda", False, "12.8", Path("nvcc")).name == "cuda"
-    with pytest.raises(FapError, match="nvcc.*->.*BACKEND=cpu"):
-        wheel.choose_backend("cuda", True, "12.8", None)
+    assert wheel.choose_backend("cpu", torch(True, "12.8"), FOUND).name == "cpu"
+    assert wheel.choose_backend("cuda", torch(False, "12.8"), FOUND).name == "cuda"
+    with pytest.raises(FapError, match="/usr/local/bin/nvcc has no headers.*->.*make toolchain.*CUDA 12.8.*BACKEND=cpu"):
+        wheel.choose_backend("cuda", torch(True, "12.8"), NONE)
     with pytest.raises(FapError, match="torch with CUDA"):
-        wheel.choose_backend("cuda", True, None, Path("nvcc"))
+        wheel.choose_backend("cuda", torch(True, None), FOUND)
     with pytest.raises(UsageError, match="BACKEND=rocm"):
-        wheel.choose_backend("rocm", True, "12.8", Path("nvcc"))
+        wheel.choose_backend("rocm", torch(True, "12.8"), FOUND)
 
 
 @pytest.mark.parametrize("field", ["tree", "lock", "backend", "python", "torch", "options"])

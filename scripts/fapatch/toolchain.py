@@ -1,0 +1,118 @@
+"""Install the CUDA compiler from the Python package index into .venv, for a torch with CUDA on a machine without nvcc.
+
+The packages are those of torch's own CUDA version: compiler, headers, runtime library, and cuobjdump for `make sass-identity`.
+They get a folder of their own, .venv/cuda-toolchain: one CUDA_HOME with all its parts, and torch's packages stay as they are.
+`make wheel` finds it there. The second run does nothing and says so.
+"""
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from . import cuda_toolkit, env
+from .cuda_toolkit import Torch
+from .errors import FapError
+from .process import CommandFailed, run
+from .project import Project
+
+EXCLUSIVE = True
+ANY_RELEASE = True
+STAMP = "requirements.txt"  # what the folder was made from
+# Earlier packages hold ptxas, but neither nvcc nor cudafe++.
+FIRST_CUDA_WITH_NVCC = 13
+PROGRAM = """
+#include <cuda_fp16.h>
+#include <cuda/std/array>
+__global__ void twice(__half *x) { x[threadIdx.x] *= __half(2); }
+extern "C" void run(__half *x) { twice<<<1, 1>>>(x); }
+"""
+
+
+def requirements(cuda: str | None) -> list[str]:
+    """The packages for a torch that was built with ``cuda``, such as "13.0". NVIDIA's cuda-toolkit names the exact version of each part.
+
+    Raises FapError for a torch without CUDA, and for a CUDA version whose nvcc is not on the package index.
+    """
+    if not cuda:
+        raise FapError(".venv has a torch without CUDA, and the compiler must be of torch's CUDA version",
+                       "make env PYTHON= with an interpreter whose torch has CUDA, then make toolchain")
+    release = ".".join(cuda.split(".")[:2])
+    major = release.split(".")[0]
+    if int(major) < FIRST_CUDA_WITH_NVCC:
+        raise FapError(f"the Python package index has no nvcc for CUDA {cuda}, which torch was built with (CUDA 13.0 is the first)",
+                       f"install the CUDA {release} toolkit and set CUDA_HOME, or make .venv from a torch with CUDA 13 or newer (PYTHON=)")
+    # The disassembler reads the code of older compilers, and its packages began later: any of the same major version will do.
+    return [f"cuda-toolkit[cccl,nvcc]=={release}.*", f"nvidia-cuda-cuobjdump=={major}.*", f"nvidia-cuda-nvdisasm=={major}.*"]
+
+
+def _link(path: Path, target: str) -> None:
+    if not path.exists():
+        path.symlink_to(target)
+
+
+def complete(home: Path) -> None:
+    """Give the packages' folder the two names that a linker looks for, and that only the other form of the toolkit has."""
+    _link(home / "lib64", "lib")
+    for library in (home / "lib").glob("libcudart.so.*"):
+        _link(home / "lib" / "libcudart.so", library.name)
+
+
+def check(home: Path) -> None:
+    """Compile and link a kernel. Raises FapError with the compiler's own words."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "twice.cu"
+        source.write_text(PROGRAM)
+        try:
+            run(home / "bin" / "nvcc", "-shared", "-Xcompiler", "-fPIC", "-cudart", "shared", "-o", source.with_suffix(".so"), source)
+        except CommandFailed as e:
+            said = (e.stderr or e.stdout).decode("utf-8", "replace").strip()
+            raise FapError(f"the compiler was installed and cannot compile a kernel: {said}",
+                           "nvcc needs a C++ compiler: install g++, then make toolchain") from e
+
+
+def _install(python: Path, wanted: list[str], folder: Path) -> None:
+    try:
+        run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", "--target", folder, *wanted)
+    except CommandFailed as e:
+        errors = [line for line in e.stderr.decode("utf-8", "replace").splitlines() if line.startswith("ERROR:")]
+        reason = errors[-1].removeprefix("ERROR: ") if errors else e.message
+        raise FapError(f"pip could not get {', '.join(wanted)}: {reason}",
+                       "connect to a package index, or put the wheels into a folder and set PIP_FIND_LINKS to it") from e
+
+
+def ensure(venv: Path, torch: Torch) -> str:
+    """Bring the toolchain of ``venv`` to what ``torch`` needs; returns one line that says what was done."""
+    wanted = requirements(torch.cuda)
+    folder = venv / cuda_toolkit.TOOLCHAIN
+    stamp = "".join(f"{requirement}\n" for requirement in wanted)
+    home = cuda_toolkit.toolchain_home(venv)
+    if home and (folder / STAMP).is_file() and (folder / STAMP).read_text() == stamp:
+        return f"{home.relative_to(venv.parent)} is up to date: CUDA {cuda_toolkit.version(home)}. Nothing to do."
+    print(f"installing {', '.join(wanted)}", flush=True)
+    with tempfile.TemporaryDirectory(dir=venv, prefix=f".{cuda_toolkit.TOOLCHAIN}-") as scratch:
+        new = Path(scratch) / cuda_toolkit.TOOLCHAIN
+        _install(env.venv_python(venv), wanted, new)
+        home = cuda_toolkit.toolchain_home(Path(scratch))
+        if home is None:
+            raise FapError(f"the packages {', '.join(wanted)} brought no nvcc", "install the CUDA toolkit and set CUDA_HOME")
+        complete(home)
+        check(home)
+        (new / STAMP).write_text(stamp)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    home = cuda_toolkit.toolchain_home(venv)
+    return f"{home.relative_to(venv.parent)} is ready: CUDA {cuda_toolkit.version(home)}; `make wheel` builds with it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser
+
+
+def main(project: Project, args: argparse.Namespace) -> int:
+    python = env.venv_python(project.venv)
+    if not python.exists():
+        raise FapError(".venv is missing", "make env")
+    print(ensure(project.venv, Torch.of(python)))
+    return 0

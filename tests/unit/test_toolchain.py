@@ -1,0 +1,83 @@
+"""The compiler packages: which ones a torch gets, and how they become a toolkit. Without network: pip and nvcc are stand-ins."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fapatch import cuda_toolkit, toolchain
+from fapatch.cuda_toolkit import Torch
+from fapatch.errors import FapError
+
+TORCH = Torch(python="3.12.1", version="2.11.0+cu130", cuda="13.0", gpu=True, home=None, packages=())
+# In place of .venv's Python: `python -m pip install ... --target FOLDER ...` makes what the packages of CUDA 13 hold, and notes the call.
+PIP = """#!/bin/sh
+echo "$@" >> "$(dirname "$0")/calls"
+{before}
+while [ "$1" != --target ]; do shift; done
+home=$2/nvidia/cu13
+mkdir -p $home/bin $home/include $home/lib
+echo '#define CUDART_VERSION 13000' > $home/include/cuda_runtime_api.h
+touch $home/include/cuda_runtime.h $home/lib/libcudart.so.13
+printf '%s\\n' '#!/bin/sh' '{nvcc}' > $home/bin/nvcc
+chmod +x $home/bin/nvcc
+"""
+
+
+def make_venv(folder: Path, nvcc: str = "exit 0", before: str = "") -> Path:
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    python.write_text(PIP.format(nvcc=nvcc, before=before))
+    python.chmod(0o755)
+    return folder / ".venv"
+
+
+def test_packages_are_pinned_to_the_cuda_version_of_torch():
+    assert toolchain.requirements("13.0") == [
+        "cuda-toolkit[cccl,nvcc]==13.0.*", "nvidia-cuda-cuobjdump==13.*", "nvidia-cuda-nvdisasm==13.*"]
+    assert toolchain.requirements("13.2.1")[0] == "cuda-toolkit[cccl,nvcc]==13.2.*"
+
+
+def test_a_torch_without_cuda_and_one_whose_compiler_is_not_on_the_index_are_refused():
+    with pytest.raises(FapError, match="torch without CUDA.*->.*PYTHON="):
+        toolchain.requirements(None)
+    with pytest.raises(FapError, match="no nvcc for CUDA 12.8.*->.*CUDA 12.8 toolkit.*CUDA_HOME"):
+        toolchain.requirements("12.8")
+
+
+def test_the_packages_become_a_toolkit_that_is_found(tmp_path, capsys):
+    venv = make_venv(tmp_path)
+    assert toolchain.ensure(venv, TORCH) == f".venv/{cuda_toolkit.TOOLCHAIN}/nvidia/cu13 is ready: CUDA 13.0; `make wheel` builds with it"
+    home = venv / cuda_toolkit.TOOLCHAIN / "nvidia" / "cu13"
+    assert cuda_toolkit.find(venv, TORCH, {}).toolkit == cuda_toolkit.Toolkit(home, "make toolchain")
+    # What `-L$CUDA_HOME/lib64 -lcudart` needs.
+    assert (home / "lib64" / "libcudart.so").resolve() == home / "lib" / "libcudart.so.13"
+    assert "installing cuda-toolkit[cccl,nvcc]==13.0.*" in capsys.readouterr().out
+
+
+def test_the_second_run_does_nothing_and_another_torch_gets_another_compiler(tmp_path):
+    venv = make_venv(tmp_path)
+    toolchain.ensure(venv, TORCH)
+    assert toolchain.ensure(venv, TORCH).endswith("is up to date: CUDA 13.0. Nothing to do.")
+    calls = venv / "bin" / "calls"
+    assert len(calls.read_text().splitlines()) == 1
+    newer = Torch(**{**TORCH.__dict__, "cuda": "13.1"})
+    assert "is ready" in toolchain.ensure(venv, newer)
+    assert "cuda-toolkit[cccl,nvcc]==13.1.*" in calls.read_text().splitlines()[1]
+
+
+def test_a_compiler_that_cannot_compile_is_not_kept(tmp_path):
+    venv = make_venv(tmp_path, nvcc="echo cannot find g++ >&2; exit 1")
+    with pytest.raises(FapError, match="cannot compile a kernel: cannot find g.*->.*install g"):
+        toolchain.ensure(venv, TORCH)
+    assert [path.name for path in venv.iterdir()] == ["bin"]
+
+
+def test_no_index_is_said_in_words_and_leaves_the_old_one(tmp_path):
+    venv = make_venv(tmp_path)
+    toolchain.ensure(venv, TORCH)
+    (venv / cuda_toolkit.TOOLCHAIN / toolchain.STAMP).unlink()
+    make_venv(tmp_path, before='echo "ERROR: No matching distribution found for cuda-toolkit" >&2; exit 1')
+    with pytest.raises(FapError, match="No matching distribution found for cuda-toolkit.*PIP_FIND_LINKS"):
+        toolchain.ensure(venv, TORCH)
+    assert cuda_toolkit.find(venv, TORCH, {}).toolkit
