@@ -117,7 +117,8 @@ def chosen_tests(project: Project) -> list[str]:
 def run_tests(project: Project, tests: list[str], extension: Path | None, workers: int, report: Path) -> naive_table.Column:
     """Run the CUDA cases of ``tests`` with the extension in that folder (None: the installed one); linear time does not use it."""
     result = run(
-        sys.executable, "-m", "pytest", "-q", "--no-header", "--no-summary", "-p", "no:cacheprovider", "-k", "quadratic and cuda", "-n", str(workers),
+        sys.executable, "-m", "pytest", "-q", "--no-header", "--no-summary", "-p", "no:cacheprovider",
+        "-k", "quadratic and cuda", "-n", str(workers),
         f"--junitxml={report}", *tests, cwd=project.root, env={"PYTHONPATH": str(extension or "")}, check=False, capture=False,
     )
     if result.returncode not in (0, 1):  # 1: some tests failed
