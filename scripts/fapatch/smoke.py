@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,23 @@ if TYPE_CHECKING:
 
     from .project import Project
 
-BATCH, SEQLEN_Q, SEQLEN_K, NHEADS, NHEADS_K, HEAD_DIM = 2, 160, 96, 4, 2, 64
+BATCH, SEQLEN_Q, SEQLEN_K, NHEADS, NHEADS_K = 2, 160, 96, 4, 2
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}  # relative; a few roundings of each dtype
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the package runs, what that is called, and with what it is called there: the kernels that the installed build has."""
+
+    device: str
+    name: str
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    head_dim: int = 64
+    backward: bool = True
+
+    @property
+    def passes(self) -> str:
+        return "forward and backward" if self.backward else "forward"
 
 
 def in_float64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -30,55 +46,89 @@ def in_float64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
     return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~visible, 0), v)
 
 
-def measure(device: str, dtype: torch.dtype) -> tuple[dict[str, float], int, float]:
-    """(relative error of out, dq, dk, dv in the maximum norm; how many NaN or Inf; seconds for forward and backward)."""
+def measure(target: Target, dtype: torch.dtype) -> tuple[dict[str, float], int, float]:
+    """(relative error of out, dq, dk, dv in the maximum norm; how many NaN or Inf; seconds for the passes of ``target``)."""
     import torch
     from flash_attn import flash_attn_func
 
+    def passes(attend, q, k, v, dout):
+        out = attend(q, k, v)
+        return [out.detach(), *(torch.autograd.grad(out, (q, k, v), dout) if target.backward else ())]
+
     torch.manual_seed(0)
-    flash_attn_func(*[torch.zeros(1, 1, 1, 64, device=device, dtype=dtype)] * 3, use_softmax=False)  # first calls import and compile
-    shapes = [(BATCH, SEQLEN_Q, NHEADS, HEAD_DIM), *[(BATCH, SEQLEN_K, NHEADS_K, HEAD_DIM)] * 2]
-    inputs = [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
+    probe(target.device, dtype, target.head_dim)  # first calls import and compile
+    d = target.head_dim
+    shapes = [(BATCH, SEQLEN_Q, NHEADS, d), *[(BATCH, SEQLEN_K, NHEADS_K, d)] * 2]
+    *inputs, dout = [torch.randn(s, device=target.device, dtype=dtype) for s in (*shapes, shapes[0])]
     start = time.perf_counter()
-    out = flash_attn_func(*inputs, causal=True, use_softmax=False)
-    g = torch.randn_like(out)
-    results = [out.detach(), *torch.autograd.grad(out, inputs, g)]
+    leaves = [t.requires_grad_(target.backward) for t in inputs]
+    results = passes(lambda *qkv: flash_attn_func(*qkv, causal=True, use_softmax=False), *leaves, dout)
     not_finite = sum(int((~t.isfinite()).sum()) for t in results)
     seconds = time.perf_counter() - start
-    wide = [t.detach().double().requires_grad_() for t in inputs]  # leaves of their own, or their gradients would be rounded too
-    exact = in_float64(*wide)
-    expected = [exact.detach(), *torch.autograd.grad(exact, wide, g.double())]
+    # Leaves of their own, or their gradients would be rounded too.
+    expected = passes(in_float64, *[t.detach().double().requires_grad_(target.backward) for t in inputs], dout.double())
     errors = [float((r.double() - e).abs().max() / e.abs().max()) for r, e in zip(results, expected)]
     return dict(zip(("out", "dq", "dk", "dv"), errors)), not_finite, seconds
 
 
-def best_device() -> tuple[str, str]:
-    """The fastest device on which the installed package runs without softmax, and a name for it."""
-    import platform
-
+def probe(device: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Attend once, to one key. Raises what the package raises."""
     import torch
     from flash_attn import flash_attn_func
 
+    flash_attn_func(*[torch.zeros(1, 1, 1, head_dim, device=device, dtype=dtype)] * 3, use_softmax=False)
+
+
+def on_gpu() -> Target:
+    """The GPU, with one of the head dimensions and the dtypes that the extension was built for (kernel_build.py).
+
+    Raises ImportError, NotImplementedError or RuntimeError, which say why it cannot be the GPU.
+    """
+    import torch
+
+    probe_dtype, head_dim, built = torch.float16, 64, {}
+    try:
+        import flash_attn_2_cuda as extension
+    except ImportError:
+        pass  # the call below says it better
+    else:
+        kinds = {"fp16": "float16", "bf16": "bfloat16"}
+        built = {"dtypes": tuple(kinds[x] for x in getattr(extension, "built_dtypes", kinds))}
+        passes = getattr(extension, "built_passes", ("fwd", "bwd"))
+        if "fwd" not in passes:
+            raise RuntimeError(f"this build has no forward kernels (PASSES={','.join(passes)}), and nothing to show without a cache")
+        head_dims = getattr(extension, "built_head_dims", (head_dim,))
+        head_dim = head_dim if head_dim in head_dims else head_dims[0]
+        built |= {"head_dim": head_dim, "backward": "bwd" in passes}
+        probe_dtype = getattr(torch, built["dtypes"][0])
+    probe("cuda", probe_dtype, head_dim)
+    return Target("cuda", torch.cuda.get_device_name(), **built)
+
+
+def best_target() -> Target:
+    """The fastest device on which the installed package runs without softmax."""
+    import platform
+
+    import torch
+
     if torch.cuda.is_available():
         try:
-            flash_attn_func(*[torch.zeros(1, 1, 1, 64, device="cuda", dtype=torch.float16)] * 3, use_softmax=False)
-            return "cuda", torch.cuda.get_device_name()
-        except (ImportError, NotImplementedError) as e:
+            return on_gpu()
+        except (ImportError, NotImplementedError, RuntimeError) as e:
             print(f"not on the GPU: {e}")
-    return "cpu", platform.machine()
+    return Target("cpu", platform.machine())
 
 
 def report() -> bool:
     """Print one line a dtype; returns whether all of them are right."""
     import torch
 
-    device, name = best_device()
-    version = metadata.version("flash_attn")
-    print(f"smoke      flash_attn {version}, use_softmax=False, causal, forward and backward on {device} ({name}) against float64")
+    target = best_target()
+    print(f"smoke      flash_attn {metadata.version('flash_attn')}, use_softmax=False, causal, {target.passes} on {target.device} "
+          f"({target.name}) against float64")
     good = True
-    for dtype in (torch.float16, torch.bfloat16) if device == "cuda" else (torch.float32, torch.bfloat16, torch.float16):
-        errors, not_finite, seconds = measure(device, dtype)
-        kind = str(dtype).removeprefix("torch.")
+    for kind in target.dtypes:
+        errors, not_finite, seconds = measure(target, getattr(torch, kind))
         fine = not_finite == 0 and all(e <= TOLERANCE[kind] for e in errors.values())
         numbers = "  ".join(f"{n} {e:.1e}" for n, e in errors.items())
         verdict = "ok" if fine else "WRONG"

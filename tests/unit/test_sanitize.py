@@ -35,6 +35,7 @@ def test_unknown_tool_is_named():
 
 
 def test_calls_are_right_on_the_cpu():
+    pytest.importorskip("flash_attn", reason="needs the wheel: make wheel")
     argv = [sys.executable, SHAPES, "--device", "cpu", "--head-dims", "32", "--dtypes", "bf16"]
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,75 @@
+"""The smoke test runs with what the installed extension was built for; on the GPU itself it is the end of `make wheel`."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from fapatch import smoke
+
+
+@pytest.fixture
+def package():
+    return pytest.importorskip("flash_attn", reason="needs the wheel: make wheel")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU and an extension with these attributes; returns the calls that were made on it."""
+    calls = []
+
+    def make(**built) -> list:
+        extension = ModuleType("flash_attn_2_cuda")
+        vars(extension).update(built)
+        monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", extension)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+        monkeypatch.setattr(smoke, "probe", lambda device, dtype, head_dim: calls.append((device, dtype, head_dim)))
+        return calls
+
+    return make
+
+
+def test_everything_built(gpu):
+    calls = gpu(built_head_dims=(32, 64, 128), built_dtypes=("fp16", "bf16"), built_passes=("fwd", "bwd", "splitkv"))
+    assert smoke.best_target() == smoke.Target("cuda", "a GPU", ("float16", "bfloat16"), 64, True)
+    assert calls == [("cuda", torch.float16, 64)]
+
+
+def test_a_subset_is_tested_with_what_it_has(gpu):
+    calls = gpu(built_head_dims=(128, 256), built_dtypes=("bf16",), built_passes=("fwd",))
+    target = smoke.best_target()
+    assert target == smoke.Target("cuda", "a GPU", ("bfloat16",), 128, False) and target.passes == "forward"
+    assert calls == [("cuda", torch.bfloat16, 128)]
+
+
+def test_without_forward_kernels_it_says_so(gpu, capsys):
+    gpu(built_head_dims=(64,), built_dtypes=("fp16",), built_passes=("splitkv",))
+    assert smoke.best_target().device == "cpu"
+    assert "not on the GPU: this build has no forward kernels (PASSES=splitkv)" in capsys.readouterr().out
+
+
+def test_a_gpu_of_another_architecture_is_passed_over(gpu, monkeypatch, capsys):
+    gpu(built_head_dims=(64,), built_dtypes=("fp16",), built_passes=("fwd", "bwd"))
+
+    def refuse(*arguments):
+        raise RuntimeError("This flash attention build is for compute capabilities 80 and this GPU has 9.0: rebuild with ARCHS=90")
+
+    monkeypatch.setattr(smoke, "probe", refuse)
+    assert smoke.best_target().device == "cpu"
+    assert "not on the GPU: This flash attention build is for compute capabilities 80" in capsys.readouterr().out
+
+
+def test_forward_alone(package):
+    errors, not_finite, _ = smoke.measure(smoke.Target("cpu", "here", backward=False), torch.float32)
+    assert list(errors) == ["out"] and errors["out"] < 1e-5 and not_finite == 0
+
+
+def test_a_wrong_result_is_noticed(package, monkeypatch, capsys):
+    right = package.flash_attn_func
+    monkeypatch.setattr(package, "flash_attn_func", lambda *a, **k: right(*a, **k) * 1.05)
+    assert not smoke.report()
+    assert "WRONG" in capsys.readouterr().out
