@@ -5,7 +5,9 @@
 
 #include <array>
 #include <cmath>
+#include <cstdio>
 #include <limits>
+#include <string>
 #include <utility>
 
 #include <torch/python.h>
@@ -16,10 +18,18 @@
 
 namespace FLASH_NAMESPACE {
 
+// For messages, in place of a stream: streaming a floating-point number crashes in an extension that its toolchain links
+// with a libstdc++ of its own, since torch brings another one into the process.
+inline std::string text(const float x) {
+    std::array<char, 32> buffer{};
+    std::snprintf(buffer.data(), buffer.size(), "%g", x);
+    return buffer.data();
+}
+
 inline void check_nosoftmax_arguments(const float softmax_scale, const float softcap, const bool has_alibi) {
-    TORCH_CHECK(std::isfinite(softmax_scale), "use_softmax=False needs a finite softmax_scale, got ", softmax_scale);
+    TORCH_CHECK(std::isfinite(softmax_scale), "use_softmax=False needs a finite softmax_scale, got ", text(softmax_scale));
     TORCH_CHECK(softcap <= 0.f || softmax_scale > 0.f,
-                "use_softmax=False with softcap=", softcap, " needs softmax_scale > 0, got ", softmax_scale);
+                "use_softmax=False with softcap=", text(softcap), " needs softmax_scale > 0, got ", text(softmax_scale));
     TORCH_CHECK(!has_alibi || softmax_scale != 0.f,
                 "use_softmax=False with alibi_slopes needs a softmax_scale other than 0");
 }
