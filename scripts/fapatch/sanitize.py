@@ -1,7 +1,7 @@
 """Run every family of CUDA kernels without softmax under compute-sanitizer: memcheck, racecheck, initcheck and synccheck.
 
 The calls are those of tests/gpu/small_shapes.py. Each tool and head dimension is one process; what they found is printed as they end,
-and written to a JSON file. Exit code 0 when no tool found anything and every result was right.
+and kept in a JSON file beside what other runs found. Exit code 0 when no tool found anything and every result was right.
 """
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from .project import Project
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 HEAD_DIMS = ("32", "64", "96", "128", "192", "256")
-OURS_ALONE = ("--kernel-regex", "kns=flash")
+# Of CUTLASS and of flash_attn/linear/kernels.py.
+OURS_ALONE = tuple(word for name in ("flash", "_walk", "_scan", "_sum_segments") for word in ("--kernel-regex", f"kns={name}"))
 # Memcheck watches all kernels, and initcheck has to see every one that writes; the other two are slow and look at ours alone.
 OPTIONS = {"memcheck": (), "racecheck": OURS_ALONE, "initcheck": (), "synccheck": OURS_ALONE}
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards?)")
@@ -60,6 +61,16 @@ def watch(project: Project, sanitizer: str, tool: str, head_dim: str, dtypes: li
     return parse(tool, head_dim, output)
 
 
+def keep(path: Path, finding: dict) -> None:
+    """Put ``finding`` into the JSON list at ``path``, in the place of an earlier one of its tool and head dimension."""
+    def place(f: dict) -> tuple[int, int]:
+        return TOOLS.index(f["tool"]), HEAD_DIMS.index(f["head_dim"])
+
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    findings = [f for f in earlier if place(f) != place(finding)] + [finding]
+    path.write_text(json.dumps(sorted(findings, key=place), indent=1) + "\n", encoding="utf-8")
+
+
 def chosen(text: str, choices: tuple[str, ...], option: str) -> list[str]:
     items = text.split(",")
     if unknown := [item for item in items if item not in choices]:
@@ -72,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dims", default=",".join(HEAD_DIMS), help="default: %(default)s")
     parser.add_argument("--dtypes", default="fp16,bf16", help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=6, help="processes at once on the GPU (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="also write the findings to this file")
+    parser.add_argument("--json", type=Path, help="also keep the findings in this file, which may hold those of earlier runs")
 
 
 def main(project: Project, args: argparse.Namespace) -> int:
@@ -96,11 +107,9 @@ def main(project: Project, args: argparse.Namespace) -> int:
             findings.append(finding)
             print(f"{finding.tool:<10} head dimension {finding.head_dim:>3}: {finding.calls} calls, {finding.errors} errors, "
                   f"{finding.wrong} wrong results", flush=True)
-    findings.sort(key=lambda f: (tools.index(f.tool), head_dims.index(f.head_dim)))
+            if args.json:
+                keep(args.json, {**asdict(finding), "dtypes": dtypes, "device": device, "date": date.today().isoformat()})
     bad = [f for f in findings if f.errors or f.wrong]
     print(f"{device}: {sum(f.calls for f in findings)} calls under {len(tools)} tools, "
           + (f"{len(bad)} of {len(findings)} runs found something: see {folder.relative_to(project.root)}" if bad else "nothing found"))
-    if args.json:
-        record = {"date": date.today().isoformat(), "device": device, "dtypes": dtypes, "findings": [asdict(f) for f in findings]}
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 1 if bad else 0

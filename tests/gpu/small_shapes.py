@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
@@ -26,7 +27,8 @@ BACKWARD_ENV = "FLASH_ATTENTION_NOSOFTMAX_BACKWARD"
 # One tile and a bit more, with uneven ends; a key head serves two query heads.
 SEQLEN_Q, SEQLEN_K, NHEADS, NHEADS_K = 136, 150, 2, 1
 EVEN = 128
-
+# Two segments of flash_attn/linear/kernels.py, the second one short.
+SEGMENTS = (600, 700)
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,14 @@ def dense(place: Place, head_dim: int, seqlens=(SEQLEN_Q, SEQLEN_K), uneven=Fals
     return with_gradients(partial(flash_attn_func, use_softmax=False, **options), tensors)
 
 
-def varlen(place: Place, head_dim: int, **options) -> list[Tensor]:
+def varlen(place: Place, head_dim: int, longest: tuple[int, int] = (70, 70), **options) -> list[Tensor]:
     """Packed sequences, one of them without queries and one without keys."""
-    cu_q, cu_k = (place.int32(x) for x in ([0, 70, 70, 75, 140], [0, 65, 80, 80, 150]))
-    tensors = place.randn((140, NHEADS, head_dim), *[(150, NHEADS_K, head_dim)] * 2)
+    lengths_q, lengths_k = [longest[0], 0, 5, longest[0] - 5], [longest[1] - 5, 15, 0, longest[1]]
+    starts_q, starts_k = ([0, *accumulate(lengths)] for lengths in (lengths_q, lengths_k))
+    cu_q, cu_k = place.int32(starts_q), place.int32(starts_k)
+    tensors = place.randn((starts_q[-1], NHEADS, head_dim), *[(starts_k[-1], NHEADS_K, head_dim)] * 2)
     return with_gradients(
-        lambda q, k, v: flash_attn_varlen_func(q, k, v, cu_q, cu_k, 70, 70, use_softmax=False, **options), tensors
+        lambda q, k, v: flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, use_softmax=False, **options), tensors
     )
 
 
@@ -122,6 +126,10 @@ def cases() -> Iterator[tuple[str, Case]]:
                 yield name, partial(kvcache, paged=paged, new=new, num_splits=splits, causal=True)
     yield "kvcache, softcap, 3 splits", partial(kvcache, paged=False, new=False, num_splits=3, softcap=5.0)
     yield "kvcache, window, 3 splits", partial(kvcache, paged=False, new=False, num_splits=3, window_size=(50, 0))
+    for causal in (False, True):
+        name = f"{', causal' * causal}, linear time"
+        yield f"dense{name}", partial(dense, seqlens=SEGMENTS, causal=causal, algorithm="linear")
+        yield f"varlen{name}", partial(varlen, longest=SEGMENTS, causal=causal, algorithm="linear")
 
 
 def difference(name: str, actual: list[Tensor], expected: list[Tensor]) -> float:
@@ -158,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, case in cases():
                 # With "forwards" what can be three forward passes is; softcap and dropout take the backward kernel anyway.
                 for backward in ("kernel", "forwards"):
-                    if backward == "forwards" and ("softcap" in name or "dropout" in name or "kvcache" in name):
+                    if backward == "forwards" and any(one_way in name for one_way in ("softcap", "dropout", "kvcache", "linear")):
                         continue
                     os.environ[BACKWARD_ENV] = backward
                     total += 1

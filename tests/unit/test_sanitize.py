@@ -1,6 +1,7 @@
 """Reading what compute-sanitizer says; running it needs a GPU (`make sanitize`), its calls run here on the CPU backend."""
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,14 @@ def test_summaries(summary, errors):
 def test_a_run_that_ended_early_is_no_clean_run(output):
     with pytest.raises(FapError, match="without a summary"):
         sanitize.parse("memcheck", "64", output)
+
+
+def test_findings_of_several_runs_are_kept_in_order(tmp_path):
+    path = tmp_path / "findings.json"
+    for tool, head_dim, errors in [("racecheck", "64", 0), ("memcheck", "256", 0), ("racecheck", "64", 7), ("memcheck", "32", 0)]:
+        sanitize.keep(path, {"tool": tool, "head_dim": head_dim, "errors": errors})
+    found = [(f["tool"], f["head_dim"], f["errors"]) for f in json.loads(path.read_text())]
+    assert found == [("memcheck", "32", 0), ("memcheck", "256", 0), ("racecheck", "64", 7)]
 
 
 def test_unknown_tool_is_named():
