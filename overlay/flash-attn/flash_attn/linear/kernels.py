@@ -207,7 +207,9 @@ def _walk(
     k_base = k + b.to(tl.int64) * stride_kb + start_key.to(tl.int64) * stride_kt
     v_base = v + b.to(tl.int64) * stride_vb + start_key.to(tl.int64) * stride_vt
 
-    state = tl.zeros((BLOCK_D, BLOCK_V), dtype=tl.float32)
+    # Everything is transposed: rows and keys are columns, so that the state is the left operand of its products, which a
+    # matrix unit takes from registers.
+    state = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
     if HAS_STATES:
         slot = _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN)
         if MASK != _FULL:
@@ -221,8 +223,8 @@ def _walk(
         else:
             present = end < total
         state = tl.load(
-            start + channels[:, None] * stride_sd + channels_v[None, :] * stride_sv,
-            mask=((channels < D) & present)[:, None] & (channels_v < D_V)[None, :], other=0.0,
+            start + channels[None, :] * stride_sd + channels_v[:, None] * stride_sv,
+            mask=((channels < D) & present)[None, :] & (channels_v < D_V)[:, None], other=0.0,
         )  # fmt: skip
     if MASK == _FULL:
         hi, lo, down = _hi_lo(state, dtype)
@@ -233,28 +235,62 @@ def _walk(
         position = begin + (chunks - 1 - i if MASK == _ANTICAUSAL else i) * CHUNK + at
         row, key = position - first_row, position - first_key
         valid = (row >= 0) & (row < rows)
-        q_chunk = _load(q_base, stride_qt, row, valid, channels, D)
+        q_columns = tl.trans(_load(q_base, stride_qt, row, valid, channels, D))
         if MASK != _FULL:
             hi, lo, down = _hi_lo(state, dtype)
-        acc = tl.dot(q_chunk, hi)
-        acc = tl.dot(q_chunk, lo, acc)
+        acc = tl.dot(hi, q_columns)
+        acc = tl.dot(lo, q_columns, acc)
         if not late:
             acc *= down * softmax_scale
         if MASK != _FULL:
             key_valid = (position >= seen) & (key < keys)
-            visible = at[:, None] >= at[None, :] if MASK == _CAUSAL else at[:, None] <= at[None, :]
+            visible = at[:, None] <= at[None, :] if MASK == _CAUSAL else at[:, None] >= at[None, :]
             for g in range(GROUP_K):
                 k_chunk = _load(k_base + (head_k + g) * stride_kh, stride_kt, key, key_valid, channels, D)
-                v_chunk = _load(v_base + (head_k + g) * stride_vh, stride_vt, key, key_valid, channels_v, D_V)
-                p = tl.dot(q_chunk, tl.trans(k_chunk))
+                v_columns = tl.trans(_load(v_base + (head_k + g) * stride_vh, stride_vt, key, key_valid, channels_v, D_V))
+                p = tl.dot(k_chunk, q_columns)
                 p = tl.where(visible, p if late else p * softmax_scale, 0.0)
-                acc = tl.dot(_narrow(p, dtype), v_chunk, acc)
-                state = tl.dot(tl.trans(k_chunk), v_chunk, state)
-        acc = tl.where((position >= seeing)[:, None], acc * factor, 0.0)
+                acc = tl.dot(v_columns, _narrow(p, dtype), acc)
+                state = tl.dot(v_columns, k_chunk, state)
+        acc = tl.where((position >= seeing)[None, :], acc * factor, 0.0)
         tl.store(
-            out_base + row[:, None].to(tl.int64) * stride_ot + channels_v[None, :], _narrow(acc, dtype),
+            out_base + row[:, None].to(tl.int64) * stride_ot + channels_v[None, :], tl.trans(_narrow(acc, dtype)),
             mask=valid[:, None] & (channels_v < D_V)[None, :],
         )  # fmt: skip
+
+
+# A compiled kernel is called with its constants as well from Triton 3.3 on.
+_COMPILED_TAKE_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+_MOST_REMEMBERED = 4096
+
+
+class _Launcher:
+    """Launches a kernel, and remembers what was compiled for which arguments: finding that out takes Triton as long each time
+    as a short kernel runs."""
+
+    def __init__(self, kernel) -> None:
+        self._kernel, self._remembered = kernel, {}
+
+    def __call__(
+        self, grid: tuple[int, int, int], tensors: tuple[Optional[torch.Tensor], ...], numbers: tuple, constants: tuple,
+        num_warps: int, num_stages: int = 1,
+    ) -> None:  # fmt: skip
+        """The kernel takes tensors, numbers and constants in this order. The current device is that of the tensors."""
+        # What Triton compiles for: dtypes, addresses that 16 divides, and of the numbers less than their values.
+        about = tuple(None if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors)
+        key = (tensors[0].device, about, numbers, constants, num_warps, num_stages)
+        compiled = self._remembered.get(key)
+        if compiled is not None:
+            compiled[grid](*tensors, *numbers, *constants)
+            return
+        compiled = self._kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps, num_stages=num_stages)
+        if compiled is not None and _COMPILED_TAKE_CONSTANTS:  # the interpreter compiles nothing
+            if len(self._remembered) >= _MOST_REMEMBERED:
+                self._remembered.clear()
+            self._remembered[key] = compiled
+
+
+_launch_sum_segments, _launch_scan, _launch_walk = (_Launcher(kernel) for kernel in (_sum_segments, _scan, _walk))
 
 
 @dataclass(frozen=True)
@@ -291,10 +327,10 @@ _WALK = {
     16: _Tuning(64, 128, 4, 3),
     32: _Tuning(64, 128, 4, 3),
     64: _Tuning(64, 64, 4, 3),
-    128: _Tuning(64, 128, 8, 2),
+    128: _Tuning(64, 128, 8, 3),
     256: _Tuning(64, 64, 8, 2),
 }
-_SUM = _Tuning(64, 128, 8, 3)
+_SUM = _Tuning(64, 128, 8, 4)
 # Segments are multiples of this, so of any chunk.
 _SEGMENT_UNIT = 128
 # Segments to aim at, per multiprocessor, and the shortest segment whose state is small beside what it stands for.
@@ -336,13 +372,14 @@ class _Call:
         rows, keys = (max_rows, max_keys) if self.varlen else (q.shape[1], k.shape[1])
         all_rows, all_keys = (q.shape[0], k.shape[0]) if self.varlen else (self.batch * rows, self.batch * keys)
         wanted = max(_WAVES * _multiprocessors(q.device) // q.shape[-2], 1)
-        length = max(triton.cdiv(max(all_rows, all_keys), wanted), _SHORTEST_SEGMENT)
-        self.segment_length = triton.cdiv(length, _SEGMENT_UNIT) * _SEGMENT_UNIT
-        self.segments = triton.cdiv(max(rows, keys), self.segment_length)
+        length = max(_ceil_div(max(all_rows, all_keys), wanted), _SHORTEST_SEGMENT)
+        self.segment_length = _ceil_div(length, _SEGMENT_UNIT) * _SEGMENT_UNIT
+        self.segments = _ceil_div(max(rows, keys), self.segment_length)
         self.slots = self.batch * self.segments
         if self.varlen:
             self.slots = (all_rows + all_keys) // self.segment_length + self.batch
-        self._lengths = (cu_rows, cu_keys, rows, keys, self.segments, self.segment_length)
+        self._starts = (cu_rows, cu_keys)
+        self._lengths = (rows, keys, self.segments, self.segment_length)
 
     @property
     def empty(self) -> bool:
@@ -359,18 +396,18 @@ class _Call:
         d, d_v = k.shape[-1], v.shape[-1]
         sums = k.new_empty(self.slots, self.heads, d, d_v, dtype=torch.float32)
         block_d, block_v = min(_block(d), 128), min(_block(d_v), _SUM.block_v)
-        tiles = triton.cdiv(d, block_d) * triton.cdiv(d_v, block_v)
-        _sum_segments[(self.segments * tiles, self.heads, self.batch)](
-            k, v, sums, *self._lengths, *self._strides(k), *self._strides(v),
-            D=d, D_V=d_v, BLOCK_D=block_d, BLOCK_V=block_v, CHUNK=_SUM.chunk, GROUP=k.shape[-2] // self.heads,
-            MASK=_MASKS[mask], VARLEN=self.varlen, ALL=everything,
-            num_warps=_SUM.num_warps if block_d * block_v > 4096 else 4, num_stages=_SUM.num_stages,
+        tiles = _ceil_div(d, block_d) * _ceil_div(d_v, block_v)
+        _launch_sum_segments(
+            (self.segments * tiles, self.heads, self.batch), (k, v, sums, *self._starts),
+            (*self._lengths, *self._strides(k), *self._strides(v)),
+            (d, d_v, block_d, block_v, _SUM.chunk, k.shape[-2] // self.heads, _MASKS[mask], self.varlen, everything),
+            _SUM.num_warps if block_d * block_v > 4096 else 4, _SUM.num_stages,
         )  # fmt: skip
         if self.segments > 1 or everything:
             block = min(_block(d * d_v), 512)
-            _scan[(triton.cdiv(d * d_v, block), self.heads, self.batch)](
-                sums, initial, final, *self._lengths, SIZE=d * d_v, BLOCK=block, MASK=_MASKS[mask], VARLEN=self.varlen,
-                HAS_INITIAL=initial is not None, HAS_FINAL=everything, num_warps=4,
+            _launch_scan(
+                (_ceil_div(d * d_v, block), self.heads, self.batch), (sums, initial, final, *self._starts), self._lengths,
+                (d * d_v, block, _MASKS[mask], self.varlen, initial is not None, everything), num_warps=4,
             )  # fmt: skip
         return sums
 
@@ -382,15 +419,20 @@ class _Call:
         d, d_v = q.shape[-1], v.shape[-1]
         out = q.new_empty(*q.shape[:-1], d_v)
         tuning = _walk_tuning(q.device, d, d_v)
-        tiles, nheads = triton.cdiv(d_v, tuning.block_v), q.shape[-2]
-        _walk[(self.segments * tiles, nheads, self.batch)](
-            q, k, v, out, states, *self._lengths, self.form.softmax_scale,
-            *self._strides(q), *self._strides(k), *self._strides(v), *self._strides(out),
-            *((0, 0) if states is None else states.stride()[2:]),
-            D=d, D_V=d_v, BLOCK_D=_block(d), BLOCK_V=tuning.block_v, CHUNK=tuning.chunk,
-            GROUP_Q=nheads // self.heads, GROUP_K=k.shape[-2] // self.heads, MASK=_MASKS[self.form.mask],
-            TRANSPOSED=self.form.transposed, NORMALIZATION=_NORMALIZATIONS[self.form.normalization], VARLEN=self.varlen,
-            HAS_STATES=states is not None, HAS_INITIAL=initial, num_warps=tuning.num_warps, num_stages=tuning.num_stages,
+        tiles, nheads = _ceil_div(d_v, tuning.block_v), q.shape[-2]
+        _launch_walk(
+            (self.segments * tiles, nheads, self.batch), (q, k, v, out, states, *self._starts),
+            (
+                *self._lengths, self.form.softmax_scale,
+                *self._strides(q), *self._strides(k), *self._strides(v), *self._strides(out),
+                *((0, 0) if states is None else states.stride()[2:]),
+            ),
+            (
+                d, d_v, _block(d), tuning.block_v, tuning.chunk, nheads // self.heads, k.shape[-2] // self.heads,
+                _MASKS[self.form.mask], self.form.transposed, _NORMALIZATIONS[self.form.normalization], self.varlen,
+                states is not None, initial,
+            ),
+            tuning.num_warps, tuning.num_stages,
         )  # fmt: skip
         return out
 
@@ -399,9 +441,14 @@ class _Call:
         return (0, *x.stride()[:2]) if self.varlen else x.stride()[:3]
 
 
+# Triton's own do the same for kernels and on the host, where they take longer than a division may.
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _block(size: int) -> int:
     """A side of a tile: tensor cores take powers of two from 16."""
-    return max(triton.next_power_of_2(size), 16)
+    return max(1 << (size - 1).bit_length(), 16)
 
 
 def _with_dense_channels(x: torch.Tensor) -> torch.Tensor:

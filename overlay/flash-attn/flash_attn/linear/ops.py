@@ -7,18 +7,28 @@ import torch
 from . import backend
 from .form import Form
 
-_DEVICES = ("cpu", "cuda")
+_CAN_DEFINE = hasattr(torch.library, "infer_schema")  # torch 2.5
 
 
 def _operator(name: str):
-    """torch.library.custom_op, where this torch has it (2.4); before that the function itself, which can't be compiled."""
-    if hasattr(torch.library, "custom_op"):
-        return torch.library.custom_op(f"flash_attn::{name}", mutates_args=(), device_types=_DEVICES)
-    return lambda function: function
+    """The function as torch.ops.flash_attn.<name>; in an older torch itself, which can't be compiled.
+
+    torch.library.custom_op would do the same, and at each call things that are not needed here and take longer.
+    """
+
+    def define(function):
+        if not _CAN_DEFINE:
+            return function
+        operator, schema = f"flash_attn::{name}", torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(operator, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(operator, ("cpu", "cuda"), function)
+        return getattr(torch.ops.flash_attn, name).default
+
+    return define
 
 
 def _fake(operator):
-    return operator.register_fake if hasattr(operator, "register_fake") else lambda function: function
+    return torch.library.register_fake(operator) if _CAN_DEFINE else lambda function: function
 
 
 @_operator("_linear_attention")
