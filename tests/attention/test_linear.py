@@ -220,7 +220,7 @@ INEXACT = {
 def test_linear_is_refused_where_it_is_not_exact(name):
     """The error names the option that is in the way."""
     q, k, v = (torch.zeros(1, 8, 2, 8) for _ in range(3))
-    with pytest.raises(ValueError, match=f'algorithm="linear" is not possible with {name}'):
+    with pytest.raises(ValueError, match=f'algorithm="linear" is not possible: {name}'):
         flash_attn_func(q, k, v, **{"use_softmax": False, **INEXACT[name]}, algorithm="linear")
 
 
