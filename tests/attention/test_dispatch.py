@@ -15,7 +15,7 @@ from types import ModuleType, SimpleNamespace
 import flash_attn
 import pytest
 import torch
-from flash_attn import explain, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn import backends, explain, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.dispatch import choice, fa4
 from flash_attn.linear import backend as linear_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -334,18 +334,30 @@ def test_attention_probabilities_are_empty(fake_fa4, name):
     assert len(fake_fa4) == 1 and out.numel() and lse.numel() == encoded.numel() == 0 and lse.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_varlen_qkvpacked_func"])
-def test_compiles_to_one_graph(fake_fa4, name):
-    """The search for the package and its import are not traced, nor is the environment."""
+def test_compiles_to_one_graph(fake_fa4):
+    """The search for the package and its import are not traced, nor is the environment.
+
+    One test for all functions: torch.compile keeps the first flash_attn.cute that it meets in a process.
+    """
+    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_varlen_qkvpacked_func"):
+        torch._dynamo.reset()
+        fa4._not_importable.cache_clear()
+        fake_fa4.clear()
+        arguments, lengths = inputs(name, "cpu")
+
+        def attend(*x):
+            return getattr(flash_attn, name)(*x, *lengths, causal=True, **SILU)
+
+        actual = torch.compile(attend, fullgraph=True, backend="aot_eager")(*arguments)
+        assert len(fake_fa4) == 1
+        expected = attend(*arguments)
+        close(actual, expected)
+        for a, e in zip(*(torch.autograd.grad(out.sum(), arguments) for out in (actual, expected))):
+            close(a, e)
+
+
+def test_the_search_for_the_extension_is_not_traced(install):
+    install(**PURE_PYTHON)
     torch._dynamo.reset()
-    arguments, lengths = inputs(name, "cpu")
-
-    def attend(*x):
-        return getattr(flash_attn, name)(*x, *lengths, causal=True, **SILU)
-
-    fa4._not_importable.cache_clear()
-    actual = torch.compile(attend, fullgraph=True, backend="aot_eager")(*arguments)
-    assert len(fake_fa4) == 1
-    expected = attend(*arguments)
-    for a, e in zip((actual, *torch.autograd.grad(actual.sum(), arguments)), (expected, *torch.autograd.grad(expected.sum(), arguments))):
-        close(a, e)
+    lacks = torch.compile(lambda x: x + (backends.obstacle(False, "identity", 0.0, None) is not None), fullgraph=True, backend="eager")
+    assert lacks(torch.zeros(1)) == 1

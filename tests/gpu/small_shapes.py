@@ -37,6 +37,11 @@ class Place:
     dtype: torch.dtype
     rounded: torch.dtype
 
+    @property
+    def options(self) -> dict[str, object]:
+        """No softmax, on the extension if on a GPU."""
+        return {"use_softmax": False, "backend": "fa2" if self.device == "cuda" else "auto"}
+
     def numbers(self, x: Tensor) -> Tensor:
         return x.to(self.rounded).to(self.device, self.dtype)
 
@@ -62,7 +67,7 @@ def dense(place: Place, head_dim: int, seqlens=(SEQLEN_Q, SEQLEN_K), uneven=Fals
     tensors = place.randn((1, seqlens[0], NHEADS, d), *[(1, seqlens[1], NHEADS_K, d)] * 2)
     if alibi:
         options["alibi_slopes"] = torch.tensor([0.05, 0.1], device=place.device)
-    return with_gradients(partial(flash_attn_func, use_softmax=False, **options), tensors)
+    return with_gradients(partial(flash_attn_func, **place.options, **options), tensors)
 
 
 def varlen(place: Place, head_dim: int, **options) -> list[Tensor]:
@@ -70,7 +75,7 @@ def varlen(place: Place, head_dim: int, **options) -> list[Tensor]:
     cu_q, cu_k = (place.int32(x) for x in ([0, 70, 70, 75, 140], [0, 65, 80, 80, 150]))
     tensors = place.randn((140, NHEADS, head_dim), *[(150, NHEADS_K, head_dim)] * 2)
     return with_gradients(
-        lambda q, k, v: flash_attn_varlen_func(q, k, v, cu_q, cu_k, 70, 70, use_softmax=False, **options), tensors
+        lambda q, k, v: flash_attn_varlen_func(q, k, v, cu_q, cu_k, 70, 70, **place.options, **options), tensors
     )
 
 
@@ -91,7 +96,7 @@ def kvcache(place: Place, head_dim: int, new: bool, paged: bool, **options) -> l
         angles = torch.arange(slots)[:, None] / 10000 ** (torch.arange(8) / 8)
         options["rotary_cos"], options["rotary_sin"] = (place.numbers(x) for x in (angles.cos(), angles.sin()))
         options["k"], options["v"] = fresh
-    out = flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, use_softmax=False, **options)
+    out = flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, **place.options, **options)
     return [out, k.nan_to_num(), v.nan_to_num()] if new else [out]
 
 
