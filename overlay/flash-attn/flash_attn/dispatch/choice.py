@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
 
-import torch
-
 from .. import backends
 from ..call import Call
 from ..linear import choice as linear
@@ -106,7 +104,6 @@ def _candidates(algorithm: str, backend: str, use_softmax: bool) -> tuple[list[s
     return names, None
 
 
-@torch.compiler.assume_constant_result
 def _from_environment() -> str:
     value = os.environ.get(ENVIRONMENT, "auto")
     if value not in BACKENDS:

@@ -33,6 +33,7 @@ def dispatched(function: Callable[..., Any]) -> Callable[..., Any]:
     positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
     accepted = [p.name for p in parameters]
     required = [p.name for p in parameters if p.default is p.empty]
+    softmax_at = positional.index("use_softmax")
 
     def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """inspect.Signature.bind without defaults, in what torch.compile can trace."""
@@ -47,10 +48,10 @@ def dispatched(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args, algorithm="auto", backend="auto", **kwargs):
-        arguments = bind(args, kwargs)
-        if algorithm == backend == "auto" and arguments.get("use_softmax", True):
+        use_softmax = args[softmax_at] if len(args) > softmax_at else kwargs.get("use_softmax", True)
+        if use_softmax and algorithm == backend == "auto":
             return function(*args, **kwargs)
-        call = _checked_call(arguments)
+        call = _checked_call(bind(args, kwargs))
         if call.q.device.type not in _DEVICES:  # such as meta: the operators beneath the function know what to do
             return function(*args, **kwargs)
         choice = choose(call, algorithm, backend)
