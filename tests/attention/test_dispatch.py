@@ -81,13 +81,13 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
     # The real one, where there is one, stays out of sight, and comes back.
     monkeypatch.setattr(flash_attn, "__path__", [p for p in flash_attn.__path__ if not (Path(p) / "cute").exists()] + [str(tmp_path)])
     monkeypatch.setattr(flash_attn, "cute", None, raising=False)
-    fa4._not_importable.cache_clear()
+    fa4._unavailable_in_this_process.cache_clear()
     importlib.invalidate_caches()
     hidden = forget_fa4()
     yield install
     forget_fa4()
     sys.modules.update(hidden)
-    fa4._not_importable.cache_clear()
+    fa4._unavailable_in_this_process.cache_clear()
 
 
 def forget_fa4() -> dict[str, ModuleType]:
@@ -165,6 +165,17 @@ def test_rocm_has_no_fa4(install, monkeypatch):
     install(capability=(9, 4))
     monkeypatch.setattr(torch.version, "hip", "6.2")
     assert "ROCm" in explain(flash_attn_func, *tensors("cuda"), **IDENTITY).passed_over["fa4"]
+
+
+def test_tensors_of_a_gpu_that_is_not_there(install, monkeypatch):
+    """Those of FakeTensorMode, on a machine without one."""
+
+    def fail(device):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    install()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
+    assert "not compiled with CUDA" in explain(flash_attn_func, *tensors("cuda"), **IDENTITY).passed_over["fa4"]
 
 
 def test_a_cache_stays_with_the_extension(install):
@@ -341,7 +352,7 @@ def test_compiles_to_one_graph(fake_fa4):
     """
     for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_varlen_qkvpacked_func"):
         torch._dynamo.reset()
-        fa4._not_importable.cache_clear()
+        fa4._unavailable_in_this_process.cache_clear()
         fake_fa4.clear()
         arguments, lengths = inputs(name, "cpu")
 

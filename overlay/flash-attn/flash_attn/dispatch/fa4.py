@@ -42,7 +42,10 @@ def attend(call: Call) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor, 
     from .. import cute
 
     function = cute.flash_attn_varlen_func if call.varlen else cute.flash_attn_func
-    returned = function(call.q, call.k, call.v, **options(call))
+    given = options(call)
+    if call.block_table is not None:
+        given["seqused_k"] = call.cu_seqlens_k.diff()
+    returned = function(call.q, call.k, call.v, **given)
     return call.result(returned[0] if isinstance(returned, tuple) else returned)
 
 
@@ -64,22 +67,29 @@ def options(call: Call) -> dict[str, Any]:
     given.update(cu_seqlens_q=call.cu_seqlens_q, max_seqlen_q=call.max_seqlen_q, max_seqlen_k=call.max_seqlen_k)
     if call.block_table is None:
         return {**given, "cu_seqlens_k": call.cu_seqlens_k}
-    # Pages do not lie one after the other, so it takes their sequences' lengths and no offsets.
-    return {**given, "page_table": call.block_table, "seqused_k": call.cu_seqlens_k.diff()}
+    # Pages do not lie one after the other: it takes the lengths of their sequences (seqused_k) and no offsets.
+    return {**given, "page_table": call.block_table}
 
 
 @torch.compiler.assume_constant_result
 def _unavailable(device_index: Optional[int]) -> Optional[str]:
     """Why FA4 does not run on this GPU, whatever the call. Nothing for torch.compile to trace."""
+    return _unavailable_in_this_process(device_index)
+
+
+@functools.cache
+def _unavailable_in_this_process(device_index: Optional[int]) -> Optional[str]:
     if torch.version.hip is not None:
         return "it has no ROCm kernels"
-    major, minor = torch.cuda.get_device_capability(device_index)
+    try:
+        major, minor = torch.cuda.get_device_capability(device_index)
+    except (AssertionError, RuntimeError) as error:  # tensors without a GPU: those of a FakeTensorMode
+        return f"torch does not reach the GPU ({error})"
     if major != _HOPPER:
         return f"compute capability {major}.{minor}, its kernels without softmax run on Hopper (9.0)"
     return _not_importable()
 
 
-@functools.cache
 def _not_importable() -> Optional[str]:
     """Finds the package without importing it, and imports it if it is the one with this patch set."""
     spec = find_spec(_PACKAGE)

@@ -64,7 +64,7 @@ def dispatched(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, **kwargs)
 
     run.bind = bind
-    run.__doc__ = function.__doc__.replace("\n    Return:\n", f"\n{_DOC}    Return:\n", 1)
+    run.__doc__ = (function.__doc__ or "").replace("\n    Return:\n", f"\n{_DOC}    Return:\n", 1)
     run.__signature__ = inspect.signature(function).replace(
         parameters=[*parameters, *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default="auto") for name in _CHOICES)]
     )
