@@ -293,7 +293,7 @@ def test_wrong_calls_raise_what_python_raises(count, kwargs, message):
     """Also where another backend than the function itself would run."""
     for ask in (flash_attn_func, lambda *args, **kwargs: explain(flash_attn_func, *args, **kwargs)):
         with pytest.raises(TypeError, match=rf"flash_attn_func\(\) .*{message}"):
-            ask(*tensors("cpu")[:1] * count, **kwargs, algorithm="linear")
+            ask(*[*tensors("cpu"), *[None] * 10][:count], **kwargs, algorithm="linear")
 
 
 def test_explain_takes_the_attention_functions():
