@@ -23,6 +23,7 @@ from torch import Tensor
 Call = Callable[[], object]
 Side = Callable[[], tuple[Sequence[Tensor], Call]]
 
+BACKEND = "fa2"  # the extension has both sides
 BACKWARD_SWITCH = "FLASH_ATTENTION_NOSOFTMAX_BACKWARD"
 
 
@@ -69,7 +70,7 @@ def uneven_lengths(tokens: int, longest: int) -> list[int]:
 
 def _attend(feature: Feature, case: Case, lengths: list[int], device: str) -> Callable[..., Tensor]:
     """f(q, k, v, use_softmax=...) -> out; with varlen on sequences of the given lengths."""
-    options = {"causal": case.causal, **feature.options}
+    options = {"causal": case.causal, "backend": BACKEND, **feature.options}
     if feature.alibi:
         exponents = torch.arange(1, case.nheads + 1, dtype=torch.float32, device=device)
         options["alibi_slopes"] = torch.exp2(-8 * exponents / case.nheads)
@@ -140,7 +141,7 @@ def decode(case: Case, dtype: torch.dtype, gpu: Gpu) -> tuple[dict[str, Side], i
     caches = [[torch.randn(s, dtype=dtype, device=gpu.device) for s in shapes] for _ in range(steps)]
 
     def side(use_softmax: bool) -> tuple[list[Tensor], Call]:
-        options = {"cache_seqlens": lengths, "causal": True, "use_softmax": use_softmax}
+        options = {"cache_seqlens": lengths, "causal": True, "backend": BACKEND, "use_softmax": use_softmax}
         calls = [partial(flash_attn_with_kvcache, *cache, **options) for cache in caches]
         return [calls[0]()], gpu.captured(calls)
 
@@ -158,7 +159,9 @@ def training_step_memory(case: Case, name: str, dtype: torch.dtype, gpu: Gpu) ->
     inputs = [x.requires_grad_() for x in (q, k, v)]
     before = gpu.allocated()
     # The edge keeps the graph and not the output.
-    edge = torch.autograd.graph.get_gradient_edge(flash_attn_func(*inputs, causal=case.causal, use_softmax=name == SOFTMAX))
+    out = flash_attn_func(*inputs, causal=case.causal, backend=BACKEND, use_softmax=name == SOFTMAX)
+    edge = torch.autograd.graph.get_gradient_edge(out)
+    del out
     forward_peak = gpu.peak()
     kept = gpu.allocated() - before
     with backward_choice(name):

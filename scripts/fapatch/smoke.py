@@ -62,7 +62,7 @@ def measure(target: Target, dtype: torch.dtype) -> tuple[dict[str, float], int, 
     *inputs, dout = [torch.randn(s, device=target.device, dtype=dtype) for s in (*shapes, shapes[0])]
     start = time.perf_counter()
     leaves = [t.requires_grad_(target.backward) for t in inputs]
-    results = passes(lambda *qkv: flash_attn_func(*qkv, causal=True, use_softmax=False), *leaves, dout)
+    results = passes(lambda *qkv: flash_attn_func(*qkv, causal=True, **_options(target.device)), *leaves, dout)
     not_finite = sum(int((~t.isfinite()).sum()) for t in results)
     seconds = time.perf_counter() - start
     # Leaves of their own, or their gradients would be rounded too.
@@ -76,13 +76,18 @@ def probe(device: str, dtype: torch.dtype, head_dim: int) -> None:
     import torch
     from flash_attn import flash_attn_func
 
-    flash_attn_func(*[torch.zeros(1, 1, 1, head_dim, device=device, dtype=dtype)] * 3, use_softmax=False)
+    flash_attn_func(*[torch.zeros(1, 1, 1, head_dim, device=device, dtype=dtype)] * 3, **_options(device))
+
+
+def _options(device: str) -> dict[str, object]:
+    """No softmax, by what this wheel has for the device and not by another wheel beside it."""
+    return {"use_softmax": False, "backend": "fa2" if device == "cuda" else "auto"}
 
 
 def on_gpu() -> Target:
     """The GPU, with one of the head dimensions and the dtypes that the extension was built for (kernel_build.py).
 
-    Raises ImportError, NotImplementedError or RuntimeError, which say why it cannot be the GPU.
+    Raises ValueError or RuntimeError, which say why it cannot be the GPU.
     """
     import torch
 
@@ -114,7 +119,7 @@ def best_target() -> Target:
     if torch.cuda.is_available():
         try:
             return on_gpu()
-        except (ImportError, NotImplementedError, RuntimeError) as e:
+        except (ValueError, RuntimeError) as e:
             print(f"not on the GPU: {e}")
     return Target("cpu", platform.machine())
 

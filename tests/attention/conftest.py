@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from package import Package, devices, missing_for_cuda, not_in_this_build, supports
+from package import VARIANTS, Package, devices, missing, not_in_this_build, supports
 
 # Derandomized: a test that fails here fails for everybody, every time.
 settings.register_profile("attention", derandomize=True, deadline=None, database=None, max_examples=60)
@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str:
-    return f"attention devices: {', '.join(devices())}" + (f" (cuda {why})" if (why := missing_for_cuda()) else "")
+    return "\n".join(f"attention {variant} on {device}: {missing(device, variant) or 'tested'}" for device, variant in VARIANTS)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -33,22 +33,31 @@ def pytest_runtest_call(item: pytest.Item):
     """A test of what the installed CUDA kernels don't have is skipped with their own words; any other error is a failure."""
     try:
         return (yield)
-    except (NotImplementedError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         if not_in_this_build(error):
             pytest.skip(str(error).splitlines()[0])
         raise
 
 
 @pytest.fixture(params=devices())
-def device(request: pytest.FixtureRequest) -> str:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Tests that don't ask for another backend run on the extension, also where FA4 would be chosen."""
+    if request.param == "cuda":
+        monkeypatch.setenv("FLASH_ATTENTION_NOSOFTMAX_BACKEND", "fa2")
+        if "attention" not in request.fixturenames and (why := missing("cuda")):
+            pytest.skip(why)
     return request.param
 
 
-@pytest.fixture(params=["quadratic", "linear"])
+@pytest.fixture(params=["quadratic", "linear"] + ["fa4"] * ("cuda" in devices()))
 def attention(request: pytest.FixtureRequest, device: str) -> Package:
-    """The installed package on one device, by each algorithm."""
+    """The installed package on one device, by each variant."""
     if request.param == "linear" and request.node.get_closest_marker("scores"):
         pytest.skip("the linear algorithm does not form scores")
+    if (device, request.param) not in VARIANTS:
+        pytest.skip(f"{request.param} does not run on {device} tensors")
+    if why := missing(device, request.param):
+        pytest.skip(why)
     return Package(device, request.param)
 
 

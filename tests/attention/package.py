@@ -8,25 +8,37 @@ from itertools import accumulate
 
 import pytest
 import torch
-from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn import explain, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn.call import Call
+from flash_attn.dispatch import fa4
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 from torch import Tensor
 
 EXTENSION = "flash_attn_2_cuda"
-NOT_LINEAR = 'algorithm="linear" is not possible with '
-
-
-def missing_for_cuda() -> str | None:
-    """Why the CUDA kernels cannot be tested here, or None if they can."""
-    if not torch.cuda.is_available():
-        return "needs a GPU: torch sees none"
-    if importlib.util.find_spec(EXTENSION) is None:
-        return f"needs the CUDA extension: {EXTENSION} is not in this installation"
-    return None
+# What Package's variants ask the public functions for; "quadratic" is the backend that takes softmax as well.
+VARIANTS = {
+    ("cpu", "quadratic"): dict(algorithm="quadratic"),
+    ("cuda", "quadratic"): dict(backend="fa2"),
+    ("cpu", "linear"): dict(algorithm="linear"),
+    ("cuda", "linear"): dict(algorithm="linear"),
+    ("cuda", "fa4"): dict(backend="fa4"),
+}
 
 
 def devices() -> list[str]:
-    return ["cpu"] if missing_for_cuda() else ["cpu", "cuda"]
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def missing(device: str, variant: str = "quadratic") -> str | None:
+    """Why a variant cannot be tested on this device, or None if it can."""
+    if device not in devices():
+        return "needs a GPU: torch sees none"
+    if (device, variant) == ("cuda", "quadratic") and importlib.util.find_spec(EXTENSION) is None:
+        return f"needs the CUDA extension: {EXTENSION} is not in this installation"
+    if variant == "fa4":
+        x = torch.zeros(1, 1, 1, 64, device=device, dtype=torch.bfloat16)
+        return explain(flash_attn_func, x, x, x, use_softmax=False, backend="fa4").passed_over.get("fa4")
+    return None
 
 
 def supports(device: str, dtype: torch.dtype) -> bool:
@@ -38,7 +50,7 @@ def not_in_this_build(error: BaseException) -> bool:
     """Whether a call failed because the CUDA build lacks its kernels: another score function than the identity, or what HEAD_DIMS, DTYPES,
     PASSES or NO_SOFTMAX_ONLY left out. The same test runs on the CPU backend, which has all of it."""
     return (
-        isinstance(error, NotImplementedError) and str(error).startswith(f"{EXTENSION} has no kernels for activation=")
+        isinstance(error, (NotImplementedError, ValueError)) and f"{EXTENSION} has no kernels for activation=" in str(error)
         or isinstance(error, RuntimeError) and str(error).startswith("This flash attention build has no kernels ")
     )  # fmt: skip
 
@@ -48,26 +60,25 @@ def cumulative(lengths: Sequence[int], device: str) -> Tensor:
 
 
 class Package:
-    """Public functions of flash_attn on one device, by one algorithm; ``use_softmax`` is False unless given.
+    """Public functions of flash_attn on one device, by one of VARIANTS; ``use_softmax`` is False unless given.
 
-    With algorithm="linear" a call that has no linear algorithm skips the test, with the package's own reason.
+    A call that the variant does not take skips the test, with the package's own reason.
     """
 
-    def __init__(self, device: str = "cpu", algorithm: str = "quadratic") -> None:
-        self.device, self.algorithm = device, algorithm
+    def __init__(self, device: str = "cpu", variant: str = "quadratic") -> None:
+        self.device, self.variant, self.forced = device, variant, VARIANTS[device, variant]
         self.dtype = torch.float64 if supports(device, torch.float64) else torch.float16
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
         return self._call(flash_attn_func, q, k, v, **options)
 
     def _call(self, function, *arguments, **options):
-        """Anything that the linear algorithm refuses is skipped, except refusals that both algorithms share."""
-        options = {"use_softmax": False, **options}
+        ((name, value),) = self.forced.items()
         try:
-            return function(*arguments, **{"algorithm": self.algorithm, **options})
+            return function(*arguments, **{**self.forced, "use_softmax": False, **options})
         except ValueError as error:
-            if str(error).startswith(NOT_LINEAR):
-                pytest.skip(str(error))
+            if self.variant != "quadratic" and str(error).startswith(f'{name}="{value}" is not possible: '):
+                pytest.skip(str(error).splitlines()[0])
             raise
 
     def dropped(self, q, k, v, dropout_p: float, seed: int, **options) -> tuple[Tensor, Tensor]:
@@ -85,8 +96,10 @@ class Package:
         longest = max(lengths_q), max(lengths_k)
         if seqused_k is None and leftpad_k is None:
             return self._call(flash_attn_varlen_func, q, k, v, cu_q, cu_k, *longest, block_table=block_table, **options)
-        if self.algorithm == "linear":
-            pytest.skip("seqused_k and leftpad_k have no linear algorithm")
+        if self.variant == "fa4" and leftpad_k is None:
+            return self._fa4_seqused(Call(q, k, v, cu_q, cu_k, *longest, block_table, use_softmax=False, **options), seqused_k)
+        if self.variant != "quadratic":
+            pytest.skip("seqused_k and leftpad_k have no public function, only the operator of the extension and the CPU backend")
         return self._varlen_op(q, k, v, cu_q, cu_k, *longest, seqused_k, leftpad_k, block_table, **options)
 
     def _varlen_op(
@@ -102,7 +115,13 @@ class Package:
             use_softmax=use_softmax, activation=activation, sigmoid_bias=bias, **{"alibi_slopes": None, **options},
         )[0]  # fmt: skip
 
+    def _fa4_seqused(self, call: Call, seqused_k: Tensor) -> Tensor:
+        """flash_attn.cute's own function takes seqused_k."""
+        if reason := fa4.obstacle(call):
+            pytest.skip(reason)
+        from flash_attn.cute import flash_attn_varlen_func as attend
+
+        return attend(call.q, call.k, call.v, **{**fa4.options(call), "seqused_k": seqused_k})[0]
+
     def kvcache(self, q, k_cache, v_cache, k=None, v=None, **options) -> Tensor:
-        if self.algorithm == "linear":
-            pytest.skip("the linear algorithm has a state and no cache")
-        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **{"use_softmax": False, **options})
+        return self._call(flash_attn_with_kvcache, q, k_cache, v_cache, k, v, **options)

@@ -82,12 +82,13 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_signature(name):
     parameters = list(inspect.signature(getattr(flash_attn, name)).parameters.values())
-    before, (use_softmax, *keyword_only) = parameters[:-5], parameters[-5:]
+    before, (use_softmax, *keyword_only) = parameters[:-6], parameters[-6:]
     assert [p.name for p in before] == UPSTREAM[name].split()
     assert (use_softmax.name, use_softmax.default) == ("use_softmax", True)
     assert use_softmax.kind == use_softmax.POSITIONAL_OR_KEYWORD
     assert [(p.name, p.default) for p in keyword_only] == [
         ("activation", "identity"), ("sigmoid_bias", 0.0), ("normalization", None), ("algorithm", "auto"),
+        ("backend", "auto"),
     ]  # fmt: skip
     assert all(p.kind == p.KEYWORD_ONLY for p in keyword_only)
 
@@ -402,7 +403,7 @@ def test_patched_extension_is_told(cuda_call, extension):
 @pytest.mark.parametrize("options", [("relu", 0.0, None), ("sigmoid", None, None), ("identity", 0.0, "1/n")])
 def test_extension_lacks_an_activation(cuda_call, extension, options):
     extension.has_use_softmax = True
-    with pytest.raises(NotImplementedError, match=f"{options[0]}.*flash_attn.cpu has"):
+    with pytest.raises(NotImplementedError, match=f"{options[0]}.*flash-attn-4.*flash_attn.cpu"):
         backends.fwd(*cuda_call, False, *options)
 
 
@@ -437,6 +438,7 @@ def test_patched_extension_gets_a_whole_tensor_for_out(cuda_call, extension):
 
 @pytest.mark.parametrize("error, expected", [
     (NotImplementedError("flash_attn_2_cuda has no kernels for activation='relu', sigmoid_bias=0.0, normalization=None; ..."), True),
+    (ValueError('backend="fa2" is not possible: flash_attn_2_cuda has no kernels for activation=\'relu\', ...'), True),
     (RuntimeError("This flash attention build has no kernels for fp16: rebuild with DTYPES=fp16 added"), True),
     (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     (NotImplementedError("flash_attn_2_cuda has no kernels for use_softmax=False, it was built from unpatched sources"), False),

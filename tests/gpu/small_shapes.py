@@ -39,6 +39,11 @@ class Place:
     dtype: torch.dtype
     rounded: torch.dtype
 
+    @property
+    def options(self) -> dict[str, object]:
+        """No softmax, on the extension if on a GPU and the case names no other backend."""
+        return {"use_softmax": False, "backend": "fa2" if self.device == "cuda" else "auto"}
+
     def numbers(self, x: Tensor) -> Tensor:
         return x.to(self.rounded).to(self.device, self.dtype)
 
@@ -64,7 +69,7 @@ def dense(place: Place, head_dim: int, seqlens=(SEQLEN_Q, SEQLEN_K), uneven=Fals
     tensors = place.randn((1, seqlens[0], NHEADS, d), *[(1, seqlens[1], NHEADS_K, d)] * 2)
     if alibi:
         options["alibi_slopes"] = torch.tensor([0.05, 0.1], device=place.device)
-    return with_gradients(partial(flash_attn_func, use_softmax=False, **options), tensors)
+    return with_gradients(partial(flash_attn_func, **{**place.options, **options}), tensors)
 
 
 def varlen(place: Place, head_dim: int, longest: tuple[int, int] = (70, 70), **options) -> list[Tensor]:
@@ -74,7 +79,7 @@ def varlen(place: Place, head_dim: int, longest: tuple[int, int] = (70, 70), **o
     cu_q, cu_k = place.int32(starts_q), place.int32(starts_k)
     tensors = place.randn((starts_q[-1], NHEADS, head_dim), *[(starts_k[-1], NHEADS_K, head_dim)] * 2)
     return with_gradients(
-        lambda q, k, v: flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, use_softmax=False, **options), tensors
+        lambda q, k, v: flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, **{**place.options, **options}), tensors
     )
 
 
@@ -95,7 +100,7 @@ def kvcache(place: Place, head_dim: int, new: bool, paged: bool, **options) -> l
         angles = torch.arange(slots)[:, None] / 10000 ** (torch.arange(8) / 8)
         options["rotary_cos"], options["rotary_sin"] = (place.numbers(x) for x in (angles.cos(), angles.sin()))
         options["k"], options["v"] = fresh
-    out = flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, use_softmax=False, **options)
+    out = flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, **place.options, **options)
     return [out, k.nan_to_num(), v.nan_to_num()] if new else [out]
 
 
@@ -128,8 +133,8 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "kvcache, window, 3 splits", partial(kvcache, paged=False, new=False, num_splits=3, window_size=(50, 0))
     for causal in (False, True):
         name = f"{', causal' * causal}, linear time"
-        yield f"dense{name}", partial(dense, seqlens=SEGMENTS, causal=causal, algorithm="linear")
-        yield f"varlen{name}", partial(varlen, longest=SEGMENTS, causal=causal, algorithm="linear")
+        yield f"dense{name}", partial(dense, seqlens=SEGMENTS, causal=causal, backend="linear")
+        yield f"varlen{name}", partial(varlen, longest=SEGMENTS, causal=causal, backend="linear")
 
 
 def difference(name: str, actual: list[Tensor], expected: list[Tensor]) -> float:

@@ -15,7 +15,7 @@ A machine without the extension imports this module like any other: only a call 
 
 import os
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 
@@ -65,23 +65,37 @@ def _gpu_extension() -> Any:
     return flash_attn_2_cuda
 
 
-def _require_softmax_free(
-    extension: Any, activation: str, sigmoid_bias: Optional[float], normalization: Optional[str]
-) -> None:
-    """Raise NotImplementedError, with a way out, for what the extension was not compiled for."""
+def obstacle(
+    use_softmax: bool, activation: str, sigmoid_bias: Union[float, str, None], normalization: Optional[str]
+) -> Optional[str]:
+    """Why the extension can't run calls with this score function, with a way out; None if it can."""
+    missing = _missing(use_softmax)
+    if missing is not None or use_softmax or (activation, sigmoid_bias, normalization) == ("identity", 0.0, None):
+        return missing
+    return (
+        f"flash_attn_2_cuda has no kernels for activation={activation!r}, sigmoid_bias="
+        f"{'-log n' if sigmoid_bias is None else sigmoid_bias!r}, normalization={normalization!r}; on Hopper flash-attn-4 of "
+        "this patch set has them (make wheel FAMILY=flash-attn-4), and flash_attn.cpu has: move the tensors to the CPU"
+    )
+
+
+@torch.compiler.assume_constant_result
+def _missing(use_softmax: bool) -> Optional[str]:
+    """What this installation lacks to run any call on CUDA tensors. Nothing for torch.compile to trace."""
+    try:
+        extension = _gpu_extension()
+    except ImportError as error:
+        return str(error)
+    if use_softmax:
+        return None
     if USE_TRITON_ROCM or torch.version.hip is not None:
-        raise NotImplementedError("use_softmax=False has no ROCm kernels: run it on an NVIDIA GPU or on CPU tensors")
+        return "use_softmax=False has no ROCm kernels: run it on an NVIDIA GPU or on CPU tensors"
     if not getattr(extension, "has_use_softmax", False):
-        raise NotImplementedError(
+        return (
             f"{extension.__name__} has no kernels for use_softmax=False, it was built from unpatched sources; "
             f"{_BUILD}, or move the tensors to the CPU"
         )
-    if (activation, sigmoid_bias, normalization) != ("identity", 0.0, None):
-        raise NotImplementedError(
-            f"{extension.__name__} has no kernels for activation={activation!r}, sigmoid_bias="
-            f"{'-log n' if sigmoid_bias is None else sigmoid_bias!r}, normalization={normalization!r}; "
-            "flash_attn.cpu has them: move the tensors to the CPU"
-        )
+    return None
 
 
 def _entry(function: str) -> Callable[..., Any]:
@@ -100,7 +114,9 @@ def _entry(function: str) -> Callable[..., Any]:
         use_softmax, *score_function = given + _SCORE_FUNCTION_DEFAULTS[len(given) :]
         if use_softmax:
             return getattr(extension, function)(*upstream)
-        _require_softmax_free(extension, *score_function)
+        reason = obstacle(False, *score_function)
+        if reason is not None:
+            raise NotImplementedError(reason)
         if "softmax_lse" in names:
             # It checks the shape of `out`, which it does not read without softmax and our callers don't keep: q has it.
             upstream = tuple(args[names.index("q")] if name == "out" else arg for name, arg in zip(names, upstream))

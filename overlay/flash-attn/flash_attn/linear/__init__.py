@@ -9,7 +9,7 @@ of N^2 d. The causal form needs one state per head, the sum of k_j^T v_j so far;
     backend.py  which of the two
     ops.py      as torch operators, with the derivative
     choice.py   when it is exact, when it pays
-    public.py   what flash_attn_func and its kin call
+    public.py   a call of flash_attn_func and its kin
     state.py    prefill, continue and step with a recurrent state
     checks.py   what the last two check
 """

@@ -4,6 +4,7 @@ from typing import Optional
 
 import torch
 
+from ..call import Call
 from .backend import has_kernels
 
 ALGORITHMS = ("auto", "quadratic", "linear")
@@ -16,35 +17,46 @@ CROSSOVERS = {
 }
 
 
-def obstacle(
-    q: torch.Tensor,
-    dropout_p: float,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Optional[torch.Tensor],
-    block_table: Optional[torch.Tensor],
-    use_softmax: bool,
-    activation: str,
-    normalization: Optional[str],
-) -> Optional[str]:
-    """The option, with its value, for which there is no exact algorithm in linear time; None if there is one."""
-    if use_softmax:
+def obstacle(call: Call) -> Optional[str]:
+    """Why there is no exact algorithm in linear time for this call, by the first thing in the way; None if there is one."""
+    if call.cached:
+        return "in place of a cache it has a state: flash_attn.linear.linear_attention_step"
+    option = _inexact(call)
+    return None if option is None else f"{option} has no exact algorithm in linear time"
+
+
+def _inexact(call: Call) -> Optional[str]:
+    if call.use_softmax:
         return "use_softmax=True"
-    if activation != "identity":
-        return f"activation={activation!r}"
-    if softcap > 0.0:
-        return f"softcap={softcap}"
-    if dropout_p > 0.0:
-        return f"dropout_p={dropout_p}"
-    if alibi_slopes is not None:
+    if call.activation != "identity":
+        return f"activation={call.activation!r}"
+    if call.softcap > 0.0:
+        return f"softcap={call.softcap}"
+    if call.dropout_p > 0.0:
+        return f"dropout_p={call.dropout_p}"
+    if call.alibi_slopes is not None:
         return "alibi_slopes"
-    if window_size[0] >= 0 or (window_size[1] >= 0 and not causal):
-        return f"window_size={tuple(window_size)}"
-    if block_table is not None:
+    if call.window_size[0] >= 0 or (call.window_size[1] >= 0 and not call.causal):
+        return f"window_size={tuple(call.window_size)}"
+    if call.block_table is not None:
         return "block_table"
-    if normalization == "1/visible" and causal and has_kernels(q):
+    if call.normalization == "1/visible" and call.causal and has_kernels(call.q):
         return "normalization='1/visible' with causal=True on CUDA tensors"
+    return None
+
+
+def disadvantage(call: Call) -> Optional[str]:
+    """Why "auto" passes linear time over where it is exact; None if it takes it."""
+    q, k = call.q, call.k
+    # What is wrong with tensors that it does not take, the quadratic path says.
+    if q.device.type != "cpu" and not has_kernels(q):
+        return f"no kernels for {q.dtype} on {q.device}: they take float16 and bfloat16, with triton"
+    axes = 3 if call.varlen else 4
+    if not q.dim() == k.dim() == call.v.dim() == axes:
+        return f"q, k and v must have {axes} axes"
+    sequences = max(call.cu_seqlens_q.shape[0] - 1, 1) if call.varlen else 1
+    if not predicted_faster(q.device, q.shape[-1], call.causal, q.shape[-3] / sequences, k.shape[-3] / sequences):
+        return "not predicted faster at these lengths and this head_dim (docs/linear.md)"
     return None
 
 

@@ -1,0 +1,115 @@
+"""FA4's CuTe-DSL kernels, of this patch set's flash-attn-4, for calls without softmax on Hopper.
+
+The package is imported at the first call that it may take: that takes seconds, and it has requirements of its own.
+"""
+
+import functools
+from importlib import import_module, metadata
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from typing import Any, Optional, Union
+
+import torch
+
+from ..call import Call
+
+_PACKAGE = "flash_attn.cute"
+_DEVICE_TYPE = "cuda"
+_HOPPER = 9
+# What it takes with every value that the public functions take: its `unsupported` does not ask for it.
+_ANY_VALUE = ("causal", "deterministic", "use_softmax", "sigmoid_bias", "max_seqlen_q", "max_seqlen_k")
+
+
+def obstacle(call: Call) -> Optional[str]:
+    """Why FA4 does not take this call; None if it does."""
+    if call.use_softmax:
+        return "use_softmax=True, and softmax stays on the backend of the tensors' device"
+    if call.q.device.type != _DEVICE_TYPE:
+        return f"q is on {call.q.device}, it takes CUDA tensors"
+    if call.cached:
+        return "flash_attn_with_kvcache appends to a cache, which it does not"
+    reason = _unavailable(call.q.device.index)
+    if reason is not None:
+        return reason
+    from ..cute.nosoftmax.checks import unsupported
+
+    checked = {name: value for name, value in options(call).items() if name not in _ANY_VALUE}
+    return unsupported(call.q, call.k, call.v, dropout_p=call.dropout_p, alibi_slopes=call.alibi_slopes, **checked)
+
+
+def attend(call: Call) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Run a call that has no obstacle; what the public function returns."""
+    from .. import cute
+
+    function = cute.flash_attn_varlen_func if call.varlen else cute.flash_attn_func
+    given = options(call)
+    if call.block_table is not None:
+        given["seqused_k"] = call.cu_seqlens_k.diff()
+    returned = function(call.q, call.k, call.v, **given)
+    return call.result(returned[0] if isinstance(returned, tuple) else returned)
+
+
+def options(call: Call) -> dict[str, Any]:
+    """The call's keyword arguments for flash_attn.cute.flash_attn_func or flash_attn_varlen_func."""
+    given: dict[str, Any] = {
+        "softmax_scale": call.softmax_scale,
+        "causal": call.causal,
+        "window_size": tuple(None if size < 0 else size for size in call.window_size),
+        "softcap": call.softcap,
+        "deterministic": call.deterministic,
+        "use_softmax": False,
+        "activation": call.activation,
+        "sigmoid_bias": call.sigmoid_bias,
+        "normalization": call.normalization,
+    }
+    if not call.varlen:
+        return given
+    given.update(cu_seqlens_q=call.cu_seqlens_q, max_seqlen_q=call.max_seqlen_q, max_seqlen_k=call.max_seqlen_k)
+    if call.block_table is None:
+        return {**given, "cu_seqlens_k": call.cu_seqlens_k}
+    # Pages do not lie one after the other: it takes the lengths of their sequences (seqused_k) and no offsets.
+    return {**given, "page_table": call.block_table}
+
+
+@torch.compiler.assume_constant_result
+def _unavailable(device_index: Optional[int]) -> Optional[str]:
+    """Why FA4 does not run on this GPU, whatever the call. Nothing for torch.compile to trace."""
+    return _unavailable_in_this_process(device_index)
+
+
+@functools.cache
+def _unavailable_in_this_process(device_index: Optional[int]) -> Optional[str]:
+    if torch.version.hip is not None:
+        return "it has no ROCm kernels"
+    try:
+        major, minor = torch.cuda.get_device_capability(device_index)
+    except (AssertionError, RuntimeError) as error:  # tensors without a GPU: those of a FakeTensorMode
+        return f"torch does not reach the GPU ({error})"
+    if major != _HOPPER:
+        return f"compute capability {major}.{minor}, its kernels without softmax run on Hopper (9.0)"
+    return _not_importable()
+
+
+def _not_importable() -> Optional[str]:
+    """Finds the package without importing it, and imports it if it is the one with this patch set."""
+    spec = find_spec(_PACKAGE)
+    if spec is None:
+        return "flash-attn-4 is not installed: install the wheel of this patch set (make wheel FAMILY=flash-attn-4)"
+    if PathFinder.find_spec(f"{_PACKAGE}.nosoftmax", spec.submodule_search_locations or []) is None:
+        return (
+            f"flash-attn-4 {_version()} is installed without this patch set: install the wheel of "
+            "make wheel FAMILY=flash-attn-4 in its place"
+        )
+    try:
+        import_module(f"{_PACKAGE}.nosoftmax.checks")
+        import_module(_PACKAGE).flash_attn_func  # noqa: B018 - whatever it loads late is loaded now
+    except Exception as error:  # whatever its requirements raise: another backend serves
+        return f"flash-attn-4 {_version()} does not import ({type(error).__name__}: {error}): install it with its requirements"
+    return None
+
+
+def _version() -> str:
+    try:
+        return metadata.version("flash-attn-4")
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
