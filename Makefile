@@ -42,7 +42,7 @@ rebase-abort: env  ## drop the rebase and return to the tree before it
 bundle: env  ## one patch for plain `git apply` in dist/
 	@$(FAP) bundle
 
-toolchain: env  ## install the CUDA compiler from the Python package index into .venv
+toolchain: env  ## install the kernels' compiler from the Python package index into .venv
 	@$(FAP) toolchain
 
 wheel: env  ## build the wheel into dist/, install it into .venv, show that it works

@@ -6,6 +6,7 @@ there a kernel that still divides by a softmax sum gives NaN. Two key heads serv
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import time
 from dataclasses import dataclass
@@ -23,13 +24,17 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}  # relative; a 
 
 @dataclass(frozen=True)
 class Target:
-    """Where the package runs, what that is called, and with what it is called there: the kernels that the installed build has."""
+    """Where the package runs, what that is called, and with what it is called there: the kernels that the installed build has.
+
+    ``module`` has the function that is called.
+    """
 
     device: str
     name: str
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     head_dim: int = 64
     backward: bool = True
+    module: str = "flash_attn"
 
     @property
     def passes(self) -> str:
@@ -49,14 +54,15 @@ def in_float64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
 def measure(target: Target, dtype: torch.dtype) -> tuple[dict[str, float], int, float]:
     """(relative error of out, dq, dk, dv in the maximum norm; how many NaN or Inf; seconds for the passes of ``target``)."""
     import torch
-    from flash_attn import flash_attn_func
+
+    flash_attn_func = importlib.import_module(target.module).flash_attn_func
 
     def passes(attend, q, k, v, dout):
         out = attend(q, k, v)
         return [out.detach(), *(torch.autograd.grad(out, (q, k, v), dout) if target.backward else ())]
 
     torch.manual_seed(0)
-    probe(target.device, dtype, target.head_dim)  # first calls import and compile
+    probe(target.device, dtype, target.head_dim, target.module)  # first calls import and compile
     d = target.head_dim
     shapes = [(BATCH, SEQLEN_Q, NHEADS, d), *[(BATCH, SEQLEN_K, NHEADS_K, d)] * 2]
     *inputs, dout = [torch.randn(s, device=target.device, dtype=dtype) for s in (*shapes, shapes[0])]
@@ -71,11 +77,11 @@ def measure(target: Target, dtype: torch.dtype) -> tuple[dict[str, float], int, 
     return dict(zip(("out", "dq", "dk", "dv"), errors)), not_finite, seconds
 
 
-def probe(device: str, dtype: torch.dtype, head_dim: int) -> None:
+def probe(device: str, dtype: torch.dtype, head_dim: int, module: str = "flash_attn") -> None:
     """Attend once, to one key. Raises what the package raises."""
     import torch
-    from flash_attn import flash_attn_func
 
+    flash_attn_func = importlib.import_module(module).flash_attn_func
     flash_attn_func(*[torch.zeros(1, 1, 1, head_dim, device=device, dtype=dtype)] * 3, use_softmax=False)
 
 
@@ -119,12 +125,11 @@ def best_target() -> Target:
     return Target("cpu", platform.machine())
 
 
-def report() -> bool:
-    """Print one line a dtype; returns whether all of them are right."""
+def report(target: Target, package: str) -> bool:
+    """Print one line a dtype for the installed ``package``; returns whether all of them are right."""
     import torch
 
-    target = best_target()
-    print(f"smoke      flash_attn {metadata.version('flash_attn')}, use_softmax=False, causal, {target.passes} on {target.device} "
+    print(f"smoke      {package} {metadata.version(package)}, use_softmax=False, causal, {target.passes} on {target.device} "
           f"({target.name}) against float64")
     good = True
     for kind in target.dtypes:
@@ -142,4 +147,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(project: Project, args: argparse.Namespace) -> int:
-    return 0 if report() else 1
+    if project.family.smoke == "compile":
+        from . import smoke_compile
+
+        return 0 if smoke_compile.report(project.family) else 1
+    return 0 if report(best_target(), project.family.package) else 1
