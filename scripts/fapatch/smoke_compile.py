@@ -61,12 +61,12 @@ def compile_one() -> float:
 
 def report(family: Family) -> bool:
     """Print what was checked and what was not; returns whether all that was checked is right."""
-    import torch
-
     if missing := lacking(family.package):
         print(f"smoke      {family.package} {metadata.version(family.package)}: {parsed(family)} Python files are installed and parse")
         print(f"           not compiled and not run: .venv lacks {', '.join(missing)} (make toolchain FAMILY={family.name} installs them)")
         return True
+    import torch
+
     if torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER:
         target = smoke.Target("cuda", torch.cuda.get_device_name(), ("bfloat16", "float16"), module=family.code.replace("/", "."))
         return smoke.report(target, family.package)

@@ -1,7 +1,7 @@
 """Build the wheel from the patched tree, check what is in it, install it into .venv, and show that it works.
 
 Upstream's own build does it, in a copy of the patched tree that has no .git folder (setup.py would start `git submodule update` in one)
- and with FLASH_ATTENTION_FORCE_BUILD=TRUE (it would otherwise download upstream's own wheel).
+and with FLASH_ATTENTION_FORCE_BUILD=TRUE (it would otherwise download upstream's own wheel).
 The copy is kept: a CUDA build that was stopped goes on with the objects it has. The second run does nothing and says why.
 """
 from __future__ import annotations
