@@ -51,7 +51,7 @@ class Family:
     ``folder``: where setup.py or pyproject.toml lies in upstream's tree, "" for its top; the source distribution is that folder.
     ``code``: the folder of upstream's tree whose Python files the wheel holds. ``extension``: the compiled module of a CUDA build,
     "" when there is nothing to compile. ``submodule``: "" when the source distribution is the only source. ``smoke``: what
-    shows that the wheel works, "run" or "compile" (smoke.py). ``shared``: path in upstream's tree -> file of this repository, for
+    shows that the wheel works, "run" or "compile" (smoke.py). ``undeclared``: requirements that the wheel does not name. ``shared``: path in upstream's tree -> file of this repository, for
     overlay files whose home is another family's overlay.
     """
 
@@ -67,6 +67,7 @@ class Family:
     code: str
     extension: str
     smoke: str
+    undeclared: tuple[str, ...]
     shared: dict[str, str]
     revision: int
     include: tuple[str, ...]
@@ -115,7 +116,7 @@ def _family(name: str, raw: dict[str, Any]) -> Family:
         name=name, default=raw["default"], url=raw["url"], submodule=raw.get("submodule", ""),
         cutlass_submodule=raw.get("cutlass-submodule", ""), series=raw["series"], overlay=raw["overlay"], package=raw["package"],
         folder=raw.get("folder", ""), code=raw.get("code", raw["package"]), extension=raw.get("extension", ""),
-        smoke=raw.get("smoke", "run"), shared=dict(raw.get("shared", {})),
+        smoke=raw.get("smoke", "run"), undeclared=tuple(raw.get("undeclared", ())), shared=dict(raw.get("shared", {})),
         revision=raw["revision"], include=tuple(raw["include"]), exclude=tuple(raw.get("exclude", ())),
         releases=tuple(_release(v, r) for v, r in raw["version"].items()),
     )

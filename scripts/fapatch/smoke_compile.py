@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import os
 import time
+import warnings
 from importlib import metadata, util
 
 from . import smoke
@@ -34,13 +35,13 @@ def parsed(family: Family) -> int:
     return len(files)
 
 
-def lacking(package: str) -> list[str]:
-    """The requirements of the installed ``package`` that this environment does not meet."""
+def lacking(family: Family) -> list[str]:
+    """The requirements of the installed package, declared or not, that this environment does not meet."""
     from packaging.requirements import Requirement
 
     from .missing import is_met
 
-    wanted = [Requirement(line) for line in metadata.requires(package) or ()]
+    wanted = [Requirement(line) for line in [*(metadata.requires(family.package) or ()), *family.undeclared]]
     return [str(r) for r in wanted if not is_met(r)]
 
 
@@ -53,7 +54,8 @@ def compile_one() -> float:
     start = time.perf_counter()
     from flash_attn.cute import flash_attn_func
 
-    with FakeTensorMode():
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler warns about upstream's own code
         shapes = [(smoke.BATCH, smoke.SEQLEN_Q, smoke.NHEADS, 128), *[(smoke.BATCH, smoke.SEQLEN_K, smoke.NHEADS_K, 128)] * 2]
         flash_attn_func(*[torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in shapes], causal=True, use_softmax=False)
     return time.perf_counter() - start
@@ -61,7 +63,7 @@ def compile_one() -> float:
 
 def report(family: Family) -> bool:
     """Print what was checked and what was not; returns whether all that was checked is right."""
-    if missing := lacking(family.package):
+    if missing := lacking(family):
         print(f"smoke      {family.package} {metadata.version(family.package)}: {parsed(family)} Python files are installed and parse")
         print(f"           not compiled and not run: .venv lacks {', '.join(missing)} (make toolchain FAMILY={family.name} installs them)")
         return True

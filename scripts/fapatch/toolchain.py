@@ -14,9 +14,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from . import apply, cuda_toolkit, env
 from .cuda_toolkit import Torch
 from .errors import FapError
+from .missing import is_met
 from .process import CommandFailed, run
 from .project import Project
 
@@ -112,6 +115,7 @@ def ensure_requirements(project: Project, python: Path) -> str:
     """Install what the wheel of the project's release requires; returns one line that says what was done."""
     name = f"{project.family.package} {project.release.version}"
     wanted = env.missing(python, apply.ensure(project) / project.family.folder / "pyproject.toml", [])
+    wanted += [requirement for requirement in project.family.undeclared if not is_met(Requirement(requirement))]
     if not wanted:
         return f".venv has all that {name} requires. Nothing to do."
     _install(python, wanted)

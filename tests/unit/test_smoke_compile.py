@@ -22,6 +22,8 @@ class Installed:
         self.info = folder / "flash_attn_4-4.0.0b36+nosoftmax.1.dist-info"
         self.file.parent.mkdir(parents=True)
         self.info.mkdir()
+        (folder / "triton-3.dist-info").mkdir()  # what the lock adds to the requirements
+        (folder / "triton-3.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 3\n")
         (folder / "flash_attn" / "__init__.py").touch()
         self.file.write_text("raise RuntimeError('imported')\n")
         (self.info / "RECORD").write_text("flash_attn/cute/__init__.py,,\n")
