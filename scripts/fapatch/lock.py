@@ -51,8 +51,8 @@ class Family:
     ``folder``: where setup.py or pyproject.toml lies in upstream's tree, "" for its top; the source distribution is that folder.
     ``code``: the folder of upstream's tree whose Python files the wheel holds. ``extension``: the compiled module of a CUDA build,
     "" when there is nothing to compile. ``submodule``: "" when the source distribution is the only source. ``smoke``: what
-    shows that the wheel works, "run" or "compile" (smoke.py). ``undeclared``: requirements that the wheel does not name. ``shared``: path in upstream's tree -> file of this repository, for
-    overlay files whose home is another family's overlay.
+    shows that the wheel works, "run" or "compile" (smoke.py). ``undeclared``: requirements that the wheel does not name.
+    ``shared``: path in upstream's tree -> file of this repository, for overlay files whose home is another family's overlay.
     """
 
     name: str
