@@ -5,7 +5,7 @@ tiles end at the end of their sequence, so that 0 * NaN from behind it never occ
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Callable, Optional
 
@@ -77,6 +77,20 @@ def offset_batch_K(mark: Optional[NoSoftmax], seqlen_info) -> Callable:
 
 def _sequence(mX: cute.Tensor, batch_idx: Int32, dim: int, offset: Int32, seqlen: Int32) -> cute.Tensor:
     return copy_utils.offset_ragged_tensor(mX, offset, seqlen, ragged_dim=0, ptr_shift=False)
+
+
+def repeating_last_row(paged_kv_manager):
+    """Pages are read row by row. Shared memory keeps what it held in a row that is not, and that may be NaN: read the
+    last row of the sequence once more, its P is 0.
+    """
+    return replace(paged_kv_manager, repeat_last_row=True)
+
+
+@cute.jit
+def zero_without_keys(acc_O: cute.Tensor, seqlen_k: Int32) -> None:
+    """A sequence without keys has no row to repeat."""
+    if seqlen_k <= 0:
+        acc_O.fill(0.0)
 
 
 def load_nothing(src_idx, producer_state) -> None:
