@@ -38,6 +38,7 @@ COMMANDS = {
     "wheel": ("wheel", "build the wheel into dist/ and install it into .venv"),
     "smoke": ("smoke", "one forward and backward without softmax, checked against float64"),
     "sass-identity": ("sass_identity", "compare the machine code of upstream's kernels, pristine against patched"),
+    "compile-check": ("compile_check", "compile the kernels of flash-attn-4 for Hopper without a GPU and read their machine code"),
     "upstream-test": ("upstream_test", "a sample of upstream's own tests"),
     "sanitize": ("sanitize", "every kernel family under compute-sanitizer"),
     "naive": ("naive", "wrong kernels on purpose, and the tests that notice them"),

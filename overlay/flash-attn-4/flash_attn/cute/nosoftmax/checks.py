@@ -1,5 +1,7 @@
 """What the Hopper kernels without softmax serve. Imports neither cutlass nor a kernel, and launches nothing."""
 
+import os
+import re
 from importlib.util import find_spec
 from typing import Any, Optional
 
@@ -21,6 +23,9 @@ def require_dsl() -> None:
 
 @torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
+    """Of the GPU, or of the one that upstream's FLASH_ATTENTION_ARCH (sm_90) names, to compile where there is none."""
+    if arch := re.search(r"(\d+)(\d)", os.environ.get("FLASH_ATTENTION_ARCH", "")):
+        return int(arch[1]), int(arch[2])
     return torch.cuda.get_device_capability(device)
 
 

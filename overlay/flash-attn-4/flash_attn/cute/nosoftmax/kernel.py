@@ -14,11 +14,10 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
-from quack import copy_utils, layout_utils
-
 from flash_attn.cute import utils
 from flash_attn.cute.nosoftmax.marker import NoSoftmax
 from flash_attn.cute.softmax import Softmax
+from quack import copy_utils, layout_utils
 
 _FLOAT16_MAX = 65504.0
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
 import torch
-
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods
 

@@ -3,7 +3,6 @@
 from typing import Optional
 
 import torch
-
 from flash_attn.cute.nosoftmax import launch
 from flash_attn.cute.nosoftmax.score_mods import of_activation
 
@@ -38,8 +37,7 @@ def _call(
     )
 
 
-@torch.library.custom_op("flash_attn_4_nosoftmax::forward", mutates_args=())
-def forward(
+def compile_or_run(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -66,6 +64,9 @@ def forward(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
     return launch.forward(call, q, k, v, pack_gqa=pack_gqa, page_table=page_table)
+
+
+forward = torch.library.custom_op("flash_attn_4_nosoftmax::forward", compile_or_run, mutates_args=())
 
 
 @forward.register_fake

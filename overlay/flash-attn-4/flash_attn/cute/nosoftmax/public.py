@@ -5,13 +5,13 @@ import inspect
 from typing import Any, Callable, Optional, Union
 
 import torch
-
 from flash_attn.cute import interface
 from flash_attn.cute.nosoftmax import ops
 from flash_attn.cute.nosoftmax.checks import unsupported
 from flash_attn.cute.nosoftmax.launch import Call
 from flash_attn.cute.nosoftmax.score_function import resolve
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods, of_activation, of_user
+from flash_attn.cute.testing import is_fake_mode
 
 # What upstream's functions take for softmax or for other GPUs alone: a value that is not the default is an error.
 _SOFTMAX_ONLY = (
@@ -111,7 +111,9 @@ def _without_softmax(
         softmax_scale = q.shape[-1] ** -0.5
     sequences = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
     if score_mod is None and mask_mod is None and block_sparse_tensors is None:
-        out = ops.forward(
+        # With fake tensors upstream compiles and does not launch. A custom operator would do neither.
+        compiles_only = not torch.compiler.is_compiling() and is_fake_mode()
+        out = (ops.compile_or_run if compiles_only else ops.forward)(
             q, k, v, softmax_scale, causal, left, right, softcap, activation, bias, normalization, *sequences,
             page_table, pack_gqa, deterministic,
         )  # fmt: skip
