@@ -16,7 +16,11 @@ from .errors import FapError
 from .lock import Family
 
 # Read when flash_attn.cute and its compiler are imported: which kernels to take, what to compile them for, and for how many SMs (H100).
-FOR_HOPPER = {"FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132"}
+# A kernel that an earlier run left on the disk would show nothing.
+FOR_HOPPER = {
+    "FLASH_ATTENTION_ARCH": "sm_90", "CUTE_DSL_ARCH": "sm_90a", "FLASH_ATTENTION_NUM_SMS": "132",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
+}
 HOPPER = (9, 0)
 
 
