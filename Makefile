@@ -1,7 +1,7 @@
 # Thin on purpose: every target is one call of scripts/fap.py, which `scripts/fap.py --help` explains.
 # Variables: VERSION (upstream release), BACKEND (auto, cpu, cuda), SOURCE (submodule, sdist, path), FA_SRC_DIR, FAMILY,
 #            HEAD_DIMS, DTYPES, PASSES, ARCHS, NO_SOFTMAX_ONLY, MAX_JOBS (CUDA builds: csrc/flash_attn/kernel_build.py in the overlay),
-#            FRACTION, COUNT, SEED, FULL (upstream-test; FULL also sass-identity), FORCE (clean), PYTHON (the interpreter that .venv is made from).
+#            FRACTION, COUNT, SEED, FULL (upstream-test; FULL also sass-identity, compile-check), FORCE (clean), PYTHON (the interpreter that .venv is made from).
 PYTHON ?= python3
 PY     := .venv/bin/python
 FAP    := $(PY) scripts/fap.py
@@ -9,7 +9,7 @@ JOBS   ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 2)')
 export HEAD_DIMS DTYPES PASSES ARCHS NO_SOFTMAX_ONLY
 export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN
 
-.PHONY: help env fetch apply status refresh rebase rebase-continue rebase-abort bundle lint toolchain wheel smoke sass-identity \
+.PHONY: help env fetch apply status refresh rebase rebase-continue rebase-abort bundle lint toolchain wheel smoke sass-identity compile-check \
         test test-unit test-patches test-attention upstream-test sanitize naive-kernels bench bench-gpu clean distclean
 
 help:  ## list the targets
@@ -42,7 +42,7 @@ rebase-abort: env  ## drop the rebase and return to the tree before it
 bundle: env  ## one patch for plain `git apply` in dist/
 	@$(FAP) bundle
 
-toolchain: env  ## install the CUDA compiler from the Python package index into .venv
+toolchain: env  ## install the kernels' compiler from the Python package index into .venv
 	@$(FAP) toolchain
 
 wheel: env  ## build the wheel into dist/, install it into .venv, show that it works
@@ -53,6 +53,9 @@ smoke: env  ## one forward and backward without softmax, checked against fp64
 
 sass-identity: env  ## machine code of upstream's kernels, pristine against patched (HEAD_DIMS=, DTYPES=, PASSES=, ARCHS=, FULL=1)
 	@$(FAP) sass-identity
+
+compile-check: env  ## flash-attn-4's kernels for Hopper, compiled without a GPU and their machine code checked (FULL=1)
+	@FAMILY=flash-attn-4 $(FAP) compile-check
 
 lint: env  ## check patches, headers, lock and code style
 	@$(FAP) lint

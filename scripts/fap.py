@@ -17,12 +17,12 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from fapatch.errors import FapError
+from fapatch.errors import FapError, UsageError
 from fapatch.project import Project
 
 # command: (module of fapatch with add_arguments(parser) and main(project, args) -> int, one line of help).
 # A module that sets EXCLUSIVE = True is alone in the checkout while it runs; with ANY_RELEASE = True it does not look
-# at VERSION.
+# at VERSION; with NEEDS_EXTENSION = True it is about compiled kernels, which not every family has.
 # Modules are imported when asked for: `env` must run before any package is installed.
 COMMANDS = {
     "env": ("env", "make .venv, the project's own Python environment"),
@@ -34,10 +34,11 @@ COMMANDS = {
     "bundle": ("bundle", "write one patch for plain `git apply` into dist/"),
     "lock": ("lock_edit", "add a release to upstream.toml"),
     "lint": ("lint", "check patches, headers and the lock"),
-    "toolchain": ("toolchain", "install the CUDA compiler from the Python package index into .venv"),
+    "toolchain": ("toolchain", "install the kernels' compiler from the Python package index into .venv"),
     "wheel": ("wheel", "build the wheel into dist/ and install it into .venv"),
     "smoke": ("smoke", "one forward and backward without softmax, checked against float64"),
     "sass-identity": ("sass_identity", "compare the machine code of upstream's kernels, pristine against patched"),
+    "compile-check": ("compile_check", "compile the kernels of flash-attn-4 for Hopper without a GPU and read their machine code"),
     "upstream-test": ("upstream_test", "a sample of upstream's own tests"),
     "sanitize": ("sanitize", "every kernel family under compute-sanitizer"),
     "naive": ("naive", "wrong kernels on purpose, and the tests that notice them"),
@@ -71,6 +72,11 @@ def run(argv: list[str]) -> int:
     if getattr(args.module, "ANY_RELEASE", False):
         os.environ.pop("VERSION", None)
     project = Project.open(args.root, args.family, args.release)
+    if getattr(args.module, "NEEDS_EXTENSION", False) and not project.family.extension:
+        raise UsageError(
+            f"{args.command} is about a compiled extension, and FAMILY={project.family.name} is Python alone",
+            f"leave FAMILY= out: {project.lock.default_family} is the default",
+        )
     if not getattr(args.module, "EXCLUSIVE", False):
         return args.module.main(project, args)
     from fapatch import locking

@@ -36,6 +36,8 @@ def _write_if_different(target: Path, content: bytes) -> None:
 
 
 def _provide_cutlass(project: Project, with_cutlass: bool) -> None:
+    if not project.family.cutlass_submodule:
+        return
     if with_cutlass:
         store.export_cutlass(project, project.wheel_dir / project.family.cutlass_submodule)
         return
@@ -61,7 +63,8 @@ def sync(project: Project, tree: str, with_cutlass: bool) -> None:
     for name in set(before) - set(files):
         (target / name).unlink(missing_ok=True)
     # setuptools would put what an earlier build left in these into the new wheel.
-    for leftover in [*(target / "build").glob("lib*"), *(target / "build").glob("bdist*"), *target.glob("*.egg-info")]:
+    top = project.setup_dir
+    for leftover in [*(top / "build").glob("lib*"), *(top / "build").glob("bdist*"), *top.glob("*.egg-info")]:
         shutil.rmtree(leftover)
     _provide_cutlass(project, with_cutlass)
     manifest.write_text(json.dumps(sorted(files)), encoding="utf-8")

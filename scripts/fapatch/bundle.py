@@ -14,13 +14,18 @@ from .project import Project
 EXCLUSIVE = True
 
 
+def _target(project: Project) -> str:
+    """What the bundle is for, as people call it."""
+    return project.release.tag or f"{project.family.package} {project.release.version}"
+
+
 def _text(project: Project, titles: list[str]) -> str:
     """What stands before the first diff: git apply and patch both pass over it."""
     name = f"{project.family.package} {project.release.version}"
     lines = [
         f"{name}+{project.family.local_label}: attention with softmax made optional.",
         "",
-        f"Apply on a checkout of {project.release.tag}:  git apply THIS_FILE",
+        f"Apply on a checkout of {_target(project)}:  git apply THIS_FILE",
         "",
         "Holds:",
         *(f"  {title}" for title in titles),
@@ -70,5 +75,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(project: Project, args: argparse.Namespace) -> int:
     path = write(project)
-    print(f"{path.relative_to(project.root)}  {path.stat().st_size / 1e3:.0f} kB  ->  git apply it on a checkout of {project.release.tag}")
+    print(f"{path.relative_to(project.root)}  {path.stat().st_size / 1e3:.0f} kB  ->  git apply it on a checkout of {_target(project)}")
     return 0

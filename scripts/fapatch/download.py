@@ -12,8 +12,8 @@ from .lock import Sdist
 from .process import CommandFailed, run
 from .project import Project
 
-# pip asks setup.py for the package's metadata, and setup.py imports these.
-_NEEDS = "import packaging, psutil, setuptools, torch, wheel"
+# pip asks upstream's build for the package's metadata, and that imports these.
+_NEEDS = "import packaging, psutil, setuptools, setuptools_scm, torch, wheel"
 PIP_SECONDS = 900.0
 
 
@@ -49,11 +49,11 @@ def pip_download(project: Project, requirement: str, into: Path) -> Path:
     """Download the source distribution that ``requirement`` (a line of a requirements file) names; returns the one new
     file.
 
-    Raises FapError when the environment cannot run upstream's setup.py, or the index cannot be reached, or the hash is
+    Raises FapError when the environment cannot run upstream's build, or the index cannot be reached, or the hash is
     wrong.
     """
     interpreter = python(project)
-    run(interpreter, "-c", _NEEDS, hint=f"upstream's setup.py needs these packages: make env ({interpreter} was used)")
+    run(interpreter, "-c", _NEEDS, hint=f"upstream's build needs these packages: make env ({interpreter} was used)")
     requirements = into / "requirements.txt"
     requirements.write_text(requirement + "\n", encoding="utf-8")
     folder = into / "files"

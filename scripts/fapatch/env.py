@@ -101,7 +101,7 @@ def _share_packages(venv: Path, base: Path) -> None:
 
 
 def missing(python: Path, pyproject: Path, groups: list[str]) -> list[str]:
-    """The requirements of ``groups`` that the environment of ``python`` does not meet."""
+    """The requirements of ``groups``, or of the project itself without any, that the environment of ``python`` does not meet."""
     return json.loads(run(python, "-I", Path(__file__).with_name("missing.py"), pyproject, *groups).stdout)
 
 

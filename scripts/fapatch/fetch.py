@@ -64,9 +64,7 @@ def _pinned_files(project: Project, wanted: str) -> tuple[source.Files, str]:
             files = source.from_sdist(project, online)
             if files is not None:
                 return files, project.release.sdist.name
-    raise FapError(
-        f"{project.family.submodule} does not have {project.release.version}: {reasons[-1]}", "SOURCE=sdist takes the source distribution"
-    )
+    raise FapError(f"no submodule gives {project.release.version}: {reasons[-1]}", "SOURCE=sdist takes the source distribution")
 
 
 def _stored(project: Project) -> Base | None:

@@ -10,6 +10,7 @@ from packaging.version import InvalidVersion, Version
 
 from .globs import matches
 from .lock import Family, Lock, Release
+from .overlay import home
 
 Complaint = tuple[str, int, str]
 
@@ -36,7 +37,7 @@ class Checkout:
         return [p for p in dict.fromkeys([*listed, *sorted(folder.glob("*.patch"))]) if p.is_file()]
 
     def overlay(self, family: Family) -> list[str]:
-        """The paths in the overlay, as they will lie in upstream's tree."""
+        """The paths in the overlay's folder, as they will lie in upstream's tree."""
         folder = self.root / family.overlay
         files = (p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
         return sorted(p.relative_to(folder).as_posix() for p in files)
@@ -75,17 +76,29 @@ def series_and_files_agree(checkout: Checkout) -> Iterator[Complaint]:
 def overlay_and_patches_are_apart(checkout: Checkout) -> Iterator[Complaint]:
     """A file is either ours (overlay) or upstream's (patched): a patch over an overlay file would hide code in a diff."""
     for family in checkout.lock.families:
-        overlay = set(checkout.overlay(family))
+        overlay = {*checkout.overlay(family), *family.shared}
         for path in checkout.patches(family):
             for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
                 if line.startswith("+++ b/") and line[6:] in overlay:
-                    yield path.relative_to(checkout.root).as_posix(), number, f"{line[6:]} is in {family.overlay}/: change it there"
+                    yield path.relative_to(checkout.root).as_posix(), number, f"{line[6:]} is {home(family, line[6:])}: change it there"
         for name in sorted(overlay):
             if matches(name, family.exclude):
-                yield f"{family.overlay}/{name}", 0, "this path is excluded in the lock"
+                yield home(family, name), 0, f"{name} is excluded in the lock"
 
 
-def _release_complaints(release: Release) -> Iterator[str]:
+@rule("shared")
+def shared_files_have_one_home(checkout: Checkout) -> Iterator[Complaint]:
+    for family in checkout.lock.families:
+        for name, kept in family.shared.items():
+            if not any(kept.startswith(f"{other.overlay}/") for other in checkout.lock.families if other is not family):
+                yield checkout.lock.path.name, 0, f"{family.name} shares {kept}, which is in no other family's overlay"
+            elif not (checkout.root / kept).is_file():
+                yield checkout.lock.path.name, 0, f"{family.name} shares {kept}, and there is no such file"
+            if name in checkout.overlay(family):
+                yield f"{family.overlay}/{name}", 0, f"a copy of {kept}, which the lock shares"
+
+
+def _release_complaints(release: Release, has_submodule: bool) -> Iterator[str]:
     for field, length in (("commit", 40), ("cutlass", 40), ("tree", 40), ("patched_tree", 40)):
         value = getattr(release, field)
         if value and not re.fullmatch(rf"[0-9a-f]{{{length}}}", value):
@@ -96,8 +109,9 @@ def _release_complaints(release: Release) -> Iterator[str]:
         yield f"the size of {release.sdist.name} is {release.sdist.size!r}, not a number of bytes"
     if release.version not in release.sdist.name or not release.sdist.name.endswith(".tar.gz"):
         yield f"{release.sdist.name} is not the name of its source distribution"
-    if release.tag != f"v{release.version}":
-        yield f"the tag is {release.tag!r}, expected 'v{release.version}'"
+    tag = f"v{release.version}" if has_submodule else ""
+    if release.tag != tag:
+        yield f"the tag is {release.tag!r}, expected {tag!r}"
 
 
 @rule("lock")
@@ -117,7 +131,7 @@ def lock_is_well_formed(checkout: Checkout) -> Iterator[Complaint]:
                 Version(release.version)
             except InvalidVersion:
                 yield checkout.lock.path.name, line_of(release.version), f"{release.version!r} is not a version"
-            for complaint in _release_complaints(release):
+            for complaint in _release_complaints(release, bool(family.submodule)):
                 yield checkout.lock.path.name, line_of(release.version), f"{release.version}: {complaint}"
 
 
@@ -132,7 +146,7 @@ def trees_are_pinned(checkout: Checkout) -> Iterator[Complaint]:
 
 @rule("submodule")
 def submodule_is_at_the_default(checkout: Checkout) -> Iterator[Complaint]:
-    for family in checkout.lock.families:
+    for family in (f for f in checkout.lock.families if f.submodule):
         commit, found = family.release().commit, checkout.gitlinks.get(family.submodule)
         if found is None:
             yield ".gitmodules", 0, f"{family.submodule} is not a submodule in the index"

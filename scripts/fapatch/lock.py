@@ -30,7 +30,10 @@ class Sdist:
 
 @dataclass(frozen=True)
 class Release:
-    """One upstream release. ``tree`` and ``patched_tree`` are git tree ids, before and after overlay and series."""
+    """One upstream release. ``tree`` and ``patched_tree`` are git tree ids, before and after overlay and series.
+
+    ``tag`` and the commits are those of the family's submodule, "" without one.
+    """
 
     version: str
     tag: str
@@ -43,7 +46,14 @@ class Release:
 
 @dataclass(frozen=True)
 class Family:
-    """The releases of one upstream package that one series of patches serves. Paths are relative to the project root."""
+    """The releases of one upstream package that one series of patches serves. Paths are relative to the project root.
+
+    ``folder``: where setup.py or pyproject.toml lies in upstream's tree, "" for its top; the source distribution is that folder.
+    ``code``: the folder of upstream's tree whose Python files the wheel holds. ``extension``: the compiled module of a CUDA build,
+    "" when there is nothing to compile. ``submodule``: "" when the source distribution is the only source. ``smoke``: what
+    shows that the wheel works, "run" or "compile" (smoke.py). ``undeclared``: requirements that the wheel does not name.
+    ``shared``: path in upstream's tree -> file of this repository, for overlay files whose home is another family's overlay.
+    """
 
     name: str
     default: str
@@ -53,6 +63,12 @@ class Family:
     series: str
     overlay: str
     package: str
+    folder: str
+    code: str
+    extension: str
+    smoke: str
+    undeclared: tuple[str, ...]
+    shared: dict[str, str]
     revision: int
     include: tuple[str, ...]
     exclude: tuple[str, ...]
@@ -90,15 +106,17 @@ class Lock:
 
 def _release(version: str, raw: dict[str, Any]) -> Release:
     return Release(
-        version=version, tag=raw["tag"], sdist=Sdist(**raw["sdist"]), commit=raw.get("commit", ""),
+        version=version, tag=raw.get("tag", ""), sdist=Sdist(**raw["sdist"]), commit=raw.get("commit", ""),
         cutlass=raw.get("cutlass", ""), tree=raw.get("tree", ""), patched_tree=raw.get("patched-tree", ""),
     )
 
 
 def _family(name: str, raw: dict[str, Any]) -> Family:
     return Family(
-        name=name, default=raw["default"], url=raw["url"], submodule=raw["submodule"],
-        cutlass_submodule=raw["cutlass-submodule"], series=raw["series"], overlay=raw["overlay"], package=raw["package"],
+        name=name, default=raw["default"], url=raw["url"], submodule=raw.get("submodule", ""),
+        cutlass_submodule=raw.get("cutlass-submodule", ""), series=raw["series"], overlay=raw["overlay"], package=raw["package"],
+        folder=raw.get("folder", ""), code=raw.get("code", raw["package"]), extension=raw.get("extension", ""),
+        smoke=raw.get("smoke", "run"), undeclared=tuple(raw.get("undeclared", ())), shared=dict(raw.get("shared", {})),
         revision=raw["revision"], include=tuple(raw["include"]), exclude=tuple(raw.get("exclude", ())),
         releases=tuple(_release(v, r) for v, r in raw["version"].items()),
     )

@@ -77,12 +77,11 @@ def add(project: Project, version: str, commit: str = "", cutlass: str = "") -> 
         raise UsageError(f"{version!r} is not a version", "write it like 2.8.4 or 2.8.3.post1") from e
     if version in (r.version for r in project.family.releases):
         raise UsageError(f"{version} is in {project.lock.path.name} already", f"make rebase VERSION={version}")
-    release = Release(version, f"v{version}", _download(project, version), commit, cutlass, "", "")
+    release = Release(version, f"v{version}" if project.family.submodule else "", _download(project, version), commit, cutlass, "", "")
     tree = fetch.pinned(replace(project, release=release), "sdist").tree
     document = tomlkit.parse(project.lock.path.read_text(encoding="utf-8"))
     entry = tomlkit.table()
-    entry["tag"] = release.tag
-    entry.update({name: value for name, value in (("commit", commit), ("cutlass", cutlass)) if value})
+    entry.update({name: value for name, value in (("tag", release.tag), ("commit", commit), ("cutlass", cutlass)) if value})
     sdist = tomlkit.inline_table()
     sdist.update({"name": release.sdist.name, "size": release.sdist.size, "sha256": release.sdist.sha256})
     entry["sdist"] = sdist

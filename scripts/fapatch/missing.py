@@ -1,4 +1,5 @@
-"""Print as JSON which packages of pyproject.toml's optional dependencies the running Python lacks. Run by .venv's Python.
+"""Print as JSON which packages of a pyproject.toml the running Python lacks: those of the optional dependencies GROUP...,
+or without a group those that the project itself depends on. Run by .venv's Python.
 
     python missing.py PYPROJECT GROUP...      ->  ["ninja", "torch==2.13.0"]
 
@@ -30,8 +31,9 @@ def is_met(requirement: Requirement) -> bool:
 
 
 def main(argv: list[str]) -> int:
-    groups = tomllib.loads(Path(argv[0]).read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    wanted = [requirement for group in argv[1:] for requirement in groups[group]]
+    project = tomllib.loads(Path(argv[0]).read_text(encoding="utf-8"))["project"]
+    groups = [project["optional-dependencies"][group] for group in argv[1:]] or [project["dependencies"]]
+    wanted = [requirement for group in groups for requirement in group]
     json.dump([r for r in wanted if not is_met(Requirement(r))], sys.stdout)
     return 0
 

@@ -24,8 +24,9 @@ from .errors import FapError, UsageError
 from .naive_table import RIGHT, VARIANTS
 from .process import run
 from .project import Project
-from .wheel_check import EXTENSION
 
+NEEDS_EXTENSION = True
+EXTENSION = "flash_attn_2_cuda"
 # minus-infinity.patch is what the first person does, masked-with-zero.patch what the next one mends on top of it.
 PATCHES = {"minus-infinity": ("minus-infinity",), "masked-with-zero": ("minus-infinity", "masked-with-zero")}
 OPTIONS = {"HEAD_DIMS": "32,64", "DTYPES": "fp16", "PASSES": ""}

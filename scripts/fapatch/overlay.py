@@ -1,8 +1,13 @@
-"""Our own files: those in overlay/<family>, at the paths that they take in upstream's tree."""
+"""Our own files: those in overlay/<family>, and those that the family shares with another one, at the paths that they take in
+upstream's tree.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .errors import FapError
+from .lock import Family, Lock
 from .project import Project
 
 # What tools leave behind. Anything else in the folder is part of the product.
@@ -10,8 +15,25 @@ _JUNK_FOLDERS = ("__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", "
 _JUNK_ENDINGS = (".pyc", ".orig", ".rej", "~", ".swp", ".so")
 
 
+def home(family: Family, path: str) -> str:
+    """The file of this repository that holds the overlay file at ``path`` of upstream's tree."""
+    return family.shared.get(path, f"{family.overlay}/{path}")
+
+
+def others(lock: Lock, family: Family, homes: Iterable[str]) -> list[str]:
+    """The names of the other families whose patched tree holds one of ``homes``, files of this repository."""
+    return [
+        other.name
+        for other in lock.families
+        if other.name != family.name and any(h in other.shared.values() or h.startswith(f"{other.overlay}/") for h in homes)
+    ]
+
+
 def load(project: Project) -> dict[str, bytes]:
-    """Path in upstream's tree -> content. Raises FapError for a symbolic link, which a wheel could not hold."""
+    """Path in upstream's tree -> content.
+
+    Raises FapError for a symbolic link, which a wheel could not hold, and for a shared file that is missing or has a copy.
+    """
     files: dict[str, bytes] = {}
     for path in sorted(project.overlay.rglob("*")):
         name = path.relative_to(project.overlay).as_posix()
@@ -21,4 +43,11 @@ def load(project: Project) -> dict[str, bytes]:
             raise FapError(f"{path.relative_to(project.root)} is a symbolic link", "put the file itself there")
         if path.is_file():
             files[name] = path.read_bytes()
-    return files
+    for name, kept in project.family.shared.items():
+        if name in files:
+            raise FapError(f"{project.family.overlay}/{name} is a copy of {kept}", f"remove it; {project.lock.path.name} shares that file")
+        try:
+            files[name] = (project.root / kept).read_bytes()
+        except FileNotFoundError as e:
+            raise FapError(f"{kept} is missing, and {project.lock.path.name} shares it as {name}", f"git checkout {kept}") from e
+    return dict(sorted(files.items()))

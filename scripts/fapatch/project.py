@@ -71,6 +71,11 @@ class Project:
         return self.build / "wheel" / self.family.name / self.release.version
 
     @property
+    def setup_dir(self) -> Path:
+        """Where setup.py or pyproject.toml lies in ``wheel_dir``."""
+        return self.wheel_dir / self.family.folder
+
+    @property
     def dist(self) -> Path:
         return self.root / "dist"
 

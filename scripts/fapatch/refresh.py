@@ -144,8 +144,9 @@ def _write(project: Project, old: Files, new: Files) -> None:
         (project.patches / name).unlink(missing_ok=True)
     for path, content in new.overlay.items():
         if old.overlay.get(path) != content:
-            (project.overlay / path).parent.mkdir(parents=True, exist_ok=True)
-            lock_edit.write_atomically(project.overlay / path, content)
+            target = project.root / overlay.home(project.family, path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock_edit.write_atomically(target, content)
     for path in old.overlay.keys() - new.overlay.keys():
         (project.overlay / path).unlink(missing_ok=True)
 
@@ -173,7 +174,10 @@ def renew_trees(project: Project, files: Files, known: dict[str, tuple[str, str]
 
 def publish(project: Project, old: Files, wanted: Files, expected: str = "") -> int:
     """Write ``wanted`` in the place of ``old``, renew all tree ids and put the tree of the project's release in place."""
-    base = fetch.pinned(project)
+    if lost := sorted(project.family.shared.keys() - wanted.overlay.keys()):
+        raise FapError(f"{lost[0]} is gone from the patched tree, and other families have it too",
+                       f"bring it back there, or take it out of `shared` in {project.lock.path.name}")
+    base, recorded = fetch.pinned(project), state.read(project)
     built, new = _settle(project, base, wanted, expected)
     try:
         _write(project, old, new)
@@ -191,6 +195,10 @@ def publish(project: Project, old: Files, wanted: Files, expected: str = "") -> 
         print(f"tree       {after.version:<14} {after.patched_tree[:12]}{'' if same else '  new'}")
     for complaint in complaints:
         print(f"warning: {complaint}")
+    made = state.State.of(base, new.patches, new.overlay, built.commit, built.tree)
+    homes = [overlay.home(project.family, path) for path in state.changed(recorded.overlay if recorded else {}, made.overlay)]
+    for other in overlay.others(project.lock, project.family, homes):
+        print(f"{other} has files that changed here  ->  make refresh FAMILY={other}")
     return 1 if complaints else 0
 
 

@@ -19,6 +19,7 @@ from .errors import FapError, UsageError
 from .process import run
 from .project import Project
 
+NEEDS_EXTENSION = True
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 HEAD_DIMS = ("32", "64", "96", "128", "192", "256")
 # Of CUTLASS and of flash_attn/linear/kernels.py.

@@ -29,6 +29,7 @@ from .project import Project
 from .series import Patch
 
 EXCLUSIVE = True
+NEEDS_EXTENSION = True
 SIDES = ("pristine", "patched")
 CHOICES = ("HEAD_DIMS", "DTYPES", "PASSES")
 SMALL_SET = {"HEAD_DIMS": "32", "DTYPES": "fp16"}

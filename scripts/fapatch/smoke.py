@@ -6,9 +6,11 @@ there a kernel that still divides by a softmax sum gives NaN. Two key heads serv
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from typing import TYPE_CHECKING
 
@@ -23,13 +25,23 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}  # relative; a 
 
 @dataclass(frozen=True)
 class Target:
-    """Where the package runs, what that is called, and with what it is called there: the kernels that the installed build has."""
+    """Where the package runs, what that is called, and with what it is called there: the kernels that the installed build has.
+
+    ``module`` has the function that is called.
+    """
 
     device: str
     name: str
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     head_dim: int = 64
     backward: bool = True
+    module: str = "flash_attn"
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
+        """Without softmax, by what this wheel has for the device and not by another wheel beside it."""
+        options = {"backend": "fa2"} if (self.device, self.module) == ("cuda", "flash_attn") else {}
+        out = importlib.import_module(self.module).flash_attn_func(q, k, v, causal=causal, use_softmax=False, **options)
+        return out[0] if isinstance(out, tuple) else out  # flash_attn.cute also returns an empty log-sum-exp
 
     @property
     def passes(self) -> str:
@@ -49,20 +61,19 @@ def in_float64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
 def measure(target: Target, dtype: torch.dtype) -> tuple[dict[str, float], int, float]:
     """(relative error of out, dq, dk, dv in the maximum norm; how many NaN or Inf; seconds for the passes of ``target``)."""
     import torch
-    from flash_attn import flash_attn_func
 
     def passes(attend, q, k, v, dout):
         out = attend(q, k, v)
         return [out.detach(), *(torch.autograd.grad(out, (q, k, v), dout) if target.backward else ())]
 
     torch.manual_seed(0)
-    probe(target.device, dtype, target.head_dim)  # first calls import and compile
+    probe(target, dtype)  # first calls import and compile
     d = target.head_dim
     shapes = [(BATCH, SEQLEN_Q, NHEADS, d), *[(BATCH, SEQLEN_K, NHEADS_K, d)] * 2]
     *inputs, dout = [torch.randn(s, device=target.device, dtype=dtype) for s in (*shapes, shapes[0])]
     start = time.perf_counter()
     leaves = [t.requires_grad_(target.backward) for t in inputs]
-    results = passes(lambda *qkv: flash_attn_func(*qkv, causal=True, **_options(target.device)), *leaves, dout)
+    results = passes(partial(target.attend, causal=True), *leaves, dout)
     not_finite = sum(int((~t.isfinite()).sum()) for t in results)
     seconds = time.perf_counter() - start
     # Leaves of their own, or their gradients would be rounded too.
@@ -71,17 +82,11 @@ def measure(target: Target, dtype: torch.dtype) -> tuple[dict[str, float], int, 
     return dict(zip(("out", "dq", "dk", "dv"), errors)), not_finite, seconds
 
 
-def probe(device: str, dtype: torch.dtype, head_dim: int) -> None:
+def probe(target: Target, dtype: torch.dtype) -> None:
     """Attend once, to one key. Raises what the package raises."""
     import torch
-    from flash_attn import flash_attn_func
 
-    flash_attn_func(*[torch.zeros(1, 1, 1, head_dim, device=device, dtype=dtype)] * 3, **_options(device))
-
-
-def _options(device: str) -> dict[str, object]:
-    """No softmax, by what this wheel has for the device and not by another wheel beside it."""
-    return {"use_softmax": False, "backend": "fa2" if device == "cuda" else "auto"}
+    target.attend(*[torch.zeros(1, 1, 1, target.head_dim, device=target.device, dtype=dtype)] * 3)
 
 
 def on_gpu() -> Target:
@@ -91,7 +96,7 @@ def on_gpu() -> Target:
     """
     import torch
 
-    probe_dtype, head_dim, built = torch.float16, 64, {}
+    built = {}
     try:
         import flash_attn_2_cuda as extension
     except ImportError:
@@ -102,12 +107,12 @@ def on_gpu() -> Target:
         passes = getattr(extension, "built_passes", ("fwd", "bwd"))
         if "fwd" not in passes:
             raise RuntimeError(f"this build has no forward kernels (PASSES={','.join(passes)}), and nothing to show without a cache")
-        head_dims = getattr(extension, "built_head_dims", (head_dim,))
-        head_dim = head_dim if head_dim in head_dims else head_dims[0]
+        head_dims = getattr(extension, "built_head_dims", (Target.head_dim,))
+        head_dim = Target.head_dim if Target.head_dim in head_dims else head_dims[0]
         built |= {"head_dim": head_dim, "backward": "bwd" in passes}
-        probe_dtype = getattr(torch, built["dtypes"][0])
-    probe("cuda", probe_dtype, head_dim)
-    return Target("cuda", torch.cuda.get_device_name(), **built)
+    target = Target("cuda", torch.cuda.get_device_name(), **built)
+    probe(target, getattr(torch, target.dtypes[-1]))
+    return target
 
 
 def best_target() -> Target:
@@ -124,12 +129,11 @@ def best_target() -> Target:
     return Target("cpu", platform.machine())
 
 
-def report() -> bool:
-    """Print one line a dtype; returns whether all of them are right."""
+def report(target: Target, package: str) -> bool:
+    """Print one line a dtype for the installed ``package``; returns whether all of them are right."""
     import torch
 
-    target = best_target()
-    print(f"smoke      flash_attn {metadata.version('flash_attn')}, use_softmax=False, causal, {target.passes} on {target.device} "
+    print(f"smoke      {package} {metadata.version(package)}, use_softmax=False, causal, {target.passes} on {target.device} "
           f"({target.name}) against float64")
     good = True
     for kind in target.dtypes:
@@ -147,4 +151,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(project: Project, args: argparse.Namespace) -> int:
-    return 0 if report() else 1
+    if project.family.smoke == "compile":
+        from . import smoke_compile
+
+        return 0 if smoke_compile.report(project.family) else 1
+    return 0 if report(best_target(), project.family.package) else 1

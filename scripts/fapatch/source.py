@@ -26,13 +26,15 @@ def ours(project: Project) -> Wanted:
 
 def from_folder(project: Project, folder: Path) -> Files:
     """The files as they lie in ``folder``, somebody's own checkout or unpacked archive, edits included."""
-    if not (folder / "setup.py").is_file() or not (folder / project.family.package).is_dir():
+    family = project.family
+    build_files = [Path(family.folder) / name for name in ("setup.py", "pyproject.toml")]
+    if not any((folder / name).is_file() for name in build_files) or not (folder / family.code).is_dir():
         raise UsageError(
-            f"{folder} is not a checkout of {project.family.package}: it lacks setup.py or {project.family.package}/",
+            f"{folder} is not a checkout of {family.package}: it lacks {' and '.join(map(str, build_files))}, or {family.code}/",
             "set FA_SRC_DIR (or SOURCE) to the top folder of one",
         )
     wanted = ours(project)
-    found = {p.relative_to(folder).as_posix(): p for pattern in project.family.include for p in folder.glob(pattern) if p.is_file()}
+    found = {p.relative_to(folder).as_posix(): p for pattern in family.include for p in folder.glob(pattern) if p.is_file()}
     return ((path, found[path].read_bytes()) for path in sorted(found) if wanted(path))
 
 
@@ -69,6 +71,8 @@ def _clone_submodule(project: Project) -> str:
 
 def from_submodule(project: Project, online: bool) -> tuple[Files | None, str]:
     """(the files of the pinned commit, "") or (None, the reason). ``online``: clone the submodule where it is empty."""
+    if not project.family.submodule:
+        return None, f"{project.family.name} has no submodule"
     reason = "the submodule is empty"
     if online and not _pinned(project, project.submodule):
         reason = _clone_submodule(project)
@@ -81,7 +85,10 @@ def from_submodule(project: Project, online: bool) -> tuple[Files | None, str]:
 def from_sdist(project: Project, online: bool) -> Files | None:
     """The files of the verified source distribution; None when it is not in the cache and ``online`` is not set."""
     path = download.sdist(project, offline=not online)
-    return archive.read(path, ours(project)) if path else None
+    if path is None:
+        return None
+    wanted, prefix = ours(project), f"{project.family.folder}/" if project.family.folder else ""
+    return ((prefix + name, content) for name, content in archive.read(path, lambda name: wanted(prefix + name)))
 
 
 def cutlass_from_submodule(project: Project, online: bool) -> Files | None:

@@ -100,7 +100,8 @@ def forget(project: Project) -> None:
     _path(project).unlink(missing_ok=True)
 
 
-def _changed(old: dict[str, str], new: dict[str, str]) -> tuple[str, ...]:
+def changed(old: dict[str, str], new: dict[str, str]) -> tuple[str, ...]:
+    """The names whose blob ids differ in ``old`` and ``new``."""
     return tuple(sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)))
 
 
@@ -115,7 +116,7 @@ def compare_inputs(project: Project, state: State, base: Base | None) -> list[Fi
         Finding(Reason.PATCH_ADDED, tuple(n for n in new if n not in old)),
         Finding(Reason.PATCH_REMOVED, tuple(n for n in old if n not in new)),
         Finding(Reason.PATCH_CHANGED, tuple(n for n in common if old[n] != new[n])),
-        Finding(Reason.OVERLAY_CHANGED, _changed(state.overlay, {path: git.blob_id(data) for path, data in overlay.load(project).items()})),
+        Finding(Reason.OVERLAY_CHANGED, changed(state.overlay, {path: git.blob_id(data) for path, data in overlay.load(project).items()})),
     ]
     found = [f for f in found if f.what]
     if common != [name for name in new if name in old]:

@@ -1,4 +1,7 @@
-"""Install the CUDA compiler from the Python package index into .venv, for a torch with CUDA on a machine without nvcc.
+"""Install the compiler of the family's kernels from the Python package index into .venv.
+
+Of a family that is Python alone these are the packages that its wheel requires. Of the others it is the CUDA compiler, for a torch with
+CUDA on a machine without nvcc.
 
 The packages are those of torch's own CUDA version: compiler, headers, runtime library, and cuobjdump for `make sass-identity`.
 They get a folder of their own, .venv/cuda-toolchain: one CUDA_HOME with all its parts, and torch's packages stay as they are.
@@ -11,14 +14,16 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from . import cuda_toolkit, env
+from packaging.requirements import Requirement
+
+from . import apply, cuda_toolkit, env
 from .cuda_toolkit import Torch
 from .errors import FapError
+from .missing import is_met
 from .process import CommandFailed, run
 from .project import Project
 
 EXCLUSIVE = True
-ANY_RELEASE = True
 STAMP = "requirements.txt"  # what the folder was made from
 # Earlier packages hold ptxas, but neither nvcc nor cudafe++.
 FIRST_CUDA_WITH_NVCC = 13
@@ -72,9 +77,10 @@ def check(home: Path) -> None:
                            "nvcc needs a C++ compiler: install g++, then make toolchain") from e
 
 
-def _install(python: Path, wanted: list[str], folder: Path) -> None:
+def _install(python: Path, wanted: list[str], *options: str | Path) -> None:
+    print(f"installing {', '.join(wanted)}", flush=True)
     try:
-        run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", "--target", folder, *wanted)
+        run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", *options, *wanted)
     except CommandFailed as e:
         errors = [line for line in e.stderr.decode("utf-8", "replace").splitlines() if line.startswith("ERROR:")]
         reason = errors[-1].removeprefix("ERROR: ") if errors else e.message
@@ -90,10 +96,9 @@ def ensure(venv: Path, torch: Torch) -> str:
     home = cuda_toolkit.toolchain_home(venv)
     if home and (folder / STAMP).is_file() and (folder / STAMP).read_text() == stamp:
         return f"{home.relative_to(venv.parent)} is up to date: CUDA {cuda_toolkit.version(home)}. Nothing to do."
-    print(f"installing {', '.join(wanted)}", flush=True)
     with tempfile.TemporaryDirectory(dir=venv, prefix=f".{cuda_toolkit.TOOLCHAIN}-") as scratch:
         new = Path(scratch) / cuda_toolkit.TOOLCHAIN
-        _install(env.venv_python(venv), wanted, new)
+        _install(env.venv_python(venv), wanted, "--target", new)
         home = cuda_toolkit.toolchain_home(Path(scratch))
         if home is None:
             raise FapError(f"the packages {', '.join(wanted)} brought no nvcc", "install the CUDA toolkit and set CUDA_HOME")
@@ -106,6 +111,17 @@ def ensure(venv: Path, torch: Torch) -> str:
     return f"{home.relative_to(venv.parent)} is ready: CUDA {cuda_toolkit.version(home)}; `make wheel` builds with it"
 
 
+def ensure_requirements(project: Project, python: Path) -> str:
+    """Install what the wheel of the project's release requires; returns one line that says what was done."""
+    name = f"{project.family.package} {project.release.version}"
+    wanted = env.missing(python, apply.ensure(project) / project.family.folder / "pyproject.toml", [])
+    wanted += [requirement for requirement in project.family.undeclared if not is_met(Requirement(requirement))]
+    if not wanted:
+        return f".venv has all that {name} requires. Nothing to do."
+    _install(python, wanted)
+    return f".venv has all that {name} requires"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     del parser
 
@@ -114,5 +130,5 @@ def main(project: Project, args: argparse.Namespace) -> int:
     python = env.venv_python(project.venv)
     if not python.exists():
         raise FapError(".venv is missing", "make env")
-    print(ensure(project.venv, Torch.of(python)))
+    print(ensure(project.venv, Torch.of(python)) if project.family.extension else ensure_requirements(project, python))
     return 0

@@ -167,6 +167,9 @@ def main(project: Project, args: argparse.Namespace) -> int:
     with locking.exclusive(project, "upstream-test"):  # not for the whole run: a full one takes hours
         test_file = apply.ensure(project) / "tests" / "test_flash_attn.py"
 
+    if not test_file.is_file():
+        raise UsageError(f"upstream's {project.family.package} comes without tests", "leave FAMILY= out: the default family has them")
+
     described = _describe(project, test_file, folder)
     on_gpu, package = described["gpus"] > 0, Path(described["package"])
     jobs = int(_number(args.jobs, "JOBS", int, 1, 1024, "2")) if args.jobs else _jobs(described["gpus"])

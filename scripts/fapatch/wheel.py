@@ -1,7 +1,7 @@
 """Build the wheel from the patched tree, check what is in it, install it into .venv, and show that it works.
 
-Upstream's setup.py does the building. It is run in a copy of the patched tree that has no .git folder (setup.py would start
-`git submodule update` in one) and with FLASH_ATTENTION_FORCE_BUILD=TRUE (it would otherwise download upstream's own wheel).
+Upstream's own build does it, in a copy of the patched tree that has no .git folder (setup.py would start `git submodule update` in one)
+and with FLASH_ATTENTION_FORCE_BUILD=TRUE (it would otherwise download upstream's own wheel).
 The copy is kept: a CUDA build that was stopped goes on with the objects it has. The second run does nothing and says why.
 """
 from __future__ import annotations
@@ -20,6 +20,7 @@ import psutil
 from . import apply, build_copy, build_progress, cuda_toolkit, env, git, wheel_check
 from .cuda_toolkit import Search, Torch
 from .errors import FapError, UsageError
+from .lock import Family
 from .process import CommandFailed, run
 from .project import Project
 
@@ -29,7 +30,7 @@ BACKENDS = ("auto", "cpu", "cuda")
 CUDA_OPTIONS = ("HEAD_DIMS", "DTYPES", "PASSES", "ARCHS", "NO_SOFTMAX_ONLY", "FLASH_ATTN_CUDA_ARCHS")
 # nvcc on the largest backward file, one architecture after the other, stays below this.
 BYTES_PER_COMPILER = 5 << 30
-FREE_BYTES = {"cpu": 200 << 20, "cuda": 8 << 30}
+FREE_BYTES = {"cpu": 200 << 20, "python": 200 << 20, "cuda": 8 << 30}
 TOOLCHAIN_HINT = "`make toolchain` installs it from the Python package index"
 
 
@@ -77,21 +78,29 @@ def choose_backend(asked: str, torch: Torch, nvcc: Search) -> Backend:
     return Backend(asked, f"BACKEND={asked}")
 
 
+def without_extension(family: Family, asked: str) -> Backend:
+    """The backend of a family that is Python alone. Raises UsageError when another one was asked for."""
+    if asked not in ("auto", "python"):
+        raise UsageError(f"BACKEND={asked}: {family.name} is Python alone, there is nothing to compile", "leave BACKEND= out")
+    return Backend("python", "its kernels are compiled when they are called")
+
+
 def max_jobs(cores: int, free_bytes: int) -> int:
     """How many compilers to run at once: one a core, as far as the memory goes (upstream's own rule leaves half of the cores idle)."""
     return max(1, min(cores, free_bytes // BYTES_PER_COMPILER))
 
 
 def build_environment(project: Project, backend: str) -> dict[str, str]:
-    """The variables that upstream's setup.py reads; MAX_JOBS and NVCC_THREADS from the caller's environment win."""
+    """The variables that upstream's builds read; MAX_JOBS and NVCC_THREADS from the caller's environment win."""
     jobs = max_jobs(len(os.sched_getaffinity(0)), psutil.virtual_memory().available)
     return {
         "MAX_JOBS": os.environ.get("MAX_JOBS") or str(jobs),
         "NVCC_THREADS": os.environ.get("NVCC_THREADS") or "1",
         "FLASH_ATTENTION_FORCE_BUILD": "TRUE",
         "FLASH_ATTN_LOCAL_VERSION": project.family.local_label,
-        "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE" if backend == "cpu" else "FALSE",
+        "FLASH_ATTENTION_SKIP_CUDA_BUILD": "FALSE" if backend == "cuda" else "TRUE",
         "FLASH_ATTENTION_TRITON_AMD_ENABLE": "FALSE",
+        "SETUPTOOLS_SCM_PRETEND_VERSION": f"{project.release.version}+{project.family.local_label}",  # there is no git to ask
         "PYTHONPATH": "",  # the build sees .venv alone
         "SOURCE_DATE_EPOCH": git.FIXED_DATE.split()[0],  # equal inputs, equal bytes
     }
@@ -128,7 +137,7 @@ def up_to_date(project: Project, inputs: Inputs, state: dict) -> tuple[Path | No
 
 
 def run_setup(project: Project, backend: str, tree: str, *command: str | Path, env: Mapping[str, str] | None = None) -> None:
-    """Run ``command``, which starts upstream's setup.py, in the build copy of ``tree``, a git id. Raises FapError that names the log.
+    """Run ``command``, which starts upstream's build, in the build copy of ``tree``, a git id. Raises FapError that names the log.
 
     ``env`` is added to the variables that ``build_environment`` sets.
     """
@@ -147,19 +156,19 @@ def run_setup(project: Project, backend: str, tree: str, *command: str | Path, e
             run(*command, cwd=project.wheel_dir, env=environment, on_line=build_progress.Progress(file))
     except CommandFailed as e:
         print(build_progress.errors_in(log), flush=True)
-        raise FapError(f"upstream's setup.py failed: exit code {e.returncode}",
+        raise FapError(f"upstream's build failed: exit code {e.returncode}",
                        f"the whole output is in {log.relative_to(project.root)}; what was compiled is kept") from e
 
 
 def build(project: Project, backend: str, python: Path, tree: str, env: Mapping[str, str] | None = None) -> Path:
-    """Build ``tree``, a git id, with upstream's setup.py, and ``env`` beside the variables that ``build_environment`` sets.
+    """Build ``tree``, a git id, with upstream's own build, and ``env`` beside the variables that ``build_environment`` sets.
 
     Returns the checked wheel in dist/. Raises FapError, leaving dist/ as it was.
     """
     fresh = project.wheel_dir / "fresh"
     shutil.rmtree(fresh, ignore_errors=True)
     run_setup(project, backend, tree, python, "-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check",
-              "--outdir", fresh, project.wheel_dir, env=env)
+              "--outdir", fresh, project.setup_dir, env=env)
     (built,) = fresh.glob("*.whl")
     wheel_check.check(built, project, backend, project.wheel_dir)
     project.dist.mkdir(exist_ok=True)
@@ -172,7 +181,7 @@ def build(project: Project, backend: str, python: Path, tree: str, env: Mapping[
 
 
 def install(python: Path, wheel: Path) -> None:
-    """Put the wheel in the place of any flash_attn in the environment of ``python``."""
+    """Put the wheel in the place of any other of that package in the environment of ``python``."""
     quiet = ("--quiet", "--disable-pip-version-check")
     run(python, "-m", "pip", "install", *quiet, "--no-index", "--no-deps", "--force-reinstall", wheel)
 
@@ -188,7 +197,8 @@ def main(project: Project, args: argparse.Namespace) -> int:
         raise FapError(".venv is missing", "make env")
     torch = Torch.of(python)
     nvcc = cuda_toolkit.find(project.venv, torch)
-    backend = choose_backend(args.backend, torch, nvcc)
+    family = project.family
+    backend = choose_backend(args.backend, torch, nvcc) if family.extension else without_extension(family, args.backend)
     if backend.hint:
         print(backend.hint, flush=True)
     tree = build_copy.verified_tree(project, apply.ensure(project))
@@ -204,7 +214,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
               f"backend {backend.name}, torch {inputs.torch}. Nothing to do.")
         return 0
     if wheel is None:
-        print(f"building {project.family.package} {project.release.version}, backend {backend.name} ({backend.reason}): {why}", flush=True)
+        print(f"building {family.package} {project.release.version}, backend {backend.name} ({backend.reason}): {why}", flush=True)
         variables = {}
         if backend.name == "cuda":
             print(f"compiler: {nvcc.toolkit.nvcc} ({nvcc.toolkit.origin})", flush=True)
@@ -220,4 +230,5 @@ def main(project: Project, args: argparse.Namespace) -> int:
     print(f"made from  upstream {project.release.version}, patched tree {inputs.tree[:12]}")
     print("installed  into .venv", flush=True)
     # In a process of its own: a broken extension must not take this one down with it.
-    return run(python, project.root / "scripts" / "fap.py", "smoke", env={"PYTHONPATH": ""}, check=False, capture=False).returncode
+    smoke = (python, project.root / "scripts" / "fap.py", "--family", family.name, "smoke")
+    return run(*smoke, env={"PYTHONPATH": ""}, check=False, capture=False).returncode

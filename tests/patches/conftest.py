@@ -1,11 +1,11 @@
-"""The real series on upstream's real source, in a checkout of its own, so that nothing here touches build/ or waits for
+"""The real series of every family on upstream's real source, in a checkout of its own, so that nothing here touches build/ or waits for
 a lock.
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,9 @@ from fapatch import apply, fetch, git, locking, refresh
 from fapatch.fetch import Base
 from fapatch.project import Project
 
-REAL = Project.open(version="")
-VERSIONS = [release.version for release in REAL.family.releases]
+REAL = Project.open(family="flash-attn", version="")
+RELEASES = [(family.name, release.version) for family in REAL.lock.families for release in family.releases]
+WITH_EXTENSION = [(name, version) for name, version in RELEASES if REAL.lock.family(name).extension]
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Patched:
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A copy of this checkout whose store has every release."""
+    """A copy of this checkout whose store has every release of every family."""
     with locking.exclusive(REAL, "tests/patches"):
-        for release in REAL.family.releases:
-            fetch.pinned(replace(REAL, release=release))
+        for family, version in RELEASES:
+            fetch.pinned(Project.open(REAL.root, family, version))
     root = tmp_path_factory.mktemp("checkout")
-    for folder in (REAL.patches, REAL.overlay, REAL.store):
+    for folder in (REAL.root / "patches", REAL.root / "overlay", REAL.store):
         shutil.copytree(folder, root / folder.relative_to(REAL.root), ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(REAL.lock.path, root)
     (root / ".cache" / "downloads").symlink_to(REAL.downloads)
@@ -53,30 +54,38 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture(scope="session")
 def make(checkout: Project):
-    """version -> Patched, each made once."""
-    made: dict[str, Patched] = {}
+    """(version, family) -> Patched, each made once."""
+    made: dict[tuple[str, str], Patched] = {}
 
-    def patched(version: str) -> Patched:
-        if version not in made:
-            project = replace(checkout, release=checkout.family.release(version))
+    def patched(version: str, family: str = REAL.family.name) -> Patched:
+        if (version, family) not in made:
+            project = Project.open(checkout.root, family, version)
             base, files = fetch.pinned(project), refresh.Files.of(project)
-            built = apply.build(project, base, project.root / "trees" / version, files.patches, files.overlay)
-            made[version] = Patched(project, base, files, built)
-        return made[version]
+            built = apply.build(project, base, project.root / "trees" / family / version, files.patches, files.overlay)
+            made[version, family] = Patched(project, base, files, built)
+        return made[version, family]
 
     return patched
 
 
-@pytest.fixture(params=VERSIONS)
+@pytest.fixture(params=RELEASES, ids="-".join)
 def patched(request: pytest.FixtureRequest, make) -> Patched:
-    """Each release in turn."""
-    return make(request.param)
+    """Each release of each family in turn."""
+    family, version = request.param
+    return make(version, family)
 
 
-@pytest.fixture
-def default(make) -> Patched:
-    """The release that the series is written for."""
-    return make(REAL.family.default)
+@pytest.fixture(params=WITH_EXTENSION, ids="-".join)
+def with_extension(request: pytest.FixtureRequest, make) -> Patched:
+    """Each release whose kernels are compiled into the wheel."""
+    family, version = request.param
+    return make(version, family)
+
+
+@pytest.fixture(params=[family.name for family in REAL.lock.families])
+def default(request: pytest.FixtureRequest, make) -> Patched:
+    """The release that the series is written for, of each family."""
+    return make(REAL.lock.family(request.param).default, request.param)
 
 
 @pytest.fixture

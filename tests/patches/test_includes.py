@@ -12,8 +12,8 @@ OF_CUDA = {"cuda_runtime.h"}  # in quotes all the same
 SOURCES = (".cu", ".cpp", ".h", ".cuh")
 
 
-def test_every_included_file_is_there(patched):
-    src = patched.built.folder / "csrc" / "flash_attn" / "src"
+def test_every_included_file_is_there(with_extension):
+    src = with_extension.built.folder / "csrc" / "flash_attn" / "src"
     files = [path for path in [*src.iterdir(), *src.parent.glob("*.cpp")] if path.suffix in SOURCES]
     assert len(files) > 72
     missing = {

@@ -11,7 +11,7 @@ from fapatch.project import Project
 
 pytestmark = pytest.mark.source
 
-REAL = Project.open(version="")
+REAL = Project.open(family="flash-attn", version="")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from fapatch.project import Project
 from fapatch.sass_identity import Comparison, Extension, Workshop
 
 pytestmark = pytest.mark.source
-REAL = Project.open(version="")
+REAL = Project.open(family="flash-attn", version="")
 VERSIONS = [release.version for release in REAL.family.releases]
 SRC = "csrc/flash_attn/src"
 # The tiles are upstream's for head dimension 32. The arguments after the traits switch a feature each; `true` are the even sizes.

@@ -74,6 +74,7 @@ def test_bundle_applies_to_the_whole_source_distribution(patched, tmp_path):
         for member in tar:
             path = Path(*Path(member.name).parts[1:])
             if member.isfile() and not path.as_posix().startswith(("csrc/cutlass", "csrc/composable_kernel", "hopper")):
+                path = patched.project.family.folder / path
                 (plain / path).parent.mkdir(parents=True, exist_ok=True)
                 (plain / path).write_bytes(tar.extractfile(member).read())
     git.git("init", "--quiet", plain)
@@ -93,11 +94,11 @@ def test_patches_only_change_lines_of_shared_files(patched):
         assert b"\nold mode " not in patch.data and b"\nGIT binary patch" not in patch.data
 
 
-def test_generated_kernels_are_up_to_date(patched, tmp_path):
-    folder = patched.built.folder / "csrc" / "flash_attn" / "src"
+def test_generated_kernels_are_up_to_date(with_extension, tmp_path):
+    folder = with_extension.built.folder / "csrc" / "flash_attn" / "src"
     subprocess.run([sys.executable, folder / "generate_kernels.py", "-o", tmp_path], check=True, capture_output=True)
     made = {p.name: p.read_bytes() for p in tmp_path.glob("*.cu")}
-    ours = {Path(name).name for name in patched.files.overlay}  # their generator is tested in tests/unit/test_kernel_build.py
+    ours = {Path(name).name for name in with_extension.files.overlay}  # their generator is tested in tests/unit/test_kernel_build.py
     assert made and made == {p.name: p.read_bytes() for p in folder.glob("*.cu") if p.name not in ours}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fapatch import apply, build_copy, locking, wheel
+from fapatch import apply, build_copy, locking, overlay, wheel
 from fapatch.project import Project
 
 pytestmark = pytest.mark.source
@@ -33,9 +33,9 @@ echo "$@" >> "$(dirname "$0")/git-calls"
 
 
 @pytest.fixture(scope="module")
-def patched() -> tuple[Project, str]:
-    """(this project, id of its patched tree)"""
-    project = Project.open()
+def patched(request) -> tuple[Project, str]:
+    """(this project with flash-attn, or the family that the test names; id of its patched tree)"""
+    project = Project.open(family=getattr(request, "param", "flash-attn"), version="")
     with locking.exclusive(project, "tests"):
         return project, build_copy.verified_tree(project, apply.ensure(project))
 
@@ -95,22 +95,23 @@ def test_setup_py_downloads_a_wheel_unless_it_is_told_to_build(patched, elsewher
     assert not (guards / "downloaded").exists()
 
 
-def test_the_wheel_is_the_patched_package_and_the_same_each_time(patched, elsewhere):
-    first = wheel.build(elsewhere, "cpu", Path(sys.executable), patched[1])
-    release, label = elsewhere.release.version, elsewhere.family.local_label
-    assert first == elsewhere.dist / f"flash_attn-{release}+{label}-py3-none-any.whl"
+@pytest.mark.parametrize("patched, backend", [("flash-attn", "cpu"), ("flash-attn-4", "python")], indirect=["patched"])
+def test_the_wheel_is_the_patched_package_and_the_same_each_time(patched, backend, elsewhere):
+    first = wheel.build(elsewhere, backend, Path(sys.executable), patched[1])
+    release, label, package = elsewhere.release.version, elsewhere.family.local_label, elsewhere.family.package
+    assert first == elsewhere.dist / f"{package}-{release}+{label}-py3-none-any.whl"
     digest = wheel.sha256(first)
     with zipfile.ZipFile(first) as archive:
         names = archive.namelist()
         metadata = BytesParser().parsebytes(archive.read(next(n for n in names if n.endswith("/METADATA"))))
-        overlay = {p.relative_to(patched[0].overlay).as_posix(): p.read_bytes()
-                   for p in (patched[0].overlay / "flash_attn").rglob("*.py") if "__pycache__" not in p.parts}
-        assert overlay and {n: archive.read(n) for n in overlay} == overlay
+        ours = {n: content for n, content in overlay.load(patched[0]).items() if n.startswith("flash_attn/") and n.endswith(".py")}
+        assert ours and {n: archive.read(n) for n in ours} == ours
     assert metadata["Version"] == f"{release}+{label}"
     assert any(n.endswith("/LICENSE") for n in names)
-    assert not any(n.startswith("flash_attn/cute/") for n in names)  # flash-attn-4 owns that folder
+    # One folder each, so that the two can be installed side by side.
+    assert all(n.startswith("flash_attn/cute/") == (package == "flash_attn_4") for n in names if n.endswith(".py"))
 
-    assert wheel.sha256(wheel.build(elsewhere, "cpu", Path(sys.executable), patched[1])) == digest
+    assert wheel.sha256(wheel.build(elsewhere, backend, Path(sys.executable), patched[1])) == digest
 
 
 def test_a_failed_build_leaves_dist_alone_and_says_where_to_look(patched, elsewhere, monkeypatch):
@@ -120,7 +121,7 @@ def test_a_failed_build_leaves_dist_alone_and_says_where_to_look(patched, elsewh
     old = elsewhere.dist / f"flash_attn-{elsewhere.release.version}+old-py3-none-any.whl"
     old.write_bytes(b"old")
     monkeypatch.setattr(wheel, "build_environment", lambda project, backend: {"BUILD_TARGET": "no such target"})
-    with pytest.raises(FapError, match=r"setup.py failed.*\.log"):
+    with pytest.raises(FapError, match=r"build failed.*\.log"):
         wheel.build(elsewhere, "cpu", Path(sys.executable), patched[1])
     assert [p.name for p in elsewhere.dist.iterdir()] == [old.name]
     (log,) = (elsewhere.root / "build").rglob("*.log")

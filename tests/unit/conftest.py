@@ -12,6 +12,7 @@ import pytest
 from toy import MESSAGE, RELEASES, Toy, lock_text, make_sdist, make_upstream, shell
 
 ROOT = Path(__file__).resolve().parents[2]
+CHOICES = ("VERSION", "FAMILY", "SOURCE", "FA_SRC_DIR", "FORCE")  # what fap.py reads from the environment
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +23,7 @@ def person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "home"
     home.mkdir()
     for name in list(os.environ):
-        if name.startswith("GIT_") or name in ("VERSION", "FAMILY", "SOURCE", "FA_SRC_DIR", "FORCE", "XDG_CONFIG_HOME"):
+        if name.startswith("GIT_") or name in (*CHOICES, "XDG_CONFIG_HOME"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(home))
     config = home / ".gitconfig"
@@ -38,6 +39,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.write_text("[user]\n name = A Person\n email = person@example.org\n[init]\n defaultBranch = main\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GIT_CONFIG_GLOBAL", str(config))
+        for name in CHOICES:
+            patch.delenv(name, raising=False)
         root = folder / "checkout"
         root.mkdir()
         commits = make_upstream(folder / "upstream")

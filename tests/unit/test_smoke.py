@@ -71,5 +71,5 @@ def test_forward_alone(package):
 def test_a_wrong_result_is_noticed(package, monkeypatch, capsys):
     right = package.flash_attn_func
     monkeypatch.setattr(package, "flash_attn_func", lambda *a, **k: right(*a, **k) * 1.05)
-    assert not smoke.report()
+    assert not smoke.report(smoke.best_target(), "flash_attn")
     assert "WRONG" in capsys.readouterr().out

@@ -1,0 +1,254 @@
+"""Device code behind the hooks in upstream's Hopper kernels. P = f(S) in place of exp(S - max): no row statistics.
+
+Three things that softmax does by the way are done here on purpose: a masked weight and a masked dS are written as 0,
+tiles end at the end of their sequence, so that 0 * NaN from behind it never occurs, and 16-bit values saturate.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Callable, Optional
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, const_expr
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+from flash_attn.cute import utils
+from flash_attn.cute.nosoftmax.marker import NoSoftmax
+from flash_attn.cute.softmax import Softmax
+from quack import copy_utils, layout_utils
+
+_FLOAT16_MAX = 65504.0
+
+
+def mask_value(mark: Optional[NoSoftmax]) -> float:
+    return -math.inf if mark is None else 0.0
+
+
+@dataclass
+class RowState(Softmax):
+    """In place of Softmax: the scores are the weights, and O is never rescaled."""
+
+    @staticmethod
+    def create(scale_log2, num_rows, arch=80, softmax_scale=None):
+        s = Softmax.create(scale_log2, num_rows, arch, softmax_scale)
+        return RowState(scale_log2, num_rows, s.row_max, s.row_sum, arch, softmax_scale)
+
+    def online_softmax(self, acc_S, is_first=False, check_inf=True) -> cute.Tensor:
+        return self.row_max  # the factors for rescale_O, which reads none
+
+    def finalize(self, final_scale=1.0, sink_val=None) -> cute.Tensor:
+        return self.row_max
+
+    def rescale_O(self, acc_O: cute.Tensor, row_scale: cute.Tensor) -> None:
+        pass
+
+
+# ---- Tiles end where the sequence ends ----
+
+
+def ends_at_seqlen(mX: cute.Tensor, mCuSeqlens: Optional[cute.Tensor]) -> cute.Tensor:
+    """The tensor to make a TMA descriptor of, from which `offset_batch_Q` and `offset_batch_K` cut sequences.
+
+    TMA fills a tile with zeros past the end of the tensor, not past the end of a packed sequence. The rows of the next
+    sequence would be multiplied by P = 0 or dS = 0, and a NaN there would come through. quack's ragged tensors let every
+    sequence end on the border of the descriptor. The form that shifts no pointer is the one that is right for loads.
+    """
+    if const_expr(mCuSeqlens is None):
+        return mX
+    return copy_utils.create_ragged_tensor_for_tma(mX, ragged_dim=0, ptr_shift=False)
+
+
+def offset_batch_Q(mark: Optional[NoSoftmax], seqlen_info) -> Callable:
+    """What cuts one sequence out of Q or dO: seqlen_info.offset_batch_Q, or the same for tensors of `ends_at_seqlen`."""
+    if mark is None or not seqlen_info.has_cu_seqlens_q:
+        return seqlen_info.offset_batch_Q
+    return partial(_sequence, offset=seqlen_info.offset_q, seqlen=seqlen_info.seqlen_q)
+
+
+def offset_batch_K(mark: Optional[NoSoftmax], seqlen_info) -> Callable:
+    """The same for K and V."""
+    if mark is None or not seqlen_info.has_cu_seqlens_k:
+        return seqlen_info.offset_batch_K
+    return partial(_sequence, offset=seqlen_info.offset_k, seqlen=seqlen_info.seqlen_k)
+
+
+def _sequence(mX: cute.Tensor, batch_idx: Int32, dim: int, offset: Int32, seqlen: Int32) -> cute.Tensor:
+    return copy_utils.offset_ragged_tensor(mX, offset, seqlen, ragged_dim=0, ptr_shift=False)
+
+
+def repeating_last_row(paged_kv_manager):
+    """Pages are read row by row. Shared memory keeps what it held in a row that is not, and that may be NaN: read the
+    last row of the sequence once more, its P is 0.
+    """
+    return replace(paged_kv_manager, repeat_last_row=True)
+
+
+@cute.jit
+def zero_without_keys(acc_O: cute.Tensor, seqlen_k: Int32) -> None:
+    """A sequence without keys has no row to repeat."""
+    if seqlen_k <= 0:
+        acc_O.fill(0.0)
+
+
+def load_nothing(src_idx, producer_state) -> None:
+    """In place of the loads of LSE and dPsum."""
+
+
+# ---- Saturation ----
+
+
+@dsl_user_op
+def _cvt_f16x2_satfinite(a: Float32, b: Float32, *, loc=None, ip=None) -> Int32:
+    return Int32(
+        llvm.inline_asm(
+            T.i32(),
+            [Float32(a).ir_value(loc=loc, ip=ip), Float32(b).ir_value(loc=loc, ip=ip)],
+            "cvt.rn.satfinite.f16x2.f32 $0, $2, $1;",
+            "=r,f,f",
+            has_side_effects=False,
+            is_align_stack=False,
+            asm_dialect=llvm.AsmDialect.AD_ATT,
+        )
+    )
+
+
+def cvt_f16_satfinite(src: cute.Tensor, dst_or_dtype):
+    """utils.cvt_f16, with float16 saturating at +-65504. bfloat16 has the range of float32."""
+    is_dtype = isinstance(dst_or_dtype, type)
+    if (dst_or_dtype if is_dtype else dst_or_dtype.element_type) is not cutlass.Float16:
+        return utils.cvt_f16(src, dst_or_dtype)
+    dst = cute.make_rmem_tensor(src.shape, dst_or_dtype) if is_dtype else dst_or_dtype
+    dst_i32 = cute.recast_tensor(dst, Int32)
+    for i in range(cute.size(dst_i32)):
+        dst_i32[i] = _cvt_f16x2_satfinite(src[2 * i], src[2 * i + 1])
+    return dst if is_dtype else None
+
+
+def cvt_f16(mark: Optional[NoSoftmax]) -> Callable:
+    return utils.cvt_f16 if mark is None else cvt_f16_satfinite
+
+
+def saturate(acc: cute.Tensor, dtype) -> None:
+    """Accumulators that upstream's epilogue is about to convert: clamp them to the range of float16."""
+    if const_expr(dtype is cutlass.Float16):
+        for i in range(cute.size(acc)):
+            acc[i] = cute.arch.fmin(cute.arch.fmax(acc[i], -_FLOAT16_MAX), _FLOAT16_MAX)
+
+
+# ---- Normalization ----
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """norm_i of score_function.py, for the queries of one sequence.
+
+    The backward splits norm_i into a factor of the sequence, which multiplies float32 accumulators, and a factor of the
+    row, which multiplies P and dP before they become 16-bit. Only "1/visible" has the latter, and it is balanced:
+    sqrt(n) / visible lies in [1 / sqrt(n), sqrt(n)], so float16 neither overflows nor loses bits to it.
+    """
+
+    mark: cutlass.Constexpr[NoSoftmax]
+    mask: cutlass.Constexpr  # AttentionMask: lengths, window and tile
+    is_causal: cutlass.Constexpr[bool]
+
+    @property
+    def by_row(self) -> bool:
+        return self.mark.normalization == "1/visible"
+
+    def _n(self) -> Float32:
+        return cute.arch.fmax(Float32(self.mask.seqlen_k), 1.0)
+
+    def of_sequence(self) -> Float32:
+        """The factor of the sequence in the backward; for all but "1/visible", the whole norm."""
+        if self.mark.normalization == "1/n":
+            return cute.arch.rcp_approx(self._n())
+        return cute.math.rsqrt(self._n(), fastmath=True)
+
+    def _visible(self, row: Int32) -> Float32:
+        """The number of keys that query `row` sees, at least 1."""
+        mask = self.mask
+        aligned = row + mask.seqlen_k - mask.seqlen_q
+        end = mask.seqlen_k
+        if self.is_causal:
+            end = cutlass.min(end, aligned + 1)
+        elif mask.window_size_right is not None:
+            end = cutlass.min(end, aligned + 1 + mask.window_size_right)
+        begin = Int32(0)
+        if mask.window_size_left is not None:
+            begin = cutlass.max(begin, aligned - mask.window_size_left)
+        return Float32(cutlass.max(end - begin, 1))
+
+    def _rows(self, acc_mn: cute.Tensor, thr_mma, m_block: Int32):
+        """(register row, query) of an accumulator of S that reshape_acc_to_mn has put as (rows, columns)."""
+        mask = self.mask
+        shape = (mask.tile_n, mask.tile_m) if mask.swap_AB else (mask.tile_m, mask.tile_n)
+        coordinates = layout_utils.reshape_acc_to_mn(
+            thr_mma.partition_C(cute.make_identity_tensor(shape)), transpose=mask.swap_AB
+        )
+        for r in range(cute.size(acc_mn, mode=[0])):
+            row = coordinates[r, 0][1 if mask.swap_AB else 0] + m_block * mask.tile_m
+            if mask.qhead_per_kvhead_packgqa != 1:
+                row = row // mask.qhead_per_kvhead_packgqa
+            yield r, row
+
+    def scale_O(self, acc_O: cute.Tensor, thr_mma, m_block: Int32) -> None:
+        """O_i *= norm_i. thr_mma: of S, whose rows an accumulator of O shares."""
+        if self.mark.normalization is None:
+            return
+        acc_mn = layout_utils.reshape_acc_to_mn(acc_O)
+        for r, row in self._rows(acc_mn, thr_mma, m_block):
+            factor = cute.arch.rcp_approx(self._visible(row)) if self.by_row else self.of_sequence()
+            acc_mn[r, None].store(acc_mn[r, None].load() * factor)
+
+    def scale_rows(self, acc_mn: cute.Tensor, thr_mma, m_block: Int32) -> None:
+        """The row's factor on P or dP in the backward."""
+        if not self.by_row:
+            return
+        root = cute.math.sqrt(self._n(), fastmath=True)
+        for r, row in self._rows(acc_mn, thr_mma, m_block):
+            factor = root * cute.arch.rcp_approx(self._visible(row))
+            for c in range(cute.size(acc_mn, mode=[1])):
+                acc_mn[r, c] = acc_mn[r, c] * factor
+
+    def scale_sums(self, acc: cute.Tensor) -> None:
+        """The sequence's factor on an accumulator of dQ, dK or dV."""
+        if self.mark.normalization is not None:
+            acc.store(acc.load() * self.of_sequence())
+
+
+# ---- Which blocks of the backward need the mask ----
+
+
+def masks_any(mark: Optional[NoSoftmax], is_causal: bool, is_local: bool, mask_mod: Optional[Callable]) -> bool:
+    """Whether a block may need the mask at all; with softmax every one gets it.
+
+    The end of the sequence needs none: past it Q, K, V and dO are zeros, so dS = f'(0) * 0 = 0, and what P = f(0) adds
+    to dV goes to rows that are not written. For that, f and f' have to be finite at 0.
+    """
+    return is_causal or is_local or mask_mod is not None or mark is None or not mark.finite_at_zero
+
+
+def leaves_interior(mark: Optional[NoSoftmax], is_local: bool, mask_mod: Optional[Callable]) -> bool:
+    """Whether blocks below the diagonal go without the mask."""
+    return mark is not None and mark.finite_at_zero and not is_local and mask_mod is None
+
+
+def m_block_interior(mask, m_block_min: Int32, m_block_max: Int32, n_block: Int32, is_causal: bool) -> Int32:
+    """The first block of queries all of which see every key of the block (causal) or that need no mask anyway."""
+    if const_expr(not is_causal):
+        return m_block_min
+    # Query i sees key j if j <= i + seqlen_k - seqlen_q.
+    first = (n_block + 1) * mask.tile_n - 1 + mask.seqlen_q - mask.seqlen_k
+    interior = (cutlass.max(first, 0) + mask.tile_m - 1) // mask.tile_m
+    return cutlass.max(cutlass.min(interior, m_block_max), m_block_min)
+
+
+# ---- Host ----
+
+
+def zero_dq_accum(out, dout, dpsum, lse, lse_log2, dq_accum, *args, fake_mode: bool, **kwargs) -> None:
+    """In place of _bwd_preprocess: of what it does only this is needed."""
+    if not fake_mode:
+        dq_accum.zero_()

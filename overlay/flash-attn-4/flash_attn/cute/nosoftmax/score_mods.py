@@ -1,0 +1,81 @@
+"""The formulas as score_mods of the kernels, and users' score_mods with the mark."""
+
+import functools
+from typing import Callable, NamedTuple, Optional
+
+import cutlass.cute as cute
+from cutlass import Float32
+from flash_attn.cute.nosoftmax.formulas import formula
+from flash_attn.cute.nosoftmax.marker import ATTRIBUTE, NoSoftmax, marked
+
+
+class ScoreMods(NamedTuple):
+    """What one call of the kernels needs: the scores arrive multiplied by softmax_scale * unit."""
+
+    score_mod: Callable
+    score_mod_bwd: Optional[Callable]
+    unit: float
+
+
+class _Kernel:
+    """The operations of formulas.py on fragments of registers."""
+
+    @staticmethod
+    def tanh(x):
+        return cute.math.tanh(x, fastmath=True)
+
+    @staticmethod
+    def exp2(x):
+        return cute.math.exp2(x, fastmath=True)
+
+    @staticmethod
+    def _each(function, x):
+        out = cute.make_rmem_tensor(x.shape, Float32)
+        out.store(x)
+        for i in range(cute.size(out)):
+            out[i] = function(out[i])
+        return out.load()
+
+    @staticmethod
+    def rcp(x):
+        return _Kernel._each(cute.arch.rcp_approx, x)
+
+    @staticmethod
+    def relu(x):
+        return _Kernel._each(lambda v: cute.arch.fmax(v, 0.0), x)
+
+    @staticmethod
+    def clamp(x, low, high):
+        return _Kernel._each(lambda v: cute.arch.fmin(cute.arch.fmax(v, low), high), x)
+
+    @staticmethod
+    def where_positive(x, a):
+        return cute.where(x > 0.0, a, cute.zeros_like(a))
+
+
+@functools.lru_cache(maxsize=None)
+def of_activation(
+    activation: str, sigmoid_bias: Optional[float], softcap: float, normalization: Optional[str]
+) -> ScoreMods:
+    f = formula(activation, sigmoid_bias, softcap)
+
+    def number_of_keys(seqlen_info):
+        return cute.arch.fmax(Float32(seqlen_info.seqlen_k), 1.0)
+
+    def score_mod(score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors):
+        return f.value(_Kernel, score, number_of_keys(seqlen_info))
+
+    def score_mod_bwd(grad, score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors):
+        return f.derivative(_Kernel, grad, score, number_of_keys(seqlen_info))
+
+    # What they close over are functions: name the arguments instead. The folder of the disk cache is named after a hash
+    # of all sources, so a changed formula is no old entry.
+    name = f"nosoftmax {activation} {sigmoid_bias!r} {softcap!r}"
+    score_mod.__cute_hash__ = name
+    score_mod_bwd.__cute_hash__ = f"{name} backward"
+    setattr(score_mod, ATTRIBUTE, NoSoftmax(normalization, finite_at_zero=True))
+    return ScoreMods(score_mod, score_mod_bwd, f.unit)
+
+
+def of_user(score_mod: Callable, score_mod_bwd: Optional[Callable], normalization: Optional[str]) -> ScoreMods:
+    return ScoreMods(marked(score_mod, NoSoftmax(normalization)), score_mod_bwd, 1.0)

@@ -1,0 +1,37 @@
+"""The trees of flash-attn-4, pristine and patched, and an interpreter that can compile its kernels."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from fapatch import apply, compile_check, cuda_toolkit, fetch, locking, refresh
+from fapatch.cuda_toolkit import Torch
+from fapatch.project import Project
+
+
+@pytest.fixture(scope="session")
+def compiler() -> tuple[Path, Path]:
+    """(an interpreter with torch and nvidia-cutlass-dsl, cuobjdump). FA4_PYTHON names another interpreter than this one."""
+    python = Path(os.environ.get("FA4_PYTHON", sys.executable))
+    if not compile_check.has_dsl(python):
+        pytest.skip(f"{python} has no nvidia-cutlass-dsl (make toolchain FAMILY=flash-attn-4)")
+    cuobjdump = cuda_toolkit.find_program("cuobjdump", Path(sys.prefix), Torch.of(python), None)
+    if cuobjdump is None:
+        pytest.skip("cuobjdump is not installed")
+    return python, cuobjdump
+
+
+@pytest.fixture(scope="session")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(pristine, patched) of the default release, in folders of their own."""
+    project = Project.open(family="flash-attn-4", version="")
+    with locking.exclusive(project, "tests/fa4"):
+        base, files = fetch.pinned(project), refresh.Files.of(project)
+        folder = tmp_path_factory.mktemp("fa4")
+        apply.build(project, base, folder / "patched", files.patches, files.overlay)
+        pristine = compile_check.export(project, base.tree, folder / "pristine")
+    return pristine, folder / "patched"

@@ -1,0 +1,103 @@
+"""What the Hopper kernels refuse, and in which words; no GPU, no compiler."""
+
+import pytest
+import torch
+
+from overlay_package import module
+
+checks = module("checks")
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    monkeypatch.setattr(checks, "_capability", lambda device: (9, 0))
+
+
+def tensors(head_dim=64, head_dim_v=None, dtype=torch.bfloat16, nheads=4, nheads_k=4, device="meta", batch=2):
+    """As on a GPU: the check looks at the type of the device alone, and `meta` stands for it."""
+    shapes = [(batch, 100, nheads, head_dim), (batch, 90, nheads_k, head_dim), (batch, 90, nheads_k, head_dim_v or head_dim)]
+    return [torch.empty(s, dtype=dtype, device=device) for s in shapes]
+
+
+@pytest.fixture(autouse=True)
+def meta_is_a_gpu(monkeypatch):
+    real = checks._device_reason
+
+    def reason(device):
+        return real(torch.device("cuda") if device.type == "meta" else device)
+
+    monkeypatch.setattr(checks, "_device_reason", reason)
+
+
+@pytest.mark.parametrize("shape", [
+    {}, {"head_dim": 8}, {"head_dim": 256}, {"head_dim": 192, "head_dim_v": 128}, {"dtype": torch.float16},
+    {"nheads": 8, "nheads_k": 2},
+])
+def test_served(shape):
+    assert checks.unsupported(*tensors(**shape)) is None
+
+
+@pytest.mark.parametrize("shape, options, words", [
+    ({"head_dim": 20}, {}, "head_dim must be a multiple of 8 from 8 to 256, got 20"),
+    ({"head_dim": 264}, {}, "got 264"),
+    ({"head_dim_v": 12}, {}, "head_dim_v"),
+    ({"dtype": torch.float32}, {}, "float32"),
+    ({"dtype": torch.float8_e4m3fn}, {}, "float8"),
+    ({"nheads": 5, "nheads_k": 2}, {}, r"heads of q \(5\)"),
+    ({"device": "cpu"}, {}, "on cpu"),
+    ({}, {"dropout_p": 0.1}, "dropout_p"),
+    ({}, {"alibi_slopes": torch.ones(4)}, "alibi_slopes"),
+    ({}, {"leftpad_k": torch.ones(2)}, "leftpad_k"),
+    ({}, {"learnable_sink": torch.ones(4)}, "learnable_sink"),
+    ({}, {"qv": torch.ones(4)}, "qv"),
+    ({}, {"num_splits": 2}, "num_splits must be 1, got 2"),
+    ({}, {"return_lse": True}, "return_lse"),
+    ({}, {"activation": "gelu"}, "gelu"),
+    ({}, {"softcap": -1.0}, "softcap"),
+    ({}, {"softcap": 5.0, "softmax_scale": -1.0}, "softmax_scale"),
+    ({}, {"window_size": (-3, 0)}, "window_size"),
+    ({}, {"normalization": "1/visible", "mask_mod": len}, "mask_mod"),
+    ({}, {"normalization": "1/visible", "block_sparse_tensors": ()}, "sparse blocks"),
+    ({"head_dim": 24}, {"page_table": torch.zeros(2, 3)}, "multiple of 16 with a page_table"),
+    ({}, {"page_table": torch.zeros(2, 3), "cu_seqlens_k": torch.zeros(3)}, "seqused_k"),
+    ({}, {"cu_seqlens_q": torch.zeros(3)}, "q has 4 dimensions, expected 3"),
+])
+def test_refused(shape, options, words):
+    import re
+
+    reason = checks.unsupported(*tensors(**shape), **options)
+    assert reason is not None and re.search(words, reason), reason
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_another_gpu_is_named_with_the_way_out(monkeypatch, capability):
+    monkeypatch.setattr(checks, "_capability", lambda device: capability)
+    reason = checks.unsupported(*tensors())
+    assert f"{capability[0]}.{capability[1]}" in reason and "FA2" in reason
+
+
+def test_backward_with_grouped_heads_needs_one_head_size():
+    q, k, v = tensors(nheads=8, nheads_k=2, head_dim=64, head_dim_v=32)
+    assert checks.unsupported(q, k, v) is None
+    q.requires_grad_()
+    assert "head_dim == head_dim_v" in checks.unsupported(q, k, v)
+    with torch.no_grad():
+        assert checks.unsupported(q, k, v) is None
+
+
+def test_no_backward_with_pages():
+    q, k, v = tensors()
+    q.requires_grad_()
+    assert "page_table" in checks.unsupported(q, k, v, page_table=torch.zeros(2, 3))
+
+
+def test_upstreams_variable_names_the_architecture(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("FLASH_ATTENTION_ARCH", "sm_90a")
+    assert checks._capability(torch.device("cuda")) == (9, 0)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="nvidia-cutlass-dsl"):
+        checks.require_dsl()

@@ -1,0 +1,99 @@
+"""The kernels compile for Hopper without a GPU; what the check of their machine code notices."""
+
+import json
+import struct
+import subprocess
+from collections import Counter
+
+import pytest
+
+from fapatch import compile_check, compile_worker
+from fapatch.compile_check import Kernel
+from fapatch.smoke_compile import FOR_HOPPER
+
+
+@pytest.mark.source
+def test_kernels_without_softmax(compiler, trees, tmp_path):
+    python, cuobjdump = compiler
+    assert compile_check.check_kernels(python, trees[1], compile_check.SMALL, tmp_path, cuobjdump)
+
+
+@pytest.mark.source
+def test_softmax_kernels_are_unchanged(compiler, trees, tmp_path):
+    python, cuobjdump = compiler
+    assert compile_check.check_identity(python, *trees, compile_check.SMALL_SOFTMAX, tmp_path, cuobjdump)
+
+
+def said(python, tree, program, **variables):
+    """What a program prints that imports flash_attn.cute from a tree, as JSON."""
+    environment = {**FOR_HOPPER, "PYTHONPATH": str(tree), "PATH": "/usr/bin:/bin", **variables}
+    done = subprocess.run([python, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.source
+def test_mark_is_part_of_the_compile_key(compiler, trees):
+    program = """
+import json
+from flash_attn.cute.nosoftmax.marker import NoSoftmax, marked
+from flash_attn.cute.nosoftmax.score_mods import of_activation
+from flash_attn.cute.utils import hash_callable
+def mod(score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors): return score
+keys = [hash_callable(mod), *(hash_callable(marked(mod, NoSoftmax(n))) for n in (None, "1/n"))]
+keys += [hash_callable(of_activation(a, b, c, None).score_mod)
+         for a, b, c in (("silu", 0.0, 0.0), ("silu", 0.0, 5.0), ("sigmoid", 0.0, 0.0), ("sigmoid", None, 0.0))]
+print(json.dumps([len(keys), len(set(keys))]))
+"""
+    total, different = said(compiler[0], trees[1], program)
+    assert total == different
+
+
+@pytest.mark.source
+def test_cache_is_on_by_default(compiler, trees, tmp_path):
+    program = "import json; from flash_attn.cute.cache_utils import CUTE_DSL_CACHE_ENABLED as on; print(json.dumps(on))"
+    folder = {"FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(tmp_path)}
+    assert said(compiler[0], trees[1], program, **folder) is True
+    assert said(compiler[0], trees[1], program, **folder, FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED="0") is False
+
+
+def kernel(**instructions: int) -> Kernel:
+    return Kernel(Counter({"HGMMA.64x64x16.F32.BF16": 8, **{k.replace("_", "."): v for k, v in instructions.items()}}), 168)
+
+
+def test_a_good_kernel_has_no_faults():
+    assert compile_check.faults({"head_dim": 128}, kernel(FMUL=9)) == []
+    assert compile_check.faults({"head_dim": 128, "activation": "silu"}, kernel(MUFU_TANH=64)) == []
+    assert compile_check.faults({"head_dim": 128, "activation": "sigmoid", "bias": None}, kernel(MUFU_EX2=64)) == []
+
+
+@pytest.mark.parametrize("case, instructions, words", [
+    ({}, {"MUFU_EX2": 64}, "MUFU.EX2"),
+    ({"activation": "silu"}, {"MUFU_EX2": 64}, "MUFU.EX2"),
+    ({"activation": "relu2"}, {"MUFU_TANH": 64}, "MUFU.TANH"),
+    ({}, {"LDL": 1}, "spill"),
+    ({"activation": "silu"}, {"STL_64": 1}, "spill"),
+])
+def test_faults(case, instructions, words):
+    (fault,) = compile_check.faults({"head_dim": 128, **case}, kernel(**instructions))
+    assert words in fault
+
+
+def test_what_is_no_attention_kernel_is_noticed():
+    assert compile_check.faults({"head_dim": 128}, Kernel(Counter(FMUL=3), 32)) == ["no HGMMA: that is no attention kernel"]
+
+
+def elf(machine: int, body: bytes) -> bytes:
+    """An ELF file of which only the header is right: one section header behind the body."""
+    header = bytearray(64)
+    header[:4] = b"\x7fELF"
+    struct.pack_into("<H", header, 18, machine)
+    struct.pack_into("<QQ", header, 32, 0, 64 + len(body))
+    struct.pack_into("<4H", header, 54, 0, 0, 64, 1)
+    return bytes(header) + body + bytes(64)
+
+
+def test_cubins_are_cut_out_of_an_object_file():
+    inner = elf(compile_worker.EM_CUDA, b"machine code")
+    assert list(compile_worker.cubins(elf(62, b"host" + inner + b"more"))) == [inner]
+    assert list(compile_worker.cubins(elf(62, b"host alone"))) == []

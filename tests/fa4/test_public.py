@@ -1,0 +1,111 @@
+"""The functions of flash_attn.cute with use_softmax, on fake tensors: signatures, errors, and the upstream path with softmax on."""
+
+import json
+import subprocess
+
+import pytest
+
+from fapatch.smoke_compile import FOR_HOPPER
+
+pytestmark = pytest.mark.source
+BEGIN = """
+import inspect, json
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+import flash_attn.cute
+from flash_attn.cute import interface, flash_attn_func, flash_attn_varlen_func
+from flash_attn.cute.nosoftmax import ops, public
+def tensors(**options):
+    return [torch.empty(2, 100, 4, 64, dtype=torch.bfloat16, device="cuda", **options) for _ in range(3)]
+def error(*args, **kwargs):
+    try:
+        flash_attn_func(*args, **kwargs)
+    except ValueError as e:
+        return str(e)
+"""
+
+
+@pytest.fixture
+def run(compiler, trees):
+    def said(program: str):
+        environment = {**FOR_HOPPER, "PYTHONPATH": str(trees[1]), "PATH": "/usr/bin:/bin", "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0"}
+        done = subprocess.run([compiler[0], "-W", "ignore", "-c", BEGIN + program], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return said
+
+
+def test_signatures_are_upstreams_and_four_more(run):
+    more = run("""
+print(json.dumps([
+    [list(inspect.signature(f).parameters)[: len(inspect.signature(u).parameters)] == list(inspect.signature(u).parameters),
+     {n: p.default for n, p in list(inspect.signature(f).parameters.items())[len(inspect.signature(u).parameters):]}]
+    for f, u in ((flash_attn_func, interface.flash_attn_func), (flash_attn_varlen_func, interface.flash_attn_varlen_func))]))
+""")
+    four = {"use_softmax": True, "activation": "identity", "sigmoid_bias": 0.0, "normalization": None}
+    assert more == [[True, four]] * 2
+
+
+def test_with_softmax_the_call_goes_to_upstream_as_it_is(run):
+    assert run("""
+seen = []
+function = public._with_use_softmax(lambda q, causal=False, **kw: seen.append((q, causal, kw)) or "result")
+print(json.dumps([function(1, True, softcap=2.0), function(1, use_softmax=True), seen]))
+""") == ["result", "result", [[1, True, {"softcap": 2.0}], [1, False, {}]]]
+
+
+def test_errors_name_the_argument(run):
+    found = run("""
+def mod(score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors): return score
+off = dict(use_softmax=False)
+with FakeTensorMode():
+    q, k, v = tensors()
+    wide = [t.float() for t in tensors()]
+    grads = tensors(requires_grad=True)
+    print(json.dumps({
+        "activation": error(q, k, v, activation="relu"),
+        "unknown": error(q, k, v, **off, activation="gelu"),
+        "twice": error(q, k, v, **off, activation="relu", score_mod=mod),
+        "score_mod_bwd": error(*grads, **off, score_mod=mod),
+        "alone": error(q, k, v, **off, score_mod_bwd=mod),
+        "mask_mod": error(q, k, v, **off, mask_mod=mod, causal=True),
+        "num_splits": error(q, k, v, **off, num_splits=4),
+        "return_lse": error(q, k, v, **off, return_lse=True),
+        "gather_bwd_recompute_p": error(q, k, v, **off, gather_bwd_recompute_p=True),
+        "float32": error(*wide, **off),
+    }))
+""")
+    for name, text in found.items():
+        assert text is not None, name
+    assert "'gelu'" in found["unknown"] and "score_mod" in found["twice"] and "use_softmax=False" in found["activation"]
+    for name in ("score_mod_bwd", "mask_mod", "num_splits", "return_lse", "gather_bwd_recompute_p", "float32"):
+        assert name in found[name]
+
+
+def test_shapes_and_the_empty_lse(run):
+    out, lse, kind, compiled = run("""
+with FakeTensorMode():
+    out, lse = flash_attn_func(*tensors(), use_softmax=False, activation="silu", causal=True)
+print(json.dumps([list(out.shape), list(lse.shape), str(lse.dtype), len(interface._flash_attn_fwd.compile_cache.cache)]))
+""")
+    assert (out, lse, kind, compiled) == ([2, 100, 4, 64], [0], "torch.float32", 1)
+
+
+def test_torch_compile_keeps_the_call_as_one_operator(run):
+    """Traced whole, forward and backward; nothing is launched, because the tensors are fake."""
+    forward, backward = run("""
+from torch._functorch.aot_autograd import make_boxed_compiler
+from torch._dynamo.backends.common import aot_autograd
+graphs = []
+def keep(graph, inputs):
+    graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
+    return make_boxed_compiler(lambda g, i: g.forward)(graph, inputs)
+def step(q, k, v):
+    return flash_attn_func(q, k, v, causal=True, use_softmax=False, activation="silu", normalization="1/n")[0].sin()
+with FakeTensorMode(allow_non_fake_inputs=True):
+    q, k, v = tensors(requires_grad=True)
+    torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(q, k, v).sum().backward()
+print(json.dumps([sum("nosoftmax.forward" in n for n in graphs[0]), sum("nosoftmax.backward" in n for n in graphs[1])]))
+""")
+    assert (forward, backward) == (1, 1)
