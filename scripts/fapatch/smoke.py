@@ -111,7 +111,7 @@ def on_gpu() -> Target:
         head_dim = Target.head_dim if Target.head_dim in head_dims else head_dims[0]
         built |= {"head_dim": head_dim, "backward": "bwd" in passes}
     target = Target("cuda", torch.cuda.get_device_name(), **built)
-    probe(target, getattr(torch, target.dtypes[-1]))
+    probe(target, getattr(torch, target.dtypes[0] if built else "float16"))
     return target
 
 

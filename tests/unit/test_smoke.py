@@ -27,7 +27,7 @@ def gpu(monkeypatch):
         monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", extension)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-        monkeypatch.setattr(smoke, "probe", lambda device, dtype, head_dim: calls.append((device, dtype, head_dim)))
+        monkeypatch.setattr(smoke, "probe", lambda target, dtype: calls.append((target.device, dtype, target.head_dim)))
         return calls
 
     return make
