@@ -48,7 +48,8 @@ def _named(cases: list[dict[str, Any]]) -> Cases:
 SMALL = _named([
     {"head_dim": 64}, {"head_dim": 128, "activation": "relu", "causal": True, "dtype": "float16"},
     {"head_dim": 128, "activation": "silu", "causal": True, "group": 2, "varlen": True, "normalization": "1/visible"},
-    {"head_dim": 64, "activation": "relu2", "window": (64, 0), "seqused": True}, {"head_dim": 128, "activation": "sigmoid", "page_size": 64},
+    {"head_dim": 64, "activation": "relu2", "window": (64, 0), "seqused": True},
+    {"head_dim": 128, "activation": "sigmoid", "page_size": 64},
 ])
 SMALL_SOFTMAX = _named([{"softmax": True, "head_dim": 64}, {"softmax": True, "head_dim": 128, "causal": True, "varlen": True}])
 
@@ -61,7 +62,8 @@ def full() -> tuple[Cases, Cases]:
         for d, a, t, c in itertools.product((64, 96, 128, 192, 256), activations, ("bfloat16", "float16"), (False, True))
     ]
     cases += [{"head_dim": d, "activation": a, "window": (100, 20)} for d, a in itertools.product((64, 128, 256), activations)]
-    cases += [{"head_dim": d, "varlen": True, "causal": c, "group": g} for d, c, g in itertools.product((64, 128, 256), (False, True), (1, 4))]
+    cases += [{"head_dim": d, "varlen": True, "causal": c, "group": g}
+              for d, c, g in itertools.product((64, 128, 256), (False, True), (1, 4))]
     cases += [{"head_dim": d, "activation": "silu", "causal": True} for d in range(8, 257, 8) if d not in (64, 96, 128, 192, 256)]
     cases += [{"head_dim": d, "head_dim_v": v, "causal": True} for d, v in ((64, 128), (128, 64), (192, 128), (256, 64), (40, 72))]
     cases += [{"head_dim": 128, "normalization": n, "causal": c, "activation": a}
@@ -71,7 +73,8 @@ def full() -> tuple[Cases, Cases]:
     cases += [{"head_dim": 128, "activation": "sigmoid", "bias": b, "causal": True} for b in (None, -5.0, 1.0)]
     cases += [{"head_dim": 128, "activation": "silu", "seqused": True, "varlen": v} for v in (False, True)]
     softmax = [
-        {"softmax": True, "head_dim": d, "causal": c, "varlen": v} for d, c, v in itertools.product((64, 96, 128, 192, 256), (False, True), (False, True))
+        {"softmax": True, "head_dim": d, "causal": c, "varlen": v}
+        for d, c, v in itertools.product((64, 96, 128, 192, 256), (False, True), (False, True))
     ]
     softmax += [{"softmax": True, "head_dim": 128, "window": (100, 20)}, {"softmax": True, "head_dim": 128, "softcap": 20.0},
                 {"softmax": True, "head_dim": 128, "group": 4}, {"softmax": True, "head_dim": 128, "page_size": 64}]
@@ -162,7 +165,8 @@ def check_identity(python: Path, pristine: Path, patched: Path, cases: Cases, fo
     for cubin in cubins:
         # The names of kernels hold addresses and counters of the run that traced them.
         before, after = (
-            sorted(parse_listing(run(cuobjdump, "-sass", path).stdout.decode()).values()) for path in (cubin, folder / "patched" / cubin.name)
+            sorted(parse_listing(run(cuobjdump, "-sass", path).stdout.decode()).values())
+            for path in (cubin, folder / "patched" / cubin.name)
         )
         same = before == after and bool(before)
         good &= same
@@ -189,10 +193,12 @@ def main(project: Project, args: argparse.Namespace) -> int:
         raise UsageError(f"the kernels of FAMILY={project.family.name} are compiled by nvcc", "FAMILY=flash-attn-4 fap.py compile-check")
     python = args.python or env.venv_python(project.venv)
     if not has_dsl(python):
-        raise FapError(f"{python} has no nvidia-cutlass-dsl, with which flash_attn.cute is compiled", f"make toolchain FAMILY={project.family.name}")
+        raise FapError(f"{python} has no nvidia-cutlass-dsl, with which flash_attn.cute is compiled",
+                       f"make toolchain FAMILY={project.family.name}")
     cuobjdump = cuda_toolkit.find_program("cuobjdump", project.venv, Torch.of(python), None)
     if cuobjdump is None:
-        raise FapError("cuobjdump, which reads the machine code, is not installed", ".venv/bin/pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        raise FapError("cuobjdump, which reads the machine code, is not installed",
+                       ".venv/bin/pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     patched = apply.ensure(project)
     folder = project.build / "compile-check" / project.release.version
     pristine = export(project, state.read(project).base_tree, folder / "upstream")

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-
 from overlay_package import module
 
 formulas = module("formulas")

@@ -1,15 +1,14 @@
 """One forward and one backward without softmax, through the functions with which upstream compiles and launches.
 
-Both work on tensors outside of autograd. Shapes are those of the public functions; `window` is (left, right), None for no
-limit. With seqused and no cu_seqlens, the batch is handed on as a packed one: tiles then end at the used length, so that
-nothing behind it is read (kernel.ends_at_seqlen).
+Both work on tensors outside of autograd. Shapes are those of the public functions; `window` is (left, right), None for
+no limit. With seqused and no cu_seqlens, the batch is handed on as a packed one: tiles then end at the used length, so
+that nothing behind it is read (kernel.ends_at_seqlen).
 """
 
 from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
 import torch
-
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods
 
@@ -48,7 +47,7 @@ class Call:
 
 
 def _packed(cu_seqlens, seqused, max_seqlen, *tensors):
-    """(cu_seqlens, max_seqlen, tensors), where a batch (b, s, ...) of which only a part is used becomes (b * s, ...)."""
+    """(cu_seqlens, max_seqlen, tensors): a batch (b, s, ...) of which only a part is used becomes (b * s, ...)."""
     if cu_seqlens is not None or seqused is None or tensors[0].numel() == 0:
         return cu_seqlens, max_seqlen, tensors
     batch, seqlen = tensors[0].shape[:2]

@@ -5,7 +5,6 @@ from typing import Callable, NamedTuple, Optional
 
 import cutlass.cute as cute
 from cutlass import Float32
-
 from flash_attn.cute.nosoftmax.formulas import formula
 from flash_attn.cute.nosoftmax.marker import ATTRIBUTE, NoSoftmax, marked
 
