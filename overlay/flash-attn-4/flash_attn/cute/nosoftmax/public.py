@@ -109,7 +109,9 @@ def _without_softmax(
     mods = _mods(score_mod, score_mod_bwd, softcap, activation, bias, normalization, needs_grad)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
-    sequences = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
+    # A longest sequence that is known on the GPU alone, which upstream allows, is a bound that can be left out.
+    longest = (None if isinstance(n, torch.Tensor) else n for n in (max_seqlen_q, max_seqlen_k))
+    sequences = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *longest)
     if score_mod is None and mask_mod is None and block_sparse_tensors is None:
         # With fake tensors upstream compiles and does not launch. A custom operator would do neither.
         compiles_only = not torch.compiler.is_compiling() and is_fake_mode()
