@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
 import torch
-from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd, _tile_size_fwd_sm90
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods
 
 
@@ -61,6 +61,19 @@ def _pack_gqa(pack_gqa: Optional[bool], q: torch.Tensor, k: torch.Tensor) -> Opt
     return False if q.shape[-1] % 16 and 64 % group else pack_gqa
 
 
+def _tile(call: Call, q: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
+    """Upstream chooses the tile by head_dim. Where head_dim_v is larger, O would not fit into the registers of that one."""
+    if v.shape[-1] <= q.shape[-1]:
+        return {}
+    local = call.window != (None, None) and call.window != (None, 0)
+    tile = _tile_size_fwd_sm90(v.shape[-1], v.shape[-1], call.causal, local)
+    return dict(
+        tile_mn=(tile.m_block_size, tile.n_block_size),
+        mma_pv_is_rs=tile.mma_pv_is_rs,
+        intra_wg_overlap=tile.intra_wg_overlap,
+    )
+
+
 def forward(
     call: Call,
     q: torch.Tensor,
@@ -92,6 +105,7 @@ def forward(
         pack_gqa=_pack_gqa(pack_gqa, q, k),
         block_sparse_tensors=block_sparse_tensors,
         out=out,
+        **(_tile(call, q, v) if block_sparse_tensors is None else {}),
         **call.arguments(),
     )[0]
 
