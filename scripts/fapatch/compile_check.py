@@ -36,6 +36,8 @@ Cases = dict[str, dict[str, Any]]
 # Backward kernels that spill a few registers outside of what their loops are bound by: (activation, head_dim) -> instructions.
 # P and dS share one tanh, which stays in registers beside the score.
 ALLOWED_SPILLS = {("silu", 64): 64, ("sigmoid", 64): 64}
+# The backward with head_dim_v > head_dim: upstream's host code chooses the tile by head_dim alone, and takes no other.
+WIDE_VALUES_SPILLS = 450
 
 
 def _named(cases: list[dict[str, Any]]) -> Cases:
@@ -48,7 +50,8 @@ def _named(cases: list[dict[str, Any]]) -> Cases:
 SMALL = _named([
     {"head_dim": 64}, {"head_dim": 128, "activation": "relu", "causal": True, "dtype": "float16"},
     {"head_dim": 128, "activation": "silu", "causal": True, "group": 2, "varlen": True, "normalization": "1/visible"},
-    {"head_dim": 64, "activation": "relu2", "window": (64, 0), "seqused": True}, {"head_dim": 128, "activation": "sigmoid", "page_size": 64},
+    {"head_dim": 64, "activation": "relu2", "window": (64, 0), "seqused": True},
+    {"head_dim": 128, "activation": "sigmoid", "page_size": 64},
 ])
 SMALL_SOFTMAX = _named([{"softmax": True, "head_dim": 64}, {"softmax": True, "head_dim": 128, "causal": True, "varlen": True}])
 
@@ -61,7 +64,8 @@ def full() -> tuple[Cases, Cases]:
         for d, a, t, c in itertools.product((64, 96, 128, 192, 256), activations, ("bfloat16", "float16"), (False, True))
     ]
     cases += [{"head_dim": d, "activation": a, "window": (100, 20)} for d, a in itertools.product((64, 128, 256), activations)]
-    cases += [{"head_dim": d, "varlen": True, "causal": c, "group": g} for d, c, g in itertools.product((64, 128, 256), (False, True), (1, 4))]
+    cases += [{"head_dim": d, "varlen": True, "causal": c, "group": g}
+              for d, c, g in itertools.product((64, 128, 256), (False, True), (1, 4))]
     cases += [{"head_dim": d, "activation": "silu", "causal": True} for d in range(8, 257, 8) if d not in (64, 96, 128, 192, 256)]
     cases += [{"head_dim": d, "head_dim_v": v, "causal": True} for d, v in ((64, 128), (128, 64), (192, 128), (256, 64), (40, 72))]
     cases += [{"head_dim": 128, "normalization": n, "causal": c, "activation": a}
@@ -71,7 +75,8 @@ def full() -> tuple[Cases, Cases]:
     cases += [{"head_dim": 128, "activation": "sigmoid", "bias": b, "causal": True} for b in (None, -5.0, 1.0)]
     cases += [{"head_dim": 128, "activation": "silu", "seqused": True, "varlen": v} for v in (False, True)]
     softmax = [
-        {"softmax": True, "head_dim": d, "causal": c, "varlen": v} for d, c, v in itertools.product((64, 96, 128, 192, 256), (False, True), (False, True))
+        {"softmax": True, "head_dim": d, "causal": c, "varlen": v}
+        for d, c, v in itertools.product((64, 96, 128, 192, 256), (False, True), (False, True))
     ]
     softmax += [{"softmax": True, "head_dim": 128, "window": (100, 20)}, {"softmax": True, "head_dim": 128, "softcap": 20.0},
                 {"softmax": True, "head_dim": 128, "group": 4}, {"softmax": True, "head_dim": 128, "page_size": 64}]
@@ -100,7 +105,7 @@ def read(cubin: Path, cuobjdump: Path) -> Kernel:
     return Kernel(Counter(INSTRUCTION.findall(listing)), int(registers[1]) if registers else 0)
 
 
-def faults(case: Mapping[str, Any], kernel: Kernel) -> list[str]:
+def faults(case: Mapping[str, Any], kernel: Kernel, backward: bool = False) -> list[str]:
     """What is wrong with a kernel without softmax."""
     activation = case.get("activation", "identity")
     wrong = []
@@ -110,6 +115,8 @@ def faults(case: Mapping[str, Any], kernel: Kernel) -> list[str]:
     if activation in ("identity", "relu", "relu2") and not case.get("softcap") and kernel.count("MUFU.TANH"):
         wrong.append(f"{kernel.count('MUFU.TANH')} MUFU.TANH, and {activation} needs none")
     allowed = ALLOWED_SPILLS.get((activation, case["head_dim"]), 0)
+    if backward and case.get("head_dim_v", 0) > case["head_dim"]:
+        allowed = WIDE_VALUES_SPILLS
     if kernel.spills > allowed:
         wrong.append(f"{kernel.spills} instructions spill registers, at most {allowed} may")
     if not kernel.count("HGMMA"):
@@ -146,7 +153,7 @@ def check_kernels(python: Path, tree: Path, cases: Cases, folder: Path, cuobjdum
     for name, case in cases.items():
         for cubin in sorted(folder.glob(f"{name}.?wd.cubin")):
             kernel = read(cubin, cuobjdump)
-            wrong = faults(case, kernel)
+            wrong = faults(case, kernel, cubin.stem.endswith(".bwd"))
             good &= not wrong
             print(f"{cubin.stem:<72} {kernel.registers:3} registers {sum(kernel.instructions.values()):5} instructions "
                   f"{kernel.spills:2} spills  {'; '.join(wrong) or 'ok'}", flush=True)
@@ -162,7 +169,8 @@ def check_identity(python: Path, pristine: Path, patched: Path, cases: Cases, fo
     for cubin in cubins:
         # The names of kernels hold addresses and counters of the run that traced them.
         before, after = (
-            sorted(parse_listing(run(cuobjdump, "-sass", path).stdout.decode()).values()) for path in (cubin, folder / "patched" / cubin.name)
+            sorted(parse_listing(run(cuobjdump, "-sass", path).stdout.decode()).values())
+            for path in (cubin, folder / "patched" / cubin.name)
         )
         same = before == after and bool(before)
         good &= same
@@ -189,10 +197,12 @@ def main(project: Project, args: argparse.Namespace) -> int:
         raise UsageError(f"the kernels of FAMILY={project.family.name} are compiled by nvcc", "FAMILY=flash-attn-4 fap.py compile-check")
     python = args.python or env.venv_python(project.venv)
     if not has_dsl(python):
-        raise FapError(f"{python} has no nvidia-cutlass-dsl, with which flash_attn.cute is compiled", f"make toolchain FAMILY={project.family.name}")
+        raise FapError(f"{python} has no nvidia-cutlass-dsl, with which flash_attn.cute is compiled",
+                       f"make toolchain FAMILY={project.family.name}")
     cuobjdump = cuda_toolkit.find_program("cuobjdump", project.venv, Torch.of(python), None)
     if cuobjdump is None:
-        raise FapError("cuobjdump, which reads the machine code, is not installed", ".venv/bin/pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        raise FapError("cuobjdump, which reads the machine code, is not installed",
+                       ".venv/bin/pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     patched = apply.ensure(project)
     folder = project.build / "compile-check" / project.release.version
     pristine = export(project, state.read(project).base_tree, folder / "upstream")

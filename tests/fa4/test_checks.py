@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from overlay_package import module
 
 checks = module("checks")

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-
 from overlay_package import module
 
 formulas = module("formulas")
@@ -130,7 +129,7 @@ def worst(got, want) -> float:
 
 @pytest.mark.parametrize(
     "activation, normalization, causal",
-    itertools.product(score_function.ACTIVATIONS, score_function.NORMALIZATIONS, (False, True)),
+    list(itertools.product(score_function.ACTIVATIONS, score_function.NORMALIZATIONS, (False, True))),
 )
 def test_backward_keeps_float16_digits(activation, normalization, causal):
     generator = torch.Generator().manual_seed(0)

@@ -44,7 +44,8 @@ def _device_reason(device: torch.device) -> Optional[str]:
 def _shape_reason(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed_q: bool, packed_k: bool, paged: bool
 ) -> Optional[str]:
-    for name, x, dims in (("q", q, 3 if packed_q else 4), ("k", k, 3 if packed_k else 4), ("v", v, 3 if packed_k else 4)):
+    for name, x, packed in (("q", q, packed_q), ("k", k, packed_k), ("v", v, packed_k)):
+        dims = 3 if packed else 4
         if x.dim() != dims:
             return f"{name} has {x.dim()} dimensions, expected {dims}: {tuple(x.shape)}"
         if x.dtype not in (torch.float16, torch.bfloat16):
@@ -111,8 +112,8 @@ def unsupported(
 ) -> Optional[str]:
     """Why these kernels do not serve a call without softmax, for people; None if they do. Launches nothing.
 
-    q: (batch, seqlen_q, nheads, head_dim), or (total_q, nheads, head_dim) with cu_seqlens_q. k, v: the same for keys, or
-    (num_pages, page_size, nheads_k, head_dim) with page_table.
+    q: (batch, seqlen_q, nheads, head_dim), or (total_q, nheads, head_dim) with cu_seqlens_q. k, v: the same for keys,
+    or (num_pages, page_size, nheads_k, head_dim) with page_table.
     """
     paged = page_table is not None
     for name, is_set in (

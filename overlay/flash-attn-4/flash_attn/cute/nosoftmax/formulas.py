@@ -1,11 +1,11 @@
 """The activations f and f' of score_function.py in the form in which the kernels compute them.
 
-A kernel gets y = unit * s instead of the score s: the host multiplies softmax_scale by `unit`, so the factor that tanh or
-exp2 needs costs nothing per element. `derivative` is taken by y, and the factor softmax_scale of dQ and dK, which is
+A kernel gets y = unit * s instead of the score s: the host multiplies softmax_scale by `unit`, so the factor that tanh
+or exp2 needs costs nothing per element. `derivative` is taken by y, and the factor softmax_scale of dQ and dK, which is
 multiplied by `unit` as well, makes it the derivative by s.
 
-The functions take `m`, the operations of the machine that runs them: ``tanh``, ``exp2``, ``rcp``, ``clamp(x, low, high)``,
-``relu``, ``where_positive(x, a)`` (a where x > 0, else 0). score_mods.py has those of the kernels; tests use torch.
+The functions take `m`, the operations of the machine that runs them: ``tanh``, ``exp2``, ``rcp``, ``relu``,
+``clamp(x, low, high)``, ``where_positive(x, a)`` (a where x > 0, else 0). score_mods.py has those of the kernels; tests use torch.
 """
 
 import math

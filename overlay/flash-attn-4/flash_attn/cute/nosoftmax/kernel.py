@@ -52,8 +52,8 @@ def ends_at_seqlen(mX: cute.Tensor, mCuSeqlens: Optional[cute.Tensor]) -> cute.T
     """The tensor to make a TMA descriptor of, from which `offset_batch_Q` and `offset_batch_K` cut sequences.
 
     TMA fills a tile with zeros past the end of the tensor, not past the end of a packed sequence. The rows of the next
-    sequence would be multiplied by P = 0 or dS = 0, and a NaN there would come through. quack's ragged tensors let every
-    sequence end on the border of the descriptor. The form that shifts no pointer is the one that is right for loads.
+    sequence would be multiplied by P = 0 or dS = 0, and a NaN there would come through. quack's ragged tensors let
+    every sequence end on the border of the descriptor. The form that shifts no pointer is the one that is right for loads.
     """
     if const_expr(mCuSeqlens is None):
         return mX
@@ -61,7 +61,7 @@ def ends_at_seqlen(mX: cute.Tensor, mCuSeqlens: Optional[cute.Tensor]) -> cute.T
 
 
 def offset_batch_Q(mark: Optional[NoSoftmax], seqlen_info) -> Callable:
-    """What cuts one sequence out of Q or dO: seqlen_info.offset_batch_Q, or the same for tensors of `ends_at_seqlen`."""
+    """What cuts a sequence out of Q or dO: seqlen_info.offset_batch_Q, or the same for tensors of `ends_at_seqlen`."""
     if mark is None or not seqlen_info.has_cu_seqlens_q:
         return seqlen_info.offset_batch_Q
     return partial(_sequence, offset=seqlen_info.offset_q, seqlen=seqlen_info.seqlen_q)

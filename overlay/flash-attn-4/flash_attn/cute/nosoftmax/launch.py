@@ -1,15 +1,15 @@
 """One forward and one backward without softmax, through the functions with which upstream compiles and launches.
 
-Both work on tensors outside of autograd. Shapes are those of the public functions; `window` is (left, right), None for no
-limit. With seqused and no cu_seqlens, the batch is handed on as a packed one: tiles then end at the used length, so that
-nothing behind it is read (kernel.ends_at_seqlen).
+Both work on tensors outside of autograd. Shapes are those of the public functions; `window` is (left, right), None for
+no limit. With seqused and no cu_seqlens, the batch is handed on as a packed one: tiles then end at the used length, so
+that nothing behind it is read (kernel.ends_at_seqlen).
 """
 
 from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
 import torch
-from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd, _tile_size_fwd_sm90
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods
 
 
@@ -47,7 +47,7 @@ class Call:
 
 
 def _packed(cu_seqlens, seqused, max_seqlen, *tensors):
-    """(cu_seqlens, max_seqlen, tensors), where a batch (b, s, ...) of which only a part is used becomes (b * s, ...)."""
+    """(cu_seqlens, max_seqlen, tensors): a batch (b, s, ...) of which only a part is used becomes (b * s, ...)."""
     if cu_seqlens is not None or seqused is None or tensors[0].numel() == 0:
         return cu_seqlens, max_seqlen, tensors
     batch, seqlen = tensors[0].shape[:2]
@@ -59,6 +59,19 @@ def _pack_gqa(pack_gqa: Optional[bool], q: torch.Tensor, k: torch.Tensor) -> Opt
     """Groups that do not divide a tile are loaded without TMA, which leaves the padding of the head size unwritten."""
     group = q.shape[-2] // k.shape[-2]
     return False if q.shape[-1] % 16 and 64 % group else pack_gqa
+
+
+def _tile(call: Call, q: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
+    """Upstream chooses the tile by head_dim. Where head_dim_v is larger, O would not fit into the registers of that one."""
+    if v.shape[-1] <= q.shape[-1]:
+        return {}
+    local = call.window != (None, None) and call.window != (None, 0)
+    tile = _tile_size_fwd_sm90(v.shape[-1], v.shape[-1], call.causal, local)
+    return dict(
+        tile_mn=(tile.m_block_size, tile.n_block_size),
+        mma_pv_is_rs=tile.mma_pv_is_rs,
+        intra_wg_overlap=tile.intra_wg_overlap,
+    )
 
 
 def forward(
@@ -92,6 +105,7 @@ def forward(
         pack_gqa=_pack_gqa(pack_gqa, q, k),
         block_sparse_tensors=block_sparse_tensors,
         out=out,
+        **(_tile(call, q, v) if block_sparse_tensors is None else {}),
         **call.arguments(),
     )[0]
 

@@ -1,4 +1,4 @@
-"""Custom operators of the activations, so that torch.compile keeps a call as one node. Users' score_mods run eagerly."""
+"""Custom operators of the activations: torch.compile keeps a call as one node. Users' score_mods run eagerly."""
 
 from typing import Optional
 
@@ -130,7 +130,9 @@ class UserScoreMod(torch.autograd.Function):
     """The same for a score_mod or mask_mod of the user, which a custom operator cannot take."""
 
     @staticmethod
-    def forward(ctx, q, k, v, call, pack_gqa, page_table, deterministic, block_sparse_tensors, block_sparse_tensors_bwd):
+    def forward(
+        ctx, q, k, v, call, pack_gqa, page_table, deterministic, block_sparse_tensors, block_sparse_tensors_bwd
+    ):  # fmt: skip
         ctx.save_for_backward(q, k, v)
         ctx.call = call
         ctx.deterministic = deterministic

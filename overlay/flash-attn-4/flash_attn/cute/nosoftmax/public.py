@@ -1,4 +1,4 @@
-"""flash_attn_func and flash_attn_varlen_func with use_softmax; score_function.py states what use_softmax=False means."""
+"""flash_attn_func and flash_attn_varlen_func with use_softmax; score_function.py states what False means."""
 
 import functools
 import inspect
@@ -38,7 +38,7 @@ def _mods(
             raise ValueError("score_mod_bwd without score_mod: give both, or neither")
         return of_activation(activation, bias, softcap, normalization)
     if activation != "identity":
-        raise ValueError(f"activation={activation!r} and score_mod both choose the function of the score: give one of them")
+        raise ValueError(f"activation={activation!r} and score_mod both choose f: give one of them")
     if softcap:
         raise ValueError(f"softcap={softcap} and score_mod cannot be used together: cap the score in the score_mod")
     if needs_grad and score_mod_bwd is None:
@@ -109,7 +109,9 @@ def _without_softmax(
     mods = _mods(score_mod, score_mod_bwd, softcap, activation, bias, normalization, needs_grad)
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
-    sequences = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
+    # A longest sequence that is known on the GPU alone, which upstream allows, is a bound that can be left out.
+    longest = (None if isinstance(n, torch.Tensor) else n for n in (max_seqlen_q, max_seqlen_k))
+    sequences = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *longest)
     if score_mod is None and mask_mod is None and block_sparse_tensors is None:
         # With fake tensors upstream compiles and does not launch. A custom operator would do neither.
         compiles_only = not torch.compiler.is_compiling() and is_fake_mode()
@@ -132,8 +134,8 @@ _DOC = """
     sigmoid_bias: a float, or "-log n" with n the number of keys of the sequence; with activation="sigmoid".
     normalization: None, "1/n", "1/visible" or "1/sqrt(n)".
 
-    Without softmax a score_mod may take the place of an activation: its value is the weight itself, and the mask writes 0
-    after it. It needs score_mod_bwd where gradients are asked for. Returns (out, lse) as with softmax; lse is an empty
+    Without softmax a score_mod may take the place of an activation: its value is the weight itself, and the mask writes
+    0 after it. It needs score_mod_bwd where gradients are asked for. Returns (out, lse) as with softmax; lse is an empty
     float32 tensor. Raises ValueError before anything is launched if these kernels do not serve the call.
 """
 
