@@ -36,7 +36,7 @@ Cases = dict[str, dict[str, Any]]
 # Backward kernels that spill a few registers outside of what their loops are bound by: (activation, head_dim) -> instructions.
 # P and dS share one tanh, which stays in registers beside the score.
 ALLOWED_SPILLS = {("silu", 64): 64, ("sigmoid", 64): 64}
-# The backward with head_dim_v > head_dim: upstream's host code chooses the tile by head_dim alone, and takes no other.
+# The backward with head_dim_v > head_dim.
 WIDE_VALUES_SPILLS = 450
 
 

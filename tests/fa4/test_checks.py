@@ -54,6 +54,8 @@ def test_served(shape):
     ({}, {"activation": "gelu"}, "gelu"),
     ({}, {"softcap": -1.0}, "softcap"),
     ({}, {"softcap": 5.0, "softmax_scale": -1.0}, "softmax_scale"),
+    ({}, {"softmax_scale": float("nan")}, "softmax_scale=nan"),
+    ({}, {"softmax_scale": float("inf")}, "softmax_scale=inf"),
     ({}, {"window_size": (-3, 0)}, "window_size"),
     ({}, {"normalization": "1/visible", "mask_mod": len}, "mask_mod"),
     ({}, {"normalization": "1/visible", "block_sparse_tensors": ()}, "sparse blocks"),

@@ -116,3 +116,20 @@ with FakeTensorMode(allow_non_fake_inputs=True):
 print(json.dumps([sum("nosoftmax.forward" in n for n in graphs[0]), sum("nosoftmax.backward" in n for n in graphs[1])]))
 """)
     assert (forward, backward) == (1, 1)
+
+
+def test_keys_before_every_window_are_left_out(run):
+    """A NaN in them would reach the result through a tile that they share with seen keys."""
+    assert run("""
+seen = []
+public.ops.compile_or_run = lambda q, k, v, *rest: seen.append([k.shape[1], v.shape[1]]) or q
+with FakeTensorMode():
+    q, k, v = tensors()
+    q = q[:, :30]
+    for options in (
+        {"window_size": (10, 0)}, {"window_size": (10, None), "normalization": "1/visible"}, {"window_size": (80, 0)}, {"causal": True},
+        {"window_size": (10, 0), "normalization": "1/n"}, {"window_size": (10, 0), "activation": "sigmoid", "sigmoid_bias": "-log n"},
+    ):
+        flash_attn_func(q, k, v, use_softmax=False, **options)
+print(json.dumps(seen))
+""") == [[40, 40], [40, 40], [100, 100], [100, 100], [100, 100], [100, 100]]

@@ -1,5 +1,6 @@
 """What the Hopper kernels without softmax serve. Imports neither cutlass nor a kernel, and launches nothing."""
 
+import math
 import os
 import re
 from importlib.util import find_spec
@@ -134,6 +135,8 @@ def unsupported(
         return f"activation={activation!r}, normalization={normalization!r} are not known"
     if softcap < 0.0 or (softcap > 0.0 and softmax_scale is not None and softmax_scale <= 0.0):
         return f"softcap needs softcap > 0 and softmax_scale > 0, got softcap={softcap}, softmax_scale={softmax_scale}"
+    if softmax_scale is not None and not abs(softmax_scale) < math.inf:  # math.isfinite can't be traced
+        return f"softmax_scale={softmax_scale}: give a finite number, or None for 1/sqrt(head_dim)"
     if any(side is not None and side < -1 for side in window_size):
         return f"window_size={window_size}: give None or -1 for no limit, else a number of keys"
     if paged and cu_seqlens_k is not None:

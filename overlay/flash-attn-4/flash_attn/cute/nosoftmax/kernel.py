@@ -26,6 +26,15 @@ def mask_value(mark: Optional[NoSoftmax]) -> float:
     return -math.inf if mark is None else 0.0
 
 
+def hdim_multiple_of(mark: Optional[NoSoftmax]) -> int:
+    """What the backward rounds head sizes up to where dK and dV are not swapped.
+
+    The host code and the postprocess lay out dq_accum, and dk_accum and dv_accum with grouped heads, in multiples of 32.
+    Upstream's 16 is another number at head sizes such as 48, 72 and 80.
+    """
+    return 16 if mark is None else 32
+
+
 @dataclass
 class RowState(Softmax):
     """In place of Softmax: the scores are the weights, and O is never rescaled."""
@@ -246,6 +255,17 @@ def m_block_interior(mask, m_block_min: Int32, m_block_max: Int32, n_block: Int3
 
 
 # ---- Host ----
+
+
+def bwd_tile_for(mark: Optional[NoSoftmax], head_dim: int, head_dim_v: int, causal: bool) -> tuple[int, int, bool]:
+    """What upstream's choice of the backward's tile is asked with: head_dim, head_dim_v, causal.
+
+    It looks at head_dim alone, and its tile for that would not fit into shared memory with a larger head_dim_v. Then the
+    tile of head_dim_v serves, the causal one: the other has rows that the matrix unit cannot divide at a smaller head_dim.
+    """
+    if mark is None or head_dim_v <= head_dim:
+        return head_dim, head_dim_v, causal
+    return head_dim_v, head_dim_v, True
 
 
 def zero_dq_accum(out, dout, dpsum, lse, lse_log2, dq_accum, *args, fake_mode: bool, **kwargs) -> None:

@@ -49,6 +49,11 @@ def _mods(
     return of_user(score_mod, score_mod_bwd, normalization)
 
 
+def first_seen(seqlen_q: int, seqlen_k: int, left: Optional[int]) -> int:
+    """The first key that a window of `left` keys lets any query see. Query i is aligned with key i + seqlen_k - seqlen_q."""
+    return 0 if left is None else max(seqlen_k - seqlen_q - left, 0)
+
+
 def _without_softmax(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -111,6 +116,11 @@ def _without_softmax(
         softmax_scale = q.shape[-1] ** -0.5
     # A longest sequence that is known on the GPU alone, which upstream allows, is a bound that can be left out.
     longest = (None if isinstance(n, torch.Tensor) else n for n in (max_seqlen_q, max_seqlen_k))
+    indexed = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, score_mod, block_sparse_tensors)
+    counts_keys = bias is None or normalization in ("1/n", "1/sqrt(n)")
+    if all(x is None for x in indexed) and not counts_keys and (first := first_seen(q.shape[1], k.shape[1], left)) > 0:
+        # Keys before the windows share a tile with seen ones. They are left out, for a NaN there would come through.
+        k, v = k[:, first:], v[:, first:]
     sequences = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *longest)
     if score_mod is None and mask_mod is None and block_sparse_tensors is None:
         # With fake tensors upstream compiles and does not launch. A custom operator would do neither.
