@@ -2,7 +2,8 @@
 
 Contenders, each left out where it does not run, with the reason in the record:
     linear     flash_attn_func(use_softmax=False, algorithm="linear")
-    quadratic  the same with algorithm="quadratic"
+    quadratic  the same with algorithm="quadratic", by FA2's kernels on a GPU
+    fa4        the same by the kernels of flash-attn-4 on a Hopper GPU, where that is installed
     fla        fla.ops.linear_attn.chunk_linear_attn(normalize=False), causal only (package fla-core)
     torch      Q @ (K^T V), full only
 Every length runs at batch 1 and, up to --tokens, at that many tokens in all. Results go to --json as they come, so that a run
@@ -70,11 +71,14 @@ def _torch(q, k, v, causal):
     return (q @ (k.transpose(-1, -2) @ v) * q.shape[-1] ** -0.5).transpose(1, 2)
 
 
-def _ours(algorithm: str) -> Callable:
-    return lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal, use_softmax=False, algorithm=algorithm)
+def _ours(backend: str) -> Callable:
+    return lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal, use_softmax=False, backend=backend)
 
 
-CONTENDERS = {"linear": _ours("linear"), "quadratic": _ours("quadratic"), "fla": _fla, "torch": _torch}
+CONTENDERS = {
+    "linear": _ours("linear"), "quadratic": _ours("fa2" if torch.cuda.is_available() else "cpu"), "fa4": _ours("fa4"), "fla": _fla,
+    "torch": _torch,
+}
 _ONLY = {"fla": True, "torch": False}
 
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STYLES = {
     "linear": {"label": "flash_attn, linear", "color": "C0", "marker": "."},
     "quadratic": {"label": "flash_attn, quadratic", "color": "C1", "marker": "."},
+    "fa4": {"label": "flash_attn.cute (FA4), quadratic", "color": "C4", "marker": "v"},
     "fla": {"label": "fla chunk_linear_attn", "color": "C3", "marker": "."},
     "torch": {"label": "torch Q(KᵀV)", "color": "C2", "marker": "."},
     "floor": {"label": "memory floor", "color": "black", "linestyle": ":"},
