@@ -119,7 +119,7 @@ from flash_attn import flash_attn_func
 torch.set_num_threads(1)
 def run(n):
     q, k, v = (torch.randn(1, n, 2, 16, requires_grad=True) for _ in range(3))
-    flash_attn_func(q, k, v, causal=True, use_softmax=False).sum().backward()
+    flash_attn_func(q, k, v, causal=True, use_softmax=False, algorithm="{algorithm}").sum().backward()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 run(256)
 before = peak()
@@ -129,11 +129,12 @@ print(peak() - before)
 
 
 @case(35)
-def test_memory_grows_with_the_length_not_its_square(device):
+@pytest.mark.parametrize("algorithm", ["quadratic", "linear"])
+def test_memory_grows_with_the_length_not_its_square(device, algorithm):
     """Case 35: forward and backward over 8192 tokens and 2 heads; one matrix of scores would be 512 MiB."""
     if device != "cpu":
         pytest.skip("measures the memory of a CPU process")
-    probe = [sys.executable, "-c", MEMORY_PROBE.format(seqlen=8192)]
+    probe = [sys.executable, "-c", MEMORY_PROBE.format(seqlen=8192, algorithm=algorithm)]
     mebibytes = float(subprocess.run(probe, check=True, capture_output=True, text=True).stdout)
     assert mebibytes < 100, f"peak memory grew by {mebibytes:.0f} MiB"
 
