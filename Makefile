@@ -10,7 +10,7 @@ export HEAD_DIMS DTYPES PASSES ARCHS NO_SOFTMAX_ONLY
 export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN
 
 .PHONY: help env fetch apply status refresh rebase rebase-continue rebase-abort bundle lint toolchain wheel smoke sass-identity compile-check \
-        test test-unit test-patches test-attention upstream-test sanitize naive-kernels bench bench-gpu clean distclean
+        test test-unit test-patches test-attention upstream-test sanitize naive-kernels bench bench-gpu bench-fa4 clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -90,6 +90,11 @@ bench: wheel  ## speed of the CPU backend against torch's own attention
 bench-gpu: wheel  ## speed and memory of the CUDA kernels without softmax against those with it (needs a GPU)
 	$(PY) benchmarks/gpu_vs_softmax.py --json docs/results/gpu_vs_softmax.json
 	$(PY) benchmarks/gpu_tables.py
+
+bench-fa4:  ## TFLOP/s of flash-attn-4's kernels without softmax (needs a Hopper GPU and both wheels)
+	$(PY) benchmarks/fa4_tflops.py --compile $(JOBS)
+	$(PY) benchmarks/fa4_tflops.py --json docs/results/fa4_tflops.json
+	$(PY) benchmarks/fa4_tables.py
 
 clean: env  ## drop build/
 	@$(FAP) clean

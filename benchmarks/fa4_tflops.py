@@ -7,7 +7,7 @@ Contenders, each left out where it does not run, with the reason in the record:
     identity relu relu2 sigmoid silu   the same with use_softmax=False
     fa2                                flash_attn.flash_attn_func(use_softmax=False, backend="fa2"), where the wheel with it is installed
     retention                          fla.ops.retention.parallel_retention (package fla-core), a peer in Triton; causal, as many key heads
-Shapes: dense and, at the last length, grouped-query heads (8 query heads a key head) and packed sequences of uneven length.
+Shapes: dense and, with all tokens in one sequence or packed, grouped-query heads (8 query heads a key head) and sequences of uneven length.
 Results go to --json as they come. The first call of a kernel compiles it; --compile does only that, in several processes at once.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import multiprocessing
 import shlex
@@ -54,15 +55,16 @@ def flops(case: Case) -> float:
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    for head_dim in args.head_dims:
-        nheads = args.hidden // head_dim
-        for causal in (False, True):
-            for direction in (FORWARD, BACKWARD):
-                for seqlen in args.seqlens:
-                    yield Case(DENSE, direction, max(args.tokens // seqlen, 1), seqlen, nheads, nheads, head_dim, causal)
-                for name, nheads_k in ((GROUPED, max(nheads // GROUP, 1)), (PACKED, nheads)):
-                    if name in args.shapes:
-                        yield Case(name, direction, 1, args.tokens, nheads, nheads_k, head_dim, causal)
+    """In the order of --seqlens, so that a run that is stopped has the first lengths of every kind."""
+    kinds = list(itertools.product(args.head_dims, (False, True), (FORWARD, BACKWARD)))
+    for seqlen in args.seqlens:
+        for head_dim, causal, direction in kinds:
+            nheads = args.hidden // head_dim
+            yield Case(DENSE, direction, max(args.tokens // seqlen, 1), seqlen, nheads, nheads, head_dim, causal)
+    for name in args.shapes:
+        for head_dim, causal, direction in kinds:
+            nheads = args.hidden // head_dim
+            yield Case(name, direction, 1, args.tokens, nheads, max(nheads // GROUP, 1) if name == GROUPED else nheads, head_dim, causal)
 
 
 def _function(contender: str, case: Case) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -159,7 +161,7 @@ def compile_all(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seqlens", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--seqlens", type=int, nargs="+", default=[16384, 512, 2048, 8192, 32768, 1024, 4096])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--tokens", type=int, default=16384, help="batch * seqlen where seqlen is not longer (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=2048, help="nheads * head_dim (default: %(default)s)")

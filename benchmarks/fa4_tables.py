@@ -1,0 +1,95 @@
+"""Write docs/results/fa4_tflops.md and docs/fa4_tflops.png from the JSON of fa4_tflops.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from fa4_tflops import CONTENDERS, DENSE
+from gpu_record import BACKWARD, FORWARD
+from gpu_tables import table
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parents[1]
+STYLES = {
+    "softmax": {"color": "black", "linestyle": "--"}, "identity": {"color": "C0"}, "relu": {"color": "C1"}, "relu2": {"color": "C2"},
+    "sigmoid": {"color": "C3"}, "silu": {"color": "C4"}, "fa2": {"color": "C7", "linestyle": ":"}, "retention": {"color": "C5"},
+}
+LABELS = {"fa2": "FA2 identity", "retention": "fla parallel_retention"}
+
+
+def _kind(row: dict) -> str:
+    return f"{row['head_dim']} {'causal' if row['causal'] else 'full'}"
+
+
+def _length(row: dict) -> str:
+    n = row["seqlen"]
+    length = f"{n // 1024}k" if n % 1024 == 0 else str(n)
+    return f"{_kind(row)}, N = {length}" + ("" if row["name"] == DENSE else f", {row['name']}")
+
+
+def markdown(record: dict) -> str:
+    text = f"""# FA4's kernels without softmax on {record["device"]}
+
+{record["date"]}, torch {record["torch"]}, flash-attn-4 {record["flash_attn_4"]}, nvidia-cutlass-dsl {record["dsl"]}:
+
+    {record["command"]}
+
+TFLOP/s, bfloat16, 16k tokens in all (N = 32k: 32k), hidden 2048, medians with a cold L2 cache; backward alone. In the same run cuBLAS
+reached {record["matmul_tflops"]:.0f} TFLOP/s on 8192³. FA2 identity: FA2's kernels without softmax. gqa: 8 query heads a key head.
+varlen: six sequences of uneven length. Written by `benchmarks/fa4_tables.py` from the JSON file beside this one.
+"""
+    shown = [c for c in CONTENDERS if any(c in row["tflops"] for row in record["rows"])]
+    for direction in (FORWARD, BACKWARD):
+        rows = sorted((r for r in record["rows"] if r["direction"] == direction),
+                      key=lambda r: (r["head_dim"], r["causal"], r["name"] != DENSE, r["name"], r["seqlen"]))
+        cells = [{**row, "contender": name} for row in rows for name in shown if name in row["tflops"]]
+        # The columns come in the order of their first cells: a line that has all of them decides.
+        cells.sort(key=lambda r: shown.index(r["contender"]))
+        order = {_length(row): i for i, row in enumerate(rows)}
+        text += f"\n## {direction.capitalize()}\n\n"
+        lines = table(cells, "head_dim, mask", _length, lambda r: LABELS.get(r["contender"], r["contender"]),
+                      lambda r: f"{r['tflops'][r['contender']]:.0f}").splitlines()
+        body = sorted(lines[2:], key=lambda line: order[line.split(" | ")[0].removeprefix("| ")])
+        text += "\n".join([*lines[:2], *body]) + "\n"
+    return text
+
+
+def draw(record: dict, target: Path) -> None:
+    """TFLOP/s against N: a column for each head size and mask, forward above backward."""
+    rows = [r for r in record["rows"] if r["name"] == DENSE]
+    kinds = list(dict.fromkeys(map(_kind, sorted(rows, key=lambda r: (r["head_dim"], r["causal"])))))
+    figure = Figure(figsize=(3.6 * len(kinds), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(kinds), squeeze=False, sharey=True)
+    for i, direction in enumerate((FORWARD, BACKWARD)):
+        for ax, kind in zip(axes[i], kinds):
+            chosen = sorted((r for r in rows if r["direction"] == direction and _kind(r) == kind), key=lambda r: r["seqlen"])
+            for name in CONTENDERS:
+                points = [(r["seqlen"], r["tflops"][name]) for r in chosen if name in r["tflops"]]
+                if points:
+                    ax.plot(*zip(*points), marker=".", label=LABELS.get(name, name), **STYLES[name])
+            ax.axhline(record["matmul_tflops"], color="black", linewidth=0.6)
+            ax.set_xscale("log", base=2)
+            ax.set_title(f"head_dim {kind}, {direction}", fontsize=10)
+            ax.set_xlabel("N")
+            ax.grid(alpha=0.3)
+        axes[i][0].set_ylabel("TFLOP/s (thin line: cuBLAS)")
+    handles = {line.get_label(): line for ax in figure.axes for line in ax.get_lines() if not line.get_label().startswith("_")}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9)
+    figure.suptitle(f"{record['device']}, bfloat16, hidden 2048, {record['date']}", fontsize=11)
+    figure.savefig(target, dpi=110)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, default=ROOT / "docs/results/fa4_tflops.json")
+    args = parser.parse_args(argv)
+    record = json.loads(args.json.read_text(encoding="utf-8"))
+    args.json.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+    draw(record, ROOT / "docs" / args.json.with_suffix(".png").name)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
