@@ -60,6 +60,7 @@ def draw(record: dict, target: Path) -> None:
     """TFLOP/s against N: a column for each head size and mask, forward above backward."""
     rows = [r for r in record["rows"] if r["name"] == DENSE]
     kinds = list(dict.fromkeys(map(_kind, sorted(rows, key=lambda r: (r["head_dim"], r["causal"])))))
+    kinds = [kind for kind in kinds if len({r["seqlen"] for r in rows if _kind(r) == kind}) > 1]  # a run that was stopped has points
     figure = Figure(figsize=(3.6 * len(kinds), 6.4), layout="constrained")
     axes = figure.subplots(2, len(kinds), squeeze=False, sharey=True)
     for i, direction in enumerate((FORWARD, BACKWARD)):
