@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import apply, cuda_toolkit, env, git, state
+from . import apply, build_copy, cuda_toolkit, env, git, state
 from .cuda_toolkit import Torch
 from .errors import FapError, UsageError
 from .process import CommandFailed, run
@@ -128,7 +128,7 @@ def compile_cases(python: Path, tree: Path, cases: Cases, folder: Path) -> None:
     """Write folder/<case>.<fwd|bwd>.cubin for each case. Raises FapError with the last words of the compiler."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    variables = {**FOR_HOPPER, "PYTHONPATH": str(tree), "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
+    variables = {**FOR_HOPPER, "PYTHONPATH": str(tree), "PYTHONWARNINGS": "ignore"}
     worker = Path(__file__).with_name("compile_worker.py")
     try:
         run(python, worker, folder, env=variables, stdin=json.dumps(cases).encode())
@@ -178,13 +178,19 @@ def check_identity(python: Path, pristine: Path, patched: Path, cases: Cases, fo
     return good
 
 
+def importable(folder: Path) -> Path:
+    """Make flash_attn in ``folder`` a package, which this family leaves to FA2's wheel: without it an installed one would go first."""
+    (folder / "flash_attn" / "__init__.py").touch()
+    return folder
+
+
 def export(project: Project, tree: str, folder: Path) -> Path:
-    """The Python files of a git tree of the store, in a folder that no git knows."""
+    """The Python files of a git tree of the store, in a folder that no git knows, ready to be imported."""
     shutil.rmtree(folder, ignore_errors=True)
     for path, content in git.read_tree(tree, lambda path: path.endswith(".py"), repo=project.store):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
-    return folder
+    return importable(folder)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -203,9 +209,12 @@ def main(project: Project, args: argparse.Namespace) -> int:
     if cuobjdump is None:
         raise FapError("cuobjdump, which reads the machine code, is not installed",
                        ".venv/bin/pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    patched = apply.ensure(project)
+    tree = apply.ensure(project)
     folder = project.build / "compile-check" / project.release.version
-    pristine = export(project, state.read(project).base_tree, folder / "upstream")
+    pristine, patched = (
+        export(project, id, folder / name)
+        for name, id in (("upstream", state.read(project).base_tree), ("patched", build_copy.verified_tree(project, tree)))
+    )
     cases, softmax = full() if args.full else (SMALL, SMALL_SOFTMAX)
     good = check_kernels(python, patched, cases, folder / "without-softmax", cuobjdump)
     good &= check_identity(python, pristine, patched, softmax, folder / "with-softmax", cuobjdump)

@@ -34,4 +34,4 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         folder = tmp_path_factory.mktemp("fa4")
         apply.build(project, base, folder / "patched", files.patches, files.overlay)
         pristine = compile_check.export(project, base.tree, folder / "pristine")
-    return pristine, folder / "patched"
+    return pristine, compile_check.importable(folder / "patched")

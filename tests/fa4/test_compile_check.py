@@ -27,6 +27,7 @@ def test_softmax_kernels_are_unchanged(compiler, trees, tmp_path):
 def said(python, tree, program, **variables):
     """What a program prints that imports flash_attn.cute from a tree, as JSON."""
     environment = {**FOR_HOPPER, "PYTHONPATH": str(tree), "PATH": "/usr/bin:/bin", **variables}
+    environment = {name: value for name, value in environment.items() if value is not None}
     done = subprocess.run([python, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -53,7 +54,7 @@ print(json.dumps([len(keys), len(set(keys))]))
 def test_cache_is_on_by_default(compiler, trees, tmp_path):
     program = "import json; from flash_attn.cute.cache_utils import CUTE_DSL_CACHE_ENABLED as on; print(json.dumps(on))"
     folder = {"FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(tmp_path)}
-    assert said(compiler[0], trees[1], program, **folder) is True
+    assert said(compiler[0], trees[1], program, **folder, FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=None) is True
     assert said(compiler[0], trees[1], program, **folder, FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED="0") is False
 
 
