@@ -39,6 +39,12 @@ def short_segments(kernels, monkeypatch):
     """Several segments in sequences that the interpreter gets through."""
     monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 64)
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 12)
+    plans = (kernels._forward_plan, kernels._backward_plan)
+    for plan in plans:
+        plan.cache_clear()
+    yield
+    for plan in plans:
+        plan.cache_clear()
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
@@ -121,6 +127,50 @@ def test_largest_inputs(kernels, causal, dtype, largest):
     form = Form(0.25, causal)
     for x in (kernels.attend(q, k, v, form, None, None, 0, 0), *kernels.gradients(dout, q, k, v, form, None, None, 0, 0)):
         assert torch.isfinite(x).all()
+
+
+@MASKS
+def test_plans_are_for_what_looks_the_same(kernels, causal):
+    """Of one shape after the other, and of one shape with other strides, sequences and normalization."""
+    form = Form(0.2, causal)
+    for seqlen in (200, 130, 200):
+        x = [draw(2, seqlen, 2, 16, seed=i, dtype=torch.float16) for i in range(4)]
+        check(kernels, *x, form)
+        check(kernels, *(y.transpose(1, 2).contiguous().transpose(1, 2) for y in x), form)
+        check(kernels, *x, Form(0.2, causal, normalization="1/n"))
+    for lengths in ([150, 50], [50, 150], [60, 80, 60]):
+        check(kernels, *(draw(200, 2, 16, seed=i, dtype=torch.float16) for i in range(4)), form, lengths, lengths)
+    for d_v in (16, 32, 16):
+        q, k, v = (draw(1, 200, 1, d, seed=d, dtype=torch.float16) for d in (16, 16, d_v))
+        out, state = kernels.attend_with_state(q, k, v, Form(0.2, causal=True), None)
+        assert out.shape == v.shape and state.shape == (1, 1, 16, d_v)
+
+
+class _Kernel:
+    """As a Triton kernel and what it compiles to: notes what each is called with."""
+
+    def __init__(self, calls, name="kernel"):
+        self._calls, self._name = calls, name
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self._calls.append((self._name, grid, arguments))
+            return _Kernel(self._calls, "compiled")
+
+        return launch
+
+
+def test_compiled_is_called_where_16_divides_the_addresses(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "_COMPILED_TAKE_CONSTANTS", True)
+    calls, grid, x = [], (1, 2, 3), torch.zeros(64, dtype=torch.float16)
+    launch = kernels._Launch(_Kernel(calls), grid, (7,), (8,), num_warps=4)
+    aligned, other, shifted = x[:16], x[32:], x[1:17]
+    for tensors in ((shifted, None), (aligned, None), (other, None), (other, shifted)):
+        launch(*tensors)
+    names, grids, arguments = zip(*calls)
+    assert names == ("kernel", "kernel", "compiled", "kernel") and set(grids) == {grid}
+    assert arguments[2] == (other.data_ptr(), 0, 7, 8)
+    assert arguments[3][0] is other and arguments[3][1] is shifted
 
 
 @pytest.mark.parametrize("mean", [0.0, 4.0])

@@ -26,34 +26,35 @@ def attend(
     and v a group of them is summed. state: (batch, min(nheads, nheads_k), d, d_v), the sum of k^T v over earlier keys,
     for the causal form with rows <= keys.
     Returns out (batch, rows, nheads, d_v) in q's dtype, and the state after the last key in the compute dtype. A row
-    that sees neither a key nor a given state is 0.
+    that sees neither a key nor a given state is 0. torch.autocast has no influence.
     """
-    chunks = _Chunks(q, k, v, form)
-    shape = (q.shape[0], chunks.heads, q.shape[-1], v.shape[-1])
-    state = torch.zeros(shape, dtype=chunks.dtype, device=q.device) if state is None else state.to(chunks.dtype, copy=True)
-    out = q.new_zeros(*q.shape[:3], v.shape[-1])
-    if q.shape[0] == 0:
-        return out, state
-    state = state.reshape(-1, *shape[2:])
-    if form.mask == FULL:
-        for span in chunks.spans:
-            if chunks.has_keys(span):
-                state.baddbmm_(chunks.keys(span).mT, chunks.values(span))
-        for span in chunks.spans:
-            if chunks.has_rows(span):
-                chunks.store(out, torch.bmm(chunks.rows(span), state), span)
-        return out, state.view(shape)
-    for span in reversed(chunks.spans) if form.mask == ANTICAUSAL else chunks.spans:
-        rows = chunks.rows(span) if chunks.has_rows(span) else None
-        keys, values = (chunks.keys(span), chunks.values(span)) if chunks.has_keys(span) else (None, None)
-        if rows is not None:
-            result = torch.bmm(rows, state)
+    with torch.autocast(q.device.type, enabled=False):
+        chunks = _Chunks(q, k, v, form)
+        shape = (q.shape[0], chunks.heads, q.shape[-1], v.shape[-1])
+        state = torch.zeros(shape, dtype=chunks.dtype, device=q.device) if state is None else state.to(chunks.dtype, copy=True)
+        out = q.new_zeros(*q.shape[:3], v.shape[-1])
+        if q.shape[0] == 0:
+            return out, state
+        state = state.reshape(-1, *shape[2:])
+        if form.mask == FULL:
+            for span in chunks.spans:
+                if chunks.has_keys(span):
+                    state.baddbmm_(chunks.keys(span).mT, chunks.values(span))
+            for span in chunks.spans:
+                if chunks.has_rows(span):
+                    chunks.store(out, torch.bmm(chunks.rows(span), state), span)
+            return out, state.view(shape)
+        for span in reversed(chunks.spans) if form.mask == ANTICAUSAL else chunks.spans:
+            rows = chunks.rows(span) if chunks.has_rows(span) else None
+            keys, values = (chunks.keys(span), chunks.values(span)) if chunks.has_keys(span) else (None, None)
+            if rows is not None:
+                result = torch.bmm(rows, state)
+                if keys is not None:
+                    result.baddbmm_(chunks.mask(torch.bmm(rows, keys.mT), span), values)
+                chunks.store(out, result, span)
             if keys is not None:
-                result.baddbmm_(chunks.mask(torch.bmm(rows, keys.mT), span), values)
-            chunks.store(out, result, span)
-        if keys is not None:
-            state.baddbmm_(keys.mT, values)
-    return out, state.view(shape)
+                state.baddbmm_(keys.mT, values)
+        return out, state.view(shape)
 
 
 class _Chunks:

@@ -13,8 +13,9 @@ CUDA graphs.
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Optional
+from functools import lru_cache, reduce
+from operator import or_
+from typing import NamedTuple, Optional
 
 import torch
 import triton
@@ -153,9 +154,10 @@ def _scan(
     for i in range(count):
         segment = count - 1 - i if MASK == _ANTICAUSAL else i
         pointers = here + (first + segment) * heads * SIZE
-        # The last sum was not computed unless it is needed.
-        needed = inside & (HAS_FINAL or MASK == _FULL or i < count - 1)
-        own = tl.load(pointers, mask=needed, other=0.0)
+        size = SIZE
+        if not HAS_FINAL and MASK != _FULL:
+            size = tl.where(i < count - 1, SIZE, 0)  # nobody needs the last sum, and it was not computed
+        own = tl.load(pointers, mask=offsets < size, other=0.0)
         if MASK != _FULL:
             tl.store(pointers, carry, mask=inside)
         carry += own
@@ -224,7 +226,7 @@ def _walk(
             present = end < total
         state = tl.load(
             start + channels[None, :] * stride_sd + channels_v[:, None] * stride_sv,
-            mask=((channels < D) & present)[None, :] & (channels_v < D_V)[:, None], other=0.0,
+            mask=(channels < tl.where(present, D, 0))[None, :] & (channels_v < D_V)[:, None], other=0.0,
         )  # fmt: skip
     if MASK == _FULL:
         hi, lo, down = _hi_lo(state, dtype)
@@ -261,36 +263,32 @@ def _walk(
 
 # A compiled kernel is called with its constants as well from Triton 3.3 on.
 _COMPILED_TAKE_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
-_MOST_REMEMBERED = 4096
 
 
-class _Launcher:
-    """Launches a kernel, and remembers what was compiled for which arguments: finding that out takes Triton as long each time
-    as a short kernel runs."""
+class _Launch:
+    """A launch of a kernel, of which all is known but the addresses of its tensors.
 
-    def __init__(self, kernel) -> None:
-        self._kernel, self._remembered = kernel, {}
+    Remembers what Triton compiled for addresses that 16 divides, as nearly all are, and passes it addresses: to find it by its
+    arguments, and to ask the driver about each tensor, takes Triton as long each time as a short kernel runs.
+    """
 
-    def __call__(
-        self, grid: tuple[int, int, int], tensors: tuple[Optional[torch.Tensor], ...], numbers: tuple, constants: tuple,
-        num_warps: int, num_stages: int = 1,
-    ) -> None:  # fmt: skip
-        """The kernel takes tensors, numbers and constants in this order. The current device is that of the tensors."""
-        # What Triton compiles for: dtypes, addresses that 16 divides, and of the numbers less than their values.
-        about = tuple(None if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors)
-        key = (tensors[0].device, about, numbers, constants, num_warps, num_stages)
-        compiled = self._remembered.get(key)
-        if compiled is not None:
-            compiled[grid](*tensors, *numbers, *constants)
+    def __init__(
+        self, kernel, grid: tuple[int, int, int], numbers: tuple, constants: tuple, num_warps: int, num_stages: int = 1
+    ) -> None:
+        self._kernel, self._grid, self._arguments = kernel, grid, (*numbers, *constants)
+        self._options = {"num_warps": num_warps, "num_stages": num_stages}
+        self._compiled = None
+
+    def __call__(self, *tensors: Optional[torch.Tensor]) -> None:
+        """The kernel takes the tensors before the numbers and constants. The current device is that of the tensors."""
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        aligned = reduce(or_, addresses) % 16 == 0
+        if aligned and self._compiled is not None:
+            self._compiled(*addresses, *self._arguments)
             return
-        compiled = self._kernel[grid](*tensors, *numbers, *constants, num_warps=num_warps, num_stages=num_stages)
-        if compiled is not None and _COMPILED_TAKE_CONSTANTS:  # the interpreter compiles nothing
-            if len(self._remembered) >= _MOST_REMEMBERED:
-                self._remembered.clear()
-            self._remembered[key] = compiled
-
-
-_launch_sum_segments, _launch_scan, _launch_walk = (_Launcher(kernel) for kernel in (_sum_segments, _scan, _walk))
+        compiled = self._kernel[self._grid](*tensors, *self._arguments, **self._options)
+        if aligned and compiled is not None and _COMPILED_TAKE_CONSTANTS:  # the interpreter compiles nothing
+            self._compiled = compiled[self._grid]
 
 
 @dataclass(frozen=True)
@@ -322,7 +320,7 @@ class _Tuning:
 
 # By the power of two that head_dim is padded to. A chunk costs 2 chunk (d + d_v) operations a row for the masked products and
 # 6 d d_v for the state, whose registers and shared memory set the limits: these are the largest that compile for sm_90 without
-# spilling registers (bfloat16, to 128). They were not timed yet.
+# spilling registers. docs/linear.md has the times of those of 64 and 128, and of others that were tried.
 _WALK = {
     16: _Tuning(64, 128, 4, 3),
     32: _Tuning(64, 128, 4, 3),
@@ -353,92 +351,127 @@ def _walk_tuning(device: torch.device, d: int, d_v: int) -> _Tuning:
     return tuning.within(torch.cuda.get_device_properties(device).shared_memory_per_block_optin, block_d)
 
 
-class _Call:
-    """The sizes, segments and launches of one set of sequences, for one assignment of rows and keys."""
+_Starts = tuple[Optional[torch.Tensor], Optional[torch.Tensor]]  # cu_seqlens of rows and keys, if they are packed
 
-    def __init__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        form: Form,
-        cu_rows: Optional[torch.Tensor],
-        cu_keys: Optional[torch.Tensor],
-        max_rows: int,
-        max_keys: int,
-    ) -> None:
-        self.form, self.varlen = form, cu_rows is not None
+
+class _Layout(NamedTuple):
+    """What a launch depends on in a tensor, beside its address. The last stride is 1."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _layout(x: torch.Tensor) -> _Layout:
+    return _Layout(x.dtype, x.shape, x.stride())
+
+
+class _Sequences(NamedTuple):
+    """A set of sequences on a device. packed: how many there are, of these greatest lengths; None if they are dense."""
+
+    device: torch.device
+    packed: Optional[int]
+    max_rows: int
+    max_keys: int
+
+    def transpose(self) -> "_Sequences":
+        return self._replace(max_rows=self.max_keys, max_keys=self.max_rows)
+
+
+class _Segments:
+    """How a set of sequences is cut, for one assignment of rows and keys, which are as q and k."""
+
+    def __init__(self, sequences: _Sequences, form: Form, q: _Layout, k: _Layout) -> None:
+        self.device, self.form, self.packed = sequences.device, form, sequences.packed is not None
         self.heads = min(q.shape[-2], k.shape[-2])
-        self.batch = cu_rows.shape[0] - 1 if self.varlen else q.shape[0]
-        rows, keys = (max_rows, max_keys) if self.varlen else (q.shape[1], k.shape[1])
-        all_rows, all_keys = (q.shape[0], k.shape[0]) if self.varlen else (self.batch * rows, self.batch * keys)
-        wanted = max(_WAVES * _multiprocessors(q.device) // q.shape[-2], 1)
+        self.batch = sequences.packed if self.packed else q.shape[0]
+        rows, keys = (sequences.max_rows, sequences.max_keys) if self.packed else (q.shape[1], k.shape[1])
+        all_rows, all_keys = (q.shape[0], k.shape[0]) if self.packed else (self.batch * rows, self.batch * keys)
+        wanted = max(_WAVES * _multiprocessors(self.device) // q.shape[-2], 1)
         length = max(_ceil_div(max(all_rows, all_keys), wanted), _SHORTEST_SEGMENT)
-        self.segment_length = _ceil_div(length, _SEGMENT_UNIT) * _SEGMENT_UNIT
-        self.segments = _ceil_div(max(rows, keys), self.segment_length)
-        self.slots = self.batch * self.segments
-        if self.varlen:
-            self.slots = (all_rows + all_keys) // self.segment_length + self.batch
-        self._starts = (cu_rows, cu_keys)
-        self._lengths = (rows, keys, self.segments, self.segment_length)
+        length = _ceil_div(length, _SEGMENT_UNIT) * _SEGMENT_UNIT
+        self.count = _ceil_div(max(rows, keys), length)
+        self.slots = (all_rows + all_keys) // length + self.batch if self.packed else self.batch * self.count
+        self.numbers = (rows, keys, self.count, length)
 
     @property
     def empty(self) -> bool:
-        return self.batch == 0 or self.segments == 0
+        return self.batch == 0 or self.count == 0
 
-    def states(
-        self, k: torch.Tensor, v: torch.Tensor, initial: Optional[torch.Tensor] = None, final: Optional[torch.Tensor] = None
-    ) -> Optional[torch.Tensor]:
-        """The state that each segment starts with, (slots, heads, d, d_v); None if all start from nothing."""
-        mask, everything = self.form.mask, final is not None
-        if self.segments == 1 and mask != FULL and not everything:
-            return None
-        k, v = _with_dense_channels(k), _with_dense_channels(v)
-        d, d_v = k.shape[-1], v.shape[-1]
-        sums = k.new_empty(self.slots, self.heads, d, d_v, dtype=torch.float32)
+    def strides(self, x: _Layout) -> tuple[int, int, int]:
+        """Of batch, position and head; packed sequences have one batch."""
+        return (0, *x.strides[:2]) if self.packed else x.strides[:3]
+
+
+class _States:
+    """Finds the state that each segment starts with, of keys and values as k and v. HAS_INITIAL, HAS_FINAL: see `_scan`."""
+
+    def __init__(self, segments: _Segments, k: _Layout, v: _Layout, initial: bool = False, final: bool = False) -> None:
+        mask = segments.form.mask
+        self.initial, self.needed = initial, segments.count > 1 or mask == FULL or final
+        if not self.needed:
+            return
+        d, d_v, numbers, packed = k.shape[-1], v.shape[-1], segments.numbers, segments.packed
+        self._shape = (segments.slots, segments.heads, d, d_v)
         block_d, block_v = min(_block(d), 128), min(_block(d_v), _SUM.block_v)
         tiles = _ceil_div(d, block_d) * _ceil_div(d_v, block_v)
-        _launch_sum_segments(
-            (self.segments * tiles, self.heads, self.batch), (k, v, sums, *self._starts),
-            (*self._lengths, *self._strides(k), *self._strides(v)),
-            (d, d_v, block_d, block_v, _SUM.chunk, k.shape[-2] // self.heads, _MASKS[mask], self.varlen, everything),
+        self._sum = _Launch(
+            _sum_segments, (segments.count * tiles, segments.heads, segments.batch),
+            (*numbers, *segments.strides(k), *segments.strides(v)),
+            (d, d_v, block_d, block_v, _SUM.chunk, k.shape[-2] // segments.heads, _MASKS[mask], packed, final),
             _SUM.num_warps if block_d * block_v > 4096 else 4, _SUM.num_stages,
         )  # fmt: skip
-        if self.segments > 1 or everything:
+        self._scan = None
+        if segments.count > 1 or final:
             block = min(_block(d * d_v), 512)
-            _launch_scan(
-                (_ceil_div(d * d_v, block), self.heads, self.batch), (sums, initial, final, *self._starts), self._lengths,
-                (d * d_v, block, _MASKS[mask], self.varlen, initial is not None, everything), num_warps=4,
+            self._scan = _Launch(
+                _scan, (_ceil_div(d * d_v, block), segments.heads, segments.batch), numbers,
+                (d * d_v, block, _MASKS[mask], packed, initial, final), num_warps=4,
             )  # fmt: skip
+
+    def __call__(
+        self, k: torch.Tensor, v: torch.Tensor, starts: _Starts,
+        initial: Optional[torch.Tensor] = None, final: Optional[torch.Tensor] = None,
+    ) -> Optional[torch.Tensor]:  # fmt: skip
+        """(slots, heads, d, d_v); None if all segments start from nothing."""
+        if not self.needed:
+            return None
+        sums = k.new_empty(self._shape, dtype=torch.float32)
+        self._sum(k, v, sums, *starts)
+        if self._scan is not None:
+            self._scan(sums, initial, final, *starts)
         return sums
 
-    def walk(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, states: Optional[torch.Tensor], initial: bool = False
-    ) -> torch.Tensor:
-        """The output. states: those of (k, v), or of (v, k) transposed."""
-        q, k, v = (_with_dense_channels(x) for x in (q, k, v))
-        d, d_v = q.shape[-1], v.shape[-1]
-        out = q.new_empty(*q.shape[:-1], d_v)
-        tuning = _walk_tuning(q.device, d, d_v)
-        tiles, nheads = _ceil_div(d_v, tuning.block_v), q.shape[-2]
-        _launch_walk(
-            (self.segments * tiles, nheads, self.batch), (q, k, v, out, states, *self._starts),
+
+class _Walk:
+    """Finds the output of rows as q with keys and values as k and v. swapped: the states are those of (v, k)."""
+
+    def __init__(self, segments: _Segments, q: _Layout, k: _Layout, v: _Layout, states: _States, swapped: bool = False) -> None:
+        form, nheads, d, d_v = segments.form, q.shape[-2], q.shape[-1], v.shape[-1]
+        self._shape, tuning = (*q.shape[:-1], d_v), _walk_tuning(segments.device, d, d_v)
+        out_strides = (0 if segments.packed else q.shape[1] * nheads * d_v, nheads * d_v, d_v)
+        self._walk = _Launch(
+            _walk, (segments.count * _ceil_div(d_v, tuning.block_v), nheads, segments.batch),
             (
-                *self._lengths, self.form.softmax_scale,
-                *self._strides(q), *self._strides(k), *self._strides(v), *self._strides(out),
-                *((0, 0) if states is None else states.stride()[2:]),
+                *segments.numbers, form.softmax_scale,
+                *segments.strides(q), *segments.strides(k), *segments.strides(v), *out_strides,
+                *((1, d) if swapped else (d_v, 1)),
             ),
             (
-                d, d_v, _block(d), tuning.block_v, tuning.chunk, nheads // self.heads, k.shape[-2] // self.heads,
-                _MASKS[self.form.mask], self.form.transposed, _NORMALIZATIONS[self.form.normalization], self.varlen,
-                states is not None, initial,
+                d, d_v, _block(d), tuning.block_v, tuning.chunk, nheads // segments.heads, k.shape[-2] // segments.heads,
+                _MASKS[form.mask], form.transposed, _NORMALIZATIONS[form.normalization], segments.packed,
+                states.needed, states.initial,
             ),
             tuning.num_warps, tuning.num_stages,
         )  # fmt: skip
-        return out
 
-    def _strides(self, x: torch.Tensor) -> tuple[int, int, int]:
-        """Of batch, position and head; packed sequences have one batch."""
-        return (0, *x.stride()[:2]) if self.varlen else x.stride()[:3]
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, states: Optional[torch.Tensor],
+        starts: _Starts,
+    ) -> torch.Tensor:  # fmt: skip
+        out = q.new_empty(self._shape)
+        self._walk(q, k, v, out, states, *starts)
+        return out
 
 
 # Triton's own do the same for kernels and on the host, where they take longer than a division may.
@@ -455,39 +488,79 @@ def _with_dense_channels(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+# Plans of calls that look the same are made once. Below, None in place of a plan is a call with nothing to compute.
+_MOST_PLANS = 1024
+
+
+@lru_cache(_MOST_PLANS)
+def _forward_plan(
+    sequences: _Sequences, form: Form, q: _Layout, k: _Layout, v: _Layout, initial: bool = False, final: bool = False
+) -> Optional[tuple[_States, _Walk]]:
+    segments = _Segments(sequences, form, q, k)
+    if segments.empty:
+        return None
+    states = _States(segments, k, v, initial, final)
+    return states, _Walk(segments, q, k, v, states)
+
+
+@lru_cache(_MOST_PLANS)
+def _backward_plan(
+    sequences: _Sequences, form: Form, dout: _Layout, q: _Layout, k: _Layout, v: _Layout
+) -> Optional[tuple[_States, _Walk, _States, _Walk, _Walk]]:
+    """dk and dv walk over the same states, one transposed; dq over those of the output, transposed."""
+    there = _Segments(sequences, form, q, k)
+    if there.empty:
+        return None
+    back = _Segments(sequences.transpose(), form.transpose(), k, q)
+    states, back_states = _States(there, k, v), _States(back, q, dout)
+    dq = _Walk(there, dout, v, k, states, swapped=True)
+    dk = _Walk(back, v, dout, q, back_states, swapped=True)
+    return states, dq, back_states, dk, _Walk(back, k, q, dout, back_states)
+
+
+def _sequences(q: torch.Tensor, cu_rows: Optional[torch.Tensor], max_rows: int, max_keys: int) -> _Sequences:
+    return _Sequences(q.device, None if cu_rows is None else cu_rows.shape[0] - 1, max_rows, max_keys)
+
+
 def attend(q, k, v, form, cu_rows, cu_keys, max_rows, max_keys) -> torch.Tensor:
     """See backend.attend."""
-    call = _Call(q, k, form, cu_rows, cu_keys, max_rows, max_keys)
-    if call.empty:
+    q, k, v = _with_dense_channels(q), _with_dense_channels(k), _with_dense_channels(v)
+    plan = _forward_plan(_sequences(q, cu_rows, max_rows, max_keys), form, _layout(q), _layout(k), _layout(v))
+    if plan is None:
         return q.new_zeros(*q.shape[:-1], v.shape[-1])
+    find_states, walk = plan
+    starts = (cu_rows, cu_keys)
     with torch.cuda.device_of(q):
-        return call.walk(q, k, v, call.states(k, v))
+        return walk(q, k, v, find_states(k, v, starts), starts)
 
 
 def attend_with_state(q, k, v, form, state) -> tuple[torch.Tensor, torch.Tensor]:
     """See backend.attend_with_state."""
-    call = _Call(q, k, form, None, None, 0, 0)
-    shape = (call.batch, call.heads, q.shape[-1], v.shape[-1])
-    if call.empty:
-        unchanged = q.new_zeros(shape, dtype=torch.float32) if state is None else state.clone()
+    q, k, v = _with_dense_channels(q), _with_dense_channels(k), _with_dense_channels(v)
+    sequences, given, starts = _sequences(q, None, 0, 0), state is not None, (None, None)
+    plan = _forward_plan(sequences, form, _layout(q), _layout(k), _layout(v), initial=given, final=True)
+    shape = (q.shape[0], k.shape[-2], q.shape[-1], v.shape[-1])
+    if plan is None:
+        unchanged = state.clone() if given else q.new_zeros(shape, dtype=torch.float32)
         return q.new_zeros(*q.shape[:-1], v.shape[-1]), unchanged
-    initial, final = None if state is None else state.contiguous(), q.new_empty(shape, dtype=torch.float32)
+    find_states, walk = plan
+    initial, final = state.contiguous() if given else None, q.new_empty(shape, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        states = call.states(k, v, initial, final)
-        return call.walk(q, k, v, states, initial=state is not None), final
+        return walk(q, k, v, find_states(k, v, starts, initial, final), starts), final
 
 
 def gradients(dout, q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-    """See backend.gradients. dk and dv walk over the same states, one transposed; dq over those of the output, transposed."""
-    call = _Call(q, k, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    back = _Call(k, q, form.transpose(), cu_seqlens_k, cu_seqlens_q, max_seqlen_k, max_seqlen_q)
-    if call.empty:
+    """See backend.gradients."""
+    dout, q, k, v = (_with_dense_channels(x) for x in (dout, q, k, v))
+    sequences = _sequences(q, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    plan = _backward_plan(sequences, form, _layout(dout), _layout(q), _layout(k), _layout(v))
+    if plan is None:
         return tuple(torch.zeros_like(x) for x in (q, k, v))
+    find_states, find_dq, find_back_states, find_dk, find_dv = plan
+    starts, back = (cu_seqlens_q, cu_seqlens_k), (cu_seqlens_k, cu_seqlens_q)
     with torch.cuda.device_of(q):
-        states = call.states(k, v)
-        dq = call.walk(dout, v, k, None if states is None else states.mT)
+        states = find_states(k, v, starts)
+        dq = find_dq(dout, v, k, states, starts)
         del states
-        states = back.states(q, dout)
-        dk = back.walk(v, dout, q, None if states is None else states.mT)
-        dv = back.walk(k, q, dout, states)
-    return dq, dk, dv
+        states = find_back_states(q, dout, back)
+        return dq, find_dk(v, dout, q, states, back), find_dv(k, q, dout, states, back)

@@ -46,8 +46,7 @@ def _attend(
     normalization: Optional[str],
 ) -> torch.Tensor:
     form = Form(softmax_scale, causal, transposed, normalization)
-    with torch.autocast(q.device.type, enabled=False):
-        return backend.attend(q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return backend.attend(q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
 
 @_fake(_attend)
@@ -71,8 +70,7 @@ def _gradients(
     normalization: Optional[str],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     form = Form(softmax_scale, causal, transposed, normalization)
-    with torch.autocast(q.device.type, enabled=False):
-        return backend.gradients(dout, q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return backend.gradients(dout, q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
 
 @_fake(_gradients)

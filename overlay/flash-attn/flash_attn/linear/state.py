@@ -42,7 +42,7 @@ def linear_attention_prefill(
     checks.heads(nheads, k.shape[2], head_dim)
     _check(q, k, v, state, (batch, k.shape[2], head_dim, v.shape[3]))
     form = Form(head_dim**-0.5 if softmax_scale is None else softmax_scale, causal=True)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with torch.no_grad():
         return backend.attend_with_state(q, k, v, form, state)
 
 
