@@ -453,10 +453,3 @@ def test_the_search_for_the_extension_is_not_traced(install):
     torch._dynamo.reset()
     lacks = torch.compile(lambda x: x + (backends.obstacle(False, "identity", 0.0, None) is not None), fullgraph=True, backend="eager")
     assert lacks(torch.zeros(1)) == 1
-
-
-def test_what_the_extension_was_built_with_is_not_traced(install):
-    install(built_head_dims=(64, 128))
-    torch._dynamo.reset()
-    count = torch.compile(lambda x: x + sum(size in backends.built()[0] for size in (32, 64, 128)), fullgraph=True, backend="eager")
-    assert count(torch.zeros(1)) == 2
