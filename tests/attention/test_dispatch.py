@@ -57,6 +57,9 @@ def unsupported(
 OURS = {"__init__.py": FA4, "nosoftmax/__init__.py": "", "nosoftmax/checks.py": CHECKS}
 UPSTREAM = {"__init__.py": "raise AssertionError('imported to find out whose it is')"}
 BROKEN = {**OURS, "__init__.py": "import no_such_requirement"}
+BUILT = dict(
+    built_head_dims=(32, 64, 96, 128, 192, 256), built_dtypes=("fp16", "bf16"), built_passes=("fwd", "bwd", "splitkv"), built_archs=(80, 90)
+)  # fmt: skip
 SILU = dict(use_softmax=False, activation="silu")
 IDENTITY = dict(use_softmax=False)
 
@@ -67,12 +70,15 @@ Install = Callable[..., None]
 def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install]:
     """install(cute, extension, capability): flash_attn.cute made of these files, the extension there or not, a GPU."""
 
-    def install(cute: dict[str, str] | None = OURS, extension: bool = True, capability: tuple[int, int] = (9, 0)) -> None:
+    def install(
+        cute: dict[str, str] | None = OURS, extension: bool = True, capability: tuple[int, int] = (9, 0), **built: tuple
+    ) -> None:
         for path, text in (cute or {}).items():
             (tmp_path / "cute" / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "cute" / path).write_text(text)
         module = ModuleType("flash_attn_2_cuda")
         module.has_use_softmax = True
+        vars(module).update({**BUILT, **built})
         monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", module if extension else None)
         monkeypatch.setattr(linear_backend, "_TRITON", True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -119,7 +125,8 @@ AMPERE = dict(capability=(8, 0))
 
 
 @pytest.mark.parametrize("device, machine, options, expected, reasons", [
-    ("cuda", {}, IDENTITY, "fa4", {"linear": "not predicted faster"}),
+    ("cuda", {}, IDENTITY, "fa2", {"linear": "not predicted faster", "fa4": "less than the 150 at which it overtakes the extension"}),
+    ("cuda", {}, dict(IDENTITY, backend="fa4"), "fa4", {}),
     ("cuda", {}, SILU, "fa4", {"linear": "activation='silu'"}),
     ("cuda", {}, dict(SILU, algorithm="quadratic"), "fa4", {}),
     ("cuda", {}, dict(IDENTITY, algorithm="linear"), "linear", {}),
@@ -158,6 +165,80 @@ def test_linear_comes_first_where_it_pays(install):
 def test_linear_says_why_it_is_passed_over(install, dtype, reason):
     install()
     assert reason in explain(flash_attn_func, *tensors("cuda", dtype=dtype), **IDENTITY).passed_over["linear"]
+
+
+def shaped(q: tuple[int, ...], k: tuple[int, ...], head_dim_v: int = 0, dtype: torch.dtype = torch.bfloat16, grad: bool = False):
+    """Tensors of a GPU without memory."""
+    with FakeTensorMode():
+        return tuple(
+            torch.empty(shape, dtype=dtype, device="cuda", requires_grad=grad)
+            for shape in (q, k, (*k[:-1], head_dim_v or k[-1]))
+        )
+
+
+LONG = (1, 16384, 16, 64)  # 550 GFLOP with causal=True
+SHORT = (1, 8192, 16, 64)  # 137
+
+
+@pytest.mark.parametrize("shapes, options, expected", [
+    ((SHORT, SHORT), dict(causal=True), "fa2"),
+    ((SHORT, SHORT), {}, "fa4"),
+    ((LONG, LONG), dict(causal=True), "fa4"),
+    ((LONG, LONG), dict(causal=True, window_size=(1000, -1)), "fa2"),
+    ((LONG, LONG), dict(window_size=(4095, 4096)), "fa4"),
+    ((LONG, LONG), dict(window_size=(1000, 1000)), "fa2"),
+    ((LONG, LONG), dict(window_size=(4095, -1)), "fa4"),
+    (((1, 1, 16, 64), LONG), dict(causal=True), "fa2"),
+    (((1, 4096, 16, 64), LONG), dict(causal=True), "fa4"),
+    (((16, 1024, 16, 128),) * 2, dict(causal=True), "fa2"),
+    (((1, 8192, 16, 128),) * 2, dict(causal=True), "fa4"),
+    (((4, 8192, 4, 64), (4, 8192, 1, 64)), dict(causal=True), "fa2"),
+    (((4, 8192, 8, 64), (4, 8192, 1, 64)), dict(causal=True), "fa4"),
+], ids=str)  # fmt: skip
+def test_fa4_is_for_much_work(install, shapes, options, expected):
+    """4 * batch * nheads * seqlen_q * seqlen_k * head_dim floating-point operations, of visible scores alone: from 150e9 on."""
+    install()
+    assert explain(flash_attn_func, *shaped(*shapes), **IDENTITY, **options).backend == expected
+
+
+@pytest.mark.parametrize("sequences, total, expected", [(2, 8192, "fa2"), (2, 24576, "fa4"), (16, 24576, "fa2"), (16, 65536, "fa4")])
+def test_work_of_packed_sequences_is_that_of_mean_lengths(install, sequences, total, expected):
+    """Their lengths lie on the GPU, and max_seqlen is of one of them."""
+    install()
+    lengths = torch.zeros(sequences + 1, dtype=torch.int32)
+    tokens = (total, 16, 64)
+    chosen = explain(flash_attn_varlen_func, *shaped(tokens, tokens), lengths, lengths, total, total, causal=True, **IDENTITY)
+    assert chosen.backend == expected
+
+
+@pytest.mark.parametrize("page_size, longest, expected", [(256, 4096, "fa2"), (256, 65536, "fa4"), (16, 4096, "fa4")])
+def test_work_of_pages_is_that_of_the_longest_sequence(install, page_size, longest, expected):
+    """The pool of pages says nothing. And the extension takes multiples of 256 as pages, so there are other calls for FA4."""
+    install()
+    q, k, v = shaped((1024, 16, 64), (100_000, page_size, 16, 64))
+    table = torch.zeros(2, longest // page_size, dtype=torch.int32)
+    lengths = torch.zeros(3, dtype=torch.int32)
+    chosen = explain(flash_attn_varlen_func, q, k, v, lengths, lengths, 512, longest, block_table=table, **IDENTITY)
+    assert chosen.backend == expected
+
+
+@pytest.mark.parametrize("machine, tensors", [
+    (PURE_PYTHON, {}),
+    ({}, dict(head_dim_v=32)),
+    (dict(built_head_dims=(32, 128)), {}),
+    (dict(built_dtypes=("fp16",)), {}),
+    (dict(built_passes=("fwd", "splitkv")), dict(grad=True)),
+    (dict(built_archs=(80,)), {}),
+], ids=str)  # fmt: skip
+def test_little_work_stays_with_fa4_where_nothing_else_runs_it(install, machine, tensors):
+    install(**machine)
+    assert explain(flash_attn_func, *shaped(SHORT, SHORT, **tensors), causal=True, **IDENTITY).backend == "fa4"
+
+
+def test_a_build_without_gradients_serves_without_them(install):
+    install(built_passes=("fwd", "splitkv"))
+    with torch.no_grad():
+        assert explain(flash_attn_func, *shaped(SHORT, SHORT, grad=True), causal=True, **IDENTITY).backend == "fa2"
 
 
 def test_rocm_has_no_fa4(install, monkeypatch):
@@ -246,7 +327,7 @@ def test_environment_gives_way_to_the_algorithm_and_to_softmax(install, monkeypa
     install()
     monkeypatch.setenv("FLASH_ATTENTION_NOSOFTMAX_BACKEND", "linear")
     assert explain(flash_attn_func, *tensors("cuda"), **IDENTITY).backend == "linear"
-    assert explain(flash_attn_func, *tensors("cuda"), **IDENTITY, algorithm="quadratic").backend == "fa4"
+    assert explain(flash_attn_func, *tensors("cuda"), **SILU, algorithm="quadratic").backend == "fa4"
     assert explain(flash_attn_func, *tensors("cuda")).backend == "fa2"
     assert torch.isfinite(flash_attn_func(*tensors("cpu"))).all()
 

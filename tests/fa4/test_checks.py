@@ -86,6 +86,19 @@ def test_backward_with_grouped_heads_needs_one_head_size():
         assert checks.unsupported(q, k, v) is None
 
 
+@pytest.mark.parametrize("sizes, differentiable", [
+    ((64, 256), False), ((64, 136), False), ((128, 136), False), ((64, 128), True), ((40, 72), True), ((256, 64), True), ((256, 256), True),
+])
+def test_backward_with_larger_values_ends_at_128(sizes, differentiable):
+    q, k, v = tensors(head_dim=sizes[0], head_dim_v=sizes[1])
+    assert checks.unsupported(q, k, v) is None
+    v.requires_grad_()
+    reason = checks.unsupported(q, k, v)
+    assert reason is None if differentiable else f"head_dim_v <= 128, got {sizes[1]} and {sizes[0]}" in reason
+    with torch.no_grad():
+        assert checks.unsupported(q, k, v) is None
+
+
 def test_no_backward_with_pages():
     q, k, v = tensors()
     q.requires_grad_()

@@ -118,12 +118,46 @@ print(json.dumps([sum("nosoftmax.forward" in n for n in graphs[0]), sum("nosoftm
     assert (forward, backward) == (1, 1)
 
 
+def test_eager_calls_need_no_operator(run):
+    """One costs the host several times what the call does. What operators see to holds without: no second derivative that is silently
+    zero, and no backward with other lengths than the forward.
+    """
+    operators, twice, changed = run("""
+from torch.utils._python_dispatch import TorchDispatchMode
+from flash_attn.cute.nosoftmax import checks, launch
+checks._device_reason = lambda device: None
+launch.forward = lambda call, q, *rest: q * 2.0
+launch.backward = lambda call, dout, q, k, v, *rest: (dout * q, k * 1.0, v * 1.0)
+seen = []
+class Operators(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+def message(action):
+    try:
+        action()
+    except RuntimeError as e:
+        return str(e)
+off = dict(use_softmax=False, activation="silu")
+q, k, v = (torch.ones(2, 3, 4, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+with Operators():
+    out = flash_attn_func(q, k, v, **off)[0]
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+lengths = torch.tensor([0, 3, 6], dtype=torch.int32)
+packed = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens_q=lengths, cu_seqlens_k=lengths, **off)[0]
+lengths += 1
+print(json.dumps([[s for s in seen if "mul" in s or "nosoftmax" in s], message(grad.sum().backward), message(packed.sum().backward)]))
+""")
+    assert operators and not any("nosoftmax" in name for name in operators)
+    assert "once_differentiable" in twice and "modified by an inplace operation" in changed
+
+
 def test_keys_before_every_window_are_left_out(run):
     """A NaN in them would reach the result through a tile that they share with seen keys."""
     assert run("""
 seen = []
 public.unsupported = lambda *args, **options: None
-public.ops.forward = lambda q, k, v, *rest: seen.append([k.shape[1], v.shape[1]]) or q
+public.ops.Attention.apply = lambda q, k, v, *rest: seen.append([k.shape[1], v.shape[1]]) or q
 q, k, v = torch.empty(2, 30, 4, 64), *torch.empty(2, 2, 100, 4, 64)
 for options in (
     {"window_size": (10, 0)}, {"window_size": (10, None), "normalization": "1/visible"}, {"window_size": (80, 0)}, {"causal": True},

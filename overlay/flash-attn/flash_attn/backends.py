@@ -80,6 +80,13 @@ def obstacle(
 
 
 @torch.compiler.assume_constant_result
+def built() -> tuple[tuple[Any, ...], ...]:
+    """The head sizes, dtypes, passes and compute capabilities of the extension, which must be there."""
+    extension = _gpu_extension()
+    return extension.built_head_dims, extension.built_dtypes, extension.built_passes, extension.built_archs
+
+
+@torch.compiler.assume_constant_result
 def _missing(use_softmax: bool) -> Optional[str]:
     """What this installation lacks to run any call on CUDA tensors. Nothing for torch.compile to trace."""
     try:

@@ -1,6 +1,7 @@
 """Which backend runs a call of a public attention function.
 
     choice.py   the rule: the first backend that takes the call, or the one that was asked for
+    fa2.py      the CUDA extension: what it takes
     fa4.py      FA4's kernels: what they take, and the call
     public.py   the decorator of the public functions, and flash_attn.explain
 

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
 
-from .. import backends
 from ..call import Call
 from ..linear import choice as linear
-from . import fa4
+from . import fa2, fa4
 
 ENVIRONMENT = "FLASH_ATTENTION_NOSOFTMAX_BACKEND"
 
@@ -17,23 +16,22 @@ def _cpu_obstacle(call: Call) -> Optional[str]:
     return None if call.q.device.type == "cpu" else f"q is on {call.q.device}, it takes CPU tensors"
 
 
-def _fa2_obstacle(call: Call) -> Optional[str]:
-    if call.q.device.type != "cuda":
-        return f"q is on {call.q.device}, it takes CUDA tensors"
-    return backends.obstacle(call.use_softmax, call.activation, call.sigmoid_bias, call.normalization)
+def _no_disadvantage(call: Call) -> Optional[str]:
+    return None
 
 
 @dataclass(frozen=True)
 class _Backend:
     algorithm: str
     obstacle: Callable[[Call], Optional[str]]  # why the backend can't run a call; None if it can
+    disadvantage: Callable[[Call], Optional[str]] = _no_disadvantage  # why it is passed over though it can, if not forced
 
 
 # The order is that of preference.
 _BACKENDS = {
-    "linear": _Backend("linear", linear.obstacle),
-    "fa4": _Backend("quadratic", fa4.obstacle),
-    "fa2": _Backend("quadratic", _fa2_obstacle),
+    "linear": _Backend("linear", linear.obstacle, linear.disadvantage),
+    "fa4": _Backend("quadratic", fa4.obstacle, fa4.disadvantage),
+    "fa2": _Backend("quadratic", fa2.obstacle),
     "cpu": _Backend("quadratic", _cpu_obstacle),
 }
 BACKENDS = ("auto", *_BACKENDS)
@@ -75,8 +73,8 @@ def choose(call: Call, algorithm: str = "auto", backend: str = "auto") -> Choice
     passed_over = {}
     for name in names:
         reason = _BACKENDS[name].obstacle(call)
-        if reason is None and name == "linear" and forced is None:
-            reason = linear.disadvantage(call)
+        if reason is None and forced is None:
+            reason = _BACKENDS[name].disadvantage(call)
         if reason is None:
             return Choice(name, _BACKENDS[name].algorithm, passed_over, forced)
         passed_over[name] = reason

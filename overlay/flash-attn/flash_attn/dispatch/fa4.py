@@ -12,10 +12,16 @@ from typing import Any, Optional, Union
 import torch
 
 from ..call import Call
+from . import fa2
 
 _PACKAGE = "flash_attn.cute"
 _DEVICE_TYPE = "cuda"
 _HOPPER = 9
+# The work of a forward, in floating-point operations, from which on FA4 takes less time than the extension. It is the faster
+# kernel, but compiled kernels are launched from Python, which costs the host more. Measured on an H100 on 2026-11-25 (bf16, 16
+# heads, head_dim 64 and 128, full and causal, 1 x 1k to 1 x 16k, 4 x 4k and 16 x 1k tokens, forward and forward + backward): up to
+# 137e9 the extension was faster in all cases but one (4 x 4k, causal, forward alone), from 275e9 on FA4 in all.
+MIN_WORK = 150e9
 # What it takes with every value that the public functions take: its `unsupported` does not ask for it.
 _ANY_VALUE = ("causal", "deterministic", "use_softmax", "sigmoid_bias", "max_seqlen_q", "max_seqlen_k")
 
@@ -35,6 +41,33 @@ def obstacle(call: Call) -> Optional[str]:
 
     checked = {name: value for name, value in options(call).items() if name not in _ANY_VALUE}
     return unsupported(call.q, call.k, call.v, dropout_p=call.dropout_p, alibi_slopes=call.alibi_slopes, **checked)
+
+
+def disadvantage(call: Call) -> Optional[str]:
+    """Why "auto" passes FA4 over though it takes the call: the extension runs it too, and sooner. None if not."""
+    work = forward_work(call)
+    if work >= MIN_WORK or not fa2.runs(call, arch=10 * _HOPPER):
+        return None
+    return f"{work / 1e9:.3g} GFLOP are less than the {MIN_WORK / 1e9:.0f} at which it overtakes the extension (docs/backends.md)"
+
+
+def forward_work(call: Call) -> float:
+    """Floating-point operations of the two matrix products of a forward, of visible scores alone.
+
+    With cu_seqlens all sequences are taken to have the mean length, and with pages the longest: reading lengths would stop a GPU.
+    """
+    q, k = call.q, call.k
+    seqlen_q, seqlen_k, queries = q.shape[-3], k.shape[-3], q.shape[0] if call.varlen else q.shape[0] * q.shape[1]
+    if call.varlen:
+        sequences = max(call.cu_seqlens_q.shape[0] - 1, 1)
+        seqlen_q /= sequences
+        seqlen_k = seqlen_k / sequences if call.block_table is None else call.max_seqlen_k
+    left, right = call.window_size
+    right = 0 if call.causal else right
+    keys = seqlen_k - min(seqlen_q, seqlen_k) / 2 if right == 0 else seqlen_k  # of a query, in the mean
+    if left >= 0 and right >= 0:
+        keys = min(keys, left + 1 + right)
+    return 2.0 * queries * q.shape[-2] * keys * (q.shape[-1] + call.v.shape[-1])
 
 
 def attend(call: Call) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -15,10 +15,11 @@ _DOC = """\
         algorithm: with use_softmax=False "auto" takes linear time (flash_attn/linear) where that is exact and predicted
             faster; "quadratic" and "linear" choose.
         backend: with use_softmax=False "auto" takes the first of "linear" (linear time), "fa4" (flash-attn-4 of this patch
-            set, on Hopper), "fa2" (this package's CUDA extension) and "cpu" that can run the call; a name forces that one,
-            and so does the environment variable FLASH_ATTENTION_NOSOFTMAX_BACKEND where this is "auto". With
-            use_softmax=True the tensors' device decides; a KV cache is for "fa2" and "cpu" alone. flash_attn.explain says
-            which would run, and why. ValueError if what is forced can't run the call, NotImplementedError if nothing can.
+            set, on Hopper; not for little work that "fa2" can do), "fa2" (this package's CUDA extension) and "cpu" that can
+            run the call; a name forces that one, and so does the environment variable FLASH_ATTENTION_NOSOFTMAX_BACKEND
+            where this is "auto". With use_softmax=True the tensors' device decides; a KV cache is for "fa2" and "cpu" alone.
+            flash_attn.explain says which would run, and why. ValueError if what is forced can't run the call,
+            NotImplementedError if nothing can.
 """
 _DEVICES = ("cpu", "cuda")
 _CHOICES = ("algorithm", "backend")

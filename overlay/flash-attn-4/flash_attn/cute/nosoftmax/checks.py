@@ -1,5 +1,6 @@
 """What the Hopper kernels without softmax serve. Imports neither cutlass nor a kernel, and launches nothing."""
 
+import functools
 import math
 import os
 import re
@@ -10,6 +11,8 @@ import torch
 
 from .score_function import ACTIVATIONS, NORMALIZATIONS
 
+# Beyond it the backward with head_dim_v > head_dim accesses memory that is not its own.
+_WIDEST_LARGER_V = 128
 _OTHER_GPUS = "the flash_attn package of this project (FA2 kernels) runs without softmax on Ampere, Ada and later GPUs"
 
 
@@ -24,7 +27,13 @@ def require_dsl() -> None:
 
 @torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Of the GPU, or of the one that upstream's FLASH_ATTENTION_ARCH (sm_90) names, to compile where there is none."""
+    """Of the GPU, or of the one that upstream's FLASH_ATTENTION_ARCH names. Nothing for torch.compile to trace."""
+    return _capability_in_this_process(device)
+
+
+@functools.cache
+def _capability_in_this_process(device: torch.device) -> tuple[int, int]:
+    # With sm_90 the variable lets kernels be compiled where there is no GPU.
     if arch := re.search(r"(\d+)(\d)", os.environ.get("FLASH_ATTENTION_ARCH", "")):
         return int(arch[1]), int(arch[2])
     return torch.cuda.get_device_capability(device)
@@ -81,6 +90,12 @@ def _grad_reason(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, paged: bool)
         return (
             f"the backward with grouped heads needs head_dim == head_dim_v, got {q.shape[-1]} and {v.shape[-1]} "
             f"with {q.shape[-2]} heads of q and {k.shape[-2]} of k"
+        )
+    if v.shape[-1] > max(q.shape[-1], _WIDEST_LARGER_V):
+        return (
+            f"the backward with head_dim_v > head_dim needs head_dim_v <= {_WIDEST_LARGER_V}, got {v.shape[-1]} and "
+            f"{q.shape[-1]}: call it under torch.no_grad(), or pad q and k with zeros to head_dim_v, with the softmax_scale "
+            "of the smaller head_dim"
         )
     return None
 

@@ -1,10 +1,15 @@
-"""Custom operators of the activations: torch.compile keeps a call as one node. Users' score_mods run eagerly."""
+"""A call with its derivative: as an autograd.Function, and as operators, of which torch.compile keeps a call as one node.
 
-from typing import Optional
+What an operator does at each call costs the host several times what the call itself does, so eager calls go without. A
+score_mod or mask_mod of the user is no argument that an operator takes: these calls are always the autograd.Function.
+"""
+
+from typing import Callable, Optional
 
 import torch
 from flash_attn.cute.nosoftmax import launch
 from flash_attn.cute.nosoftmax.score_mods import of_activation
+from torch.autograd.function import once_differentiable
 
 
 def _call(
@@ -37,7 +42,21 @@ def _call(
     )
 
 
-def compile_or_run(
+def _operator(name: str) -> Callable:
+    """The function as torch.ops.flash_attn_4_nosoftmax.<name>, without what torch.library.custom_op checks at each call."""
+
+    def define(function):
+        operator = f"flash_attn_4_nosoftmax::{name}"
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(operator, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(operator, "cuda", function)
+        return getattr(torch.ops.flash_attn_4_nosoftmax, name).default
+
+    return define
+
+
+@_operator("forward")
+def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -66,15 +85,12 @@ def compile_or_run(
     return launch.forward(call, q, k, v, pack_gqa=pack_gqa, page_table=page_table)
 
 
-forward = torch.library.custom_op("flash_attn_4_nosoftmax::forward", compile_or_run, mutates_args=())
-
-
-@forward.register_fake
+@torch.library.register_fake(forward)
 def _(q, k, v, *args):
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-@torch.library.custom_op("flash_attn_4_nosoftmax::backward", mutates_args=())
+@_operator("backward")
 def backward(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -103,7 +119,7 @@ def backward(
     return launch.backward(call, dout, q, k, v, deterministic=deterministic)
 
 
-@backward.register_fake
+@torch.library.register_fake(backward)
 def _(dout, q, k, v, *args):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
@@ -123,23 +139,26 @@ def _backward(ctx, dout):
     return *grads, *(None,) * (ctx.num_inputs - 3)
 
 
-forward.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(forward, _backward, setup_context=_setup_context)
 
 
-class UserScoreMod(torch.autograd.Function):
-    """The same for a score_mod or mask_mod of the user, which a custom operator cannot take."""
+class Attention(torch.autograd.Function):
+    """launch.forward with launch.backward as its derivative."""
 
     @staticmethod
     def forward(
         ctx, q, k, v, call, pack_gqa, page_table, deterministic, block_sparse_tensors, block_sparse_tensors_bwd
     ):  # fmt: skip
-        ctx.save_for_backward(q, k, v)
+        # Of the lengths this keeps no more than `call` does, but a change of theirs before the backward is noticed.
+        ctx.save_for_backward(q, k, v, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k)
         ctx.call = call
         ctx.deterministic = deterministic
         ctx.block_sparse_tensors_bwd = block_sparse_tensors_bwd
         return launch.forward(call, q, k, v, pack_gqa, page_table, block_sparse_tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
-        grads = launch.backward(ctx.call, dout, *ctx.saved_tensors, ctx.deterministic, ctx.block_sparse_tensors_bwd)
+        q, k, v, *_ = ctx.saved_tensors
+        grads = launch.backward(ctx.call, dout, q, k, v, ctx.deterministic, ctx.block_sparse_tensors_bwd)
         return *grads, *(None,) * 6

@@ -11,7 +11,6 @@ from flash_attn.cute.nosoftmax.checks import unsupported
 from flash_attn.cute.nosoftmax.launch import Call
 from flash_attn.cute.nosoftmax.score_function import resolve
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods, of_activation, of_user
-from flash_attn.cute.testing import is_fake_mode
 
 # What upstream's functions take for softmax or for other GPUs alone: a value that is not the default is an error.
 _SOFTMAX_ONLY = (
@@ -122,16 +121,15 @@ def _without_softmax(
         # Keys before the windows share a tile with seen ones. They are left out, for a NaN there would come through.
         k, v = k[:, first:], v[:, first:]
     sequences = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *longest)
-    if score_mod is None and mask_mod is None and block_sparse_tensors is None:
-        # With fake tensors upstream compiles and does not launch. A custom operator would do neither.
-        compiles_only = not torch.compiler.is_compiling() and is_fake_mode()
-        out = (ops.compile_or_run if compiles_only else ops.forward)(
+    of_user = score_mod is not None or mask_mod is not None or block_sparse_tensors is not None
+    if torch.compiler.is_compiling() and not of_user:
+        out = ops.forward(
             q, k, v, softmax_scale, causal, left, right, softcap, activation, bias, normalization, *sequences,
             page_table, pack_gqa, deterministic,
         )  # fmt: skip
     else:
         call = Call(mods, softmax_scale, causal, (left, right), *sequences, mask_mod, aux_tensors, aux_scalars)
-        out = ops.UserScoreMod.apply(
+        out = ops.Attention.apply(
             q, k, v, call, pack_gqa, page_table, deterministic, block_sparse_tensors, block_sparse_tensors_bwd
         )  # fmt: skip
     return out, torch.empty(0, dtype=torch.float32, device=q.device)
