@@ -38,6 +38,12 @@ def qkv(
     )
 
 
+def packed(attention, lengths_q, lengths_k, nheads: int = 2, nheads_k: int = 2, head_dim: int = 8, **keywords):
+    """Random q, k, v of sequences of these lengths, one behind the other: (total, heads, head_dim)."""
+    sizes = ((sum(lengths_q), nheads), (sum(lengths_k), nheads_k), (sum(lengths_k), nheads_k))
+    return tuple(randn(*s, head_dim, seed=i, like=attention, **keywords) for i, s in enumerate(sizes))
+
+
 def single(like) -> torch.dtype:
     """The widest dtype up to float32: the log-sum-exp is a float32, so with softmax no gradient can be more exact."""
     return torch.float32 if like.dtype == torch.float64 else like.dtype
@@ -98,6 +104,11 @@ def compare(
     if dout is None:
         dout = randn(*q.shape, seed=99).to(q)
     actual = gradients(lambda *x: getattr(attention, method)(*x, **arguments), q, k, v, dout=dout)
+    compare_results(actual, q, k, v, dout, method, **arguments)
+
+
+def compare_results(actual: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, dout: Tensor, method: str = "dense", **arguments) -> None:
+    """(out, dq, dk, dv), however they were computed, against the oracle."""
     expected, baseline = (reference(q, k, v, dout, dtype, method, **arguments) for dtype in (torch.float64, q.dtype))
     # With softmax dS = P (dP - D), which may cancel to nothing: rounding is then not relative to what is left.
     largest = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from measure import assert_close, compare, compare_output, gradients, integers, qkv, randn, slopes
+from measure import assert_close, compare, compare_output, gradients, integers, packed, qkv, randn, slopes
 
 case = pytest.mark.case
 
@@ -21,11 +21,6 @@ OPTIONS = [
     dict(activation="silu", causal=True, normalization="1/visible"),
     dict(normalization="1/sqrt(n)"),
 ]
-
-
-def packed(attention, lengths_q, lengths_k, nheads: int = 2, nheads_k: int = 2, head_dim: int = 8, **keywords):
-    sizes = ((sum(lengths_q), nheads), (sum(lengths_k), nheads_k), (sum(lengths_k), nheads_k))
-    return tuple(randn(*s, head_dim, seed=i, like=attention, **keywords) for i, s in enumerate(sizes))
 
 
 @case(22)

@@ -1,4 +1,4 @@
-"""The trees of flash-attn-4, pristine and patched, and an interpreter that can compile its kernels."""
+"""The trees of flash-attn-4, pristine and patched, an interpreter that can compile its kernels, and a GPU that runs them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hopper import Hopper, missing
 
 from fapatch import apply, compile_check, cuda_toolkit, fetch, locking, refresh
 from fapatch.cuda_toolkit import Torch
@@ -35,3 +36,11 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         apply.build(project, base, folder / "patched", files.patches, files.overlay)
         pristine = compile_check.export(project, base.tree, folder / "pristine")
     return pristine, compile_check.importable(folder / "patched")
+
+
+@pytest.fixture(scope="session")
+def hopper() -> Hopper:
+    """The installed flash-attn-4 on this machine's GPU."""
+    if why := missing():
+        pytest.skip(why)
+    return Hopper()

@@ -1,9 +1,11 @@
 """The functions of flash_attn.cute with use_softmax, on fake tensors: signatures, errors, and the upstream path with softmax on."""
 
+import inspect
 import json
 import subprocess
 
 import pytest
+from test_hopper import causal_with_gaps, even_distance, square, square_bwd
 
 from fapatch.smoke_compile import FOR_HOPPER
 
@@ -166,3 +168,30 @@ for options in (
     flash_attn_func(q, k, v, use_softmax=False, **options)
 print(json.dumps(seen))
 """) == [[40, 40], [40, 40], [100, 100], [100, 100], [100, 100], [100, 100]]
+
+
+@pytest.mark.parametrize("options", [
+    "score_mod=square, score_mod_bwd=square_bwd, causal=True",
+    "activation='sigmoid', mask_mod=even_distance",
+    "activation='sigmoid', mask_mod=causal_with_gaps, block_sparse_tensors=blocks, block_sparse_tensors_bwd=blocks",
+])
+def test_the_users_functions_and_blocks_compile(run, options):
+    """Forward and backward, for those of test_hopper.py. The backward is called by hand: autograd asks the driver for the device."""
+    functions = "".join(map(inspect.getsource, (square, square_bwd, even_distance, causal_with_gaps)))
+    assert run(f"""
+from types import SimpleNamespace
+from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+{functions}
+class Context(SimpleNamespace):
+    def save_for_backward(self, *tensors): self.saved_tensors = tensors
+context = Context()
+ops.UserScoreMod = SimpleNamespace(apply=lambda *args: real.forward(context, *args)) if (real := ops.UserScoreMod) else None
+with FakeTensorMode():
+    q, k, v = (torch.empty(2, 512, 4, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    lists = [torch.empty(1, 1, 4, *more, dtype=torch.int32, device="cuda") for more in ((), (4,)) * 2]
+    blocks = BlockSparseTensorsTorch(*lists, block_size=(128, 128))
+    out, _ = flash_attn_func(q, k, v, use_softmax=False, {options})
+    grads = real.backward(context, out)
+caches = interface._flash_attn_fwd.compile_cache.cache, interface._flash_attn_bwd.compile_cache.cache
+print(json.dumps([*(list(x.shape) == [2, 512, 4, 64] for x in (out, *grads[:3])), *map(len, caches)]))
+""") == [True] * 4 + [1, 1]

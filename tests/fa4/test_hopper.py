@@ -1,0 +1,265 @@
+"""What the Hopper kernels do beyond tests/attention, which runs on them too: memory behind seqused and in free pages, head sizes,
+forced pack_gqa, determinism, the user's own functions and blocks, CUDA graphs, torch.compile, and the ends of tanh.approx.
+
+Formulas and refusals are tested without a GPU, in test_formulas.py, test_checks.py and test_public.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import oracle
+from measure import NAMES, compare, compare_output, compare_results, gradients, packed, poisoned, qkv, randn
+
+NAN = float("nan")
+LENGTHS = dict(lengths_q=[263, 1, 76, 150], lengths_k=[259, 218, 0, 77])
+MASKED = [dict(activation="sigmoid"), dict(activation="silu", causal=True), dict(window_size=(64, 10), normalization="1/n")]
+
+
+def check(run, q, k, v, **arguments) -> None:
+    """Output and gradients of a call against the oracle, which takes ``arguments``."""
+    dout = randn(*q.shape[:-1], v.shape[-1], seed=99).to(q)
+    compare_results(gradients(run, q, k, v, dout=dout), q, k, v, dout, **arguments)
+
+
+# --- memory that holds nothing ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["batch", "packed"])
+@pytest.mark.parametrize("options", MASKED, ids=str)
+def test_nothing_behind_seqused_is_read(hopper, layout, options):
+    """The result is that of the used parts alone, and 0 behind them."""
+    batch, seqlen = len(LENGTHS["lengths_q"]), 300
+    q, k, v = packed(hopper, **LENGTHS, head_dim=64)
+    dout = randn(*q.shape, seed=99, like=hopper)
+    used = [LENGTHS[name] for name in ("lengths_q", "lengths_q", "lengths_k", "lengths_k")]  # of out or dout, q, k, v
+
+    def slots(x, lengths):
+        padded = torch.stack([F.pad(s, (0, 0, 0, 0, 0, seqlen - len(s)), value=NAN) for s in x.split(lengths)])
+        return padded.flatten(0, 1) if layout == "packed" else padded
+
+    dout_, *tensors = map(slots, (dout, q, k, v), used)
+    whole = dict(lengths_q=[seqlen] * batch, lengths_k=[seqlen] * batch) if layout == "packed" else {}
+    seqused = {f"seqused_{x}": hopper.integers(LENGTHS[f"lengths_{x}"]) for x in "qk"}
+    results = gradients(lambda *x: hopper.varlen(*x, **whole, **seqused, **options), *tensors, dout=dout_)
+    results = [x.view(batch, seqlen, *x.shape[-2:]) for x in results]
+    tight = tuple(torch.cat([s[:n] for s, n in zip(x, lengths)]) for x, lengths in zip(results, used))
+    compare_results(tight, q, k, v, dout, "varlen", **LENGTHS, **options)
+    for name, x, lengths in zip(NAMES, results, used):
+        assert all((s[n:] == 0).all() for s, n in zip(x, lengths)), f"{name} is not 0 behind seqused"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("options", MASKED, ids=str)
+def test_neighbours_in_a_packed_batch_are_not_read(hopper, head_dim, options):
+    """Every second sequence is NaN; the others are right."""
+    lengths = dict(lengths_q=[200, 150, 333, 64], lengths_k=[190, 77, 333, 130])
+    q, k, v = packed(hopper, **lengths, head_dim=head_dim)
+    dout = randn(*q.shape, seed=99, like=hopper)
+    queries, keys = (torch.arange(4).repeat_interleave(torch.tensor(n)).to(hopper.device) % 2 == 0 for n in lengths.values())
+    good = queries, queries, keys, keys
+    poisoned_dout, *tensors = (poisoned(x, ~rows) for x, rows in zip((dout, q, k, v), good))
+    results = gradients(lambda *x: hopper.varlen(*x, **lengths, **options), *tensors, dout=poisoned_dout)
+    results = tuple(x[rows] for x, rows in zip(results, good))
+    kept = {name: n[::2] for name, n in lengths.items()}
+    compare_results(results, q[queries], k[keys], v[keys], dout[queries], "varlen", **kept, **options)
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 128])
+@pytest.mark.parametrize("lengths_q, nheads", [([70, 3, 9], 2), ([1, 1, 1], 8)], ids=["prefill", "decode"])
+def test_free_slots_of_pages_are_not_read(hopper, page_size, lengths_q, nheads):
+    lengths_k = [400, 77, page_size]
+    pages = -(-max(lengths_k) // page_size)
+    table = hopper.integers(torch.randperm(3 * pages + 3, generator=torch.Generator().manual_seed(0))[: 3 * pages].tolist()).view(3, pages)
+    k, v = (randn(3 * pages + 3, page_size, 2, 64, seed=i, like=hopper) for i in (1, 2))
+    free = torch.ones(3 * pages + 3, page_size, dtype=torch.bool)
+    for row, length in zip(table.tolist(), lengths_k):
+        for i, page in enumerate(row):
+            free[page, : max(length - i * page_size, 0)] = False
+    q = randn(sum(lengths_q), nheads, 64, seed=0, like=hopper)
+    lengths = dict(lengths_q=lengths_q, lengths_k=lengths_k, block_table=table)
+    compare_output(hopper, q, *(poisoned(x, free.to(x.device)) for x in (k, v)), method="varlen", **lengths, activation="silu", causal=True)
+
+
+# --- shapes and schedules ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [8, 40, 48, 72, 104, 136, 200, 256])
+def test_every_head_size_is_rounded_alike_by_all_kernels(hopper, head_dim, causal):
+    compare(hopper, *qkv(hopper, 1, 260, 260, head_dim=head_dim), activation="silu", causal=causal)
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v", [(64, 128), (128, 64), (192, 128), (256, 64), (40, 72)])
+def test_v_may_have_another_head_size(hopper, head_dim, head_dim_v):
+    q, k, v = (randn(2, 300, 2, size, seed=i, like=hopper) for i, size in enumerate((head_dim, head_dim, head_dim_v)))
+    check(lambda *x: hopper.dense(*x, activation="silu", causal=True), q, k, v, activation="silu", causal=True)
+
+
+def test_forward_takes_a_wider_v_than_the_backward(hopper):
+    q, k, v = (randn(2, 300, 2, size, seed=i, like=hopper) for i, size in enumerate((64, 64, 256)))
+    compare_output(hopper, q, k, v, method="dense", activation="silu", causal=True)
+
+
+@pytest.mark.parametrize("pack_gqa", [False, True])
+@pytest.mark.parametrize("nheads, nheads_k, head_dim", [(8, 2, 128), (8, 1, 64), (6, 2, 40)])
+def test_packing_the_heads_of_a_group_changes_nothing(hopper, nheads, nheads_k, head_dim, pack_gqa):
+    tensors = qkv(hopper, 2, 150, 190, nheads=nheads, nheads_k=nheads_k, head_dim=head_dim)
+    options = dict(activation="silu", causal=True, normalization="1/visible")
+    check(lambda *x: hopper.dense(*x, pack_gqa=pack_gqa, **options), *tensors, **options)
+
+
+@pytest.mark.parametrize("nheads_k", [1, 4])
+@pytest.mark.parametrize("method, lengths", [("dense", {}), ("varlen", dict(lengths_q=[200, 500], lengths_k=[190, 510]))])
+def test_deterministic_runs_are_equal_bit_for_bit(hopper, method, lengths, nheads_k):
+    tensors = [x.flatten(0, 1) if lengths else x for x in qkv(hopper, 1, 700, 700, nheads=4, nheads_k=nheads_k, head_dim=64)]
+    options = dict(activation="silu", causal=True, deterministic=True, **lengths)
+    runs = [gradients(lambda *x: getattr(hopper, method)(*x, **options), *tensors) for _ in range(4)]
+    compare_results(runs[0], *tensors, randn(*tensors[0].shape, seed=99).to(tensors[0]), method, **options)
+    for run in runs[1:]:
+        assert all(map(torch.equal, runs[0], run))
+
+
+# --- the user's own functions -----------------------------------------------------------------------------------------
+
+
+def square(score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors):
+    return score * score
+
+
+def square_bwd(grad, score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors):
+    return grad * (score + score)
+
+
+def even_distance(batch_idx, head_idx, q_idx, kv_idx, seqlen_info=None, aux_tensors=None):
+    return (q_idx + kv_idx) % 2 == 0
+
+
+def causal_with_gaps(batch_idx, head_idx, q_idx, kv_idx, seqlen_info=None, aux_tensors=None):
+    """Nobody sees the second block of keys, and the third block of queries sees nothing."""
+    return (kv_idx <= q_idx) & ((kv_idx < 128) | (kv_idx >= 256)) & ((q_idx < 256) | (q_idx >= 384))
+
+
+def seen_by(mask_mod, q, k) -> torch.Tensor:
+    """(batch, nheads, seqlen_q, seqlen_k) bool, as the oracle takes it."""
+    seen = mask_mod(None, None, torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1]))
+    return seen.expand(q.shape[0], q.shape[2], -1, -1)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(causal=True, normalization="1/visible")], ids=str)
+def test_a_score_mod_is_the_weight(hopper, monkeypatch, options):
+    monkeypatch.setitem(oracle.FUNCTIONS, "square", lambda s, bias: s.square())
+    mods = dict(score_mod=square, score_mod_bwd=square_bwd)
+    check(lambda *x: hopper.dense(*x, **mods, **options), *qkv(hopper, 2, 300, 300, head_dim=64), activation="square", **options)
+
+
+@pytest.mark.parametrize("activation", ["identity", "sigmoid"])
+def test_a_mask_mod_hides_after_the_activation(hopper, activation):
+    q, k, v = qkv(hopper, 2, 300, 270, head_dim=64)
+    run = lambda *x: hopper.dense(*x, mask_mod=even_distance, activation=activation)  # noqa: E731
+    check(run, q, k, v, activation=activation, keep=seen_by(even_distance, q, k))
+
+
+@pytest.mark.parametrize("hidden", [0.0, NAN])
+@pytest.mark.parametrize("activation", ["identity", "sigmoid"])
+def test_blocks_that_are_not_listed_are_not_read(hopper, activation, hidden):
+    """Full, partial and empty blocks of 128 x 128, forward and backward."""
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    q, k, v = qkv(hopper, 2, 512, 512, head_dim=64)
+    k[:, 128:256] = v[:, 128:256] = 0
+    dout = randn(*q.shape, seed=99, like=hopper)
+    lists = create_block_mask(causal_with_gaps, None, None, 512, 512, hopper.device, 128).as_tuple()[2:10]
+    by_query, by_key = (BlockSparseTensorsTorch(*some, block_size=(128, 128)) for some in (lists[:4], lists[4:]))
+    options = dict(mask_mod=causal_with_gaps, block_sparse_tensors=by_query, block_sparse_tensors_bwd=by_key)
+    keys = (poisoned(x, (slice(None), slice(128, 256)), hidden) for x in (k, v))
+    results = gradients(lambda *x: hopper.dense(*x, activation=activation, **options), q, *keys, dout=dout)
+    compare_results(results, q, k, v, dout, activation=activation, keep=seen_by(causal_with_gaps, q, k))
+
+
+# --- torch around the kernels -----------------------------------------------------------------------------------------
+
+
+def test_a_captured_graph_replays_on_other_numbers(hopper):
+    options = dict(causal=True, activation="relu", normalization="1/n")
+    q, k, v = (x.requires_grad_() for x in qkv(hopper, 2, 512, 512, head_dim=64))
+    dout = randn(*q.shape, seed=98, like=hopper)
+
+    def step():
+        out = hopper.dense(q, k, v, **options)
+        return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x, new in zip((q, k, v), qkv(hopper, 2, 512, 512, head_dim=64, seed=1)):
+            x.copy_(new)
+    graph.replay()
+    compare_results(captured, q, k, v, dout, **options)
+
+
+def test_torch_compile_gives_the_eager_result_in_one_graph(hopper):
+    from flash_attn.cute import flash_attn_func
+
+    def attend(q, k, v):
+        return flash_attn_func(q, k, v, causal=True, deterministic=True, use_softmax=False, activation="silu", normalization="1/n")[0]
+
+    tensors = qkv(hopper, 2, 300, 300, head_dim=64)
+    torch._dynamo.reset()
+    compiled = gradients(torch.compile(attend, fullgraph=True, backend="aot_eager"), *tensors)
+    assert all(map(torch.equal, compiled, gradients(attend, *tensors)))
+
+
+def test_operators_pass_opcheck(hopper):
+    from flash_attn.cute.nosoftmax import ops
+
+    q, k, v = (x.requires_grad_() for x in qkv(hopper, 2, 64, 64, head_dim=64))
+    options = (0.1, True, None, 0, 0.0, "silu", 0.0, "1/n", *(None,) * 6)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.forward, (q, k, v, *options, None, None, False), test_utils=checks)
+    torch.library.opcheck(ops.backward, (*(x.detach() for x in (q, q, k, v)), *options, False), test_utils=checks)
+
+
+def test_softmax_is_upstreams_beside_a_call_without(hopper):
+    """Equal shapes: the two are different kernels under different keys."""
+    tensors = qkv(hopper, 2, 300, 300, head_dim=64)
+    for use_softmax in (False, True, False):
+        compare(hopper, *tensors, causal=True, use_softmax=use_softmax)
+
+
+# --- the ends of the range --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_tanh_saturates_where_it_must(hopper, activation):
+    """One query and one key a sequence, so that the output is f(s) and dk is f'(s). tanh.approx is off by 2^-11, which counts s times
+    in f and f' of silu; far out it has to be 1, or 1 - tanh^2 times s is anything."""
+    s = torch.tensor([sign * x for x in (3.0, 5.0, 7.0, 9.0, 10.0, 16.0, 100.0, 6e4) for sign in (1, -1)], dtype=torch.float64)
+    unit = F.one_hot(torch.zeros(len(s), 1, 1, dtype=torch.long), 8).to(hopper.device, torch.float16)
+    k = unit * s.to(unit)[:, None, None, None]
+    out, _, dk, _ = gradients(lambda *x: hopper.dense(*x, softmax_scale=1.0, activation=activation), unit, k, unit, dout=unit)
+    value, derivative = gradients(lambda s: oracle.FUNCTIONS[activation](s, 0.0), s, dout=torch.ones_like(s))
+    for name, actual, expected in (("f", out, value), ("f'", dk, derivative)):
+        allowed = 1e-3 * (1 + s.abs().clamp(max=16) + expected.abs())
+        error = (actual[:, 0, 0, 0].double().cpu() - expected).abs()
+        assert (error <= allowed).all(), f"{name} at {s[error > allowed].tolist()} is off by {error[error > allowed].tolist()}"
+
+
+@pytest.mark.parametrize("activation", list(oracle.FUNCTIONS))
+@pytest.mark.parametrize("dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"])
+def test_largest_inputs_of_grouped_heads_stay_finite(hopper, dtype, largest, activation):
+    """The sums of a group pass through other kernels than those of a head of its own."""
+    q, k, v = (x.sign() * largest for x in qkv(hopper, 1, 300, 300, nheads=8, nheads_k=2, head_dim=64, dtype=dtype))
+    dout = randn(*q.shape, seed=99).to(q).sign() * largest
+    results = gradients(lambda *x: hopper.dense(*x, causal=True, activation=activation), q, k, v, dout=dout)
+    for name, x in zip(NAMES, results):
+        assert torch.isfinite(x).all(), f"{name} has {(~torch.isfinite(x)).sum()} of {x.numel()} values NaN or Inf"
