@@ -6,7 +6,6 @@ triton is no dependency of the project, so that a CPU machine without it skips t
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import pytest
 import torch
@@ -27,8 +26,6 @@ MASKS = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 
 @pytest.fixture(scope="module")
 def kernels():
-    if not ON_GPU:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
     from flash_attn.linear import kernels
 
     return kernels

@@ -185,7 +185,7 @@ from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 class Context(SimpleNamespace):
     def save_for_backward(self, *tensors): self.saved_tensors = tensors
 context = Context()
-ops.UserScoreMod = SimpleNamespace(apply=lambda *args: real.forward(context, *args)) if (real := ops.UserScoreMod) else None
+ops.Attention = SimpleNamespace(apply=lambda *args: real.forward(context, *args)) if (real := ops.Attention) else None
 with FakeTensorMode():
     q, k, v = (torch.empty(2, 512, 4, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
     lists = [torch.empty(1, 1, 4, *more, dtype=torch.int32, device="cuda") for more in ((), (4,)) * 2]

@@ -36,10 +36,11 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 
 @pytest.fixture
-def flow(bench: SimpleNamespace) -> Iterator[SimpleNamespace]:
+def flow(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The same, for tests that call the package on CPU tensors. ``machine`` stands in for the GPU."""
     if not hasattr(bench, "gpu_parts"):
         pytest.skip("needs the installed flash_attn: run `make wheel`")
+    monkeypatch.setattr(bench.gpu_cases, "BACKEND", "cpu")
 
     class OnCpu(bench.gpu_device.Gpu):
         device = "cpu"
