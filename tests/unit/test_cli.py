@@ -27,6 +27,8 @@ def start(toy, *argv: str, **env: str) -> subprocess.Popen:
         [sys.executable, FAP, "--root", toy.root, *argv],
         env={**os.environ, **env},
         start_new_session=True,
+        # A shell's background job ignores the signal, and so would what these tests interrupt.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
