@@ -9,6 +9,7 @@ from pathlib import Path
 from fa4_tflops import CONTENDERS, DENSE
 from gpu_record import BACKWARD, FORWARD
 from gpu_tables import table
+from legend import legend_below
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,8 +77,7 @@ def draw(record: dict, target: Path) -> None:
             ax.set_xlabel("N")
             ax.grid(alpha=0.3)
         axes[i][0].set_ylabel("TFLOP/s (thin line: cuBLAS)")
-    handles = {line.get_label(): line for ax in figure.axes for line in ax.get_lines() if not line.get_label().startswith("_")}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=9)
+    legend_below(figure)
     figure.suptitle(f"{record['device']}, bfloat16, hidden 2048, {record['date']}", fontsize=11)
     figure.savefig(target, dpi=110)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from gpu_record import BACKWARD, FORWARD, NO_SOFTMAX, NO_SOFTMAX_KERNEL, SOFTMAX
+from legend import legend_below
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -154,8 +155,7 @@ def draw(record: dict, target: Path) -> None:
         axes.set_xticks(seqlens, [_tokens(n) for n in seqlens])
         axes.minorticks_off()
     grid[0][0].set_ylim(bottom=0)
-    labelled = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    legend_below(figure, ncols=5, frameon=False)
     figure.suptitle(
         f"{record['device']}, {record['dtype']}, {_tokens(record['tokens'])} tokens in all, hidden {record['hidden']}, {record['date']}",
         fontsize=11,

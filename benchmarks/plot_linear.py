@@ -11,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from legend import legend_below
 
 ROOT = Path(__file__).resolve().parents[1]
 STYLES = {
@@ -45,8 +46,7 @@ def draw(record: dict, target: Path) -> None:
         ax.grid(alpha=0.3)
     for ax in list(axes.flat)[len(panels) :]:
         ax.remove()
-    lines = {line.get_label(): line for ax in figure.axes for line in ax.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), fontsize=9)
+    legend_below(figure)
     figure.suptitle(f"{record['device']}, {record['dtype']}, batch 1, torch {record['torch']}, {record['date']}", fontsize=11)
     figure.savefig(target, dpi=110)
 
