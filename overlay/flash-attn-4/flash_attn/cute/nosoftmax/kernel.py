@@ -54,6 +54,13 @@ class RowState(Softmax):
         pass
 
 
+def layout_of_sQ(mark: Optional[NoSoftmax], sQ_layout: cute.ComposedLayout, sO_layout: cute.ComposedLayout) -> cute.ComposedLayout:
+    """Of the shared memory that Q and then O get. Upstream gives it the size of Q: a wider O runs into K and beyond."""
+    if mark is None or cute.cosize(sO_layout) <= cute.cosize(sQ_layout):
+        return sQ_layout
+    return sO_layout
+
+
 # ---- Tiles end where the sequence ends ----
 
 
