@@ -8,6 +8,9 @@ Contenders, each left out where it does not run, with the reason in the record:
     torch      Q @ (K^T V), full only
 Every length runs at batch 1 and, up to --tokens, at that many tokens in all. Results go to --json as they come, so that a run
 that is stopped keeps what it has. At the end: the length from which linear is faster, for each head size, mask and pass.
+
+On a GPU a short call waits for its host. So calls up to 3 ms are timed a second time as the replay of a CUDA graph, in which the host
+has no part; and backward runs in the thread that asks for it, since to wake autograd's own takes a time that differs from run to run.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -29,8 +33,10 @@ from flash_attn import flash_attn_func
 ROOT = Path(__file__).resolve().parents[1]
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PASSES = ("forward", "forward+backward")
-# A contender that takes longer than this once is not asked for longer sequences of the same setting.
-_TOO_LONG_MS = {"cpu": 4000.0, "cuda": 50.0}
+# A contender that would take longer than this, were it linear from its last length on, is not asked for longer sequences.
+_TOO_LONG_MS = {"cpu": 8000.0, "cuda": 100.0}
+# Where the host can decide, and a call is timed in a CUDA graph too.
+_SHORT_MS = 3.0
 # What a GPU spends on one measurement; a time longer than this is measured once, after the warm-up.
 _GPU_MS = 40
 
@@ -49,12 +55,14 @@ class Setting:
 class Result(Setting):
     """One contender's median time in ms, and the share that reading the inputs and writing the results once would have.
 
+    graph_ms: the same in a CUDA graph; None on a CPU, for longer calls, and where the call can't be captured.
     peak_mib: on a GPU, the most memory that was allocated, the inputs included.
     """
 
     contender: str
     ms: float | None
     memory_floor_share: float | None
+    graph_ms: float | None = None
     peak_mib: float | None = None
     why_not: str | None = None
 
@@ -102,6 +110,22 @@ def _median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
     return statistics.median(times)
 
 
+def _graph_ms(run: Callable[[], object]) -> float | None:
+    """The median time of a replay; None if it can't be captured."""
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what happens in a first call on another stream is not to be captured
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return _median_ms(graph.replay, "cuda", 0)
+
+
 def _copy_rate(device: str) -> float:
     """Bytes per second of a copy, read and written: what the memory floor is measured with."""
     source = torch.empty(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
@@ -115,7 +139,8 @@ def _floor_ms(setting: Setting, dtype: torch.dtype, rate: float) -> float:
     return (4 if setting.direction == "forward" else 11) * tensor / rate * 1e3
 
 
-def _run(setting: Setting, contender: str, dtype: torch.dtype, device: str, repeats: int) -> float:
+def _run(setting: Setting, contender: str, dtype: torch.dtype, device: str, repeats: int) -> tuple[float, float | None]:
+    """(ms, graph_ms) of Result."""
     shape = (setting.batch, setting.seqlen, setting.nheads, setting.head_dim)
     backward = setting.direction != "forward"
     generator = torch.Generator(device).manual_seed(0)
@@ -127,7 +152,9 @@ def _run(setting: Setting, contender: str, dtype: torch.dtype, device: str, repe
         if backward:
             torch.autograd.grad(out, inputs, dout)
 
-    return _median_ms(step, device, repeats)
+    with torch.autograd.set_multithreading_enabled(False):
+        ms = _median_ms(step, device, repeats)
+        return ms, _graph_ms(step) if device == "cuda" and ms <= _SHORT_MS else None
 
 
 def _settings(args: argparse.Namespace) -> Iterator[Setting]:
@@ -141,27 +168,31 @@ def _settings(args: argparse.Namespace) -> Iterator[Setting]:
 
 def measure(args: argparse.Namespace) -> Iterator[Result]:
     dtype, rate = _DTYPES[args.dtype], _copy_rate(args.device)
-    stopped: set[tuple] = set()
+    last: dict[tuple, tuple[int, float]] = {}  # of each kind of setting: the length that was measured last, and its time
     deadline = time.monotonic() + args.seconds
     for setting in _settings(args):
         for contender in args.contenders:
             kind = (contender, setting.head_dim, setting.causal, setting.direction, setting.batch == 1)
-            if _ONLY.get(contender, setting.causal) != setting.causal or kind in stopped or time.monotonic() > deadline:
+            if _ONLY.get(contender, setting.causal) != setting.causal or time.monotonic() > deadline:
+                continue
+            seqlen, before = last.get(kind, (setting.seqlen, 0.0))
+            if before * setting.seqlen / seqlen > _TOO_LONG_MS[args.device]:
                 continue
             if args.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             try:
-                ms, why = _run(setting, contender, dtype, args.device, args.repeats), None
+                (ms, graph_ms), why = _run(setting, contender, dtype, args.device, args.repeats), None
             except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
-                ms, why = None, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+                ms, graph_ms, why = None, None, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
                 gc.collect()
                 if args.device == "cuda":
                     torch.cuda.empty_cache()
-            if ms is None or ms > _TOO_LONG_MS[args.device]:
-                stopped.add(kind)
+            last[kind] = setting.seqlen, float("inf") if ms is None else ms
             share = None if ms is None else _floor_ms(setting, dtype, rate) / ms
             peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else None
-            yield Result(**asdict(setting), contender=contender, ms=ms, memory_floor_share=share, peak_mib=peak, why_not=why)
+            yield Result(
+                **asdict(setting), contender=contender, ms=ms, memory_floor_share=share, graph_ms=graph_ms, peak_mib=peak, why_not=why
+            )
 
 
 def crossovers(results: list[Result]) -> dict[str, float | None]:
@@ -200,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
 
     record = {
         "date": date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/linear_vs_quadratic.py", *(sys.argv[1:] if argv is None else argv)]),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, threads: {torch.get_num_threads()}",
         "device_type": args.device,
@@ -208,11 +240,12 @@ def main(argv: list[str] | None = None) -> int:
     }
     results: list[Result] = []
     print(f"{record['date']}  {record['device']}  torch {record['torch']}  {args.dtype}, {args.heads} heads, medians")
-    print(f"{'mask':<8}{'pass':<18}{'d':>4}{'batch':>7}{'N':>9}  {'contender':<11}{'ms':>10}{'of floor':>10}")
+    print(f"{'mask':<8}{'pass':<18}{'d':>4}{'batch':>7}{'N':>9}  {'contender':<11}{'ms':>10}{'of floor':>10}{'graph, ms':>11}")
     for r in measure(args):
         results.append(r)
         record["results"].append(asdict(r))
-        outcome = f"{r.ms:>10.3f}{r.memory_floor_share:>9.0%}" if r.ms is not None else f"  {r.why_not}"
+        in_graph = "" if r.graph_ms is None else f"{r.graph_ms:>11.3f}"
+        outcome = f"{r.ms:>10.3f}{r.memory_floor_share:>10.0%}{in_graph}" if r.ms is not None else f"  {r.why_not}"
         mask = "causal" if r.causal else "full"
         print(f"{mask:<8}{r.direction:<18}{r.head_dim:>4}{r.batch:>7}{r.seqlen:>9}  {r.contender:<11}{outcome}", flush=True)
         record["crossovers"] = crossovers(results)
