@@ -122,6 +122,19 @@ def test_deterministic_runs_are_equal_bit_for_bit(hopper, method, lengths, nhead
         assert all(map(torch.equal, runs[0], run))
 
 
+@pytest.mark.parametrize("nheads_k", [1, 4])
+@pytest.mark.parametrize("head_dim", [128, 240, 256])
+@pytest.mark.parametrize("options", MASKED, ids=str)
+def test_tiles_of_the_backward_that_are_not_upstreams(hopper, head_dim, nheads_k, options):
+    """They serve dense and packed calls, groups of heads, and sums in a fixed order."""
+    tensors = qkv(hopper, 1, 300, 270, nheads=4, nheads_k=nheads_k, head_dim=head_dim)
+    check(lambda *x: hopper.dense(*x, deterministic=True, **options), *tensors, **options)
+    tensors = packed(hopper, **LENGTHS, nheads=4, nheads_k=nheads_k, head_dim=head_dim)
+    dout = randn(*tensors[0].shape, seed=99, like=hopper)
+    results = gradients(lambda *x: hopper.varlen(*x, **LENGTHS, **options), *tensors, dout=dout)
+    compare_results(results, *tensors, dout, "varlen", **LENGTHS, **options)
+
+
 # --- the user's own functions -----------------------------------------------------------------------------------------
 
 

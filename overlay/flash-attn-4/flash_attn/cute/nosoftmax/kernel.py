@@ -264,15 +264,30 @@ def m_block_interior(mask, m_block_min: Int32, m_block_max: Int32, n_block: Int3
 # ---- Host ----
 
 
-def bwd_tile_for(mark: Optional[NoSoftmax], head_dim: int, head_dim_v: int, causal: bool) -> tuple[int, int, bool]:
-    """What upstream's choice of the backward's tile is asked with: head_dim, head_dim_v, causal.
+def bwd_tile_with(mark: Optional[NoSoftmax], upstreams: Callable) -> Callable:
+    """What chooses the backward's tile: upstream's function, or one that takes the same."""
+    return upstreams if mark is None else partial(_bwd_tile, upstreams)
 
-    It looks at head_dim alone, and its tile for that would not fit into shared memory with a larger head_dim_v. Then the
-    tile of head_dim_v serves, the causal one: the other has rows that the matrix unit cannot divide at a smaller head_dim.
-    """
-    if mark is None or head_dim_v <= head_dim:
-        return head_dim, head_dim_v, causal
-    return head_dim_v, head_dim_v, True
+
+def _bwd_tile(upstreams: Callable, head_dim: int, head_dim_v: int, causal: bool, local: bool, sparse_block_size_q=None):
+    """docs/results/h100-fa4.md has the times of upstream's tiles and of these."""
+    if head_dim_v > head_dim:
+        # Upstream looks at head_dim alone, and its tile for that would not fit into shared memory. The tile of head_dim_v
+        # does, the causal one: the other has rows that the matrix unit cannot divide at a smaller head_dim.
+        return upstreams(head_dim_v, head_dim_v, True, local, sparse_block_size_q=sparse_block_size_q)
+    tile = upstreams(head_dim, head_dim_v, causal, local, sparse_block_size_q=sparse_block_size_q)
+    if sparse_block_size_q is not None:
+        return tile
+    if 96 < head_dim <= 128:
+        return replace(tile, m_block_size=64, dQ_swapAB=True)
+    if head_dim_v > 224:
+        # More keys a block, so fewer sums of dQ to L2, and two stages of dO, P and dS, for shorter blocks of queries. Without
+        # dKV_swapAB head sizes are rounded up to 32: those above 224.
+        return replace(
+            tile, m_block_size=32, n_block_size=64, num_stages_dO=2, num_stages_PdS=2, SdP_swapAB=True, dKV_swapAB=False,
+            dQ_swapAB=True, AtomLayoutMSdP=2,
+        )  # fmt: skip
+    return tile
 
 
 def zero_dq_accum(out, dout, dpsum, lse, lse_log2, dq_accum, *args, fake_mode: bool, **kwargs) -> None:
