@@ -83,6 +83,21 @@ def test_free_slots_of_pages_are_not_read(hopper, page_size, lengths_q, nheads):
     compare_output(hopper, q, *(poisoned(x, free.to(x.device)) for x in (k, v)), method="varlen", **lengths, activation="silu", causal=True)
 
 
+@pytest.mark.parametrize("options, unseen", [
+    (dict(causal=True, activation="silu"), 230), (dict(causal=True, activation="sigmoid", normalization="1/n"), 230),
+    (dict(window_size=(-1, 10), activation="relu", normalization="1/visible"), 220),
+], ids=str)
+@pytest.mark.parametrize("nheads_k", [1, 2])
+def test_queries_that_see_no_key_reach_no_gradient(hopper, nheads_k, options, unseen):
+    """They share a tile with queries that see keys."""
+    q, k, v = qkv(hopper, 2, 300, 70, nheads_k=nheads_k, head_dim=64)
+    dout = randn(*q.shape, seed=99, like=hopper)
+    rows = slice(None), slice(0, unseen)
+    results = gradients(lambda *x: hopper.dense(*x, **options), poisoned(q, rows), k, v, dout=poisoned(dout, rows))
+    compare_results(results, q, k, v, dout, **options)
+    assert not results[0][rows].any() and not results[1][rows].any()
+
+
 # --- shapes and schedules ---------------------------------------------------------------------------------------------
 
 

@@ -170,6 +170,34 @@ print(json.dumps(seen))
 """) == [[40, 40], [40, 40], [100, 100], [100, 100], [100, 100], [100, 100]]
 
 
+def test_queries_that_see_no_key_are_left_out_of_the_backward(run):
+    """A NaN in them or in their dout would reach dk and dv through a tile that they share with queries that see keys."""
+    found = run("""
+from flash_attn.cute.nosoftmax import launch
+public.unsupported = lambda *args, **options: None
+seen = []
+def forward(call, q, *rest):
+    seen.append(q.shape[1])
+    return q * 2.0
+def backward(call, dout, q, k, v, *rest):  # any NaN that it gets reaches all of dk and dv
+    return dout * q, k * q.sum(), v * dout.sum()
+launch.forward, launch.backward = forward, backward
+def unseen(queries, **options):
+    q, k, v = torch.ones(1, 100, 2, 8), *torch.ones(2, 1, 30, 2, 8)
+    q[:, :queries] = float("nan")
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = flash_attn_func(q, k, v, use_softmax=False, **options)[0]
+    grads = torch.autograd.grad(out, (q, k, v), torch.where(q.isnan(), q, 1.0))
+    zero = not any(x[:, :queries].any() for x in (out, grads[0]))
+    return list(out.shape) == list(q.shape) and zero and all(bool(x.isfinite().all()) for x in grads)
+print(json.dumps([
+    unseen(70, causal=True), unseen(70, causal=True, normalization="1/n"), unseen(60, window_size=(None, 10)),
+    unseen(0, window_size=(10, None)), unseen(0, window_size=(10, 70)), unseen(0), seen,
+]))
+""")
+    assert found == [True] * 6 + [[30, 30, 40, 100, 100, 100]]
+
+
 @pytest.mark.parametrize("options", [
     "score_mod=square, score_mod_bwd=square_bwd, causal=True",
     "activation='sigmoid', mask_mod=even_distance",

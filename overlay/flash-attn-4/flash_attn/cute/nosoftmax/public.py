@@ -5,6 +5,7 @@ import inspect
 from typing import Any, Callable, Optional, Union
 
 import torch
+import torch.nn.functional as F
 from flash_attn.cute import interface
 from flash_attn.cute.nosoftmax import ops
 from flash_attn.cute.nosoftmax.checks import unsupported
@@ -51,6 +52,11 @@ def _mods(
 def first_seen(seqlen_q: int, seqlen_k: int, left: Optional[int]) -> int:
     """The first key that a window of `left` keys lets any query see. Query i is aligned with key i + seqlen_k - seqlen_q."""
     return 0 if left is None else max(seqlen_k - seqlen_q - left, 0)
+
+
+def first_seeing(seqlen_q: int, seqlen_k: int, right: Optional[int]) -> int:
+    """The first query that a window of `right` keys, 0 if causal, lets see any key."""
+    return 0 if right is None else max(seqlen_q - seqlen_k - right, 0)
 
 
 def _without_softmax(
@@ -117,9 +123,14 @@ def _without_softmax(
     longest = (None if isinstance(n, torch.Tensor) else n for n in (max_seqlen_q, max_seqlen_k))
     indexed = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, score_mod, block_sparse_tensors)
     counts_keys = bias is None or normalization in ("1/n", "1/sqrt(n)")
-    if all(x is None for x in indexed) and not counts_keys and (first := first_seen(q.shape[1], k.shape[1], left)) > 0:
-        # Keys before the windows share a tile with seen ones. They are left out, for a NaN there would come through.
-        k, v = k[:, first:], v[:, first:]
+    # Keys before the windows share a tile with seen ones, and queries before the first key one with queries that see keys. They
+    # are left out, for a NaN there would come through: of keys to all results, of queries and their dout to dk and dv.
+    blind = 0
+    if all(x is None for x in indexed):
+        if not counts_keys and (first := first_seen(q.shape[1], k.shape[1], left)) > 0:
+            k, v = k[:, first:], v[:, first:]
+        if needs_grad and (blind := first_seeing(q.shape[1], k.shape[1], right)) > 0:
+            q = q[:, blind:]
     sequences = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *longest)
     of_user = score_mod is not None or mask_mod is not None or block_sparse_tensors is not None
     if torch.compiler.is_compiling() and not of_user:
@@ -132,6 +143,8 @@ def _without_softmax(
         out = ops.Attention.apply(
             q, k, v, call, pack_gqa, page_table, deterministic, block_sparse_tensors, block_sparse_tensors_bwd
         )  # fmt: skip
+    if blind > 0:
+        out = F.pad(out, (0, 0, 0, 0, blind, 0))
     return out, torch.empty(0, dtype=torch.float32, device=q.device)
 
 
