@@ -150,6 +150,14 @@ def test_tiles_of_the_backward_that_are_not_upstreams(hopper, head_dim, nheads_k
     compare_results(results, *tensors, dout, "varlen", **LENGTHS, **options)
 
 
+@pytest.mark.parametrize("options", [dict(), dict(causal=True, activation="silu", normalization="1/n"), dict(deterministic=True)], ids=str)
+@pytest.mark.parametrize("nheads_k, dtype", [(4, torch.bfloat16), (1, torch.float16)])
+def test_calls_that_look_the_same_use_their_own_tensors(hopper, nheads_k, dtype, options):
+    """From the second on they repeat what the first one launched."""
+    for seed in range(3):
+        compare(hopper, *qkv(hopper, 2, 300, 290, nheads=4, nheads_k=nheads_k, head_dim=64, dtype=dtype, seed=seed), **options)
+
+
 # --- the user's own functions -----------------------------------------------------------------------------------------
 
 

@@ -154,6 +154,38 @@ print(json.dumps([[s for s in seen if "mul" in s or "nosoftmax" in s], message(g
     assert "once_differentiable" in twice and "modified by an inplace operation" in changed
 
 
+def test_dense_calls_go_through_upstreams_host_code_once(run):
+    """Packed ones and those with the user's functions every time. The kernels are stand-ins."""
+    seen, right = run("""
+from flash_attn.cute.nosoftmax import launch, plan
+public.unsupported = lambda *args, **options: None
+seen = []
+def forward(q, k, v, out, **options):
+    seen.append("forward")
+    plan.recorded(lambda q, k, v, out, scale: out.copy_(q * scale))(q, k, v, out.detach(), options["softmax_scale"])
+def backward(q, k, v, dout, *_, dq, dk, dv, **options):
+    seen.append("backward")
+    plan.recorded(lambda *x: [grad.copy_(y * z) for grad, y, z in zip(x[4:], x[:3], (x[3], x[1], x[2]))])(q, k, v, dout, dq, dk, dv)
+launch._flash_attn_fwd, launch._flash_attn_bwd = forward, backward
+def step(seed, **options):
+    shape = (40, 2, 8) if "cu_seqlens_q" in options else (2, 20, 2, 8)
+    q, k, v, dout = torch.randn(4, *shape, generator=torch.Generator().manual_seed(seed))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    function = flash_attn_varlen_func if "cu_seqlens_q" in options else flash_attn_func
+    out = function(q, k, v, use_softmax=False, softmax_scale=0.5, **options)[0]
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    return all(map(torch.equal, (out, *grads), (q * 0.5, q * dout, k * k, v * v)))
+def mod(score, *rest): return score
+lengths = torch.tensor([0, 15, 40], dtype=torch.int32)
+right = [step(seed, **options) for options in (
+    dict(causal=True), dict(score_mod=mod, score_mod_bwd=mod), dict(mask_mod=mod), dict(cu_seqlens_q=lengths, cu_seqlens_k=lengths),
+) for seed in range(3)]
+print(json.dumps([seen, all(right)]))
+""")
+    assert right
+    assert seen == ["forward", "backward"] * 10
+
+
 def test_keys_before_every_window_are_left_out(run):
     """A NaN in them would reach the result through a tile that they share with seen keys."""
     assert run("""

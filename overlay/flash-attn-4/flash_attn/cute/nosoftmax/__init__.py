@@ -8,6 +8,7 @@
     score_mods.py  the same as score_mods of the kernels
     marker.py      how a score_mod tells the kernels that there is no softmax
     kernel.py      device code behind the hooks in upstream's kernels
+    plan.py        repeats the launches of an earlier call
     progress.py    says that a kernel is being compiled
 
 Nothing is imported here: checks.py must work where nvidia-cutlass-dsl is missing.

@@ -10,6 +10,7 @@ from typing import Any, Callable, Optional
 
 import torch
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd, _tile_size_fwd_sm90
+from flash_attn.cute.nosoftmax import plan
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods
 
 
@@ -30,6 +31,11 @@ class Call:
     mask_mod: Optional[Callable] = None
     aux_tensors: Optional[list[torch.Tensor]] = None
     aux_scalars: Optional[tuple] = None
+
+    def plans(self, *more: Any) -> Optional[dict]:
+        """Where the plans of this call are kept; None with sequences, functions or blocks of the user's, which get none."""
+        sequences = (self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_q, self.seqused_k, self.mask_mod, self.aux_tensors)
+        return self.mods.plans if all(x is None for x in (*sequences, *more)) else None
 
     def arguments(self) -> dict[str, Any]:
         return dict(
@@ -85,29 +91,34 @@ def forward(
 ) -> torch.Tensor:
     """The output, (..., nheads, head_dim_v) in the dtype of q; rows past seqused_q are 0."""
     q, k, v = q.detach(), k.detach(), v.detach()
-    out = None
-    if call.seqused_q is not None:
-        out = q.new_zeros(*q.shape[:-1], v.shape[-1])
-    cu_seqlens_k, max_seqlen_k, (k, v) = (
-        _packed(call.cu_seqlens_k, call.seqused_k, call.max_seqlen_k, k, v)
-        if page_table is None
-        else (None, call.max_seqlen_k, (k, v))
-    )
-    return _flash_attn_fwd(
-        q,
-        k,
-        v,
-        cu_seqlens_q=call.cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=call.max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        page_table=page_table,
-        pack_gqa=_pack_gqa(pack_gqa, q, k),
-        block_sparse_tensors=block_sparse_tensors,
-        out=out,
-        **(_tile(call, q, v) if block_sparse_tensors is None else {}),
-        **call.arguments(),
-    )[0]
+    new_out = q.new_empty if call.seqused_q is None else q.new_zeros
+    out = new_out(*q.shape[:-1], v.shape[-1])
+
+    def launch() -> None:
+        cu_seqlens_k, max_seqlen_k, (keys, values) = (
+            _packed(call.cu_seqlens_k, call.seqused_k, call.max_seqlen_k, k, v)
+            if page_table is None
+            else (None, call.max_seqlen_k, (k, v))
+        )
+        _flash_attn_fwd(
+            q,
+            keys,
+            values,
+            cu_seqlens_q=call.cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=call.max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            page_table=page_table,
+            pack_gqa=_pack_gqa(pack_gqa, q, k),
+            block_sparse_tensors=block_sparse_tensors,
+            out=out,
+            **(_tile(call, q, v) if block_sparse_tensors is None else {}),
+            **call.arguments(),
+        )
+
+    options = "forward", call.softmax_scale, call.causal, call.window, pack_gqa
+    plan.run(call.plans(page_table, block_sparse_tensors), options, (q, k, v, out), launch)
+    return out
 
 
 def backward(
@@ -126,27 +137,33 @@ def backward(
     cu_seqlens_k, max_seqlen_k, (k, v) = _packed(call.cu_seqlens_k, call.seqused_k, call.max_seqlen_k, k, v)
     new_q = torch.empty_like if call.seqused_q is None else torch.zeros_like
     new_k = torch.empty_like if call.seqused_k is None else torch.zeros_like
-    # The kernels read neither O nor LSE, but the host code looks at their shapes.
-    lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
-    grads = _flash_attn_bwd(
-        q,
-        k,
-        v,
-        dout,
-        dout,
-        torch.empty(lse_shape, dtype=torch.float32, device=q.device),
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        deterministic=deterministic,
-        dq=new_q(q, memory_format=torch.contiguous_format),
-        dk=new_k(k, memory_format=torch.contiguous_format),
-        dv=new_k(v, memory_format=torch.contiguous_format),
-        score_mod_bwd=call.mods.score_mod_bwd,
-        block_sparse_tensors=block_sparse_tensors,
-        **call.arguments(),
-    )
+    grads = tuple(new(x, memory_format=torch.contiguous_format) for new, x in ((new_q, q), (new_k, k), (new_k, v)))
+
+    def launch() -> None:
+        # The kernels read neither O nor LSE, but the host code looks at their shapes.
+        lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
+        _flash_attn_bwd(
+            q,
+            k,
+            v,
+            dout,
+            dout,
+            torch.empty(lse_shape, dtype=torch.float32, device=q.device),
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            deterministic=deterministic,
+            dq=grads[0],
+            dk=grads[1],
+            dv=grads[2],
+            score_mod_bwd=call.mods.score_mod_bwd,
+            block_sparse_tensors=block_sparse_tensors,
+            **call.arguments(),
+        )
+
+    options = "backward", call.softmax_scale, call.causal, call.window, deterministic
+    plan.run(call.plans(block_sparse_tensors), options, (q, k, v, dout, *grads), launch)
     if q.dtype is torch.float16:
         # Sums that upstream's postprocess kernel converts become Inf where they should saturate.
         largest = torch.finfo(torch.float16).max

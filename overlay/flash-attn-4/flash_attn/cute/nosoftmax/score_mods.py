@@ -10,11 +10,12 @@ from flash_attn.cute.nosoftmax.marker import ATTRIBUTE, NoSoftmax, marked
 
 
 class ScoreMods(NamedTuple):
-    """What one call of the kernels needs: the scores arrive multiplied by softmax_scale * unit."""
+    """What one call of the kernels needs: the scores arrive multiplied by softmax_scale * unit. plans: see plan.py."""
 
     score_mod: Callable
     score_mod_bwd: Optional[Callable]
     unit: float
+    plans: Optional[dict] = None
 
 
 class _Kernel:
@@ -74,7 +75,7 @@ def of_activation(
     score_mod.__cute_hash__ = name
     score_mod_bwd.__cute_hash__ = f"{name} backward"
     setattr(score_mod, ATTRIBUTE, NoSoftmax(normalization, finite_at_zero=True))
-    return ScoreMods(score_mod, score_mod_bwd, f.unit)
+    return ScoreMods(score_mod, score_mod_bwd, f.unit, plans={})
 
 
 def of_user(score_mod: Callable, score_mod_bwd: Optional[Callable], normalization: Optional[str]) -> ScoreMods:

@@ -1,0 +1,149 @@
+"""nosoftmax/plan.py: what repeats the launches of an earlier call, and what must not. Kernels are Python functions here."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from overlay_package import module
+
+plan = module("plan")
+
+
+def kernel(x, y, total, out, factor):
+    """total, memory of the launch's own, has to be zero at first."""
+    total += x * y
+    out.copy_(total * factor)
+
+
+def zeros(x):
+    return torch.zeros(x.shape, dtype=x.dtype)
+
+
+class Upstream:
+    """Host code that counts how often it runs."""
+
+    def __init__(self, kernel=kernel):
+        self.kernel, self.runs, self.plans = kernel, 0, {}
+
+    def __call__(self, x, y, factor=2.0, plans=True, before=lambda x: x, memory=zeros):
+        out = torch.full_like(x, float("nan"))
+
+        def launch():
+            self.runs += 1
+            plan.recorded(self.kernel)(before(x.detach()), y.detach(), memory(x), out.detach(), factor)
+
+        plan.run(self.plans if plans else None, ("product", factor), (x, y, out), launch)
+        return out
+
+
+def numbers(*shape, seed=0):
+    return tuple(torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(2))
+
+
+def test_calls_that_look_the_same_run_the_host_code_once():
+    upstream = Upstream()
+    for seed in range(3):
+        x, y = numbers(4, 8, seed=seed)
+        assert torch.equal(upstream(x, y), x * y * 2.0)
+    assert upstream.runs == 1
+
+
+@pytest.mark.parametrize("other", [
+    dict(x=torch.ones(4, 16), y=torch.ones(4, 16)), dict(x=torch.ones(8, 4).t()), dict(factor=3.0), dict(x=torch.ones(4, 8).half()),
+], ids=["shape", "strides", "option", "dtype"])  # fmt: skip
+def test_other_looks_and_options_have_plans_of_their_own(other):
+    upstream = Upstream()
+    given = dict(zip("xy", numbers(4, 8)))
+    for arguments in (given, {**given, **other}) * 2:
+        out = upstream(**arguments)
+        assert torch.equal(out, (arguments["x"] * arguments["y"] * arguments.get("factor", 2.0)).to(out))
+    assert upstream.runs == len(upstream.plans) == 2
+
+
+def test_one_tensor_given_twice_is_no_plan_but_may_use_one():
+    upstream = Upstream()
+    x, y = numbers(4, 8)
+    for _ in range(2):
+        assert torch.equal(upstream(x, x), x * x * 2.0)
+    assert upstream.runs == 2
+    assert torch.equal(upstream(x, y), x * y * 2.0)
+    assert torch.equal(upstream(x, x), x * x * 2.0)
+    assert upstream.runs == 3
+
+
+@pytest.mark.parametrize("before", [torch.clone, lambda x: x.view(8, 4).t().reshape(4, 8)], ids=["clone", "copy"])
+def test_host_code_that_copies_a_tensor_always_runs(before):
+    upstream = Upstream()
+    x, y = numbers(4, 8)
+    for _ in range(2):
+        upstream(x, y, before=before)
+    assert upstream.runs == 2 and not upstream.plans
+
+
+def test_host_code_that_launches_another_view_always_runs():
+    upstream = Upstream(lambda x, *rest: kernel(x.view(4, 8), *rest))
+    x, y = numbers(4, 8)
+    for _ in range(2):
+        assert torch.equal(upstream(x, y, before=lambda x: x.view(8, 4)), x * y * 2.0)
+    assert upstream.runs == 2
+
+
+def test_memory_that_is_not_contiguous_is_no_plan():
+    upstream = Upstream(lambda x, y, total, *rest: kernel(x, y, total.t(), *rest))
+    x, y = numbers(8, 8)
+    for _ in range(2):
+        assert torch.equal(upstream(x, y, memory=lambda x: zeros(x).t()), x * y * 2.0)
+    assert upstream.runs == 2
+
+
+def test_unaligned_tensors_go_through_the_host_code():
+    upstream = Upstream()
+    x, y = numbers(4, 8)
+    for other in (x, torch.ones(33)[1:].view(4, 8)):
+        assert torch.equal(upstream(other, y), other * y * 2.0)
+    assert upstream.runs == 2
+
+
+def test_fake_tensors_and_calls_without_plans_go_through_the_host_code():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    upstream = Upstream()
+    x, y = numbers(4, 8)
+    for runs in (1, 2):
+        upstream(x, y, plans=False)
+        assert upstream.runs == runs and not upstream.plans
+    upstream(x, y)
+    with FakeTensorMode():
+        upstream(torch.empty(4, 8), torch.empty(4, 8))
+    assert upstream.runs == 4
+
+
+def test_a_plan_keeps_no_tensor():
+    upstream = Upstream()
+    kept = []
+    for _ in range(2):
+        x, y = numbers(4, 8)
+        kept += [weakref.ref(x), weakref.ref(upstream(x, y))]
+    del x, y
+    gc.collect()
+    assert upstream.plans and not any(x() is not None for x in kept)
+
+
+def test_an_error_ends_the_recording():
+    def fails(*args):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        Upstream(fails)(*numbers(4, 8))
+    assert plan.recorded(fails) is fails
+
+
+def test_plans_do_not_grow_without_end(monkeypatch):
+    monkeypatch.setattr(plan, "_MOST_PLANS", 3)
+    upstream = Upstream()
+    for n in range(1, 9):
+        upstream(*numbers(n, 8))
+    assert len(upstream.plans) <= 3
