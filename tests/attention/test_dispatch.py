@@ -130,6 +130,7 @@ AMPERE = dict(capability=(8, 0))
     ("cuda", {}, SILU, "fa4", {"linear": "activation='silu'"}),
     ("cuda", {}, dict(SILU, algorithm="quadratic"), "fa4", {}),
     ("cuda", {}, dict(IDENTITY, algorithm="linear"), "linear", {}),
+    ("cuda", {}, dict(IDENTITY, algorithm="linear", causal=True, normalization="1/visible"), "linear", {}),
     ("cuda", {}, dict(IDENTITY, backend="fa2"), "fa2", {}),
     ("cuda", {}, dict(IDENTITY, softcap=1.5), "fa2", {"linear": "softcap=1.5", "fa4": "the stand-in has no softcap"}),
     ("cuda", {}, dict(IDENTITY, dropout_p=0.1), "fa2", {"linear": "dropout_p=0.1", "fa4": "no dropout_p"}),

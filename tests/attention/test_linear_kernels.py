@@ -22,6 +22,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float16, *[torch.bfloat16] * ON_GPU]
 MASKS = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+PER_VISIBLE = pytest.mark.parametrize("normalization", [None, "1/visible"])
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +86,34 @@ def test_dense(kernels, causal, dtype, seqlen_q, seqlen_k, nheads, nheads_k):
     check(kernels, q, k, v, dout, Form(0.2, causal))
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(200, 200), (70, 300), (300, 70)])
+def test_per_visible(kernels, transposed, dtype, seqlen_q, seqlen_k):
+    """Also of the transposed form, as second derivatives have it."""
+    q, dout = (draw(2, seqlen_q, 4, 24, seed=i, dtype=dtype) for i in (0, 1))
+    k, v = (draw(2, seqlen_k, 2, 24, seed=i, dtype=dtype) for i in (2, 3))
+    check(kernels, q, k, v, dout, Form(0.2, True, transposed, "1/visible"))
+
+
+@pytest.mark.parametrize("sizes", [(2**-10, 2**10, 2**10, 2**-10), (2**10, 2**-10, 2**-5, 2**-5), (2**-5, 2**-5, 2**-10, 2**10)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_per_visible_keeps_what_is_small(kernels, dtype, sizes):
+    """Of small q and dout, small v . dout and small q . k, dk and dv are as exact at the last keys, which 1/700 weighs, as at the first."""
+    heads = (2, 1, 1, 2)
+    q, k, v, dout = (draw(1, 700, heads[i], 16, seed=i, dtype=dtype) * size for i, size in enumerate(sizes))
+    form = Form(0.25, causal=True, normalization="1/visible")
+    actual = kernels.gradients(dout, q, k, v, form, None, None, 0, 0)[1:]
+    expected = exact(v, dout, q, form.transpose()), exact(k, q, dout, form.transpose())
+    for name, gradient, right in zip(("dk", "dv"), actual, expected):
+        for at in range(0, 700, 50):
+            a, e = gradient[:, at : at + 50].double().cpu(), right[:, at : at + 50]
+            error, size = (a - e).abs().max().item(), e.abs().max().item()
+            assert error <= torch.finfo(dtype).eps * size, f"{name} is off by {error:.3g} of {size:.3g} from key {at} on"
+
+
 @MASKS
-@pytest.mark.parametrize("normalization", ["1/n", "1/sqrt(n)"])
+@pytest.mark.parametrize("normalization", ["1/n", "1/sqrt(n)", "1/visible"])
 def test_packed(kernels, causal, normalization):
     lengths = checks.PACKED["lengths_q"], checks.PACKED["lengths_k"]
     q, dout = (draw(sum(lengths[0]), 2, 16, seed=i, dtype=torch.float16) for i in (0, 1))
@@ -94,7 +121,8 @@ def test_packed(kernels, causal, normalization):
     check(kernels, q, k, v, dout, Form(0.25, causal, normalization=normalization), *lengths)
 
 
-def test_packed_neighbours_are_nan(kernels):
+@PER_VISIBLE
+def test_packed_neighbours_are_nan(kernels, normalization):
     """Nothing of a packed sequence reaches the next one."""
     lengths = [150, 100]
     x = [draw(250, 1, 16, seed=i, dtype=torch.float16) for i in range(4)]
@@ -102,26 +130,28 @@ def test_packed_neighbours_are_nan(kernels):
         y[:150] = float("nan")
     options = (cumulative(lengths, DEVICE), cumulative(lengths, DEVICE), 150, 150)
     q, k, v, dout = x
-    form = Form(0.25, causal=True)
+    form = Form(0.25, causal=True, normalization=normalization)
     for a in (kernels.attend(q, k, v, form, *options), *kernels.gradients(dout, q, k, v, form, *options)):
         assert torch.isfinite(a[150:]).all()
 
 
-def test_rows_without_keys_are_zero(kernels):
+@PER_VISIBLE
+def test_rows_without_keys_are_zero(kernels, normalization):
     q, dout = (draw(1, 300, 1, 16, seed=i, dtype=torch.float16) for i in (0, 1))
     k, v = (draw(1, 70, 1, 16, seed=i, dtype=torch.float16) for i in (2, 3))
     q[:, :230] = dout[:, :230] = float("nan")
-    form = Form(0.25, causal=True)
+    form = Form(0.25, causal=True, normalization=normalization)
     out, (dq, dk, dv) = kernels.attend(q, k, v, form, None, None, 0, 0), kernels.gradients(dout, q, k, v, form, None, None, 0, 0)
     assert not out[:, :230].any() and not dq[:, :230].any()
     assert all(torch.isfinite(x).all() for x in (out, dq, dk, dv))
 
 
 @MASKS
+@PER_VISIBLE
 @pytest.mark.parametrize("dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)][: len(DTYPES)], ids=str)
-def test_largest_inputs(kernels, causal, dtype, largest):
+def test_largest_inputs(kernels, causal, normalization, dtype, largest):
     q, k, v, dout = (draw(1, 200, 1, 16, seed=i, dtype=dtype).sign().abs() * largest for i in range(4))
-    form = Form(0.25, causal)
+    form = Form(0.25, causal, normalization=normalization)
     for x in (kernels.attend(q, k, v, form, None, None, 0, 0), *kernels.gradients(dout, q, k, v, form, None, None, 0, 0)):
         assert torch.isfinite(x).all()
 

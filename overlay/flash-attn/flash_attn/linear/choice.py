@@ -42,8 +42,6 @@ def _inexact(call: Call) -> Optional[str]:
         return f"window_size={tuple(call.window_size)}"
     if call.block_table is not None:
         return "block_table"
-    if call.normalization == "1/visible" and call.causal and has_kernels(call.q):
-        return "normalization='1/visible' with causal=True on CUDA tensors"
     return None
 
 

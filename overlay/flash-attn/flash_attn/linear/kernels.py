@@ -5,6 +5,9 @@ the state that each segment starts with, and `_walk` goes through each segment c
 registers. So k and v are read twice and q and out touched once, whatever the chunk, and a segment is long enough to make its
 state small beside it. One segment alone (short sequences, or as many heads as the GPU has multiprocessors) needs only `_walk`.
 
+"1/visible" with a causal mask is a number for each query. Where queries are rows it multiplies the row. Where they are keys (dk and
+dv) it weighs them: scores in float32, and what is added to the state as it is rounded to 16 bit once.
+
 A state in float32 meets a 16-bit matrix unit as the sum of two 16-bit numbers, hi + lo, so that no more is lost than in the
 products of the quadratic kernel. In float16 it is first scaled by a power of two to fit.
 
@@ -25,7 +28,8 @@ from .form import ANTICAUSAL, CAUSAL, FULL, Form
 
 _FULL, _CAUSAL, _ANTICAUSAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _MASKS = {FULL: 0, CAUSAL: 1, ANTICAUSAL: 2}
-_NORMALIZATIONS = {None: 0, "1/n": 1, "1/visible": 1, "1/sqrt(n)": 2}  # "1/visible" arrives with the full mask alone
+_PER_N, _PER_ROOT_N, _PER_VISIBLE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+_NORMALIZATIONS = {None: 0, "1/n": 1, "1/sqrt(n)": 2, "1/visible": 3}
 _LARGEST_HALF = tl.constexpr(65504.0)
 
 
@@ -81,16 +85,37 @@ def _hi_lo(state, dtype: tl.constexpr):
 
 
 @triton.jit
+def _visible(position, first_counted):
+    """How many keys the query at each position sees, at least 1, in float32. first_counted: the position of the first key."""
+    return tl.maximum(position - first_counted + 1, 1).to(tl.float32)
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x to 21 bits, for 1 <= x < 2^63. A division takes registers that `_walk` does not have."""
+    return tl.rsqrt(x * x)
+
+
+@triton.jit
+def _weighed(columns, count, unit):
+    """Each of the columns times unit / count, at most 1, in 16 bit.
+
+    unit: 1, in float16 a power of two that keeps this from becoming too small; what it is added to is times unit as well.
+    """
+    return (columns.to(tl.float32) * (_reciprocal(count) * unit)[None, :]).to(columns.dtype)
+
+
+@triton.jit
 def _sum_segments(
     k, v, sums, cu_rows, cu_keys, rows, keys, segments, segment_length,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
-    GROUP: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr, ALL: tl.constexpr,
+    GROUP: tl.constexpr, MASK: tl.constexpr, WEIGHED: tl.constexpr, VARLEN: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """sums[slot of the segment, head] = sum of k^T v over the segment's keys and the head's group.
 
     Grid: (segments * tiles of the state, heads, batch). Left out are sums that nobody reads, unless ALL: of the last
-    segment (causal) or the first (anticausal).
+    segment (causal) or the first (anticausal). WEIGHED: each key is divided by the number of rows that see it.
     """
     tiles_v: tl.constexpr = (D_V + BLOCK_V - 1) // BLOCK_V
     tiles: tl.constexpr = tiles_v * ((D + BLOCK_D - 1) // BLOCK_D)
@@ -111,6 +136,7 @@ def _sum_segments(
     channels = (tile // tiles_v) * BLOCK_D + tl.arange(0, BLOCK_D)
     channels_v = (tile % tiles_v) * BLOCK_V + tl.arange(0, BLOCK_V)
     acc = tl.zeros((BLOCK_D, BLOCK_V), dtype=tl.float32)
+    unit = 1.0
     # Whole chunks before the first key seen are skipped; the rest is one loop over chunks and the heads of the group.
     skipped = tl.maximum(seen - begin, 0) // CHUNK
     for step in range(skipped * GROUP, tl.cdiv(end - begin, CHUNK) * GROUP):
@@ -121,7 +147,15 @@ def _sum_segments(
         v_base = v + b.to(tl.int64) * stride_vb + start_key.to(tl.int64) * stride_vt + key_head * stride_vh
         k_chunk = _load(k_base, stride_kt, index, valid, channels, D)
         v_chunk = _load(v_base, stride_vt, index, valid, channels_v, D_V)
-        acc = tl.dot(tl.trans(k_chunk), v_chunk, acc)
+        k_columns = tl.trans(k_chunk)
+        if WEIGHED:
+            if k.dtype.element_ty == tl.float16:
+                before, unit = unit, _power_of_two_below(_visible(begin + (step // GROUP) * CHUNK, total - rows))
+                acc *= unit / before
+            k_columns = _weighed(k_columns, _visible(first_key + index, total - rows), unit)
+        acc = tl.dot(k_columns, v_chunk, acc)
+    if WEIGHED:
+        acc *= 1.0 / unit
     slot = _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN) + segment
     out = sums + (slot * tl.num_programs(1) + head) * (D * D_V)
     tl.store(
@@ -185,6 +219,8 @@ def _walk(
     dtype: tl.constexpr = q.dtype.element_ty
     # In bfloat16 products need no scale to fit.
     late: tl.constexpr = dtype == tl.bfloat16
+    per_visible: tl.constexpr = NORMALIZATION == _PER_VISIBLE
+    weighed: tl.constexpr = per_visible and TRANSPOSED
     tiles_v: tl.constexpr = (D_V + BLOCK_V - 1) // BLOCK_V
     segment, tile = tl.program_id(0) // tiles_v, tl.program_id(0) % tiles_v
     head, b = tl.program_id(1), tl.program_id(2)
@@ -197,9 +233,9 @@ def _walk(
     seeing = first_key if MASK == _CAUSAL else tl.where(keys > 0, 0, total)
     seen = tl.maximum(first_key, first_row) if MASK == _ANTICAUSAL else first_key
     factor = softmax_scale if late else 1.0
-    if NORMALIZATION > 0:
+    if NORMALIZATION == _PER_N or NORMALIZATION == _PER_ROOT_N:
         n = tl.maximum(rows if TRANSPOSED else keys, 1).to(tl.float32)
-        factor *= 1.0 / n if NORMALIZATION == 1 else 1.0 / tl.sqrt(n)
+        factor *= 1.0 / n if NORMALIZATION == _PER_N else 1.0 / tl.sqrt(n)
 
     channels, channels_v = tl.arange(0, BLOCK_D), tile * BLOCK_V + tl.arange(0, BLOCK_V)
     # A stride times an index can pass 2^31.
@@ -233,16 +269,26 @@ def _walk(
 
     chunks = tl.cdiv(end - begin, CHUNK)
     at = tl.arange(0, CHUNK)
+    first_counted = first_row if TRANSPOSED else first_key
+    unit = 1.0
     for i in range(chunks):
-        position = begin + (chunks - 1 - i if MASK == _ANTICAUSAL else i) * CHUNK + at
+        chunk = begin + (chunks - 1 - i if MASK == _ANTICAUSAL else i) * CHUNK
+        position = chunk + at
         row, key = position - first_row, position - first_key
         valid = (row >= 0) & (row < rows)
         q_columns = tl.trans(_load(q_base, stride_qt, row, valid, channels, D))
+        if per_visible:
+            count = _visible(position, first_counted)
+        if weighed and not late:
+            before, unit = unit, _power_of_two_below(_visible(chunk, first_counted))
+            state *= unit / before
         if MASK != _FULL:
             hi, lo, down = _hi_lo(state, dtype)
         acc = tl.dot(hi, q_columns)
         acc = tl.dot(lo, q_columns, acc)
-        if not late:
+        if weighed:
+            acc *= (count * ((1.0 if late else down * softmax_scale) / unit))[None, :]
+        elif not late:
             acc *= down * softmax_scale
         if MASK != _FULL:
             key_valid = (position >= seen) & (key < keys)
@@ -251,14 +297,23 @@ def _walk(
                 k_chunk = _load(k_base + (head_k + g) * stride_kh, stride_kt, key, key_valid, channels, D)
                 v_columns = tl.trans(_load(v_base + (head_k + g) * stride_vh, stride_vt, key, key_valid, channels_v, D_V))
                 p = tl.dot(k_chunk, q_columns)
+                if weighed:  # relative to the row, which is divided by its own count at the end: at most 1
+                    p *= _reciprocal(count)[:, None] * count[None, :]
                 p = tl.where(visible, p if late else p * softmax_scale, 0.0)
                 acc = tl.dot(v_columns, _narrow(p, dtype), acc)
-                state = tl.dot(v_columns, k_chunk, state)
-        acc = tl.where((position >= seeing)[None, :], acc * factor, 0.0)
+                state = tl.dot(_weighed(v_columns, count, unit) if weighed else v_columns, k_chunk, state)
+        acc *= (_reciprocal(count) * factor)[None, :] if per_visible else factor
+        acc = tl.where((position >= seeing)[None, :], acc, 0.0)
         tl.store(
             out_base + row[:, None].to(tl.int64) * stride_ot + channels_v[None, :], tl.trans(_narrow(acc, dtype)),
             mask=valid[:, None] & (channels_v < D_V)[None, :],
         )  # fmt: skip
+
+
+def _normalization(form: Form) -> int:
+    """As `_walk` takes it. Where every query sees all keys, "1/visible" is "1/n"."""
+    name = "1/n" if form.normalization == "1/visible" and not form.weighs_positions else form.normalization
+    return _NORMALIZATIONS[name]
 
 
 # A compiled kernel is called with its constants as well from Triton 3.3 on.
@@ -418,7 +473,8 @@ class _States:
         self._sum = _Launch(
             _sum_segments, (segments.count * tiles, segments.heads, segments.batch),
             (*numbers, *segments.strides(k), *segments.strides(v)),
-            (d, d_v, block_d, block_v, _SUM.chunk, k.shape[-2] // segments.heads, _MASKS[mask], packed, final),
+            (d, d_v, block_d, block_v, _SUM.chunk, k.shape[-2] // segments.heads, _MASKS[mask],
+             segments.form.weighs_positions and segments.form.transposed, packed, final),
             _SUM.num_warps if block_d * block_v > 4096 else 4, _SUM.num_stages,
         )  # fmt: skip
         self._scan = None
@@ -459,7 +515,7 @@ class _Walk:
             ),
             (
                 d, d_v, _block(d), tuning.block_v, tuning.chunk, nheads // segments.heads, k.shape[-2] // segments.heads,
-                _MASKS[form.mask], form.transposed, _NORMALIZATIONS[form.normalization], segments.packed,
+                _MASKS[form.mask], form.transposed, _normalization(form), segments.packed,
                 states.needed, states.initial,
             ),
             tuning.num_warps, tuning.num_stages,
