@@ -10,7 +10,10 @@ import flash_attn
 import pytest
 import torch
 from flash_attn import flash_attn_func, flash_attn_varlen_func
-from flash_attn.linear import choice, public
+from flash_attn.linear import backend, choice, ops
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import linear_checks as checks
@@ -178,6 +181,54 @@ def test_operators_pass_opcheck(device):
     torch.library.opcheck(torch.ops.flash_attn._linear_attention_backward.default, (q, q, k, v, *options))
 
 
+class _Recorded(TorchDispatchMode):
+    """Notes which operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+def test_who_follows_operators_sees_one(device):
+    """A dispatch mode, as selective checkpointing is one; autograd alone does not need them."""
+    with _Recorded() as recorded:
+        gradients(Package(device, "linear").dense, *qkv(Package(device, "linear")))
+    ours = [name for name in recorded.names if name.startswith("flash_attn::")]
+    assert ours == ["flash_attn::_linear_attention", "flash_attn::_linear_attention_backward"]
+    with torch.profiler.profile() as profile:
+        gradients(Package(device, "linear").dense, *qkv(Package(device, "linear")))
+    assert not [event.key for event in profile.key_averages() if event.key.startswith("flash_attn::")]
+
+
+def test_tensors_without_memory(monkeypatch):
+    """A FakeTensor has a dispatch of its own, also after its mode."""
+    monkeypatch.setattr(backend, "_TRITON", True)
+    with FakeTensorMode():
+        q = torch.empty(1, 16, 4, 8, dtype=torch.float16, device="cuda")
+    out = flash_attn_func(q, q, q, causal=True, use_softmax=False, algorithm="linear")
+    assert type(out) is type(q) and out.shape == q.shape and out.device == q.device
+
+
+def test_forward_derivatives_are_refused(linear):
+    """There are none; to leave them out without a word would be wrong."""
+    q, k, v = qkv(linear)
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        linear.dense(forward_ad.make_dual(q, torch.ones_like(q)), k, v)
+
+
+def test_nothing_is_kept_where_no_gradient_is_asked_for(linear):
+    for asks in range(3):
+        tensors = [x.requires_grad_(i == asks) for i, x in enumerate(qkv(linear))]
+        assert "LinearAttention" in linear.dense(*tensors).grad_fn.name()
+        with torch.no_grad():
+            assert linear.dense(*tensors).grad_fn is None
+    assert linear.dense(*qkv(linear)).grad_fn is None
+
+
 def test_activation_checkpointing(linear):
     tensors = qkv(linear, 1, 200, 200)
 
@@ -252,15 +303,8 @@ def test_unknown_algorithm():
 def taken(monkeypatch) -> list[str]:
     """Grows by one with each call that runs in linear time."""
     calls: list[str] = []
-    right = public.LinearAttention
-
-    class Counting(right):
-        @staticmethod
-        def forward(*arguments):
-            calls.append("linear")
-            return right.forward(*arguments)
-
-    monkeypatch.setattr(public, "LinearAttention", Counting)
+    right = ops.attend
+    monkeypatch.setattr(ops, "attend", lambda *arguments: calls.append("linear") or right(*arguments))
     return calls
 
 

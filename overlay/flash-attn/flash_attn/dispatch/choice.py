@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from ..call import Call
 from ..linear import choice as linear
@@ -35,10 +35,13 @@ _BACKENDS = {
     "cpu": _Backend("quadratic", _cpu_obstacle),
 }
 BACKENDS = ("auto", *_BACKENDS)
+_NAMES = {
+    algorithm: [name for name, backend in _BACKENDS.items() if algorithm in ("auto", backend.algorithm)]
+    for algorithm in linear.ALGORITHMS
+}
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """What runs a call: the backend and its algorithm, both None if no backend can.
 
     passed_over: each backend that was considered before and the reason why it does not run the call. forced: the argument or
@@ -87,7 +90,7 @@ def _candidates(algorithm: str, backend: str, use_softmax: bool) -> tuple[list[s
         raise ValueError(f"algorithm={algorithm!r} is not one of {linear.ALGORITHMS}")
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {BACKENDS}")
-    names = [name for name, b in _BACKENDS.items() if algorithm in ("auto", b.algorithm)]
+    names = _NAMES[algorithm]
     if backend != "auto":
         if backend not in names:
             raise ValueError(

@@ -1,6 +1,8 @@
 """Runs the primitive where its tensors are: Triton kernels for 16-bit CUDA tensors, else PyTorch in chunks."""
 
 import importlib.util
+from functools import cache
+from types import ModuleType
 from typing import Optional
 
 import torch
@@ -13,7 +15,14 @@ _TRITON = importlib.util.find_spec("triton") is not None
 
 def has_kernels(x: torch.Tensor) -> bool:
     """Whether the Triton kernels take tensors like x."""
-    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16) and _TRITON
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and _TRITON
+
+
+@cache
+def _kernels() -> ModuleType:
+    from . import kernels
+
+    return kernels
 
 
 def attend(
@@ -32,9 +41,7 @@ def attend(
     by the kernels, as in the quadratic ones.
     """
     if has_kernels(q):
-        from . import kernels
-
-        return kernels.attend(q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return _kernels().attend(q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if cu_seqlens_q is None:
         return chunked.attend(q, k, v, form)[0]
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
@@ -50,9 +57,7 @@ def attend_with_state(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The causal form over one piece: (out, the float32 state after it). state: that before it, None for zeros."""
     if has_kernels(q):
-        from . import kernels
-
-        return kernels.attend_with_state(q, k, v, form, state)
+        return _kernels().attend_with_state(q, k, v, form, state)
     out, state = chunked.attend(q, k, v, form, state)
     return out, state.float()
 
@@ -71,9 +76,7 @@ def gradients(
     """dq, dk and dv of `attend`: three more forms of it (DESIGN: F(dO, V, K; M), F(V, dO, Q; Mt), F(K, Q, dO; Mt))."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if has_kernels(q):
-        from . import kernels
-
-        return kernels.gradients(dout, q, k, v, form, *lengths)
+        return _kernels().gradients(dout, q, k, v, form, *lengths)
     swapped = (cu_seqlens_k, cu_seqlens_q, max_seqlen_k, max_seqlen_q)
     return (
         attend(dout, v, k, form, *lengths),

@@ -1,14 +1,12 @@
 """Which of the primitive's forms a call is: what its mask is, and which side the normalization counts."""
 
 import math
-from dataclasses import dataclass, replace
-from typing import Optional
+from typing import NamedTuple, Optional
 
 FULL, CAUSAL, ANTICAUSAL = "full", "causal", "anticausal"
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):  # not a dataclass: to make and to hash one would take several times as long
     """out_i = norm * scale * sum over the visible j of (q_i . k_j) v_j, or its transpose.
 
     Rows are what the output has (i), keys are what is summed over (j). Both are aligned at their end: with
@@ -30,7 +28,7 @@ class Form:
         return ANTICAUSAL if self.transposed else CAUSAL
 
     def transpose(self) -> "Form":
-        return replace(self, transposed=not self.transposed)
+        return self._replace(transposed=not self.transposed)
 
     @property
     def weighs_positions(self) -> bool:

@@ -412,19 +412,15 @@ _Starts = tuple[Optional[torch.Tensor], Optional[torch.Tensor]]  # cu_seqlens of
 class _Layout(NamedTuple):
     """What a launch depends on in a tensor, beside its address. The last stride is 1."""
 
-    dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-
-
-def _layout(x: torch.Tensor) -> _Layout:
-    return _Layout(x.dtype, x.shape, x.stride())
 
 
 class _Sequences(NamedTuple):
     """A set of sequences on a device. packed: how many there are, of these greatest lengths; None if they are dense."""
 
     device: torch.device
+    dtype: torch.dtype  # of all tensors
     packed: Optional[int]
     max_rows: int
     max_keys: int
@@ -540,8 +536,13 @@ def _block(size: int) -> int:
     return max(1 << (size - 1).bit_length(), 16)
 
 
-def _with_dense_channels(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _laid_out(x: torch.Tensor) -> tuple[torch.Tensor, _Layout]:
+    """x with a last stride of 1, a copy if need be, and its layout."""
+    strides = x.stride()
+    if strides[-1] != 1:
+        x = x.contiguous()
+        strides = x.stride()
+    return x, _Layout(x.shape, strides)
 
 
 # Plans of calls that look the same are made once. Below, None in place of a plan is a call with nothing to compute.
@@ -575,13 +576,13 @@ def _backward_plan(
 
 
 def _sequences(q: torch.Tensor, cu_rows: Optional[torch.Tensor], max_rows: int, max_keys: int) -> _Sequences:
-    return _Sequences(q.device, None if cu_rows is None else cu_rows.shape[0] - 1, max_rows, max_keys)
+    return _Sequences(q.device, q.dtype, None if cu_rows is None else cu_rows.shape[0] - 1, max_rows, max_keys)
 
 
 def attend(q, k, v, form, cu_rows, cu_keys, max_rows, max_keys) -> torch.Tensor:
     """See backend.attend."""
-    q, k, v = _with_dense_channels(q), _with_dense_channels(k), _with_dense_channels(v)
-    plan = _forward_plan(_sequences(q, cu_rows, max_rows, max_keys), form, _layout(q), _layout(k), _layout(v))
+    (q, like_q), (k, like_k), (v, like_v) = _laid_out(q), _laid_out(k), _laid_out(v)
+    plan = _forward_plan(_sequences(q, cu_rows, max_rows, max_keys), form, like_q, like_k, like_v)
     if plan is None:
         return q.new_zeros(*q.shape[:-1], v.shape[-1])
     find_states, walk = plan
@@ -592,9 +593,9 @@ def attend(q, k, v, form, cu_rows, cu_keys, max_rows, max_keys) -> torch.Tensor:
 
 def attend_with_state(q, k, v, form, state) -> tuple[torch.Tensor, torch.Tensor]:
     """See backend.attend_with_state."""
-    q, k, v = _with_dense_channels(q), _with_dense_channels(k), _with_dense_channels(v)
+    (q, like_q), (k, like_k), (v, like_v) = _laid_out(q), _laid_out(k), _laid_out(v)
     sequences, given, starts = _sequences(q, None, 0, 0), state is not None, (None, None)
-    plan = _forward_plan(sequences, form, _layout(q), _layout(k), _layout(v), initial=given, final=True)
+    plan = _forward_plan(sequences, form, like_q, like_k, like_v, initial=given, final=True)
     shape = (q.shape[0], k.shape[-2], q.shape[-1], v.shape[-1])
     if plan is None:
         unchanged = state.clone() if given else q.new_zeros(shape, dtype=torch.float32)
@@ -607,9 +608,8 @@ def attend_with_state(q, k, v, form, state) -> tuple[torch.Tensor, torch.Tensor]
 
 def gradients(dout, q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     """See backend.gradients."""
-    dout, q, k, v = (_with_dense_channels(x) for x in (dout, q, k, v))
-    sequences = _sequences(q, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
-    plan = _backward_plan(sequences, form, _layout(dout), _layout(q), _layout(k), _layout(v))
+    (dout, like_dout), (q, like_q), (k, like_k), (v, like_v) = _laid_out(dout), _laid_out(q), _laid_out(k), _laid_out(v)
+    plan = _backward_plan(_sequences(q, cu_seqlens_q, max_seqlen_q, max_seqlen_k), form, like_dout, like_q, like_k, like_v)
     if plan is None:
         return tuple(torch.zeros_like(x) for x in (q, k, v))
     find_states, find_dq, find_back_states, find_dk, find_dv = plan

@@ -1,17 +1,36 @@
-"""The primitive as operators of torch, so that torch.compile sees one node and not what is inside, and its derivative."""
+"""The primitive with its derivative, and as operators of torch where something follows those.
 
+An operator costs the host as much as all the rest of a call. So a call goes without, unless torch.compile or another that must see
+one node, and not what is inside, is looking.
+"""
+
+from functools import wraps
 from typing import Optional
 
 import torch
+from torch.autograd import forward_ad
 
 from . import backend
 from .form import Form
 
 _CAN_DEFINE = hasattr(torch.library, "infer_schema")  # torch 2.5
+# An argument of another type is a tensor with its own dispatch, or a number that is not known yet.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)))
+
+
+def _followed(arguments: tuple) -> bool:
+    """Whether a compiler, a dispatch mode, a functorch transform or a tensor's own type is to see which operators are called."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or not _PLAIN.issuperset(map(type, arguments))
+    )
 
 
 def _operator(name: str):
-    """The function as torch.ops.flash_attn.<name>; in an older torch itself, which can't be compiled.
+    """Defines torch.ops.flash_attn.<name>, which the function then goes through where it is followed; not in an older torch.
 
     torch.library.custom_op would do the same, and at each call things that are not needed here and take longer.
     """
@@ -19,16 +38,22 @@ def _operator(name: str):
     def define(function):
         if not _CAN_DEFINE:
             return function
-        operator, schema = f"flash_attn::{name}", torch.library.infer_schema(function, mutates_args=())
-        torch.library.define(operator, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(operator, ("cpu", "cuda"), function)
-        return getattr(torch.ops.flash_attn, name).default
+        qualified, schema = f"flash_attn::{name}", torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(qualified, ("cpu", "cuda"), function)
+        operator = getattr(torch.ops.flash_attn, name).default
+
+        @wraps(function)
+        def call(*arguments):
+            return operator(*arguments) if _followed(arguments) else function(*arguments)
+
+        return call
 
     return define
 
 
-def _fake(operator):
-    return torch.library.register_fake(operator) if _CAN_DEFINE else lambda function: function
+def _fake(name: str):
+    return torch.library.register_fake(f"flash_attn::{name}") if _CAN_DEFINE else lambda function: function
 
 
 @_operator("_linear_attention")
@@ -49,7 +74,7 @@ def _attend(
     return backend.attend(q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
 
-@_fake(_attend)
+@_fake("_linear_attention")
 def _(q, k, v, *options):
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
@@ -73,24 +98,21 @@ def _gradients(
     return backend.gradients(dout, q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
 
-@_fake(_gradients)
+@_fake("_linear_attention_backward")
 def _(dout, q, k, v, *options):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-class LinearAttention(torch.autograd.Function):
+class _LinearAttention(torch.autograd.Function):
     """The primitive with its derivative, which is the primitive again: any number of derivatives can be taken."""
 
     @staticmethod
-    def forward(
-        ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        softmax_scale, causal, transposed=False, normalization=None,
-    ):
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *form):
         # One tensor for both is handed in once, as torch.compile wants it.
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k)
-        ctx.longest, ctx.form = (max_seqlen_q, max_seqlen_k), (softmax_scale, causal, transposed, normalization)
-        return _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.longest, *ctx.form)
+        ctx.longest, ctx.form = (max_seqlen_q, max_seqlen_k), form
+        return _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *form)
 
     @staticmethod
     def backward(ctx, dout):
@@ -101,8 +123,29 @@ class LinearAttention(torch.autograd.Function):
         scale, causal, transposed, normalization = ctx.form
         swapped = (cu_seqlens_k, cu_seqlens_q, *ctx.longest[::-1], scale, causal, not transposed, normalization)
         return (
-            LinearAttention.apply(dout, v, k, *lengths, *ctx.form),
-            LinearAttention.apply(v, dout, q, *swapped),
-            LinearAttention.apply(k, q, dout, *swapped),
+            attend(dout, v, k, *lengths, *ctx.form),
+            attend(v, dout, q, *swapped),
+            attend(k, q, dout, *swapped),
             *(None,) * 8,
         )
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: Optional[torch.Tensor],
+    cu_seqlens_k: Optional[torch.Tensor],
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    transposed: bool = False,
+    normalization: Optional[str] = None,
+) -> torch.Tensor:
+    """As backend.attend, with derivatives. cu_seqlens_k: None if it is cu_seqlens_q."""
+    form = (softmax_scale, causal, transposed, normalization)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad) or forward_ad._current_level >= 0:
+        return _LinearAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *form)
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    return _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *form)

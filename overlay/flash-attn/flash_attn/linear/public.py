@@ -7,9 +7,9 @@ import torch
 
 from ..call import Call
 from ..cpu import checks
+from . import ops
 from .backend import has_kernels
 from .checks import alike
-from .ops import LinearAttention
 
 _DENSE = ("batch, seqlen_q, nheads, head_dim", "batch, seqlen_k, nheads_k, head_dim")
 _PACKED = ("total_q, nheads, head_dim", "total_k, nheads_k, head_dim")
@@ -30,7 +30,7 @@ def attend(call: Call) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor, 
     causal = call.causal and (call.max_seqlen_q if call.varlen else q.shape[1]) > 1
     distinct_k = None if call.cu_seqlens_k is call.cu_seqlens_q else call.cu_seqlens_k
     lengths = (call.cu_seqlens_q, distinct_k, call.max_seqlen_q, call.max_seqlen_k)
-    return call.result(LinearAttention.apply(q, k, call.v, *lengths, softmax_scale, causal, False, call.normalization))
+    return call.result(ops.attend(q, k, call.v, *lengths, softmax_scale, causal, False, call.normalization))
 
 
 def _check(call: Call) -> None:
