@@ -80,6 +80,17 @@ def test_faults(case, instructions, words):
     assert words in fault
 
 
+@pytest.mark.parametrize("case, most", [
+    ({"head_dim": 128, "activation": "silu"}, 4), ({"head_dim": 128, "activation": "silu", "softcap": 20.0}, 34),
+    ({"head_dim": 48, "activation": "silu"}, 64), ({"head_dim": 96, "activation": "silu"}, 0), ({"head_dim": 64}, 0),
+])
+def test_some_backward_kernels_may_spill(case, most):
+    """Head sizes between those of the tiles have the next larger one's."""
+    spilling = [kernel(LDL=n) for n in (most, most + 1)]
+    assert [bool(compile_check.faults(case, k, backward=True)) for k in spilling] == [False, True]
+    assert [bool(compile_check.faults(case, k)) for k in spilling] == [most > 0, True]
+
+
 def test_what_is_no_attention_kernel_is_noticed():
     assert compile_check.faults({"head_dim": 128}, Kernel(Counter(FMUL=3), 32)) == ["no HGMMA: that is no attention kernel"]
 
