@@ -125,7 +125,7 @@ AMPERE = dict(capability=(8, 0))
 
 
 @pytest.mark.parametrize("device, machine, options, expected, reasons", [
-    ("cuda", {}, IDENTITY, "fa2", {"linear": "not predicted faster", "fa4": "less than the 150 at which it overtakes the extension"}),
+    ("cuda", {}, IDENTITY, "fa2", {"linear": "not predicted faster", "fa4": "less than the 60 at which it overtakes the extension"}),
     ("cuda", {}, dict(IDENTITY, backend="fa4"), "fa4", {}),
     ("cuda", {}, SILU, "fa4", {"linear": "activation='silu'"}),
     ("cuda", {}, dict(SILU, algorithm="quadratic"), "fa4", {}),
@@ -178,31 +178,31 @@ def shaped(q: tuple[int, ...], k: tuple[int, ...], head_dim_v: int = 0, dtype: t
 
 
 LONG = (1, 16384, 16, 64)  # 550 GFLOP with causal=True
-SHORT = (1, 8192, 16, 64)  # 137
+SHORT = (1, 4096, 16, 64)  # 34
 
 
 @pytest.mark.parametrize("shapes, options, expected", [
     ((SHORT, SHORT), dict(causal=True), "fa2"),
     ((SHORT, SHORT), {}, "fa4"),
     ((LONG, LONG), dict(causal=True), "fa4"),
-    ((LONG, LONG), dict(causal=True, window_size=(1000, -1)), "fa2"),
+    ((LONG, LONG), dict(causal=True, window_size=(600, -1)), "fa2"),
     ((LONG, LONG), dict(window_size=(4095, 4096)), "fa4"),
-    ((LONG, LONG), dict(window_size=(1000, 1000)), "fa2"),
+    ((LONG, LONG), dict(window_size=(300, 300)), "fa2"),
     ((LONG, LONG), dict(window_size=(4095, -1)), "fa4"),
     (((1, 1, 16, 64), LONG), dict(causal=True), "fa2"),
     (((1, 4096, 16, 64), LONG), dict(causal=True), "fa4"),
-    (((16, 1024, 16, 128),) * 2, dict(causal=True), "fa2"),
+    (((16, 512, 16, 128),) * 2, dict(causal=True), "fa2"),
     (((1, 8192, 16, 128),) * 2, dict(causal=True), "fa4"),
-    (((4, 8192, 4, 64), (4, 8192, 1, 64)), dict(causal=True), "fa2"),
+    (((1, 8192, 4, 64), (1, 8192, 1, 64)), dict(causal=True), "fa2"),
     (((4, 8192, 8, 64), (4, 8192, 1, 64)), dict(causal=True), "fa4"),
 ], ids=str)  # fmt: skip
 def test_fa4_is_for_much_work(install, shapes, options, expected):
-    """4 * batch * nheads * seqlen_q * seqlen_k * head_dim floating-point operations, of visible scores alone: from 150e9 on."""
+    """4 * batch * nheads * seqlen_q * seqlen_k * head_dim floating-point operations, of visible scores alone: from 60e9 on."""
     install()
     assert explain(flash_attn_func, *shaped(*shapes), **IDENTITY, **options, algorithm="quadratic").backend == expected
 
 
-@pytest.mark.parametrize("sequences, total, expected", [(2, 8192, "fa2"), (2, 24576, "fa4"), (16, 24576, "fa2"), (16, 65536, "fa4")])
+@pytest.mark.parametrize("sequences, total, expected", [(2, 4096, "fa2"), (2, 24576, "fa4"), (16, 16384, "fa2"), (16, 65536, "fa4")])
 def test_work_of_packed_sequences_is_that_of_mean_lengths(install, sequences, total, expected):
     """Their lengths lie on the GPU, and max_seqlen is of one of them."""
     install()
@@ -234,13 +234,14 @@ def test_work_of_pages_is_that_of_the_longest_sequence(install, page_size, longe
 ], ids=str)  # fmt: skip
 def test_little_work_stays_with_fa4_where_nothing_else_runs_it(install, machine, tensors):
     install(**machine)
-    assert explain(flash_attn_func, *shaped(SHORT, SHORT, **tensors), causal=True, **IDENTITY).backend == "fa4"
+    assert explain(flash_attn_func, *shaped(SHORT, SHORT, **tensors), causal=True, algorithm="quadratic", **IDENTITY).backend == "fa4"
 
 
 def test_a_build_without_gradients_serves_without_them(install):
     install(built_passes=("fwd", "splitkv"))
     with torch.no_grad():
-        assert explain(flash_attn_func, *shaped(SHORT, SHORT, grad=True), causal=True, **IDENTITY).backend == "fa2"
+        call = explain(flash_attn_func, *shaped(SHORT, SHORT, grad=True), causal=True, algorithm="quadratic", **IDENTITY)
+        assert call.backend == "fa2"
 
 
 def test_rocm_has_no_fa4(install, monkeypatch):

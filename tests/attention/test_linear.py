@@ -339,7 +339,7 @@ def test_auto_gives_the_result_of_the_algorithm_it_takes(device, monkeypatch, ca
     monkeypatch.delenv("FLASH_ATTENTION_NOSOFTMAX_BACKEND", raising=False)
     try:
         for seqlen in (64, 6000):
-            q, k, v = qkv(Package(device), 1, seqlen, seqlen, nheads=1, dtype=torch.float16)
+            q, k, v = qkv(Package(device), 1, seqlen, seqlen, nheads=8 if device == "cuda" else 1, dtype=torch.float16)
             auto, quadratic = (
                 flash_attn_func(q, k, v, causal=causal, use_softmax=False, algorithm=a) for a in ("auto", "quadratic")
             )
@@ -354,8 +354,15 @@ def test_the_cost_rule_is_monotone(device_type, causal):
     """Once linear is faster it stays so for longer sequences; wider heads need longer ones."""
     device = torch.device(device_type)
     for head_dim in (32, 64, 128, 256):
-        chosen = [choice.predicted_faster(device, head_dim, causal, n, n) for n in (2**i for i in range(4, 22))]
+        chosen = [choice.predicted_faster(device, head_dim, causal, n, n, 16) for n in (2**i for i in range(4, 22))]
         assert chosen == sorted(chosen) and chosen[-1] and not chosen[0]
+
+
+@pytest.mark.parametrize("batch, seqlen, expected", [
+    (1, 2048, False), (1, 4096, True), (16, 1024, True), (8, 1024, False), (512, 512, False),
+])  # fmt: skip
+def test_on_a_gpu_sequences_and_heads_count_too(batch, seqlen, expected):
+    assert choice.predicted_faster(torch.device("cuda"), 64, True, seqlen, seqlen, 16 * batch) == expected
 
 
 # --- wrong arguments --------------------------------------------------------------------------------------------------

@@ -10,13 +10,15 @@ from .backend import has_kernels
 ALGORITHMS = ("auto", "quadratic", "linear")
 
 # Where the two algorithms take the same time, forward and backward together: seqlen_q = seqlen_k = slope * head_dim + offset,
-# as (slope, offset) for each mask. From the crossovers that benchmarks/linear_vs_quadratic.py prints, rounded up; docs/linear.md
-# says where it ran. "auto" is quadratic on a device type that was not measured.
+# as (slope, offset) for each mask. From benchmarks/linear_vs_quadratic.py, rounded up; docs/linear.md says where it ran. "auto" is
+# quadratic on a device type that was not measured.
 CROSSOVERS = {
     "cpu": {"full": (1.0, 64.0), "causal": (2.0, 64.0)},
-    # H100, one sequence of 16 heads. The host's cost of a call decides here, so that head_dim does not show.
-    "cuda": {"full": (0.0, 6144.0), "causal": (0.0, 8192.0)},
+    "cuda": {"full": (0.0, 1000.0), "causal": (0.0, 1000.0)},
 }
+# And the scores of all heads and sequences, as masked ones count too, from which on a quadratic kernel takes a GPU longer than the
+# host takes for the more launches of linear time. Of an H100: one sequence of 4k and 16 of 1k tokens with 16 heads each.
+MIN_SCORES = {"cuda": 250e6}
 
 
 def obstacle(call: Call) -> Optional[str]:
@@ -55,17 +57,19 @@ def disadvantage(call: Call) -> Optional[str]:
     if not q.dim() == k.dim() == call.v.dim() == axes:
         return f"q, k and v must have {axes} axes"
     sequences = max(call.cu_seqlens_q.shape[0] - 1, 1) if call.varlen else 1
-    if not predicted_faster(q.device, q.shape[-1], call.causal, q.shape[-3] / sequences, k.shape[-3] / sequences):
+    heads = q.shape[-2] * (sequences if call.varlen else q.shape[0])
+    if not predicted_faster(q.device, q.shape[-1], call.causal, q.shape[-3] / sequences, k.shape[-3] / sequences, heads):
         return "not predicted faster at these lengths and this head_dim (docs/linear.md)"
     return None
 
 
-def predicted_faster(device: torch.device, head_dim: int, causal: bool, seqlen_q: float, seqlen_k: float) -> bool:
-    """Whether linear time is less time, for sequences of these mean lengths.
+def predicted_faster(device: torch.device, head_dim: int, causal: bool, seqlen_q: float, seqlen_k: float, heads: int) -> bool:
+    """Whether linear time is less time, for sequences of these mean lengths and `heads` heads in all of them.
 
     Quadratic costs seqlen_q * seqlen_k, linear seqlen_q + seqlen_k: what counts is their harmonic mean.
     """
     if device.type not in CROSSOVERS:
         return False
     slope, offset = CROSSOVERS[device.type]["causal" if causal else "full"]
-    return 2 * seqlen_q * seqlen_k > (slope * head_dim + offset) * (seqlen_q + seqlen_k)
+    longer = 2 * seqlen_q * seqlen_k > (slope * head_dim + offset) * (seqlen_q + seqlen_k)
+    return longer and heads * seqlen_q * seqlen_k >= MIN_SCORES.get(device.type, 0)
