@@ -81,7 +81,7 @@ def test_faults(case, instructions, words):
 
 
 @pytest.mark.parametrize("case, most", [
-    ({"head_dim": 128, "activation": "silu"}, 4), ({"head_dim": 128, "activation": "silu", "softcap": 20.0}, 34),
+    ({"head_dim": 128, "activation": "silu"}, 0), ({"head_dim": 232}, 2), ({"head_dim": 256, "activation": "silu"}, 0),
     ({"head_dim": 48, "activation": "silu"}, 64), ({"head_dim": 96, "activation": "silu"}, 0), ({"head_dim": 64}, 0),
 ])
 def test_some_backward_kernels_may_spill(case, most):
