@@ -87,6 +87,7 @@ def draw(record: dict, target: Path) -> None:
             panel.setdefault(r["contender"], []).append((r["seqlen"], r["ms"]))
             if r["contender"] == "linear":
                 panel.setdefault("floor", []).append((r["seqlen"], r["ms"] * r["memory_floor_share"]))
+    panels = {kind: lines for kind, lines in panels.items() if len(lines.get("linear", ())) > 1}  # a run that was stopped has points
     columns = max(1, min(4, len(panels)))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.6 * rows), layout="constrained", squeeze=False)
