@@ -83,6 +83,24 @@ def test_poisoned_outside_every_window(attention, value):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("options", [dict(causal=True), dict(window_size=(-1, 4))], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_poisoned_queries_that_see_no_key(attention, value, options):
+    """Nor does their gradient of the output reach a key."""
+    if (attention.device, attention.variant) == ("cuda", "quadratic"):
+        pytest.skip("the extension's tiles hold such queries beside those that see keys: README, limits")
+    q, k, v = qkv(attention, seqlen_q=90, seqlen_k=35, nheads=2)
+    blind = ~visibility(90, 35, Options(**options)).any(1)
+    dout = randn(*q.shape, seed=99, like=attention)
+    results = []
+    for filling in (0.0, value):
+        queries, gradient = (poisoned(x, (slice(None), blind), filling) for x in (q, dout))
+        results.append(gradients(lambda *x: attention.dense(*x, deterministic=True, **options), queries, k, v, dout=gradient))
+    assert blind.sum() >= 50 and not results[1][0][:, blind].any()
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_poisoned_cache(attention, value):
     """Past the end, before the left padding and in slots of nobody: bit for bit as if they held zeros."""

@@ -48,7 +48,7 @@ class Block:
 def blocks(sequences: Sequences, heads: int, group: int) -> Iterator[Block]:
     """Cut `heads` key heads with `group` query heads each into blocks of rows, each with all the keys that they see.
 
-    Queries that see no key are in no block.
+    Queries that see no key are in no block, so that a NaN in them meets nothing.
     """
     visibility = sequences.visibility
     rows = max(1, min(_ROWS // group, visibility.seqlen_q))
@@ -56,7 +56,7 @@ def blocks(sequences: Sequences, heads: int, group: int) -> Iterator[Block]:
     heads_at_once = max(1, torch.get_num_threads() * _ROWS * _KEYS // (rows * group * keys))
     for first_head in range(0, heads, heads_at_once):
         block_heads = range(first_head, min(first_head + heads_at_once, heads))
-        for first_row in range(0, visibility.seqlen_q, rows):
+        for first_row in range(visibility.first_seeing, visibility.seqlen_q, rows):
             block_rows = range(first_row, min(first_row + rows, visibility.seqlen_q))
             seen = visibility.seen_by_any(block_rows)
             if seen:

@@ -51,6 +51,11 @@ class Visibility:
     def offset(self) -> int:
         return self.seqlen_k - self.seqlen_q
 
+    @property
+    def first_seeing(self) -> int:
+        """The first query that sees any key, if there are keys: those before the window's first contact see none."""
+        return 0 if self.window.right is None else max(0, -self.offset - self.window.right)
+
     def _bounds(self, first_row: int, last_row: int) -> tuple[int, int]:
         """Keys from the left limit of first_row up to (not including) the right limit of last_row."""
         left, right = self.window.left, self.window.right
