@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import flash_attn.flash_attn_interface as interface
 import pytest
 import torch
 from flash_attn import backends
+from flash_attn.tracing import constant_when_traced
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from package import cumulative, not_in_this_build
@@ -38,6 +40,20 @@ CLASSES = {
 EXTENSION_ARGUMENTS = {"fwd": 13, "varlen_fwd": 21, "bwd": 19, "varlen_bwd": 24, "fwd_kvcache": 20}
 DIFFERENTIABLE = tuple(CLASSES)
 LENGTHS = (3, 5)
+
+
+def test_import_brings_no_compiler():
+    """torch._dynamo takes more than a second to import, and FA4's requirements several."""
+    heavy = ("torch._dynamo", "triton", "cutlass")
+    program = f"import sys, torch, flash_attn, flash_attn.linear; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_constant_when_traced_is_torchs_own_mark():
+    mine, torchs = (lambda: 1), (lambda: 1)
+    assert vars(constant_when_traced(mine)) == vars(torch.compiler.assume_constant_result(torchs)) != {}
+
+
 MODES = pytest.mark.parametrize("use_softmax", [True, False], ids=["softmax", "no_softmax"])
 FUNCTIONS = pytest.mark.parametrize("name", DIFFERENTIABLE)
 

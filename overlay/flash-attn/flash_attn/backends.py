@@ -20,6 +20,7 @@ from typing import Any, Optional, Union
 import torch
 
 from . import cpu
+from .tracing import constant_when_traced
 
 USE_TRITON_ROCM = os.getenv("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE") == "TRUE"
 
@@ -79,14 +80,14 @@ def obstacle(
     )
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def built() -> tuple[tuple[Any, ...], ...]:
     """The head sizes, dtypes, passes and compute capabilities of the extension, which must be there."""
     extension = _gpu_extension()
     return extension.built_head_dims, extension.built_dtypes, extension.built_passes, extension.built_archs
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _missing(use_softmax: bool) -> Optional[str]:
     """What this installation lacks to run any call on CUDA tensors. Nothing for torch.compile to trace."""
     try:

@@ -12,6 +12,7 @@ from typing import Any, Optional, Union
 import torch
 
 from ..call import Call
+from ..tracing import constant_when_traced
 from . import fa2
 
 _PACKAGE = "flash_attn.cute"
@@ -102,7 +103,7 @@ def options(call: Call) -> dict[str, Any]:
     return {**given, "page_table": call.block_table}
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _unavailable(device_index: Optional[int]) -> Optional[str]:
     """Why FA4 does not run on this GPU, whatever the call. Nothing for torch.compile to trace."""
     return _unavailable_in_this_process(device_index)
