@@ -22,9 +22,11 @@ from .project import Project
 NEEDS_EXTENSION = True
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 HEAD_DIMS = ("32", "64", "96", "128", "192", "256")
-# Of CUTLASS and of flash_attn/linear/kernels.py.
+# Of CUTLASS, of CuTe, and of flash_attn/linear/kernels.py.
 OURS_ALONE = tuple(word for name in ("flash", "_walk", "_scan", "_sum_segments") for word in ("--kernel-regex", f"kns={name}"))
 # Memcheck watches all kernels, and initcheck has to see every one that writes; the other two are slow and look at ours alone.
+# Initcheck does not follow the writes of TMA, by which FA4's kernels bring their results out.
+BACKENDS = {"initcheck": ("fa2", "linear")}
 OPTIONS = {"memcheck": (), "racecheck": OURS_ALONE, "initcheck": (), "synccheck": OURS_ALONE}
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards?)")
 CALLS = re.compile(r"^(\d+) calls, (\d+) wrong$", re.MULTILINE)
@@ -53,7 +55,7 @@ def parse(tool: str, head_dim: str, output: str) -> Finding:
 def watch(project: Project, sanitizer: str, tool: str, head_dim: str, dtypes: list[str], log: Path) -> Finding:
     done = run(
         sanitizer, "--tool", tool, *OPTIONS[tool], sys.executable, project.root / "tests" / "gpu" / "small_shapes.py",
-        "--head-dims", head_dim, "--dtypes", *dtypes,
+        "--head-dims", head_dim, "--dtypes", *dtypes, *(("--backends", *BACKENDS[tool]) if tool in BACKENDS else ()),
         env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # each tensor an allocation of its own, with bounds to watch
         check=False,
     )

@@ -1,4 +1,4 @@
-"""Calls every family of CUDA kernels without softmax once, on shapes so small that compute-sanitizer can watch each access.
+"""Calls every family of kernels without softmax (FA2, linear time, FA4) on shapes so small that compute-sanitizer can watch each access.
 
     compute-sanitizer --tool memcheck python tests/gpu/small_shapes.py --head-dims 64 --dtypes bf16
 
@@ -9,6 +9,7 @@ Results are compared with the CPU backend in float64, so that a run under a sani
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -17,11 +18,12 @@ from functools import partial
 from itertools import accumulate
 
 import torch
-from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn import explain, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from torch import Tensor
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
+BACKENDS = ("fa2", "linear", "fa4")
 TOLERANCE = 2e-2  # of the largest value; bf16 rounds weights and results
 BACKWARD_ENV = "FLASH_ATTENTION_NOSOFTMAX_BACKWARD"
 # One tile and a bit more, with uneven ends; a key head serves two query heads.
@@ -33,16 +35,17 @@ SEGMENTS = (600, 700)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case runs: numbers are rounded to ``rounded``, then computed with in ``dtype`` on ``device``."""
+    """Where a case runs: numbers are rounded to ``rounded``, then computed with in ``dtype`` on ``device`` by ``backend``."""
 
     device: str
+    backend: str
     dtype: torch.dtype
     rounded: torch.dtype
 
     @property
     def options(self) -> dict[str, object]:
-        """No softmax, on the extension if on a GPU and the case names no other backend."""
-        return {"use_softmax": False, "backend": "fa2" if self.device == "cuda" else "auto"}
+        """No softmax, and on a GPU the backend."""
+        return {"use_softmax": False, "backend": self.backend if self.device == "cuda" else "auto"}
 
     def numbers(self, x: Tensor) -> Tensor:
         return x.to(self.rounded).to(self.device, self.dtype)
@@ -104,7 +107,22 @@ def kvcache(place: Place, head_dim: int, new: bool, paged: bool, **options) -> l
     return [out, k.nan_to_num(), v.nan_to_num()] if new else [out]
 
 
-def cases() -> Iterator[tuple[str, Case]]:
+def pages(place: Place, head_dim: int, **options) -> list[Tensor]:
+    """Packed queries and keys in pages, whose unused slots hold NaN. There is no backward."""
+    q, k, v = place.randn((8, NHEADS, head_dim), *[(4, 256, NHEADS_K, head_dim)] * 2)
+    for cache in (k, v):
+        for page, used in ((0, 44), (2, 0), (3, 17)):
+            cache[page, used:] = float("nan")
+    table, starts_q, starts_k = place.int32([[1, 0], [3, 2]]), place.int32([0, 3, 8]), place.int32([0, 300, 317])
+    with torch.no_grad():
+        return [flash_attn_varlen_func(q, k, v, starts_q, starts_k, 5, 300, block_table=table, **{**place.options, **options})]
+
+
+def cases(backend: str) -> Iterator[tuple[str, Case]]:
+    yield from {"fa2": fa2_cases, "linear": linear_cases, "fa4": fa4_cases}[backend]()
+
+
+def fa2_cases() -> Iterator[tuple[str, Case]]:
     yield "even tiles", partial(dense, seqlens=(EVEN, 2 * EVEN))
     yield "even tiles, causal", partial(dense, seqlens=(EVEN, 2 * EVEN), causal=True)
     yield "even tiles, small batch that splits", partial(dense, seqlens=(EVEN, 1024))
@@ -131,10 +149,26 @@ def cases() -> Iterator[tuple[str, Case]]:
                 yield name, partial(kvcache, paged=paged, new=new, num_splits=splits, causal=True)
     yield "kvcache, softcap, 3 splits", partial(kvcache, paged=False, new=False, num_splits=3, softcap=5.0)
     yield "kvcache, window, 3 splits", partial(kvcache, paged=False, new=False, num_splits=3, window_size=(50, 0))
+
+
+def linear_cases() -> Iterator[tuple[str, Case]]:
     for causal in (False, True):
-        name = f"{', causal' * causal}, linear time"
-        yield f"dense{name}", partial(dense, seqlens=SEGMENTS, causal=causal, backend="linear")
-        yield f"varlen{name}", partial(varlen, longest=SEGMENTS, causal=causal, backend="linear")
+        for normalization in (None, "1/visible"):
+            name = f"{', causal' * causal}{normalization and f', {normalization}' or ''}"
+            yield f"dense{name}", partial(dense, seqlens=SEGMENTS, causal=causal, normalization=normalization)
+            yield f"varlen{name}", partial(varlen, longest=SEGMENTS, causal=causal, normalization=normalization)
+
+
+def fa4_cases() -> Iterator[tuple[str, Case]]:
+    yield "dense", dense
+    yield "causal, silu", partial(dense, causal=True, activation="silu")
+    yield "window, sigmoid, 1/visible", partial(dense, window_size=(40, 7), activation="sigmoid", normalization="1/visible")
+    yield "softcap, relu2", partial(dense, softcap=5.0, activation="relu2")
+    yield "causal, deterministic", partial(dense, causal=True, deterministic=True)
+    yield "deterministic", partial(dense, deterministic=True)
+    yield "varlen, 1/n", partial(varlen, normalization="1/n")
+    yield "varlen, causal, silu", partial(varlen, causal=True, activation="silu")
+    yield "pages, causal", partial(pages, causal=True)
 
 
 def difference(name: str, actual: list[Tensor], expected: list[Tensor]) -> float:
@@ -146,12 +180,18 @@ def difference(name: str, actual: list[Tensor], expected: list[Tensor]) -> float
     return worst
 
 
-def check(name: str, case: Case, head_dim: int, dtype: torch.dtype, device: str) -> None:
-    actual = case(Place(device, dtype, dtype), head_dim)
+def missing(backend: str) -> str | None:
+    """Why a backend does not run on this machine's GPU."""
+    x = torch.zeros(1, 1, 1, 64, device="cuda", dtype=torch.bfloat16)
+    return explain(flash_attn_func, x, x, x, use_softmax=False, backend=backend).passed_over.get(backend)
+
+
+def check(name: str, case: Case, head_dim: int, dtype: torch.dtype, device: str, backend: str) -> None:
+    actual = case(Place(device, backend, dtype, dtype), head_dim)
     if "dropout" in name:  # another backend drops other entries
         expected = [x.double().cpu() for x in actual]
     else:
-        expected = case(Place("cpu", torch.float64, dtype), head_dim)
+        expected = case(Place("cpu", backend, torch.float64, dtype), head_dim)
     error = difference(name, actual, expected)
     assert error <= TOLERANCE, f"{name}: off by {error:.3g} of the largest value"
 
@@ -160,26 +200,30 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS, choices=HEAD_DIMS)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: torch sees no GPU; --device cpu runs the same calls on the CPU backend", file=sys.stderr)
         return 2
+    for backend in list(args.backends):
+        if args.device == "cuda" and (why := missing(backend)):
+            print(f"{backend} is left out: {why}", flush=True)
+            args.backends.remove(backend)
     failed = total = 0
-    for head_dim in args.head_dims:
-        for dtype in args.dtypes:
-            for name, case in cases():
-                # With "forwards" what can be three forward passes is; softcap and dropout take the backward kernel anyway.
-                for backward in ("kernel", "forwards"):
-                    if backward == "forwards" and any(one_way in name for one_way in ("softcap", "dropout", "kvcache", "linear")):
-                        continue
-                    os.environ[BACKWARD_ENV] = backward
-                    total += 1
-                    try:
-                        check(name, case, head_dim, DTYPES[dtype], args.device)
-                    except AssertionError as error:
-                        failed += 1
-                        print(f"head_dim {head_dim}, {dtype}, backward by {backward}: {error}", flush=True)
+    for head_dim, dtype, backend in itertools.product(args.head_dims, args.dtypes, args.backends):
+        for name, case in cases(backend):
+            # With "forwards" what can be three forward passes is; softcap and dropout take the backward kernel anyway.
+            for backward in ("kernel", "forwards"):
+                if backward == "forwards" and (backend != "fa2" or any(one_way in name for one_way in ("softcap", "dropout", "kvcache"))):
+                    continue
+                os.environ[BACKWARD_ENV] = backward
+                total += 1
+                try:
+                    check(name, case, head_dim, DTYPES[dtype], args.device, backend)
+                except AssertionError as error:
+                    failed += 1
+                    print(f"{backend}, head_dim {head_dim}, {dtype}, backward by {backward}: {error}", flush=True)
     print(f"{total} calls, {failed} wrong")
     return 1 if failed else 0
 
