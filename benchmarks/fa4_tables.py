@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 
+import results_page
 from fa4_tflops import CONTENDERS, DENSE
 from gpu_record import BACKWARD, FORWARD
 from gpu_tables import table
 from legend import legend_below
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
 STYLES = {
     "softmax": {"color": "black", "linestyle": "--"}, "identity": {"color": "C0"}, "relu": {"color": "C1"}, "relu2": {"color": "C2"},
     "sigmoid": {"color": "C3"}, "silu": {"color": "C4"}, "fa2": {"color": "C7", "linestyle": ":"}, "retention": {"color": "C5"},
@@ -83,13 +81,7 @@ def draw(record: dict, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, default=ROOT / "docs/results/fa4_tflops.json")
-    args = parser.parse_args(argv)
-    record = json.loads(args.json.read_text(encoding="utf-8"))
-    args.json.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
-    draw(record, ROOT / "docs" / args.json.with_suffix(".png").name)
-    return 0
+    return results_page.write(__doc__, "fa4_tflops", markdown, draw, argv)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from flash_attn import flash_attn_func
-from flash_attn.linear import chunked
+from flash_attn.linear import backend
 from flash_attn.linear.form import Form
 from torch import Tensor
 
@@ -31,9 +31,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> tuple[
     """(out, dq, dk, dv) in float64."""
     q, k, v, dout = (x.double() for x in (q, k, v, dout))
     form = Form(SCALE, causal)
-    back = form.transpose()
-    forms = ((q, k, v, form), (dout, v, k, form), (v, dout, q, back), (k, q, dout, back))
-    return tuple(chunked.attend(*arguments)[0] for arguments in forms)
+    return backend.attend(q, k, v, form), *backend.gradients(dout, q, k, v, form)
 
 
 def computed(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, algorithm: str) -> tuple[Tensor, ...]:

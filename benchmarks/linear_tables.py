@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -11,9 +9,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import results_page
 from legend import legend_below
 
-ROOT = Path(__file__).resolve().parents[1]
 STYLES = {
     "linear": {"label": "flash_attn, linear", "color": "C0", "marker": "."},
     "quadratic": {"label": "flash_attn, quadratic", "color": "C1", "marker": "."},
@@ -107,13 +105,7 @@ def draw(record: dict, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, default=ROOT / "docs/results/linear_vs_quadratic_cpu.json")
-    args = parser.parse_args(argv)
-    record = json.loads(args.json.read_text(encoding="utf-8"))
-    args.json.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
-    draw(record, ROOT / "docs" / args.json.with_suffix(".png").name)
-    return 0
+    return results_page.write(__doc__, "linear_vs_quadratic_cpu", markdown, draw, argv)
 
 
 if __name__ == "__main__":

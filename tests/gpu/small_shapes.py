@@ -23,7 +23,6 @@ from torch import Tensor
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-BACKENDS = ("fa2", "linear", "fa4")
 TOLERANCE = 2e-2  # of the largest value; bf16 rounds weights and results
 BACKWARD_ENV = "FLASH_ATTENTION_NOSOFTMAX_BACKWARD"
 # One tile and a bit more, with uneven ends; a key head serves two query heads.
@@ -118,10 +117,6 @@ def pages(place: Place, head_dim: int, **options) -> list[Tensor]:
         return [flash_attn_varlen_func(q, k, v, starts_q, starts_k, 5, 300, block_table=table, **{**place.options, **options})]
 
 
-def cases(backend: str) -> Iterator[tuple[str, Case]]:
-    yield from {"fa2": fa2_cases, "linear": linear_cases, "fa4": fa4_cases}[backend]()
-
-
 def fa2_cases() -> Iterator[tuple[str, Case]]:
     yield "even tiles", partial(dense, seqlens=(EVEN, 2 * EVEN))
     yield "even tiles, causal", partial(dense, seqlens=(EVEN, 2 * EVEN), causal=True)
@@ -171,6 +166,9 @@ def fa4_cases() -> Iterator[tuple[str, Case]]:
     yield "pages, causal", partial(pages, causal=True)
 
 
+CASES = {"fa2": fa2_cases, "linear": linear_cases, "fa4": fa4_cases}
+
+
 def difference(name: str, actual: list[Tensor], expected: list[Tensor]) -> float:
     """The largest error of any result, in units of its largest value. Raises AssertionError for NaN or Inf."""
     worst = 0.0
@@ -200,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS, choices=HEAD_DIMS)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
+    parser.add_argument("--backends", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -212,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
             args.backends.remove(backend)
     failed = total = 0
     for head_dim, dtype, backend in itertools.product(args.head_dims, args.dtypes, args.backends):
-        for name, case in cases(backend):
+        for name, case in CASES[backend]():
             # With "forwards" what can be three forward passes is; softcap and dropout take the backward kernel anyway.
             for backward in ("kernel", "forwards"):
                 if backward == "forwards" and (backend != "fa2" or any(one_way in name for one_way in ("softcap", "dropout", "kvcache"))):

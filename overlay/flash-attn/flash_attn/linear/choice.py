@@ -10,8 +10,8 @@ from .backend import has_kernels
 ALGORITHMS = ("auto", "quadratic", "linear")
 
 # Where the two algorithms take the same time, forward and backward together: seqlen_q = seqlen_k = slope * head_dim + offset,
-# as (slope, offset) for each mask. From benchmarks/linear_vs_quadratic.py, rounded up; docs/linear.md says where it ran. "auto" is
-# quadratic on a device type that was not measured.
+# as (slope, offset) for each mask. From benchmarks/linear_vs_quadratic.py, on CPUs rounded up and on CUDA the shortest sequences
+# that were measured; docs/linear.md says where it ran. "auto" is quadratic on a device type that was not measured.
 CROSSOVERS = {
     "cpu": {"full": (1.0, 64.0), "causal": (2.0, 64.0)},
     "cuda": {"full": (0.0, 1000.0), "causal": (0.0, 1000.0)},
@@ -59,7 +59,7 @@ def disadvantage(call: Call) -> Optional[str]:
     sequences = max(call.cu_seqlens_q.shape[0] - 1, 1) if call.varlen else 1
     heads = q.shape[-2] * (sequences if call.varlen else q.shape[0])
     if not predicted_faster(q.device, q.shape[-1], call.causal, q.shape[-3] / sequences, k.shape[-3] / sequences, heads):
-        return "not predicted faster at these lengths and this head_dim (docs/linear.md)"
+        return "not predicted faster at these lengths, this head_dim and this number of heads (docs/linear.md)"
     return None
 
 

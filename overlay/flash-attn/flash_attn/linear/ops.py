@@ -130,22 +130,8 @@ class _LinearAttention(torch.autograd.Function):
         )
 
 
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: Optional[torch.Tensor],
-    cu_seqlens_k: Optional[torch.Tensor],
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    causal: bool,
-    transposed: bool = False,
-    normalization: Optional[str] = None,
-) -> torch.Tensor:
-    """As backend.attend, with derivatives. cu_seqlens_k: None if it is cu_seqlens_q."""
-    form = (softmax_scale, causal, transposed, normalization)
+def attend(q, k, v, cu_seqlens_q, cu_seqlens_k, *options) -> torch.Tensor:
+    """The operator _linear_attention with derivatives; `options` are its other arguments. cu_seqlens_k: None if it is cu_seqlens_q."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad) or forward_ad._current_level >= 0:
-        return _LinearAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *form)
-    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    return _attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *form)
+        return _LinearAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+    return _attend(q, k, v, cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, *options)
