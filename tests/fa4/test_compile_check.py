@@ -58,6 +58,21 @@ def test_cache_is_on_by_default(compiler, trees, tmp_path):
     assert said(compiler[0], trees[1], program, **folder, FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED="0") is False
 
 
+@pytest.mark.source
+def test_what_the_compiler_says_of_every_kernel_is_kept_from_users(compiler, trees):
+    """The words are the compiler's; other warnings, and these of another argument, come through."""
+    program = """
+import json, warnings
+import flash_attn.cute.cache_utils
+with warnings.catch_warnings(record=True) as caught:
+    warnings.filters[:] = [f for f in warnings.filters if f[0] != "ignore" or f[1]] + [("always", None, Warning, None, 0)]
+    for name in ("aux_data", "mQ"):
+        warnings.warn(f"Argument {name} (position 17) cannot be converted to a JitArgument for function 'f'.", UserWarning)
+print(json.dumps([str(w.message).split()[1] for w in caught]))
+"""
+    assert said(compiler[0], trees[1], program) == ["mQ"]
+
+
 def kernel(**instructions: int) -> Kernel:
     return Kernel(Counter({"HGMMA.64x64x16.F32.BF16": 8, **{k.replace("_", "."): v for k, v in instructions.items()}}), 168)
 

@@ -1,8 +1,12 @@
-"""Says on a terminal that a kernel is being compiled, which takes seconds and would look like a hang."""
+"""What is said while a kernel is compiled: on a terminal that it is, for it takes seconds and would look like a hang."""
 
 import sys
+import warnings
 
 from flash_attn.cute.nosoftmax.plan import recorded
+
+# At every kernel the compiler warns, in 600 characters, of upstream's parameter aux_data: a tuple that is empty in most calls.
+warnings.filterwarnings("ignore", "Argument aux_data ", UserWarning)
 
 
 def announcing(cache_class: type) -> type:
