@@ -26,8 +26,6 @@ HEAD_DIMS = ("32", "64", "96", "128", "192", "256")
 OURS_ALONE = tuple(word for name in ("flash", "_walk", "_scan", "_sum_segments") for word in ("--kernel-regex", f"kns={name}"))
 # Memcheck watches all kernels, and initcheck has to see every one that writes; the other two are slow and look at ours alone.
 # Errors of the CUDA API are left to torch and the compiler, which raise what matters: cuda-bindings asks for functions the driver lacks.
-# Initcheck does not follow the writes of TMA, by which FA4's kernels bring their results out.
-BACKENDS = {"initcheck": ("fa2", "linear")}
 OPTIONS = {"memcheck": ("--report-api-errors", "no"), "racecheck": OURS_ALONE, "initcheck": (), "synccheck": OURS_ALONE}
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) errors?|RACECHECK SUMMARY: (\d+) hazards?)")
 CALLS = re.compile(r"^(\d+) calls, (\d+) wrong$", re.MULTILINE)
@@ -53,10 +51,19 @@ def parse(tool: str, head_dim: str, output: str) -> Finding:
     return Finding(tool, head_dim, int(summary[1] or summary[2]), int(calls[1]), int(calls[2]))
 
 
+def backends(tool: str, head_dim: str) -> tuple[str, ...]:
+    """Those of small_shapes.py whose kernels a tool can judge.
+
+    FA4's are left out where initcheck does not follow TMA, by which they bring their results out, and where synccheck calls a barrier
+    divergent that two warp groups reach in two branches, each of them whole: upstream's backward at head sizes 65 to 96.
+    """
+    return ("fa2", "linear") + ("fa4",) * (tool != "initcheck" and (tool, head_dim) != ("synccheck", "96"))
+
+
 def watch(project: Project, sanitizer: str, tool: str, head_dim: str, dtypes: list[str], log: Path) -> Finding:
     done = run(
         sanitizer, "--tool", tool, *OPTIONS[tool], sys.executable, project.root / "tests" / "gpu" / "small_shapes.py",
-        "--head-dims", head_dim, "--dtypes", *dtypes, *(("--backends", *BACKENDS[tool]) if tool in BACKENDS else ()),
+        "--head-dims", head_dim, "--dtypes", *dtypes, "--backends", *backends(tool, head_dim),
         env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # each tensor an allocation of its own, with bounds to watch
         check=False,
     )
@@ -101,19 +108,26 @@ def main(project: Project, args: argparse.Namespace) -> int:
     folder = project.build / "sanitize"
     folder.mkdir(parents=True, exist_ok=True)
     findings: list[Finding] = []
+    ended_early = 0
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = [
             pool.submit(watch, project, sanitizer, tool, head_dim, dtypes, folder / f"{tool}-{head_dim}.log")
             for tool in tools for head_dim in head_dims
         ]
         for done in as_completed(runs):
-            finding = done.result()
+            try:
+                finding = done.result()
+            except FapError as error:  # the others go on, and are kept
+                ended_early += 1
+                print(f"error: {error}", flush=True)
+                continue
             findings.append(finding)
             print(f"{finding.tool:<10} head dimension {finding.head_dim:>3}: {finding.calls} calls, {finding.errors} errors, "
                   f"{finding.wrong} wrong results", flush=True)
             if args.json:
                 keep(args.json, {**asdict(finding), "dtypes": dtypes, "device": device, "date": date.today().isoformat()})
-    bad = [f for f in findings if f.errors or f.wrong]
+    bad = sum(1 for f in findings if f.errors or f.wrong)
+    said = [f"{bad} of {len(findings)} runs found something"] * bool(bad) + [f"{ended_early} ended early"] * bool(ended_early)
     print(f"{device}: {sum(f.calls for f in findings)} calls under {len(tools)} tools, "
-          + (f"{len(bad)} of {len(findings)} runs found something: see {folder.relative_to(project.root)}" if bad else "nothing found"))
-    return 1 if bad else 0
+          + (f"{', '.join(said)}: see {folder.relative_to(project.root)}" if said else "nothing found"))
+    return 1 if said else 0

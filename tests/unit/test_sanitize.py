@@ -1,10 +1,12 @@
 """Reading what compute-sanitizer says; running it needs a GPU (`make sanitize`), its calls run here on the CPU backend."""
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,6 +38,25 @@ def test_findings_of_several_runs_are_kept_in_order(tmp_path):
         sanitize.keep(path, {"tool": tool, "head_dim": head_dim, "errors": errors})
     found = [(f["tool"], f["head_dim"], f["errors"]) for f in json.loads(path.read_text())]
     assert found == [("memcheck", "32", 0), ("memcheck", "256", 0), ("racecheck", "64", 7)]
+
+
+def test_a_run_that_ended_early_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
+    def watch(project, sanitizer, tool, head_dim, dtypes, log):
+        if head_dim == "96":
+            raise FapError("racecheck at head dimension 96 ended without a summary")
+        return sanitize.Finding(tool, head_dim, 0, 66, 0)
+
+    monkeypatch.setattr(sanitize, "watch", watch)
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name: name)
+    monkeypatch.setattr(sanitize, "run", lambda *argv, **options: SimpleNamespace(stdout=b"a GPU"))
+    path = tmp_path / "findings.json"
+    project = SimpleNamespace(root=tmp_path, build=tmp_path / "build")
+    args = argparse.Namespace(tools="racecheck", head_dims="32,96,64", dtypes="fp16", jobs=1, json=path)
+    assert sanitize.main(project, args) == 1
+    assert [f["head_dim"] for f in json.loads(path.read_text())] == ["32", "64"]
+    assert capsys.readouterr().out.splitlines()[-1] == "a GPU: 132 calls under 1 tools, 1 ended early: see build/sanitize"
+    args.head_dims = "64"
+    assert sanitize.main(project, args) == 0
 
 
 def test_unknown_tool_is_named():
