@@ -57,7 +57,8 @@ def backends(tool: str, head_dim: str) -> tuple[str, ...]:
     FA4's are left out where initcheck does not follow TMA, by which they bring their results out, and where synccheck calls a barrier
     divergent that two warp groups reach in two branches, each of them whole: upstream's backward at head sizes 65 to 96.
     """
-    return ("fa2", "linear") + ("fa4",) * (tool != "initcheck" and (tool, head_dim) != ("synccheck", "96"))
+    without_fa4 = tool == "initcheck" or (tool, head_dim) == ("synccheck", "96")
+    return ("fa2", "linear") if without_fa4 else ("fa2", "linear", "fa4")
 
 
 def watch(project: Project, sanitizer: str, tool: str, head_dim: str, dtypes: list[str], log: Path) -> Finding:

@@ -19,7 +19,7 @@ _PACKAGE = "flash_attn.cute"
 _DEVICE_TYPE = "cuda"
 _HOPPER = 9
 # The work of a forward, in floating-point operations, from which on FA4 takes less time than the extension. It is the faster
-# kernel, but compiled kernels are launched from Python, which costs the host more. docs/backends.md has what was measured.
+# kernel, but is launched from Python, which costs the host as much or more. docs/backends.md has what was measured.
 MIN_WORK = 60e9
 # What it takes with every value that the public functions take: its `unsupported` does not ask for it.
 _ANY_VALUE = ("causal", "deterministic", "use_softmax", "sigmoid_bias", "max_seqlen_q", "max_seqlen_k")
