@@ -8,9 +8,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from flash_attn import explain, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from flash_attn.call import Call
-from flash_attn.dispatch import fa4
+from flash_attn import explain, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, nosoftmax
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 from torch import Tensor
 
@@ -37,7 +35,10 @@ def missing(device: str, variant: str = "quadratic") -> str | None:
         return f"needs the CUDA extension: {EXTENSION} is not in this installation"
     if variant == "fa4":
         x = torch.zeros(1, 1, 1, 64, device=device, dtype=torch.bfloat16)
-        return explain(flash_attn_func, x, x, x, use_softmax=False, backend="fa4").passed_over.get("fa4")
+        try:
+            explain(flash_attn_func, x, x, x, use_softmax=False, backend="fa4")
+        except ValueError as error:
+            return str(error)
     return None
 
 
@@ -73,11 +74,14 @@ class Package:
         return self._call(flash_attn_func, q, k, v, **options)
 
     def _call(self, function, *arguments, **options):
+        return self._refusable(lambda: function(*arguments, **{**self.forced, "use_softmax": False, **options}))
+
+    def _refusable(self, call):
         ((name, value),) = self.forced.items()
         try:
-            return function(*arguments, **{**self.forced, "use_softmax": False, **options})
+            return call()
         except ValueError as error:
-            if self.variant != "quadratic" and str(error).startswith(f'{name}="{value}" is not possible: '):
+            if self.variant != "quadratic" and str(error).startswith(f'{name}="{value}" is not possible'):
                 pytest.skip(str(error).splitlines()[0])
             raise
 
@@ -96,32 +100,27 @@ class Package:
         longest = max(lengths_q), max(lengths_k)
         if seqused_k is None and leftpad_k is None:
             return self._call(flash_attn_varlen_func, q, k, v, cu_q, cu_k, *longest, block_table=block_table, **options)
-        if self.variant == "fa4" and leftpad_k is None:
-            return self._fa4_seqused(Call(q, k, v, cu_q, cu_k, *longest, block_table, use_softmax=False, **options), seqused_k)
-        if self.variant != "quadratic":
-            pytest.skip("seqused_k and leftpad_k have no public function, only the operator of the extension and the CPU backend")
-        return self._varlen_op(q, k, v, cu_q, cu_k, *longest, seqused_k, leftpad_k, block_table, **options)
+        options = {"use_softmax": False, **options}
+        if options.pop("use_softmax"):
+            return self._varlen_op(q, k, v, cu_q, cu_k, *longest, seqused_k, leftpad_k, block_table, **options)
+        # The pair without autograd takes these two.
+        return self._refusable(
+            lambda: nosoftmax.forward(
+                q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=longest[0], max_seqlen_k=longest[1],
+                block_table=block_table, seqused_k=seqused_k, leftpad_k=leftpad_k, **self.forced, **options,
+            )[0]
+        )  # fmt: skip
 
     def _varlen_op(
         self, q, k, v, cu_q, cu_k, max_q, max_k, seqused_k, leftpad_k, block_table, *, softmax_scale=None, causal=False,
-        window_size=(-1, -1), softcap=0.0, use_softmax=False, activation="identity", sigmoid_bias=0.0, **options,
+        window_size=(-1, -1), softcap=0.0, **options,
     ) -> Tensor:  # fmt: skip
-        """seqused_k and leftpad_k have no public function, only the op beneath it takes them (forward)."""
+        """With softmax the operator beneath the public function takes the two."""
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        bias = None if sigmoid_bias == "-log n" else sigmoid_bias
         return _flash_attn_varlen_forward(
             q, k, v, cu_q, cu_k, max_q, max_k, 0.0, scale, causal, *window_size, softcap,
-            leftpad_k=leftpad_k, seqused_k=seqused_k, block_table=block_table,
-            use_softmax=use_softmax, activation=activation, sigmoid_bias=bias, **{"alibi_slopes": None, **options},
+            leftpad_k=leftpad_k, seqused_k=seqused_k, block_table=block_table, **{"alibi_slopes": None, **options},
         )[0]  # fmt: skip
-
-    def _fa4_seqused(self, call: Call, seqused_k: Tensor) -> Tensor:
-        """flash_attn.cute's own function takes seqused_k."""
-        if reason := fa4.obstacle(call):
-            pytest.skip(reason)
-        from flash_attn.cute import flash_attn_varlen_func as attend
-
-        return attend(call.q, call.k, call.v, **{**fa4.options(call), "seqused_k": seqused_k})[0]
 
     def kvcache(self, q, k_cache, v_cache, k=None, v=None, **options) -> Tensor:
         return self._call(flash_attn_with_kvcache, q, k_cache, v_cache, k, v, **options)

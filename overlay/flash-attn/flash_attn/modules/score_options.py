@@ -1,14 +1,14 @@
 """What the modules need of the score function: its options from a model config, and the weights of the non-flash paths.
 
 The options travel through the modules as one dict of keyword arguments: use_softmax, activation, sigmoid_bias and
-normalization, as in the public functions; one that is missing has its default there. flash_attn/score_function.py says
+normalization, as in the public functions; one that is missing has its default there. flash_attn/nosoftmax/score.py says
 what they mean.
 """
 
 from typing import Any, Optional, Union
 
 import torch
-from flash_attn.score_function import attention_weights, resolve
+from flash_attn.nosoftmax.score import attention_weights, resolve
 
 
 def checked(options: dict[str, Any]) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def dense_weights(
     key_padding_mask: (batch, seqlen_k) bool, True means to keep. align_last_key: causal aligns the last query with the
     last key that is kept (cross-attention), and not query i with key i (self-attention). options: see the module.
     """
-    use_softmax, activation, sigmoid_bias, normalization = resolve(**options)
-    if use_softmax:
+    resolve(**options)
+    if options.pop("use_softmax"):
         return torch.softmax(scores, dim=-1, dtype=dtype)
     seqlen_q, seqlen_k = scores.shape[-2:]
     visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=scores.device)
@@ -60,6 +60,8 @@ def dense_weights(
         visible = visible & (torch.arange(seqlen_k, device=scores.device) <= last_key)
     # In float32, since without softmax a weight can be too large for float16: there it saturates, as in the kernels.
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    weights = attention_weights(wide, visible, activation, sigmoid_bias, normalization, n)
-    limit = torch.finfo(dtype).max
-    return weights.clamp(-limit, limit).to(dtype)
+    weights = attention_weights(wide, visible, n=n, **options)
+    if dtype == torch.float16:
+        limit = torch.finfo(dtype).max
+        weights = torch.where(weights.isfinite(), weights.clamp(-limit, limit), weights)
+    return weights.to(dtype)

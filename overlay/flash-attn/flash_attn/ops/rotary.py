@@ -3,7 +3,7 @@
 from typing import Optional, Union
 
 import torch
-from flash_attn.cpu import rotary as cpu_rotary
+from flash_attn.nosoftmax.backends.cpu import rotary as cpu_rotary
 
 try:
     from flash_attn.ops.triton.rotary import apply_rotary as _apply_rotary_triton

@@ -1,4 +1,4 @@
-"""The activations f and f' of score_function.py in the form in which the kernels compute them.
+"""The activations f and f' of score.py in the form in which the kernels compute them.
 
 A kernel gets y = unit * s instead of the score s: the host multiplies softmax_scale by `unit`, so the factor that tanh
 or exp2 needs costs nothing per element. `derivative` is taken by y, and the factor softmax_scale of dQ and dK, which is
@@ -14,7 +14,7 @@ from typing import Any, Callable, Optional
 
 _LOG2_E = math.log2(math.e)
 
-# "relu2" takes larger scores as this, and its dS saturates at the square (score_function.py, "Finite in, finite out").
+# "relu2" takes larger scores as this, and its dS saturates at the square (score.py, "Finite in, finite out").
 _RELU2_MAX_SCORE = 2.0**40
 _RELU2_MAX_GRAD = 2.0**80
 
@@ -106,7 +106,7 @@ def _capped(f: Formula, softcap: float) -> Formula:
 
 
 def formula(activation: str, sigmoid_bias: Optional[float] = 0.0, softcap: float = 0.0) -> Formula:
-    """The formula of arguments that score_function.resolve returned; sigmoid_bias None is -log n, softcap 0 is none."""
+    """The formula of arguments that score.resolve returned; sigmoid_bias None is -log n, softcap 0 is none."""
     if activation == "sigmoid":
         by_tanh = sigmoid_bias is not None and sigmoid_bias >= _SIGMOID_TANH_MIN_BIAS
         f = _sigmoid_by_tanh(sigmoid_bias) if by_tanh else _sigmoid_by_exp2(sigmoid_bias)

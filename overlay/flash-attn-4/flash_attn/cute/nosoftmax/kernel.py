@@ -158,7 +158,7 @@ def saturate(acc: cute.Tensor, dtype) -> None:
 
 @dataclass(frozen=True)
 class Normalization:
-    """norm_i of score_function.py, for the queries of one sequence.
+    """norm_i of score.py, for the queries of one sequence.
 
     The backward splits norm_i into a factor of the sequence, which multiplies float32 accumulators, and a factor of the
     row, which multiplies P and dP before they become 16-bit. Only "1/visible" has the latter, and it is balanced:

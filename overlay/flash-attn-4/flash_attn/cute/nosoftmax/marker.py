@@ -13,7 +13,7 @@ ATTRIBUTE = "__no_softmax__"
 
 @dataclass(frozen=True)
 class NoSoftmax:
-    """normalization: one of score_function.NORMALIZATIONS. finite_at_zero: f and f' are finite at a score of 0."""
+    """normalization: one of score.NORMALIZATIONS. finite_at_zero: f and f' are finite at a score of 0."""
 
     normalization: Optional[str] = None
     finite_at_zero: bool = False

@@ -1,45 +1,34 @@
-"""A call with its derivative: as an autograd.Function, and as operators, of which torch.compile keeps a call as one node.
+"""A call of flash_attn.cute's own functions with its derivative: as an autograd.Function, and as operators for torch.compile.
 
 What an operator does at each call costs the host several times what the call itself does, so eager calls go without. A
 score_mod or mask_mod of the user is no argument that an operator takes: these calls are always the autograd.Function.
 """
 
-from typing import Callable, Optional
+from collections.abc import Callable
+from typing import Optional
 
 import torch
-from flash_attn.cute.nosoftmax import launch
-from flash_attn.cute.nosoftmax.score_mods import of_activation
+from flash_attn.cute.nosoftmax import hopper
+from flash_attn.cute.nosoftmax.call import TENSORS, Call, Options
 from torch.autograd.function import once_differentiable
 
 
-def _call(
-    softmax_scale,
-    causal,
-    window_left,
-    window_right,
-    softcap,
-    activation,
-    sigmoid_bias,
-    normalization,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    seqused_q,
-    seqused_k,
-    max_seqlen_q,
-    max_seqlen_k,
-) -> launch.Call:
-    return launch.Call(
-        of_activation(activation, sigmoid_bias, softcap, normalization),
-        softmax_scale,
-        causal,
-        (window_left, window_right),
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
-        max_seqlen_q,
-        max_seqlen_k,
-    )
+class Attention(torch.autograd.Function):
+    """hopper.forward with hopper.backward as its derivative: (*tensors of a Call, options, extras) -> out."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        *tensors, ctx.options, ctx.extras = inputs
+        # Lengths too: a change of theirs before the backward is noticed.
+        ctx.save_for_backward(*tensors, ctx.extras.seqused_q)
+        return hopper.forward(Call(*tensors, ctx.options), ctx.extras)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        *tensors, _ = ctx.saved_tensors
+        grads = hopper.backward(Call(*tensors, ctx.options), dout, ctx.extras)
+        return *grads, *(None,) * (TENSORS - 1)
 
 
 def _operator(name: str) -> Callable:
@@ -55,34 +44,53 @@ def _operator(name: str) -> Callable:
     return define
 
 
+def arguments(call: Call, extras: hopper.Extras) -> tuple:
+    """What the operators take for a call."""
+    o, tensors = call.options, (call.cu_seqlens_q, call.cu_seqlens_k, extras.seqused_q, call.seqused_k, call.block_table)
+    options = (o.softmax_scale, o.window_left, o.window_right, o.softcap, o.deterministic, o.activation, o.sigmoid_bias, o.normalization)
+    return *call.tensors[:3], *tensors, *options, *extras.longest, extras.pack_gqa
+
+
+def _call(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, softmax_scale, window_left, window_right, softcap,
+    deterministic, activation, sigmoid_bias, normalization, max_seqlen_q, max_seqlen_k, pack_gqa,
+) -> tuple[Call, hopper.Extras]:  # fmt: skip
+    options = Options(
+        max_seqlen_q or 0, max_seqlen_k or 0, 0.0, softmax_scale, window_left, window_right, softcap, deterministic, False,
+        activation, sigmoid_bias, normalization,
+    )  # fmt: skip
+    call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, None, page_table, None, options)
+    return call, hopper.Extras((max_seqlen_q, max_seqlen_k), seqused_q=seqused_q, pack_gqa=pack_gqa)
+
+
 @_operator("forward")
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    softmax_scale: float,
-    causal: bool,
-    window_left: Optional[int],
-    window_right: Optional[int],
-    softcap: float,
-    activation: str,
-    sigmoid_bias: Optional[float],
-    normalization: Optional[str],
     cu_seqlens_q: Optional[torch.Tensor],
     cu_seqlens_k: Optional[torch.Tensor],
     seqused_q: Optional[torch.Tensor],
     seqused_k: Optional[torch.Tensor],
+    page_table: Optional[torch.Tensor],
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    deterministic: bool,
+    activation: str,
+    sigmoid_bias: Optional[float],
+    normalization: Optional[str],
     max_seqlen_q: Optional[int],
     max_seqlen_k: Optional[int],
-    page_table: Optional[torch.Tensor],
     pack_gqa: Optional[bool],
-    deterministic: bool,
 ) -> torch.Tensor:
-    call = _call(
-        softmax_scale, causal, window_left, window_right, softcap, activation, sigmoid_bias, normalization,
-        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
+    return hopper.forward(
+        *_call(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, softmax_scale, window_left, window_right,
+            softcap, deterministic, activation, sigmoid_bias, normalization, max_seqlen_q, max_seqlen_k, pack_gqa,
+        )
     )  # fmt: skip
-    return launch.forward(call, q, k, v, pack_gqa=pack_gqa, page_table=page_table)
 
 
 @torch.library.register_fake(forward)
@@ -96,27 +104,28 @@ def backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    softmax_scale: float,
-    causal: bool,
-    window_left: Optional[int],
-    window_right: Optional[int],
-    softcap: float,
-    activation: str,
-    sigmoid_bias: Optional[float],
-    normalization: Optional[str],
     cu_seqlens_q: Optional[torch.Tensor],
     cu_seqlens_k: Optional[torch.Tensor],
     seqused_q: Optional[torch.Tensor],
     seqused_k: Optional[torch.Tensor],
+    page_table: Optional[torch.Tensor],
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    deterministic: bool,
+    activation: str,
+    sigmoid_bias: Optional[float],
+    normalization: Optional[str],
     max_seqlen_q: Optional[int],
     max_seqlen_k: Optional[int],
-    deterministic: bool,
+    pack_gqa: Optional[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    call = _call(
-        softmax_scale, causal, window_left, window_right, softcap, activation, sigmoid_bias, normalization,
-        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k,
+    call, extras = _call(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, softmax_scale, window_left, window_right,
+        softcap, deterministic, activation, sigmoid_bias, normalization, max_seqlen_q, max_seqlen_k, pack_gqa,
     )  # fmt: skip
-    return launch.backward(call, dout, q, k, v, deterministic=deterministic)
+    return hopper.backward(call, dout, extras)
 
 
 @torch.library.register_fake(backward)
@@ -124,41 +133,16 @@ def _(dout, q, k, v, *args):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
+_LENGTHS = 8  # q, k, v and what says which rows of them count
+
+
 def _setup_context(ctx, inputs, output):
-    q, k, v, *options, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_q, max_k, _, _, deterministic = inputs
-    ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    ctx.options = options
-    ctx.lengths = (max_q, max_k)
-    ctx.deterministic = deterministic
-    ctx.num_inputs = len(inputs)
+    ctx.save_for_backward(*inputs[:_LENGTHS])
+    ctx.rest, ctx.num_inputs = inputs[_LENGTHS:], len(inputs)
 
 
 def _backward(ctx, dout):
-    q, k, v, *sequences = ctx.saved_tensors
-    grads = backward(dout, q, k, v, *ctx.options, *sequences, *ctx.lengths, ctx.deterministic)
-    return *grads, *(None,) * (ctx.num_inputs - 3)
+    return *backward(dout, *ctx.saved_tensors, *ctx.rest), *(None,) * (ctx.num_inputs - 3)
 
 
 torch.library.register_autograd(forward, _backward, setup_context=_setup_context)
-
-
-class Attention(torch.autograd.Function):
-    """launch.forward with launch.backward as its derivative."""
-
-    @staticmethod
-    def forward(
-        ctx, q, k, v, call, pack_gqa, page_table, deterministic, block_sparse_tensors, block_sparse_tensors_bwd
-    ):  # fmt: skip
-        # Of the lengths this keeps no more than `call` does, but a change of theirs before the backward is noticed.
-        ctx.save_for_backward(q, k, v, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k)
-        ctx.call = call
-        ctx.deterministic = deterministic
-        ctx.block_sparse_tensors_bwd = block_sparse_tensors_bwd
-        return launch.forward(call, q, k, v, pack_gqa, page_table, block_sparse_tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        q, k, v, *_ = ctx.saved_tensors
-        grads = launch.backward(ctx.call, dout, q, k, v, ctx.deterministic, ctx.block_sparse_tensors_bwd)
-        return *grads, *(None,) * 6

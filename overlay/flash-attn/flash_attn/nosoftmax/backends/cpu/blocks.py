@@ -1,0 +1,127 @@
+"""Cutting the score matrix into blocks, and the steps on a block that the forward and the backward pass share.
+
+The tensors of the interface are (batch, seqlen, nheads, head_dim), those of the loops heads first.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Iterator, Optional
+
+import torch
+
+from ...score import saturate_
+from .sequences import Sequences
+
+# A block of one head takes 1 MiB in float32, so that the few arrays of that size stay near the caches; both sides are
+# long enough for the matrix products to run at full speed.
+_ROWS = 256
+_KEYS = 1024
+
+
+@dataclass(frozen=True)
+class Block:
+    """Key heads (numbered through the batch), queries, and the keys that at least one of the queries sees."""
+
+    heads: range
+    rows: range
+    keys: range
+
+    def by_keys(self) -> Iterator["Block"]:
+        """The same heads and queries with a part of the keys each."""
+        for first in range(self.keys.start, self.keys.stop, _KEYS):
+            yield replace(self, keys=range(first, min(first + _KEYS, self.keys.stop)))
+
+    @property
+    def index(self) -> tuple[slice, slice, slice]:
+        """Picks this block's heads and queries from a tensor (batch * nheads_k, group, seqlen_q, …)."""
+        return slice(self.heads.start, self.heads.stop), slice(None), slice(self.rows.start, self.rows.stop)
+
+    def of_queries(self, x: torch.Tensor) -> torch.Tensor:
+        """This block of x (batch * nheads_k, group, seqlen_q, head_dim), with the group folded into the rows."""
+        return x[self.index].reshape(len(self.heads), -1, x.shape[-1])
+
+    def of_keys(self, x: torch.Tensor) -> torch.Tensor:
+        """This block of x (batch * nheads_k, seqlen_k, head_dim)."""
+        return x[self.heads.start : self.heads.stop, self.keys.start : self.keys.stop]
+
+    def by_group(self, x: torch.Tensor) -> torch.Tensor:
+        """View x (heads, group * rows, …) as (heads, group, rows, …)."""
+        return x.view(len(self.heads), -1, len(self.rows), x.shape[-1])
+
+
+def blocks(sequences: Sequences, heads: int, group: int) -> Iterator[Block]:
+    """Cut `heads` key heads with `group` query heads each into blocks of rows, each with all the keys that they see.
+
+    Queries that see no key are in no block, so that a NaN in them meets nothing.
+    """
+    visibility = sequences.visibility
+    rows = max(1, min(_ROWS // group, visibility.seqlen_q))
+    keys = max(1, min(_KEYS, visibility.seqlen_k))
+    heads_at_once = max(1, torch.get_num_threads() * _ROWS * _KEYS // (rows * group * keys))
+    for first_head in range(0, heads, heads_at_once):
+        block_heads = range(first_head, min(first_head + heads_at_once, heads))
+        for first_row in range(visibility.first_seeing, visibility.seqlen_q, rows):
+            block_rows = range(first_row, min(first_row + rows, visibility.seqlen_q))
+            seen = visibility.seen_by_any(block_rows)
+            if seen:
+                yield Block(block_heads, block_rows, seen)
+
+
+def query_scale(sequences: Sequences) -> float:
+    """The factor that is put on q before the loop, so that q.k needs no further pass: tanh's argument with softcap."""
+    options = sequences.options
+    return options.softmax_scale / options.softcap if options.softcap > 0.0 else options.softmax_scale
+
+
+def products(sequences: Sequences, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The scaled q.k of a block, (heads, group * rows, keys); with softcap tanh(scaled q.k / softcap).
+
+    q: (heads, group * rows, head_dim), scaled by query_scale; k: (heads, keys, head_dim).
+    """
+    u = torch.bmm(q, k.mT)
+    return u.tanh_() if sequences.options.softcap > 0.0 else u
+
+
+def scores(sequences: Sequences, block: Block, u: torch.Tensor) -> torch.Tensor:
+    """s, hidden entries included, in the place of what `products` returned."""
+    if sequences.options.softcap > 0.0:
+        u.mul_(sequences.options.softcap)
+    if sequences.alibi_slopes is not None:
+        slopes = sequences.alibi_slopes[block.heads.start : block.heads.stop, :, None, None]
+        distances = sequences.visibility.distances(block.rows, block.keys, u.dtype)
+        block.by_group(u).addcmul_(slopes, distances, value=-1)
+    return u
+
+
+def weights(sequences: Sequences, block: Block, s: torch.Tensor) -> torch.Tensor:
+    """P without softmax: f(s), and 0 by assignment where hidden. May overwrite s only where f is the identity.
+
+    It saturates as in the GPU kernels, which convert it to the dtype of the inputs.
+    """
+    p = saturate_(sequences.f.value(s, sequences.sigmoid_bias), sequences.dtype)
+    sequences.visibility.fill_hidden(block.by_group(p), block.rows, block.keys, 0.0)
+    return p
+
+
+def kept(sequences: Sequences, block: Block, group: int) -> Optional[torch.Tensor]:
+    """The mask (see masks.py) of the weights that dropout keeps, (heads, group * rows, keys); None without dropout."""
+    if sequences.dropout is None:
+        return None
+    query_heads = range(block.heads.start * group, block.heads.stop * group)
+    mask = sequences.dropout.kept(query_heads, block.rows, block.keys)
+    return mask.view(len(block.heads), -1, len(block.keys))
+
+
+def heads_first(x: torch.Tensor, nheads_k: int, dtype: torch.dtype) -> torch.Tensor:
+    """(batch, seqlen, nheads, head_dim) -> (batch * nheads_k, group, seqlen, head_dim) in dtype, a view where it can."""
+    batch, seqlen, nheads, head_dim = x.shape
+    x = x.unflatten(2, (nheads_k, nheads // nheads_k)).permute(0, 2, 3, 1, 4)
+    x = x.to(dtype, memory_format=torch.contiguous_format)
+    return x.reshape(batch * nheads_k, nheads // nheads_k, seqlen, head_dim)
+
+
+def store(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Write value (batch * nheads_k, group, seqlen, head_dim) into target (batch, seqlen, nheads, head_dim), in place."""
+    batch, seqlen, nheads, head_dim = target.shape
+    group = value.shape[1]
+    value = value.unflatten(0, (batch, nheads // group))
+    target.unflatten(2, (nheads // group, group)).permute(0, 2, 3, 1, 4).copy_(value)

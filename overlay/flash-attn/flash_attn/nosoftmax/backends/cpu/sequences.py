@@ -1,0 +1,105 @@
+"""A call cut into sequences of one length, and what follows from its options for them."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from ...call import Call, Options
+from ...score import ACTIVATIONS, NORMALIZATIONS, Activation
+from .dropout import Dropout
+from .paged import gather_pages
+from .visibility import Visibility, Window
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences of one length that are computed together: a dense batch, or one sequence of a ragged one.
+
+    dtype: of the call's tensors. alibi_slopes: (batch * nheads_k, group) in the compute dtype, or None. dropout: None where
+    nothing is dropped.
+    """
+
+    options: Options
+    dtype: torch.dtype
+    visibility: Visibility
+    alibi_slopes: Optional[torch.Tensor]
+    dropout: Optional[Dropout]
+    use_softmax: bool
+
+    @classmethod
+    def of(cls, call: Call, batch: range, seqlens: tuple[int, int], seed: int, use_softmax: bool) -> "Sequences":
+        """The batch entries in `batch`, with (seqlen_q, seqlen_k)."""
+        o, nheads, nheads_k = call.options, call.q.shape[-2], call.k.shape[-2]
+        slopes = None
+        if call.alibi_slopes is not None:
+            slopes = call.alibi_slopes.expand(batch.stop, nheads) if call.alibi_slopes.dim() == 1 else call.alibi_slopes
+            slopes = slopes[batch.start : batch.stop].to(torch.promote_types(call.q.dtype, torch.float32))
+            slopes = slopes.reshape(len(batch) * nheads_k, nheads // nheads_k)
+        dropout = Dropout(seed, o.dropout_p, batch.start * nheads) if o.dropout_p > 0.0 else None
+        visibility = Visibility(*seqlens, Window.of(o.window_left, o.window_right))
+        return cls(o, call.q.dtype, visibility, slopes, dropout, use_softmax)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """16-bit tensors are computed in float32, the others as they are."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def f(self) -> Activation:
+        return ACTIVATIONS[self.options.activation]
+
+    @property
+    def sigmoid_bias(self) -> float:
+        bias = self.options.sigmoid_bias
+        return -math.log(max(self.visibility.seqlen_k, 1)) if bias is None else bias
+
+    def norm(self, rows: range) -> Optional[torch.Tensor]:
+        """The factor of each row in the compute dtype, broadcastable to (len(rows), 1); None is 1."""
+        if self.options.normalization is None:
+            return None
+        normalization, n = NORMALIZATIONS[self.options.normalization], max(self.visibility.seqlen_k, 1)
+        seen = self.visibility.counts(rows).clamp(min=1).to(self.compute_dtype) if normalization.by_row else None
+        return torch.as_tensor(normalization.factor(n, seen), dtype=self.compute_dtype, device="cpu")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sequences, and where they lie in the tensors of the call. rows, keys: of a packed sequence, None for a dense batch."""
+
+    sequences: Sequences
+    batch: range
+    rows: Optional[slice]
+    keys: Optional[slice]
+    table: Optional[torch.Tensor]  # the pages of its keys
+
+    def of_queries(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.rows is None else x[None, self.rows]
+
+    def of_keys(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table is not None:
+            return gather_pages(x, self.table, self.keys.stop)[None]
+        return x if self.keys is None else x[None, self.keys]
+
+    def of_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Of a number for each head and query: (batch, nheads, seqlen_q), packed (nheads, total_q)."""
+        return x if self.rows is None else x[None, :, self.rows]
+
+
+def parts(call: Call, seed: int, use_softmax: bool = False) -> Iterator[Part]:
+    """The sequences of a call that is not a cache's, those of a dense batch together. The tensors have been checked."""
+    if not call.varlen:
+        batch, seqlens = range(call.q.shape[0]), (call.q.shape[1], call.k.shape[1])
+        yield Part(Sequences.of(call, batch, seqlens, seed, use_softmax), batch, None, None, None)
+        return
+    starts_q, starts_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
+    used, skipped = (None if x is None else x.tolist() for x in (call.seqused_k, call.leftpad_k))
+    for b in range(call.batch):
+        start = 0 if call.block_table is not None else starts_k[b]
+        stop = start + (starts_k[b + 1] - starts_k[b] if used is None else used[b])
+        rows, keys = slice(starts_q[b], starts_q[b + 1]), slice(start + (0 if skipped is None else skipped[b]), stop)
+        seqlens = rows.stop - rows.start, keys.stop - keys.start
+        table = None if call.block_table is None else call.block_table[b]
+        yield Part(Sequences.of(call, range(b, b + 1), seqlens, seed, use_softmax), range(b, b + 1), rows, keys, table)

@@ -1,0 +1,119 @@
+"""Which keys a query sees: causal masks and sliding windows, aligned at the bottom right; and assignment by such a mask.
+
+A mask here is an int32 tensor with all bits set where a number stays and none where it is replaced. AND with it gives
+exactly 0, whatever was there (NaN times 0 would be NaN), and takes a tenth of the time of masked_fill_ on the CPU.
+"""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+_AS_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+def is_negative(x: torch.Tensor) -> torch.Tensor:
+    """The mask that keeps where the int32 x is negative: its sign bit, spread."""
+    return x >> 31
+
+
+def keep_where(x: torch.Tensor, mask: torch.Tensor, otherwise: float = 0.0) -> None:
+    """Assign `otherwise` to the float32 or float64 tensor x where the mask, broadcastable to it, has no bits."""
+    integer = _AS_INTEGER[x.dtype]
+    mask = mask.to(integer)
+    bits = x.view(integer).bitwise_and_(mask)
+    if otherwise != 0.0:
+        bits.bitwise_or_(~mask & torch.tensor(otherwise, dtype=x.dtype, device="cpu").view(integer))
+
+
+@dataclass(frozen=True)
+class Window:
+    """How far a query sees to the left and right of its own position, in keys; None is without limit."""
+
+    left: Optional[int] = None
+    right: Optional[int] = None
+
+    @classmethod
+    def of(cls, left: int, right: int) -> "Window":
+        """The window of these arguments: -1 is no limit."""
+        return cls(left if left >= 0 else None, right if right >= 0 else None)
+
+    @property
+    def is_limited(self) -> bool:
+        return self.left is not None or self.right is not None
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """The keys that each query of one sequence sees. Query i is aligned with key i + seqlen_k - seqlen_q.
+
+    Every query sees one contiguous range, and the ranges of successive queries move by one: the keys seen by any
+    query of a block are again a range, and so are those seen by all of them.
+    """
+
+    seqlen_q: int
+    seqlen_k: int
+    window: Window
+
+    @property
+    def offset(self) -> int:
+        return self.seqlen_k - self.seqlen_q
+
+    @property
+    def first_seeing(self) -> int:
+        """The first query that sees any key, if there are keys: those before the window's first contact see none."""
+        return 0 if self.window.right is None else max(0, -self.offset - self.window.right)
+
+    def _bounds(self, first_row: int, last_row: int) -> tuple[int, int]:
+        """Keys from the left limit of first_row up to (not including) the right limit of last_row."""
+        left, right = self.window.left, self.window.right
+        start = 0 if left is None else max(0, first_row + self.offset - left)
+        stop = self.seqlen_k if right is None else min(self.seqlen_k, last_row + self.offset + right + 1)
+        return start, max(start, stop)
+
+    def seen_by_any(self, rows: range) -> range:
+        """The keys that at least one of the queries sees: nothing else is read for them."""
+        return range(*self._bounds(rows[0], rows[-1])) if rows else range(0)
+
+    def seen_by_all(self, rows: range) -> range:
+        return range(*self._bounds(rows[-1], rows[0]))
+
+    def counts(self, rows: range) -> torch.Tensor:
+        """The number of keys that each of the queries sees, int32, (len(rows), 1)."""
+        aligned, _ = self._positions(rows, range(0))
+        left, right = self.window.left, self.window.right
+        start = torch.zeros_like(aligned) if left is None else (aligned - left).clamp(min=0)
+        stop = torch.full_like(aligned, self.seqlen_k)
+        if right is not None:
+            stop = torch.minimum(stop, aligned + right + 1)
+        return (stop - start).clamp(min=0)
+
+    def fill_hidden(self, block: torch.Tensor, rows: range, keys: range, value: float) -> None:
+        """Assign value to the entries of block (..., len(rows), len(keys)) that the query does not see."""
+        common = self.seen_by_all(rows)
+        edges = [range(keys.start, min(common.start, keys.stop)), range(max(common.stop, keys.start), keys.stop)]
+        if not common:
+            edges = [keys]
+        for edge in edges:
+            if edge:
+                part = block[..., edge.start - keys.start : edge.stop - keys.start]
+                keep_where(part, self._visible(rows, edge), value)
+
+    def _visible(self, rows: range, keys: range) -> torch.Tensor:
+        """The mask (see masks.py) of the keys inside the window of each query, (len(rows), len(keys))."""
+        aligned, key = self._positions(rows, keys)
+        mask = torch.full((len(rows), len(keys)), -1, dtype=torch.int32, device="cpu")
+        if self.window.left is not None:
+            mask &= is_negative(aligned - (self.window.left + 1) - key)
+        if self.window.right is not None:
+            mask &= is_negative(key - (aligned + (self.window.right + 1)))
+        return mask
+
+    def _positions(self, rows: range, keys: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32: the keys that the queries are aligned with, (len(rows), 1), and the keys, (len(keys),)."""
+        aligned = torch.arange(rows.start, rows.stop, dtype=torch.int32, device="cpu")[:, None] + self.offset
+        return aligned, torch.arange(keys.start, keys.stop, dtype=torch.int32, device="cpu")
+
+    def distances(self, rows: range, keys: range, dtype: torch.dtype) -> torch.Tensor:
+        """|i + seqlen_k - seqlen_q - j|, the distance that ALiBi weighs, (len(rows), len(keys))."""
+        aligned, key = self._positions(rows, keys)
+        return (aligned - key).abs_().to(dtype)

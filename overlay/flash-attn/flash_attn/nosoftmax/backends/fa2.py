@@ -1,0 +1,140 @@
+"""The CUDA extension of this package: upstream's CUTLASS kernels, for the identity."""
+
+from functools import cache
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+
+from ... import extension
+from ..call import Call, needs_grad
+from ..score import MINUS_LOG_N
+from . import Result
+
+_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of the kernels: others are padded to the next one
+_PAGE_SIZE = 256  # pages are a multiple of it
+_CHANNELS = 8  # tensors are padded to a multiple of it
+
+
+def obstacle(call: Call) -> Optional[str]:
+    """Why the extension has no kernels for this call; None if it does. What its build left out, it says itself."""
+    reason = extension.obstacle()
+    if reason is not None:
+        return reason
+    o = call.options
+    if (o.activation, o.sigmoid_bias, o.normalization) != ("identity", 0.0, None):
+        return (
+            f"flash_attn_2_cuda has no kernels for activation={o.activation!r}, sigmoid_bias="
+            f"{MINUS_LOG_N if o.sigmoid_bias is None else o.sigmoid_bias!r}, normalization={o.normalization!r}; on Hopper "
+            "flash-attn-4 of this patch set has them (make wheel FAMILY=flash-attn-4), and flash_attn.cpu has: move the tensors "
+            "to the CPU"
+        )
+    if call.q.dtype not in _DTYPES:
+        return f"q has dtype {call.q.dtype}, flash_attn_2_cuda takes float16 and bfloat16"
+    if call.v.shape[-1] != call.q.shape[-1]:
+        return f"head_dim={call.q.shape[-1]} and head_dim_v={call.v.shape[-1]}: flash_attn_2_cuda takes one size for both"
+    if call.q.shape[-1] > _HEAD_DIMS[-1]:
+        return f"head_dim={call.q.shape[-1]}: flash_attn_2_cuda goes up to {_HEAD_DIMS[-1]}"
+    if call.block_table is not None and call.k.shape[1] % _PAGE_SIZE:
+        return f"pages of {call.k.shape[1]} keys: flash_attn_2_cuda takes multiples of {_PAGE_SIZE}"
+    return None
+
+
+def disadvantage(call: Call) -> Optional[str]:
+    return None
+
+
+def runs(call: Call, arch: int) -> bool:
+    """Whether the extension would run this call: no obstacle, and all kernels in this build.
+
+    arch: the GPU's compute capability, such as 90.
+    """
+    if obstacle(call) is not None:
+        return False
+    head_dims, dtypes, passes, archs = _built()
+    needed = ("fwd", "splitkv", "bwd") if needs_grad(call) else ("fwd", "splitkv")
+    return (
+        next((size for size in _HEAD_DIMS if call.q.shape[-1] <= size), None) in head_dims
+        and _DTYPES[call.q.dtype] in dtypes
+        and all(name in passes for name in needed)
+        and arch in archs
+    )
+
+
+@cache
+def _built() -> tuple:
+    """The head sizes, dtypes, passes and compute capabilities of the extension, which must be there."""
+    module = extension.load()
+    return module.built_head_dims, module.built_dtypes, module.built_passes, module.built_archs
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """x as the extension takes it: the last dimension contiguous and a multiple of 8 long."""
+    missing = -x.shape[-1] % _CHANNELS
+    return F.pad(x, (0, missing)) if missing else _contiguous(x)
+
+
+def _contiguous(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _window(call: Call) -> tuple:
+    """causal, left and right: it has faster kernels where causal is all there is, and sets the right side itself then."""
+    o = call.options
+    return o.causal, o.window_left, -1 if o.causal else o.window_right
+
+
+def forward(call: Call) -> Result:
+    if call.cache is not None:
+        return _with_cache(call)
+    q, k, v, o = _padded(call.q), _padded(call.k), _padded(call.v), call.options
+    window, s_dmask = _window(call), o.return_attn_probs and o.dropout_p > 0.0
+    if not call.varlen:
+        out, _, mask, rng_state = extension.load().fwd(
+            q, k, v, None, call.alibi_slopes, o.dropout_p, o.softmax_scale, *window, o.softcap, s_dmask, None, False
+        )
+    else:
+        out, _, mask, rng_state = extension.load().varlen_fwd(
+            q, k, v, None, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k, call.leftpad_k, call.block_table,
+            call.alibi_slopes, o.max_seqlen_q, o.max_seqlen_k, o.dropout_p, o.softmax_scale, False, *window, o.softcap,
+            s_dmask, None, False,
+        )  # fmt: skip
+    return Result(_cut(out, call.q), rng_state if o.dropout_p > 0.0 else None, mask if s_dmask else None)
+
+
+def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
+    dout, q, k, v, o = _padded(dout), _padded(call.q), _padded(call.k), _padded(call.v), call.options
+    window = _window(call)
+    # It checks the shapes of `out` and of the log-sum-exp, which it does not read without softmax: q has the one, and any
+    # tensor will do for the other.
+    if not call.varlen:
+        grads = extension.load().bwd(
+            dout, q, k, v, q, q.new_empty(0, dtype=torch.float32), None, None, None, call.alibi_slopes, o.dropout_p,
+            o.softmax_scale, *window, o.softcap, o.deterministic, None, rng_state, False,
+        )  # fmt: skip
+    else:
+        grads = extension.load().varlen_bwd(
+            dout, q, k, v, q, q.new_empty(0, dtype=torch.float32), None, None, None, call.cu_seqlens_q, call.cu_seqlens_k,
+            call.alibi_slopes, o.max_seqlen_q, o.max_seqlen_k, o.dropout_p, o.softmax_scale, False, *window, o.softcap,
+            o.deterministic, None, rng_state, False,
+        )  # fmt: skip
+    return tuple(_cut(grad, x) for grad, x in zip(grads, call.tensors))
+
+
+def _cut(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return x if x.shape[-1] == like.shape[-1] else x[..., : like.shape[-1]]
+
+
+def _with_cache(call: Call) -> Result:
+    q, given, o = _contiguous(call.q), call.cache, call.options
+    seqlens = given.cache_seqlens
+    if seqlens is None and given.k is None and call.leftpad_k is not None:
+        # The extension looks at leftpad_k only beside lengths.
+        seqlens = torch.full((q.shape[0],), o.max_seqlen_k, dtype=torch.int32, device=q.device)
+    out, _ = extension.load().fwd_kvcache(
+        q, call.k, call.v, _contiguous(given.k), _contiguous(given.v), seqlens, given.rotary_cos, given.rotary_sin,
+        given.cache_batch_idx, call.leftpad_k, call.block_table, call.alibi_slopes, None, o.softmax_scale,
+        *_window(call), o.softcap, given.rotary_interleaved, given.num_splits, False,
+    )  # fmt: skip
+    return Result(out)

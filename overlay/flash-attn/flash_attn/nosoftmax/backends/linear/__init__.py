@@ -1,0 +1,109 @@
+"""Attention without softmax in linear time.
+
+With f the identity and without softcap, dropout, ALiBi and window, attention is associative: Q (K^T V) costs N d^2 in place
+of N^2 d. The causal form needs one state per head, the sum of k_j^T v_j so far; docs/linear.md has the design.
+
+    form.py       the masks and the normalization
+    chunked.py    the primitive in PyTorch, any device
+    kernels.py    the primitive in Triton, 16-bit CUDA tensors
+    primitive.py  which of the two
+    state.py      prefill, continue and step with a recurrent state
+"""
+
+from typing import Optional
+
+import torch
+
+from ...call import Call
+from .. import Result
+from . import primitive
+from .form import Form
+
+# Where the two algorithms take the same time, forward and backward together: seqlen_q = seqlen_k = slope * head_dim + offset,
+# as (slope, offset) for each mask. From benchmarks/linear_vs_quadratic.py, on CPUs rounded up and on CUDA the shortest sequences
+# that were measured; docs/linear.md says where it ran. "auto" is quadratic on a device type that was not measured.
+CROSSOVERS = {
+    "cpu": {"full": (1.0, 64.0), "causal": (2.0, 64.0)},
+    "cuda": {"full": (0.0, 1000.0), "causal": (0.0, 1000.0)},
+}
+# And the scores of all heads and sequences, as masked ones count too, from which on a quadratic kernel takes a GPU longer than the
+# host takes for the more launches of linear time. Of an H100: one sequence of 4k and 16 of 1k tokens with 16 heads each.
+MIN_SCORES = {"cuda": 250e6}
+_MAX_HEAD_DIM = 256  # of the kernels
+
+
+def obstacle(call: Call) -> Optional[str]:
+    """Why there is no exact algorithm in linear time for this call, by the first thing in the way; None if there is one."""
+    if call.cache is not None:
+        return "in place of a cache it has a state: flash_attn.linear.linear_attention_step"
+    option = _inexact(call)
+    if option is not None:
+        return f"{option} has no exact algorithm in linear time"
+    if primitive.has_kernels(call.q) and max(call.q.shape[-1], call.v.shape[-1]) > _MAX_HEAD_DIM:
+        return f"head_dim={call.q.shape[-1]}, head_dim_v={call.v.shape[-1]}: the kernels go up to {_MAX_HEAD_DIM}"
+    return None
+
+
+def _inexact(call: Call) -> Optional[str]:
+    o = call.options
+    if o.activation != "identity":
+        return f"activation={o.activation!r}"
+    if o.softcap > 0.0:
+        return f"softcap={o.softcap}"
+    if o.dropout_p > 0.0:
+        return f"dropout_p={o.dropout_p}"
+    if call.alibi_slopes is not None:
+        return "alibi_slopes"
+    # A side that reaches beyond every sequence limits nothing.
+    if 0 <= o.window_left < o.max_seqlen_k - 1 or 0 < o.window_right < o.max_seqlen_q - 1:
+        return f"window_size={o.window_left, o.window_right}"
+    for name in ("block_table", "seqused_k", "leftpad_k"):
+        if getattr(call, name) is not None:
+            return name
+    return None
+
+
+def disadvantage(call: Call) -> Optional[str]:
+    """Why "auto" passes linear time over where it is exact; None if it takes it."""
+    q, k = call.q, call.k
+    if q.device.type != "cpu" and not primitive.has_kernels(q):
+        return f"no kernels for {q.dtype} on {q.device}: they take float16 and bfloat16, with triton"
+    sequences = max(call.batch, 1) if call.varlen else 1
+    heads = q.shape[-2] * (sequences if call.varlen else q.shape[0])
+    causal = _causal(call)
+    if not predicted_faster(q.device, q.shape[-1], causal, q.shape[-3] / sequences, k.shape[-3] / sequences, heads):
+        return "not predicted faster at these lengths, this head_dim and this number of heads (docs/linear.md)"
+    return None
+
+
+def predicted_faster(device: torch.device, head_dim: int, causal: bool, seqlen_q: float, seqlen_k: float, heads: int) -> bool:
+    """Whether linear time is less time, for sequences of these mean lengths and `heads` heads in all of them.
+
+    Quadratic costs seqlen_q * seqlen_k, linear seqlen_q + seqlen_k: what counts is their harmonic mean.
+    """
+    if device.type not in CROSSOVERS:
+        return False
+    slope, offset = CROSSOVERS[device.type]["causal" if causal else "full"]
+    longer = 2 * seqlen_q * seqlen_k > (slope * head_dim + offset) * (seqlen_q + seqlen_k)
+    return longer and heads * seqlen_q * seqlen_k >= MIN_SCORES.get(device.type, 0)
+
+
+def _causal(call: Call) -> bool:
+    # One query sees every key either way, and the full form is the cheaper one.
+    return call.options.window_right == 0 and call.options.max_seqlen_q > 1
+
+
+def _form(call: Call) -> Form:
+    return Form(call.options.softmax_scale, _causal(call), normalization=call.options.normalization)
+
+
+def _lengths(call: Call) -> tuple:
+    return call.cu_seqlens_q, call.cu_seqlens_k, call.options.max_seqlen_q, call.options.max_seqlen_k
+
+
+def forward(call: Call) -> Result:
+    return Result(primitive.attend(call.q, call.k, call.v, _form(call), *_lengths(call)))
+
+
+def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
+    return primitive.gradients(dout, call.q, call.k, call.v, _form(call), *_lengths(call))

@@ -1,0 +1,127 @@
+"""One call without softmax, whatever function it came through: its tensors and its options under one set of names.
+
+Imports torch and its neighbours alone: both wheels have a copy, and nothing may ask for the class of a Call.
+"""
+
+from typing import Any, NamedTuple, Optional
+
+import torch
+
+
+class Options(NamedTuple):
+    """What a call is told beside its tensors; checked, with no default left to fill in. Hashable.
+
+    max_seqlen_q, max_seqlen_k: the longest sequence of a packed call; seqlen_q and seqlen_k of a dense one; the capacity
+    of a cache. window_left, window_right: how many keys a query sees on each side of its own, -1 is no limit; causal is
+    window_right = 0 and stands for nothing else. sigmoid_bias: None is -log n. return_attn_probs: whether S_dmask is asked for.
+    The rest as in the public functions.
+    """
+
+    max_seqlen_q: int
+    max_seqlen_k: int
+    dropout_p: float
+    softmax_scale: float
+    window_left: int
+    window_right: int
+    softcap: float
+    deterministic: bool
+    return_attn_probs: bool
+    activation: str
+    sigmoid_bias: Optional[float]
+    normalization: Optional[str]
+
+    @property
+    def causal(self) -> bool:
+        return self.window_right == 0
+
+
+class Cache(NamedTuple):
+    """What flash_attn_with_kvcache has beside a Call, whose k and v are the caches and whose max_seqlen_k is their capacity.
+
+    k, v: (batch, seqlen_new, nheads_k, head_dim), what is appended, or None. cache_seqlens: int32 (batch,), the filled
+    lengths, None for all of the capacity. cache_batch_idx: int32 (batch,). rotary_cos, rotary_sin: (seqlen_ro,
+    rotary_dim / 2). steps: whether the positions of the queries go up from cache_seqlens (causal, or with a window as the caller
+    gave it), or all of them have that one.
+    """
+
+    k: Optional[torch.Tensor]
+    v: Optional[torch.Tensor]
+    cache_seqlens: Optional[torch.Tensor]
+    rotary_cos: Optional[torch.Tensor]
+    rotary_sin: Optional[torch.Tensor]
+    cache_batch_idx: Optional[torch.Tensor]
+    rotary_interleaved: bool
+    num_splits: int
+    steps: bool
+
+
+class Call(NamedTuple):
+    """A call, checked. Nobody changes it.
+
+    q: (batch, seqlen_q, nheads, head_dim); k: (batch, seqlen_k, nheads_k, head_dim); v: (batch, seqlen_k, nheads_k, head_dim_v).
+    With cu_seqlens_q and cu_seqlens_k, int32 (batch + 1,): (total_q, nheads, head_dim), (total_k, nheads_k, head_dim) and
+    (total_k, nheads_k, head_dim_v), or with block_table, int32 (batch, pages), k and v are (num_pages, page_size, nheads_k, …).
+    seqused_k, leftpad_k: int32 (batch,), the end and the beginning of the keys that count in a sequence, or None.
+    alibi_slopes: float32 (nheads,) or (batch, nheads). Of packed qkv and kv the tensors are views, through which gradients go.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_q: Optional[torch.Tensor]
+    cu_seqlens_k: Optional[torch.Tensor]
+    seqused_k: Optional[torch.Tensor]
+    leftpad_k: Optional[torch.Tensor]
+    block_table: Optional[torch.Tensor]
+    alibi_slopes: Optional[torch.Tensor]
+    options: Options
+    cache: Optional[Cache] = None
+
+    @property
+    def varlen(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
+
+    @property
+    def tensors(self) -> tuple:
+        """The nine tensors, None where there is none, in the order in which they are fields."""
+        return self[:TENSORS]
+
+    def looks(self) -> tuple:
+        """All that a check or a choice may depend on, hashable: everything but what lies in the tensors."""
+        q, k, v = self.q, self.k, self.v
+        # A list and not a generator: this is run for every call.
+        more = tuple([None if x is None else (x.shape, x.dtype, x.device, x.requires_grad) for x in self[3:TENSORS]])
+        return (
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, needs_grad(self), more,
+            self.options,
+        )  # fmt: skip
+
+
+TENSORS = 9
+
+
+def needs_grad(call: Any) -> bool:
+    """Whether the caller's backward will want gradients of this call."""
+    return torch.is_grad_enabled() and (call.q.requires_grad or call.k.requires_grad or call.v.requires_grad)
+
+
+def forward_work(call: Any) -> float:
+    """Floating-point operations of the two matrix products of a forward, of visible scores alone.
+
+    With cu_seqlens all sequences are taken to have the mean length, and with pages the longest: reading lengths would stop a GPU.
+    """
+    q, k, options = call.q, call.k, call.options
+    seqlen_q, seqlen_k, queries = q.shape[-3], k.shape[-3], q.shape[0] if call.varlen else q.shape[0] * q.shape[1]
+    if call.varlen:
+        sequences = max(call.batch, 1)
+        seqlen_q /= sequences
+        seqlen_k = seqlen_k / sequences if call.block_table is None else options.max_seqlen_k
+    left, right = options.window_left, options.window_right
+    keys = seqlen_k - min(seqlen_q, seqlen_k) / 2 if right == 0 else seqlen_k  # of a query, in the mean
+    if left >= 0 and right >= 0:
+        keys = min(keys, left + 1 + right)
+    return 2.0 * queries * q.shape[-2] * keys * (q.shape[-1] + call.v.shape[-1])

@@ -1,0 +1,471 @@
+"""All checks of arguments, for every backend and for the functions with a state: one rule, one wording, one place.
+
+`options` checks what is no tensor, `tensors` what can be seen of tensors without reading them, and `values` what lies in
+tensors on the CPU. What lies in a tensor on another device is never read: a NaN there shows as NaN, and a wrong length or
+index is the caller's. Errors name the public argument, its value and what to do: TypeError for a wrong kind of thing,
+ValueError for a wrong one of its kind.
+
+Imports torch and its neighbours alone: both wheels have a copy.
+"""
+
+from functools import lru_cache
+from typing import Any, Optional, Sequence
+
+import torch
+
+from .call import Call, Options
+from .score import resolve
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.int32, torch.int64)
+# Beyond these a product of finite 16-bit numbers with them may leave the range of float32.
+_LARGEST_SCALE = 1e9
+_SOFTCAPS = (1e-9, 1e9)
+_LARGEST = torch.finfo(torch.float64).max
+
+DENSE = ("batch, seqlen_q, nheads, head_dim", "batch, seqlen_k, nheads_k, head_dim", "batch, seqlen_k, nheads_k, head_dim_v")
+PACKED = ("total_q, nheads, head_dim", "total_k, nheads_k, head_dim", "total_k, nheads_k, head_dim_v")
+PAGED = ("", "num_pages, page_size, nheads_k, head_dim", "num_pages, page_size, nheads_k, head_dim_v")
+CACHED = ("", "batch_cache, seqlen_cache, nheads_k, head_dim", "batch_cache, seqlen_cache, nheads_k, head_dim_v")
+NEW = ("", "batch, seqlen_new, nheads_k, head_dim", "batch, seqlen_new, nheads_k, head_dim_v")
+
+
+# ---- What is no tensor ----
+
+
+def number(name: str, x: Any) -> float:
+    """x as a float or a symbolic one; a tensor without dimensions is read. Raises TypeError for anything else."""
+    if type(x) is float:
+        return x
+    if isinstance(x, torch.Tensor):
+        if x.requires_grad:
+            raise ValueError(f"{name} is a tensor that requires a gradient, and gets none: pass float({name}), or multiply q by it")
+        if x.dim() == 0:
+            return float(x)
+    elif isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        return x if isinstance(x, torch.SymFloat) else float(x)
+    elif hasattr(x, "__float__") and not hasattr(x, "__len__"):  # a NumPy number, say
+        return float(x)
+    raise TypeError(f"{name}={x!r}: give a number")
+
+
+def integer(name: str, x: Any) -> int:
+    """x as an int or a symbolic one; an integer tensor without dimensions is read. Raises TypeError for anything else."""
+    if type(x) is int or isinstance(x, torch.SymInt):
+        return x
+    if isinstance(x, torch.Tensor):
+        if x.dim() == 0 and not x.dtype.is_floating_point:
+            return int(x)
+    elif hasattr(x, "__index__"):
+        return x.__index__()
+    raise TypeError(f"{name}={x!r}: give an integer")
+
+
+def flag(name: str, x: Any) -> bool:
+    if x is True or x is False:
+        return x
+    if isinstance(x, (int, torch.SymBool)) or type(x).__name__ in ("bool_", "bool"):  # 0 and 1, and NumPy's bools
+        return bool(x)
+    raise TypeError(f"{name}={x!r}: give True or False")
+
+
+def options(
+    head_dim: int,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    dropout_p: Any,
+    softmax_scale: Any,
+    causal: Any,
+    window_size: Any,
+    softcap: Any,
+    deterministic: Any,
+    return_attn_probs: Any,
+    activation: Any,
+    sigmoid_bias: Any,
+    normalization: Any,
+    use_softmax: bool = False,
+) -> Options:
+    """The options of a call, checked alone and against each other."""
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"window_size={window_size!r}: give a pair (left, right) of integers, -1 for no limit")
+    given = (
+        head_dim, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, *window_size, softcap, deterministic,
+        return_attn_probs, activation, sigmoid_bias, normalization, use_softmax,
+    )  # fmt: skip
+    # Equal numbers give equal options. What is no number, such as a tensor, may change; torch.compile looks into no cache.
+    plain = _PLAIN.issuperset(map(type, given)) and not torch.compiler.is_compiling()
+    return (_options_again if plain else _options)(*given)
+
+
+def _options(
+    head_dim, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap, deterministic,
+    return_attn_probs, activation, sigmoid_bias, normalization, use_softmax,
+) -> Options:  # fmt: skip
+    dropout_p, softcap = number("dropout_p", dropout_p), number("softcap", softcap)
+    scale = head_dim**-0.5 if softmax_scale is None else number("softmax_scale", softmax_scale)
+    max_seqlen_q, max_seqlen_k = integer("max_seqlen_q", max_seqlen_q), integer("max_seqlen_k", max_seqlen_k)
+    causal = flag("causal", causal)
+    left, right = (-1 if side is None else max(integer("window_size", side), -1) for side in (left, right))
+    score = resolve(use_softmax, activation, sigmoid_bias, normalization)
+    # Comparisons that NaN does not pass, and that torch.compile can trace, which math.isfinite is not.
+    if not abs(scale) <= (_LARGEST if use_softmax else _LARGEST_SCALE):
+        raise ValueError(
+            f"softmax_scale={softmax_scale}: give a number of at most {_LARGEST_SCALE:g} in size, or None for 1/sqrt(head_dim)"
+        )
+    low, high = (0.0, _LARGEST) if use_softmax else _SOFTCAPS
+    if not (softcap == 0.0 or low <= softcap <= high):
+        raise ValueError(f"softcap={softcap}: give a number from {low:g} to {high:g}, or 0 for none")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p={dropout_p}: give a probability in [0, 1)")
+    if softcap > 0.0 and dropout_p > 0.0:
+        raise ValueError(f"softcap={softcap} with dropout_p={dropout_p} is not supported: leave one of them out")
+    if softcap > 0.0 and scale <= 0.0:
+        raise ValueError(f"softmax_scale={softmax_scale} with softcap={softcap}: softcap needs a positive scale")
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest < 0:
+            raise ValueError(f"{name}={longest}: give the length of the longest sequence")
+    return Options(
+        max_seqlen_q, max_seqlen_k, dropout_p, scale, left, 0 if causal else right, softcap,
+        flag("deterministic", deterministic), flag("return_attn_probs", return_attn_probs), *score,
+    )  # fmt: skip
+
+
+_PLAIN = frozenset((int, float, bool, str, type(None)))
+_options_again = lru_cache(4096, typed=True)(_options)
+
+
+# ---- What can be seen of a tensor ----
+
+
+def is_tensor(name: str, x: Any) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} is a {type(x).__module__}.{type(x).__name__}: give a torch.Tensor")
+
+
+def rank(name: str, x: torch.Tensor, axes: str) -> None:
+    expected = axes.count(",") + 1
+    if x.dim() != expected:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {expected} axes: ({axes})")
+
+
+def shape(name: str, x: Optional[torch.Tensor], *expected: int, axes: str) -> None:
+    """x, if it is given, has the expected shape; `axes` names its axes for the message."""
+    if x is not None and x.shape != expected:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(expected)} = ({axes})")
+
+
+def one_device(**given: Optional[torch.Tensor]) -> None:
+    """All tensors are on one device. A tensor without dimensions is a number, which any device can be given."""
+    devices = {name: x.device for name, x in given.items() if x is not None and x.dim() > 0}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"the tensors of one attention call must be on one device, got {listed}: move them with .to()")
+
+
+def one_dtype(q: torch.Tensor, **others: Optional[torch.Tensor]) -> None:
+    if q.dtype not in _DTYPES:
+        raise TypeError(f"q has dtype {q.dtype}: attention takes float16, bfloat16, float32 and float64")
+    for name, x in others.items():
+        if x is not None and x.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}, but q has {q.dtype}: convert one of them")
+
+
+def heads(nheads: int, nheads_k: int, head_dim: int, head_dim_v: int) -> None:
+    if nheads_k < 1 or nheads < 1 or nheads % nheads_k != 0:
+        raise ValueError(f"{nheads} heads in q, {nheads_k} in k and v: the latter must divide the former")
+    if head_dim < 1 or head_dim_v < 1:
+        name, size = ("head_dim", head_dim) if head_dim < 1 else ("head_dim_v", head_dim_v)
+        raise ValueError(f"{name}={size}: q, k and v need at least one channel")
+
+
+def qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, axes: tuple, names: tuple = ("q", "k", "v")) -> None:
+    """Ranks and shapes; axes: those of the three tensors. The batch, where k's first axis is not that of q, is the caller's."""
+    for name, x, of_x in zip(names, (q, k, v), axes):
+        rank(name, x, of_x)
+    expected = (*k.shape[:-1], q.shape[-1])
+    shape(names[1], k, *expected, axes=axes[1])
+    shape(names[2], v, *expected[:-1], v.shape[-1], axes=axes[2])
+    heads(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1])
+
+
+def integers(name: str, x: Optional[torch.Tensor], *expected: int, axes: str) -> None:
+    """x, if it is given, is an integer tensor of the expected shape."""
+    if x is None:
+        return
+    if x.dtype not in _INTEGERS:
+        raise TypeError(f"{name} has dtype {x.dtype}, expected torch.int32 or torch.int64")
+    shape(name, x, *expected, axes=axes)
+
+
+def alibi_slopes(slopes: Optional[torch.Tensor], batch: int, nheads: int) -> None:
+    if slopes is None:
+        return
+    if slopes.dtype != torch.float32:
+        raise TypeError(f"alibi_slopes has dtype {slopes.dtype}, expected torch.float32")
+    if slopes.shape not in ((nheads,), (batch, nheads)):
+        raise ValueError(f"alibi_slopes has shape {tuple(slopes.shape)}, expected ({nheads},) or ({batch}, {nheads})")
+    if slopes.requires_grad:
+        raise ValueError("alibi_slopes requires a gradient, and gets none: pass alibi_slopes.detach()")
+
+
+def tensors(call: Call, **more: Optional[torch.Tensor]) -> None:
+    """The tensors of a call that is not a cache's fit together. more: other lengths of its sequences, int32 (batch,)."""
+    q, k, v = call.q, call.k, call.v
+    packed_q, packed_k, paged = call.cu_seqlens_q is not None, call.cu_seqlens_k is not None, call.block_table is not None
+    one_device(
+        q=q, k=k, v=v, cu_seqlens_q=call.cu_seqlens_q, cu_seqlens_k=call.cu_seqlens_k, seqused_k=call.seqused_k,
+        leftpad_k=call.leftpad_k, block_table=call.block_table, alibi_slopes=call.alibi_slopes, **more,
+    )  # fmt: skip
+    one_dtype(q, k=k, v=v)
+    qkv(q, k, v, ((PACKED if packed_q else DENSE)[0], *(PAGED if paged else PACKED if packed_k else DENSE)[1:]))
+    if not (packed_q or packed_k or paged) and k.shape[0] != q.shape[0]:
+        shape("k", k, q.shape[0], *k.shape[1:], axes=DENSE[1])
+    given = [(name, x) for name, x in (("cu_seqlens_q", call.cu_seqlens_q), ("cu_seqlens_k", call.cu_seqlens_k)) if x is not None]
+    for name, x in given:
+        rank(name, x, "batch + 1")
+        if x.shape[0] == 0:
+            raise ValueError(f"{name} is empty: it has batch + 1 entries, the first of them 0")
+    batch, nheads = call.batch, q.shape[-2]
+    for name, x in given:
+        integers(name, x, batch + 1, axes="batch + 1")
+    for name, x in more.items():
+        integers(name, x, batch, axes="batch")
+    _keys(call, batch)
+    alibi_slopes(call.alibi_slopes, batch, nheads)
+    if paged and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("block_table has no backward: call this under torch.no_grad(), or detach q, k and v")
+    if call.alibi_slopes is not None and call.options.softmax_scale == 0.0:
+        raise ValueError("softmax_scale=0 with alibi_slopes: give another softmax_scale, or leave the slopes out")
+
+
+def _keys(call: Call, batch: int) -> None:
+    """What says which keys of a sequence count, and where they are."""
+    integers("seqused_k", call.seqused_k, batch, axes="batch")
+    integers("leftpad_k" if call.cache is None else "cache_leftpad", call.leftpad_k, batch, axes="batch")
+    if call.block_table is None:
+        return
+    if call.leftpad_k is not None:
+        name = "leftpad_k" if call.cache is None else "cache_leftpad"
+        raise ValueError(f"{name} with block_table: paged keys cannot be left-padded, pass one of them")
+    rank("block_table", call.block_table, "batch, pages")
+    integers("block_table", call.block_table, batch, call.block_table.shape[1], axes="batch, pages")
+    if call.k.shape[1] < 1:
+        raise ValueError(f"{'k' if call.cache is None else 'k_cache'} has shape {tuple(call.k.shape)}: a page holds at least one key")
+
+
+def cache(call: Call) -> None:
+    """The tensors of a call of flash_attn_with_kvcache fit together."""
+    q, k, v, given = call.q, call.k, call.v, call.cache
+    paged = call.block_table is not None
+    one_device(
+        q=q, k_cache=k, v_cache=v, k=given.k, v=given.v, cache_seqlens=given.cache_seqlens, rotary_cos=given.rotary_cos,
+        rotary_sin=given.rotary_sin, cache_batch_idx=given.cache_batch_idx, cache_leftpad=call.leftpad_k,
+        block_table=call.block_table, alibi_slopes=call.alibi_slopes,
+    )  # fmt: skip
+    one_dtype(
+        q, k_cache=k, v_cache=v, k=given.k, v=given.v, rotary_cos=given.rotary_cos, rotary_sin=given.rotary_sin
+    )  # fmt: skip
+    names = ("q", "k_cache", "v_cache")
+    qkv(q, k, v, (DENSE[0], *(PAGED if paged else CACHED)[1:]), names)
+    for name, x in zip(names[1:], (k, v)):
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{name} has strides {x.stride()}: its last dimension must be contiguous")
+    batch = q.shape[0]
+    integers("cache_seqlens", given.cache_seqlens, batch, axes="batch")
+    integers("cache_batch_idx", given.cache_batch_idx, batch, axes="batch")
+    _keys(call, batch)
+    if paged and given.cache_batch_idx is not None:
+        raise ValueError("cache_batch_idx with block_table: the table already says where each sequence is, pass one")
+    if not paged and given.cache_batch_idx is None and batch > k.shape[0]:
+        raise ValueError(f"{batch} sequences in q, but only {k.shape[0]} in k_cache")
+    alibi_slopes(call.alibi_slopes, batch, q.shape[2])
+    _appended(call, names)
+    _rotary(call)
+    if call.alibi_slopes is not None and call.options.softmax_scale == 0.0:
+        raise ValueError("softmax_scale=0 with alibi_slopes: give another softmax_scale, or leave the slopes out")
+
+
+def _appended(call: Call, names: tuple) -> None:
+    q, given = call.q, call.cache
+    if (given.k is None) != (given.v is None):
+        raise ValueError("only one of k and v is given: to append to the cache pass both, else neither")
+    if given.k is None:
+        return
+    if given.cache_seqlens is None:
+        raise ValueError("k and v are given without cache_seqlens: pass the lengths at which they are appended")
+    rank("k", given.k, NEW[1])
+    nheads_k, seqlen_new = call.k.shape[2], given.k.shape[1]
+    shape("k", given.k, q.shape[0], seqlen_new, nheads_k, q.shape[3], axes=NEW[1])
+    shape("v", given.v, q.shape[0], seqlen_new, nheads_k, call.v.shape[3], axes=NEW[2])
+    for name, x in zip(names[1:], (call.k, call.v)):
+        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
+            raise ValueError(f"{name} is an expanded tensor (strides {x.stride()}): several of its rows are one, give its .clone()")
+
+
+def _rotary(call: Call) -> None:
+    given, head_dim = call.cache, call.q.shape[3]
+    cos, sin = given.rotary_cos, given.rotary_sin
+    if (cos is None) != (sin is None):
+        raise ValueError("only one of rotary_cos and rotary_sin is given: pass both or neither")
+    if cos is None:
+        return
+    if given.k is None:
+        raise ValueError("rotary_cos and rotary_sin without new k and v: pass the keys and values to append as well")
+    rank("rotary_cos", cos, "seqlen_ro, rotary_dim / 2")
+    shape("rotary_sin", sin, *cos.shape, axes="seqlen_ro, rotary_dim / 2")
+    if 2 * cos.shape[1] > head_dim:
+        raise ValueError(f"rotary_dim={2 * cos.shape[1]} (twice the columns of rotary_cos) exceeds head_dim={head_dim}")
+    if cos.shape[0] < call.options.max_seqlen_k:
+        raise ValueError(
+            f"rotary_cos has {cos.shape[0]} rows, but positions up to {call.options.max_seqlen_k - 1} may be used"
+        )
+
+
+def dout(x: torch.Tensor, call: Call) -> None:
+    """A gradient of the output, where a caller gives it himself."""
+    is_tensor("dout", x)
+    one_device(q=call.q, dout=x)
+    one_dtype(call.q, dout=x)
+    shape("dout", x, *call.q.shape[:-1], call.v.shape[-1], axes=(PACKED if call.varlen else DENSE)[0] + "_v")
+
+
+def rng_state(x: Optional[torch.Tensor], call: Call) -> None:
+    """The state that the forward pass returned, where there is dropout."""
+    if call.options.dropout_p == 0.0:
+        return
+    if x is None:
+        raise ValueError(f"dropout_p={call.options.dropout_p} without rng_state: pass the rng_state that the forward pass returned")
+    is_tensor("rng_state", x)
+    if x.dtype != torch.int64 or x.numel() != 2:
+        raise TypeError(f"rng_state has dtype {x.dtype} and shape {tuple(x.shape)}, expected torch.int64 and (2,)")
+
+
+def state(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, given: Optional[torch.Tensor], axes: tuple, softmax_scale: Any
+) -> float:
+    """The tensors of a function with a state fit together; returns softmax_scale. axes: those of q, k and v."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        is_tensor(name, x)
+    qkv(q, k, v, axes)
+    shape("k", k, *q.shape[:-2], *k.shape[-2:], axes=axes[1])
+    one_dtype(q, k=k, v=v)
+    one_device(q=q, k=k, v=v, state=given)
+    if given is not None:
+        expected = (q.shape[0], k.shape[-2], q.shape[-1], v.shape[-1])
+        shape("state", given, *expected, axes="batch, nheads_k, head_dim, head_dim_v")
+        if given.dtype != torch.float32:
+            raise TypeError(f"state has dtype {given.dtype}, expected torch.float32")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, given)):
+        raise ValueError("the functions with a state have no gradient: call them under torch.no_grad(), or detach the tensors")
+    return options(q.shape[-1], 0, 0, 0.0, softmax_scale, False, (-1, -1), 0.0, False, False, "identity", 0.0, None).softmax_scale
+
+
+# ---- What lies in tensors on the CPU ----
+
+
+def values(call: Call) -> None:
+    """Offsets, lengths, indices and slopes, before anything is read or written by them. The call's tensors are on the CPU."""
+    if call.alibi_slopes is not None and not torch.isfinite(call.alibi_slopes).all():
+        raise ValueError(f"alibi_slopes={call.alibi_slopes.tolist()}: give finite numbers")
+    if call.cache is not None:
+        _cache_values(call)
+    elif call.varlen:
+        _packed_values(call)
+
+
+def _packed_values(call: Call) -> None:
+    paged, o = call.block_table is not None, call.options
+    starts_k = call.cu_seqlens_k.tolist()
+    _offsets("cu_seqlens_q", call.cu_seqlens_q.tolist(), call.q.shape[0], "max_seqlen_q", o.max_seqlen_q)
+    selected = call.seqused_k is not None or call.leftpad_k is not None
+    longest = None if paged or selected else o.max_seqlen_k
+    _offsets("cu_seqlens_k", starts_k, None if paged else call.k.shape[0], "max_seqlen_k", longest)
+    lengths = [stop - start for start, stop in zip(starts_k, starts_k[1:])]
+    used = lengths if call.seqused_k is None else call.seqused_k.tolist()
+    for i, (count, length) in enumerate(zip(used, lengths)):
+        if count < 0 or (count > length and not paged):
+            raise ValueError(f"seqused_k[{i}]={count}, but sequence {i} has {length} keys in cu_seqlens_k")
+    skipped = _leftpad("leftpad_k", call.leftpad_k, used)
+    for i, (start, stop) in enumerate(zip(skipped, used)):
+        if stop - start > o.max_seqlen_k:
+            raise ValueError(f"max_seqlen_k={o.max_seqlen_k}, but sequence {i} has {stop - start} keys")
+    if paged:
+        _pages(call.block_table, used, call.k.shape[1], call.k.shape[0])
+
+
+def _offsets(name: str, offsets: Sequence[int], total: Optional[int], longest_name: str, longest: Optional[int]) -> None:
+    """Offsets start at 0 or later, do not descend, end within `total` rows, and no sequence exceeds the longest."""
+    if offsets[0] < 0:
+        raise ValueError(f"{name}[0]={offsets[0]}: offsets start at 0")
+    for i, (start, stop) in enumerate(zip(offsets, offsets[1:])):
+        if stop < start:
+            raise ValueError(f"{name} descends from {start} to {stop} at entry {i + 1}: give cumulative lengths")
+        if longest is not None and stop - start > longest:
+            raise ValueError(f"{name}: sequence {i} has length {stop - start}, more than {longest_name}={longest}")
+    if total is not None and offsets[-1] > total:
+        raise ValueError(f"{name} ends at {offsets[-1]}, but the tensor has only {total} rows")
+
+
+def _leftpad(name: str, leftpad: Optional[torch.Tensor], used: list) -> list:
+    """The number of leading keys that each sequence leaves out, at most as many as it has."""
+    skipped = [0] * len(used) if leftpad is None else leftpad.tolist()
+    for i, (count, length) in enumerate(zip(skipped, used)):
+        if not 0 <= count <= length:
+            raise ValueError(f"{name}[{i}]={count}, but sequence {i} has {length} keys")
+    return skipped
+
+
+def _pages(block_table: torch.Tensor, used: Sequence[int], page_size: int, num_pages: int) -> None:
+    """The pages that the used lengths need are in the table and in the cache; entries beyond them are not looked at."""
+    for i, length in enumerate(used):
+        needed = -(-length // page_size)
+        if needed > block_table.shape[1]:
+            raise ValueError(
+                f"sequence {i} has {length} keys, but its {block_table.shape[1]} pages hold only "
+                f"{block_table.shape[1] * page_size}: widen block_table"
+            )
+        for page in block_table[i, :needed].tolist():
+            if not 0 <= page < num_pages:
+                raise ValueError(f"block_table[{i}] names page {page}, but there are only {num_pages} pages")
+
+
+def _cache_values(call: Call) -> None:
+    given, capacity = call.cache, call.options.max_seqlen_k
+    batch, seqlen_new = call.q.shape[0], 0 if given.k is None else given.k.shape[1]
+    filled = [capacity] * batch if given.cache_seqlens is None else given.cache_seqlens.tolist()
+    for i, length in enumerate(filled):
+        if length < 0 or length + seqlen_new > capacity:
+            appended = f" and {seqlen_new} to append" if seqlen_new else ""
+            raise ValueError(f"cache_seqlens[{i}]={length}{appended}, but the cache holds {capacity} keys")
+    _leftpad("cache_leftpad", call.leftpad_k, filled)
+    if given.cache_batch_idx is not None:
+        _cache_rows(given.cache_batch_idx.tolist(), call.k.shape[0], seqlen_new)
+    if call.block_table is not None:
+        used = [length + seqlen_new for length in filled]
+        _pages(call.block_table, used, call.k.shape[1], call.k.shape[0])
+        if seqlen_new > 0:
+            _written_once(call.block_table, filled, seqlen_new, call.k.shape[1])
+    if given.rotary_cos is not None:
+        needed = max([0, *(length + (call.q.shape[1] if given.steps else 1) for length in filled)])
+        if given.rotary_cos.shape[0] < needed:
+            raise ValueError(f"rotary_cos has {given.rotary_cos.shape[0]} rows, but positions up to {needed - 1} may be used")
+
+
+def _cache_rows(entries: list, rows: int, seqlen_new: int) -> None:
+    for i, entry in enumerate(entries):
+        if not 0 <= entry < rows:
+            raise ValueError(f"cache_batch_idx[{i}]={entry}, but the cache has {rows} rows")
+    if seqlen_new > 0 and len(set(entries)) < len(entries):
+        raise ValueError(f"cache_batch_idx={entries}: two sequences cannot append to the same cache row")
+
+
+def _written_once(block_table: torch.Tensor, filled: list, seqlen_new: int, page_size: int) -> None:
+    """A page that is appended to stands in one place. Sequences may share pages that are only read."""
+    writer: dict = {}
+    for i, length in enumerate(filled):
+        pages = block_table[i, : -(-(length + seqlen_new) // page_size)].tolist()
+        for page in pages[length // page_size :]:
+            if pages.count(page) > 1:
+                raise ValueError(f"block_table[{i}] names page {page} twice, and the sequence appends to it")
+            if writer.setdefault(page, i) != i:
+                raise ValueError(f"block_table: sequences {writer[page]} and {i} both append to page {page}")

@@ -1,0 +1,115 @@
+"""Which backend runs a call: the first without an obstacle and a disadvantage, or the one that was asked for."""
+
+import os
+from types import ModuleType
+from typing import NamedTuple, Optional
+
+from .backends import cpu, fa2, fa4, linear
+from .call import Call
+
+ENVIRONMENT = "FLASH_ATTENTION_NOSOFTMAX_BACKEND"
+ALGORITHMS = ("auto", "quadratic", "linear")
+
+
+class _Backend(NamedTuple):
+    """module: with obstacle, disadvantage, forward and backward. device_types: of the tensors that it takes."""
+
+    module: ModuleType
+    algorithm: str
+    device_types: tuple
+
+
+# The order is that of preference.
+_BACKENDS = {
+    "linear": _Backend(linear, "linear", ("cpu", "cuda")),
+    "fa4": _Backend(fa4, "quadratic", ("cuda",)),
+    "fa2": _Backend(fa2, "quadratic", ("cuda",)),
+    "cpu": _Backend(cpu, "quadratic", ("cpu",)),
+}
+BACKENDS = ("auto", *_BACKENDS)
+_NAMES = {
+    algorithm: [name for name, backend in _BACKENDS.items() if algorithm in ("auto", backend.algorithm)]
+    for algorithm in ALGORITHMS
+}
+
+
+class Choice(NamedTuple):
+    """What runs a call: the backend and its algorithm.
+
+    passed_over: each backend that was considered before and the reason why it does not run the call. forced: the argument or
+    the environment variable, with its value, that left one backend to choose from; None without. str() says all of it.
+    """
+
+    backend: Optional[str]
+    algorithm: Optional[str]
+    passed_over: dict
+    forced: Optional[str] = None
+
+    def __str__(self) -> str:
+        first = "no backend can run this call" if self.backend is None else f"{self.backend}, {self.algorithm} algorithm"
+        if self.forced is not None:
+            first += f", forced by {self.forced}"
+        return "\n".join([first, *(f"  not {name}: {reason}" for name, reason in self.passed_over.items())])
+
+
+class Wanted(NamedTuple):
+    """Which backends are to be considered, and what forces the choice if that is one alone."""
+
+    names: list
+    forced: Optional[str] = None
+
+
+def wanted(algorithm: str, backend: str) -> Wanted:
+    """What the two arguments and the environment leave. Raises ValueError if one does not exist or if they contradict."""
+    if algorithm == backend == "auto" and not os.environ.get(ENVIRONMENT):
+        return _ANY
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm={algorithm!r} is not one of {ALGORITHMS}")
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {BACKENDS}")
+    names = _NAMES[algorithm]
+    if backend != "auto":
+        if backend not in names:
+            raise ValueError(
+                f'backend="{backend}" is {_BACKENDS[backend].algorithm}, but algorithm="{algorithm}": leave one of them out'
+            )
+        return Wanted([backend], f'backend="{backend}"')
+    if algorithm == "linear":
+        return Wanted(names, 'algorithm="linear"')
+    named = os.environ.get(ENVIRONMENT) or "auto"
+    if named not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT}={named} is not one of {BACKENDS}")
+    if named in names:  # an argument that contradicts the environment wins
+        return Wanted([named], f"{ENVIRONMENT}={named}")
+    return Wanted(names)
+
+
+_ANY = Wanted(_NAMES["auto"])
+
+
+def choose(call: Call, among: Wanted = _ANY) -> Choice:
+    """The backend for a checked call.
+
+    Raises ValueError if the backend that was asked for can't run it, NotImplementedError if none can.
+    """
+    passed_over: dict = {}
+    device, forced = call.q.device, among.forced
+    for name in among.names:
+        backend = _BACKENDS[name]
+        if device.type not in backend.device_types:
+            reason = f"q is on {device}, it takes {' and '.join(kind.upper() for kind in backend.device_types)} tensors"
+        else:
+            reason = backend.module.obstacle(call)
+            if reason is None and forced is None:
+                reason = backend.module.disadvantage(call)
+        if reason is None:
+            return Choice(name, backend.algorithm, passed_over, forced)
+        passed_over[name] = reason
+    if forced is None:
+        raise NotImplementedError(str(Choice(None, None, passed_over)))
+    raise ValueError(f"{forced} is not possible: {reason}; leave it out, and the call gets a backend that takes it")
+
+
+def module(name: str) -> ModuleType:
+    """The backend of that name: its obstacle, disadvantage, forward and backward."""
+    return _BACKENDS[name].module

@@ -1,0 +1,382 @@
+"""The door: what gives upstream's functions use_softmax, and the forward/backward pair without autograd."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NoReturn, Optional
+
+import torch
+
+from . import checks, ops
+from .call import Cache, Call
+from .choice import Choice, Wanted, choose, wanted
+from .score import resolve
+
+_DOC = """\
+        use_softmax: bool. False: O = norm * dropout(mask * f(softmax_scale * Q K^T)) V, masked entries 0, no row maximum, no
+            normalisation by the row; the docstring of flash_attn.nosoftmax.score says it in full. The arguments below are
+            for use_softmax=False.
+        activation: f: "identity", "relu", "relu2", "sigmoid", "silu", "gelu" or "softplus".
+        sigmoid_bias: a float, or "-log n" with n the keys of the sequence: added to the scores for activation="sigmoid".
+        normalization: None, "1/n", "1/visible" or "1/sqrt(n)": the factor on each row of the output.
+        algorithm: "auto" takes linear time where that is exact and predicted faster; "quadratic" and "linear" choose.
+        backend: "auto" takes the first of "linear" (linear time), "fa4" (flash-attn-4 of this patch set, on Hopper; not for
+            little work that "fa2" can do), "fa2" (this package's CUDA extension) and "cpu" that can run the call; a name forces
+            that one, and so does the environment variable FLASH_ATTENTION_NOSOFTMAX_BACKEND where this is "auto". A KV
+            cache is for "fa2" and "cpu" alone. flash_attn.explain says which would run, and why.
+            Without softmax softmax_lse is empty, and S_dmask is 1 where dropout kept and -1 where it dropped. head_dim_v may
+            differ from head_dim. q, k and v may be nested tensors of the jagged layout where the function is not a packed one.
+            Raises TypeError or ValueError for arguments that are wrong or do not fit together, and for a forced backend that
+            can't run the call, NotImplementedError if none can.
+"""
+_KEYWORDS = {"activation": "identity", "sigmoid_bias": 0.0, "normalization": None, "algorithm": "auto", "backend": "auto"}
+_SOFTMAX_BACKENDS = {"cpu": "cpu", "cuda": "fa2"}
+# The backend of calls that look the same. What is checked and chosen once is not checked and chosen again.
+_MOST_LOOKS = 4096
+_known: dict = {}
+
+
+def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
+    """upstream's public function with use_softmax as its last positional argument and five keyword arguments.
+
+    With use_softmax=True, the default, the function is called as it came.
+    """
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    names = [p.name for p in parameters]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def bind(args: tuple, kwargs: dict) -> dict:
+        """inspect.Signature.bind with defaults, in what torch.compile can trace."""
+        arguments = {**defaults, **dict(zip(names, args)), **kwargs}
+        if len(arguments) != len(names) or len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
+            _raise_of_binding(function, signature, args, kwargs)
+        return arguments
+
+    def split(args: tuple, kwargs: dict) -> tuple:
+        """(use_softmax, args, kwargs), the last two as upstream's function takes them."""
+        if len(args) == len(names) + 1 and "use_softmax" not in kwargs:
+            return args[-1], args[:-1], kwargs
+        return kwargs.pop("use_softmax", True), args, kwargs
+
+    @functools.wraps(function)
+    def run(
+        *args, activation="identity", sigmoid_bias=0.0, normalization=None, algorithm="auto", backend="auto", **kwargs
+    ):  # fmt: skip
+        use_softmax, args, kwargs = split(args, kwargs)
+        if use_softmax is True:
+            if (activation, sigmoid_bias, normalization, algorithm, backend) != _PLAIN:
+                _check_softmax(bind(args, kwargs), activation, sigmoid_bias, normalization, algorithm, backend)
+            return function(*args, **kwargs)
+        score = use_softmax, activation, sigmoid_bias, normalization
+        return _attend(bind(args, kwargs), score, algorithm, backend)
+
+    def question(args: tuple, kwargs: dict) -> Choice:
+        """What flash_attn.explain answers."""
+        chosen = {name: kwargs.pop(name, default) for name, default in _KEYWORDS.items()}
+        use_softmax, args, kwargs = split(args, kwargs)
+        algorithm, backend = chosen.pop("algorithm"), chosen.pop("backend")
+        arguments = bind(args, kwargs)
+        if use_softmax is True:
+            return _check_softmax(arguments, *chosen.values(), algorithm, backend)
+        arguments, _ = _packed_if_jagged(arguments)
+        call, among = _call_of(arguments, (use_softmax, *chosen.values())), wanted(algorithm, backend)
+        _check(call)
+        return choose(call, among)
+
+    run.question = question
+    run.__doc__ = (function.__doc__ or "").replace("\n    Return:\n", f"\n{_DOC}    Return:\n", 1)
+    more = [inspect.Parameter("use_softmax", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=True)]
+    more += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in _KEYWORDS.items()]
+    run.__signature__ = signature.replace(parameters=[*parameters, *more])
+    return run
+
+
+_PLAIN = tuple(_KEYWORDS.values())
+
+
+def _raise_of_binding(function: Callable, signature: inspect.Signature, args: tuple, kwargs: dict) -> NoReturn:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{function.__name__}(): {error}") from None
+    raise AssertionError("the arguments fit")
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
+    """Which backend would run function(*args, **kwargs), and why not those before it.
+
+    function: one of the attention functions of flash_attn, such as flash_attn_func; the other arguments are those of the
+    call. Nothing is computed. print() the result, or read its attributes: see Choice. Raises TypeError for another
+    function, and what the call raises for what can be seen without reading tensors.
+
+        >>> print(flash_attn.explain(flash_attn_func, q, k, v, causal=True, use_softmax=False, activation="silu"))
+        cpu, quadratic algorithm
+          not linear: activation='silu' has no exact algorithm in linear time
+          not fa4: q is on cpu, it takes CUDA tensors
+          not fa2: q is on cpu, it takes CUDA tensors
+    """
+    question = getattr(function, "question", None)
+    if question is None:
+        raise TypeError(f"{function!r} is none of the attention functions of flash_attn, such as flash_attn.flash_attn_func")
+    return question(args, kwargs)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """Attention without softmax outside of autograd: the first half of a pair for ring attention and own autograd.Functions.
+
+    q: (batch, seqlen_q, nheads, head_dim); k: (batch, seqlen_k, nheads_k, head_dim); v: (batch, seqlen_k, nheads_k,
+    head_dim_v). options, by keyword: those of flash_attn_func, or with cu_seqlens_q those of flash_attn_varlen_func, whose
+    shapes q, k and v then have, and seqused_k and leftpad_k, int32 (batch,): the end and the beginning of the keys of each
+    sequence that count. return_attn_probs has no place here.
+    Returns out, as q with head_dim_v, and rng_state, int64 (2,), which `backward` needs to drop the same entries again;
+    None without dropout. Raises as the public functions do.
+    """
+    with torch.no_grad():
+        call, backend = _prepared(q, k, v, options)
+        result = ops.attend(call, backend)
+    return result.out, result.rng_state
+
+
+def backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rng_state: Optional[torch.Tensor] = None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of `forward`, outside of autograd: (dq, dk, dv), shaped as q, k and v.
+
+    dout: shaped as the output, in its dtype. rng_state: what `forward` returned, needed with dropout. The other arguments are
+    those of `forward`. Neither the output nor a log-sum-exp is needed.
+    """
+    with torch.no_grad():
+        call, backend = _prepared(q, k, v, options)
+        checks.dout(dout, call)
+        checks.rng_state(rng_state, call)
+        if call.q.device.type == "cpu" and not ops.followed(call):
+            checks.values(call)
+        return ops.gradients(call, backend, dout, rng_state)
+
+
+_PAIR = {
+    "dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0, "alibi_slopes": None,
+    "deterministic": False, "activation": "identity", "sigmoid_bias": 0.0, "normalization": None, "algorithm": "auto",
+    "backend": "auto",
+}  # fmt: skip
+_PAIR_PACKED = {
+    "cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": None, "max_seqlen_k": None, "block_table": None,
+    "seqused_k": None, "leftpad_k": None,
+}  # fmt: skip
+
+
+def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) -> tuple[Call, str]:
+    known = {**_PAIR, **_PAIR_PACKED} if "cu_seqlens_q" in options else _PAIR
+    if unknown := sorted(options.keys() - known.keys()):
+        raise TypeError(f"{unknown[0]} is no argument here: give {', '.join(known)}, by keyword")
+    given = {**known, **options, "q": q, "k": k, "v": v, "return_attn_probs": False}
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k") if "cu_seqlens_q" in options else ():
+        if given[name] is None:
+            raise TypeError(f"{name} is missing: packed sequences need it beside cu_seqlens_q")
+    score = False, given.pop("activation"), given.pop("sigmoid_bias"), given.pop("normalization")
+    algorithm, backend = given.pop("algorithm"), given.pop("backend")
+    call = _call_of(given, score)
+    return call, _backend(call, algorithm, backend)
+
+
+# ---- From the arguments of a function to a call ----
+
+
+def _attend(arguments: dict, score: tuple, algorithm: str, backend: str) -> Any:
+    arguments, rebuild = _packed_if_jagged(arguments)
+    call = _call_of(arguments, score)
+    name = _backend(call, algorithm, backend)
+    if call.cache is not None:
+        return ops.attend_cached(call, name)
+    result = ops.attend(call, name)
+    out = result.out if rebuild is None else rebuild(result.out)
+    if not call.options.return_attn_probs:
+        return out
+    lse = call.q.new_empty(0, dtype=torch.float32)
+    return out, lse, call.q.new_empty(0) if result.s_dmask is None else result.s_dmask
+
+
+def _backend(call: Call, algorithm: str, backend: str) -> str:
+    """What runs the call, after all checks. Where operators are followed the choice is left to them."""
+    among = wanted(algorithm, backend)
+    if ops.followed(call):
+        _check(call)
+        return backend if backend != "auto" else "linear" if algorithm == "linear" else algorithm
+    if call.cache is not None:  # its lengths and tables are tensors too, and they change
+        _check(call)
+        return choose(call, among).backend
+    key = call.looks(), among.forced, algorithm
+    name = _known.get(key)
+    if name is None:
+        _check(call)
+        name = choose(call, among).backend
+        if len(_known) >= _MOST_LOOKS:
+            _known.clear()
+        _known[key] = name
+    return name
+
+
+def _check(call: Call) -> None:
+    checks.tensors(call) if call.cache is None else checks.cache(call)
+
+
+def _check_softmax(arguments: dict, activation, sigmoid_bias, normalization, algorithm, backend) -> Choice:
+    """With softmax the device of the tensors decides; an argument that says something else is an error."""
+    resolve(True, activation, sigmoid_bias, normalization)
+    among: Wanted = wanted(algorithm, backend)
+    q = arguments.get("q", arguments.get("qkv"))
+    checks.is_tensor("q", q)
+    name = _SOFTMAX_BACKENDS.get(q.device.type)
+    asked = algorithm == "linear" or backend != "auto"
+    if asked and name not in among.names:
+        raise ValueError(
+            f"{among.forced} is not possible with use_softmax=True: tensors on {q.device} have "
+            + (f'backend="{name}" and algorithm="quadratic"' if name else "no backend")
+            + "; leave it out, or pass use_softmax=False"
+        )
+    return Choice(name, "quadratic", {}, among.forced if asked else None)
+
+
+def _call_of(a: dict, score: tuple) -> Call:
+    """The call with these arguments, by the names that the public function gives them; its options are checked."""
+    if "k_cache" in a:
+        return _cached_call(a, score)
+    q, k, v = _autocast(*_qkv(a))
+    cu_seqlens_q, cu_seqlens_k = a.get("cu_seqlens_q"), a.get("cu_seqlens_k")
+    if "cu_seqlens" in a:
+        cu_seqlens_q = cu_seqlens_k = a["cu_seqlens"]
+        longest = a["max_seqlen"], a["max_seqlen"]
+    elif cu_seqlens_q is not None or "max_seqlen_q" in a:
+        longest = a["max_seqlen_q"], a["max_seqlen_k"]
+        checks.is_tensor("cu_seqlens_k", cu_seqlens_k)
+    else:
+        longest = (q.shape[1], k.shape[1]) if q.dim() > 1 < k.dim() else (0, 0)
+    if "max_seqlen" in a or "max_seqlen_q" in a:
+        checks.is_tensor("cu_seqlens_q" if "cu_seqlens_q" in a else "cu_seqlens", cu_seqlens_q)
+    use_softmax, *rest = score
+    if q.dim() == 0 or q.shape[-1] == 0:
+        checks.rank("q", q, checks.DENSE[0] if cu_seqlens_q is None else checks.PACKED[0])
+        checks.heads(1, 1, 0, 1)
+    options = checks.options(
+        q.shape[-1], *longest, a["dropout_p"], a["softmax_scale"], a["causal"], a["window_size"], a["softcap"],
+        a["deterministic"], a["return_attn_probs"], *rest, use_softmax=use_softmax,
+    )  # fmt: skip
+    same = cu_seqlens_k is cu_seqlens_q
+    cu_seqlens_q = _int32("cu_seqlens_q", cu_seqlens_q)
+    return Call(
+        q, k, v, cu_seqlens_q, cu_seqlens_q if same else _int32("cu_seqlens_k", cu_seqlens_k),
+        _int32("seqused_k", a.get("seqused_k")), _int32("leftpad_k", a.get("leftpad_k")),
+        _int32("block_table", a.get("block_table")), _slopes(a["alibi_slopes"]), options,
+    )  # fmt: skip
+
+
+def _cached_call(a: dict, score: tuple) -> Call:
+    if a["return_softmax_lse"]:
+        raise ValueError(
+            "return_softmax_lse=True, but there is no log-sum-exp with use_softmax=False: leave it out; outputs over disjoint "
+            "keys are merged by adding them"
+        )
+    q, k_cache, v_cache, k, v = (a[name] for name in ("q", "k_cache", "v_cache", "k", "v"))
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.is_tensor(name, x)
+    for name, x in (("k", k), ("v", v), ("rotary_cos", a["rotary_cos"]), ("rotary_sin", a["rotary_sin"])):
+        if x is not None:
+            checks.is_tensor(name, x)
+    checks.rank("q", q, checks.DENSE[0])
+    q, k, v = _autocast(q, k, v)
+    block_table, lengths = _int32("block_table", a["block_table"]), a["cache_seqlens"]
+    checks.rank("k_cache", k_cache, (checks.CACHED if block_table is None else checks.PAGED)[1])
+    capacity = k_cache.shape[1] * (1 if block_table is None or block_table.dim() != 2 else block_table.shape[1])
+    use_softmax, *rest = score
+    if q.shape[-1] == 0:
+        checks.heads(1, 1, 0, 1)
+    options = checks.options(
+        q.shape[-1], q.shape[1], capacity, 0.0, a["softmax_scale"], a["causal"], a["window_size"], a["softcap"], False,
+        False, *rest, use_softmax=use_softmax,
+    )  # fmt: skip
+    if lengths is not None and not (isinstance(lengths, torch.Tensor) and lengths.dim() > 0):
+        lengths = torch.full((q.shape[0],), checks.integer("cache_seqlens", lengths), dtype=torch.int32, device=q.device)
+    cache = Cache(
+        k, v, _int32("cache_seqlens", lengths), a["rotary_cos"], a["rotary_sin"], _int32("cache_batch_idx", a["cache_batch_idx"]),
+        checks.flag("rotary_interleaved", a["rotary_interleaved"]), checks.integer("num_splits", a["num_splits"]),
+        options.window_left >= 0 or options.window_right >= 0,
+    )  # fmt: skip
+    return Call(
+        q, k_cache, v_cache, None, None, None, _int32("cache_leftpad", a["cache_leftpad"]), block_table,
+        _slopes(a["alibi_slopes"]), options, cache,
+    )  # fmt: skip
+
+
+def _qkv(a: dict) -> tuple:
+    if "q" in a:
+        checks.is_tensor("q", a["q"])
+    if "qkv" in a:
+        return _parts("qkv", a["qkv"], 3)
+    if "kv" in a:
+        return (a["q"], *_parts("kv", a["kv"], 2))
+    checks.is_tensor("k", a["k"])
+    checks.is_tensor("v", a["v"])
+    return a["q"], a["k"], a["v"]
+
+
+def _parts(name: str, packed: torch.Tensor, count: int) -> tuple:
+    checks.is_tensor(name, packed)
+    if packed.dim() < 3 or packed.shape[-3] != count:
+        raise ValueError(f"{name} has shape {tuple(packed.shape)}, expected {count} as its third axis from the end")
+    return packed.unbind(-3)
+
+
+def _autocast(*tensors: Optional[torch.Tensor]) -> tuple:
+    """What torch.nn.functional.scaled_dot_product_attention does: under autocast all but float64 get its dtype."""
+    kind = tensors[0].device.type
+    if kind not in _SOFTMAX_BACKENDS or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    casts = [x is not None and x.is_floating_point() and x.dtype != torch.float64 for x in tensors]
+    return tuple(x.to(dtype) if cast else x for x, cast in zip(tensors, casts))
+
+
+def _int32(name: str, x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    """int64 becomes int32; another dtype is left for the check to name."""
+    if x is None:
+        return None
+    checks.is_tensor(name, x)
+    if x.dtype == torch.int64:
+        x = x.to(torch.int32)
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _slopes(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    if x is None:
+        return None
+    checks.is_tensor("alibi_slopes", x)
+    return x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _packed_if_jagged(a: dict) -> tuple[dict, Optional[Callable]]:
+    """A dense call of nested tensors (batch, ragged, nheads, head_dim) as a packed one, and what makes its output nested."""
+    first = a.get("q", a.get("qkv"))
+    if not isinstance(first, torch.Tensor) or not first.is_nested:
+        return a, None
+    if first.layout != torch.jagged or "cu_seqlens_q" in a or "cu_seqlens" in a or "k_cache" in a:
+        raise ValueError("nested tensors: pass them in the jagged layout to a function that takes dense ones")
+    packed, offsets = dict(a), {}
+    for name in ("q", "k", "v", "qkv", "kv"):
+        if name in a:
+            x = a[name]
+            if not isinstance(x, torch.Tensor) or not x.is_nested or x.lengths() is not None:
+                raise ValueError(f"{name}: if one tensor is nested all are, in the jagged layout without holes")
+            packed[name], offsets[name] = x.values(), x.offsets()
+    of_q, of_k = offsets.get("q", offsets.get("qkv")), offsets.get("k", offsets.get("kv", offsets.get("qkv")))
+    longest_q = int(of_q.diff().max()) if of_q.numel() > 1 else 0
+    longest_k = longest_q if of_k is of_q else int(of_k.diff().max()) if of_k.numel() > 1 else 0
+    packed.update(cu_seqlens_q=of_q, cu_seqlens_k=of_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k)
+    return packed, lambda out: torch.nested.nested_tensor_from_jagged(out, of_q)

@@ -1,0 +1,511 @@
+"""A call with its derivatives: one autograd.Function, and one pair of operators for whatever follows operators.
+
+A call in eager mode goes without an operator, which would cost the host as much as all the rest. torch.compile,
+torch.export, fake and meta tensors, dispatch modes and tensors with a dispatch of their own meet the operators, whose
+backend is chosen when they run: a choice made while tracing would be a guard on lengths.
+
+With the identity attention is linear in each of q (in dS), k and v, and its three gradients are attention again. So second
+derivatives are sums of forward and backward calls with other tensors in these places, of any order, on every backend. ALiBi
+adds to the scores a constant, which belongs to P alone: to what contains v's place, and to no other term.
+"""
+
+from typing import Any, Optional
+
+import torch
+from torch.autograd import forward_ad
+
+from . import checks
+from .backends import Result
+from .call import TENSORS, Cache, Call, Options, needs_grad
+from .choice import choose, module, wanted
+
+_NAMESPACE = "flash_attn_nosoftmax"
+_CAN_DEFINE = hasattr(torch.library, "infer_schema")  # torch 2.5
+# An argument of another type is a tensor with its own dispatch, or a number that is not known yet.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)))
+
+
+# ---- Without derivatives ----
+
+
+def _module(call: Call, backend: str) -> Any:
+    """The backend of that name; "auto" and "quadratic" are chosen now."""
+    if backend in ("auto", "quadratic"):
+        backend = choose(call, wanted(backend, "auto")).backend
+    return module(backend)
+
+
+def run(call: Call, backend: str) -> Result:
+    """The forward pass, of which no graph is recorded."""
+    if call.q.device.type == "cpu":
+        checks.values(call)
+    return _module(call, backend).forward(call)
+
+
+def run_backward(call: Call, backend: str, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
+    """dq, dk and dv, of which no graph is recorded."""
+    return _module(call, backend).backward(call, dout, rng_state)
+
+
+# ---- With derivatives ----
+
+
+def followed(call: Call) -> bool:
+    """Whether a compiler, a dispatch mode or a tensor's own type is to see which operators are called."""
+    return _CAN_DEFINE and (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
+        or call.q.device.type == "meta"
+        or not _PLAIN.issuperset(map(type, call.tensors))
+        or not _PLAIN.issuperset(map(type, call.options))
+    )
+
+
+def attend(call: Call, backend: str) -> Result:
+    """The forward pass with its derivatives. backend: a name, or "auto" or "quadratic"."""
+    transformed = torch._C._are_functorch_transforms_active()
+    if not transformed and followed(call):
+        out, rng_state, s_dmask = _OPERATORS.forward(*call.tensors, *call.options, backend)
+        return Result(out, *_or_none(call, rng_state, s_dmask))
+    if transformed or needs_grad(call) or forward_ad._current_level >= 0:
+        result = Attention.apply(*call.tensors, call.options, backend)
+        return Result(*result) if isinstance(result, tuple) else Result(result)
+    return run(call, backend)
+
+
+def _or_none(call: Call, rng_state: torch.Tensor, s_dmask: torch.Tensor) -> tuple:
+    dropped = call.options.dropout_p > 0.0
+    return rng_state if dropped else None, s_dmask if dropped and call.options.return_attn_probs else None
+
+
+def gradients(call: Call, backend: str, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
+    """dq, dk and dv with their derivatives."""
+    transformed = torch._C._are_functorch_transforms_active()
+    if not transformed and followed(call):
+        return _OPERATORS.backward(dout, *call.tensors, rng_state, *call.options, backend)
+    if transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return Gradients.apply(dout, *call.tensors, rng_state, call.options, backend)
+    return run_backward(call, backend, dout, rng_state)
+
+
+class Attention(torch.autograd.Function):
+    """(*tensors of a Call, options, backend) -> out, or with dropout a Result."""
+
+    @staticmethod
+    def forward(*inputs):
+        *tensors, options, backend = inputs
+        result = run(Call(*tensors, options), backend)
+        return result.out if options.dropout_p == 0.0 else tuple(result)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.options, ctx.backend = inputs
+        rng_state = None
+        if isinstance(output, tuple):
+            _, rng_state, s_dmask = output
+            ctx.mark_non_differentiable(*[x for x in (rng_state, s_dmask) if x is not None])
+        ctx.set_materialize_grads(False)
+        # Lengths and slopes too: a change of theirs before the backward is noticed.
+        ctx.save_for_backward(*tensors, rng_state)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*tensors, rng_state)
+
+    @staticmethod
+    def backward(ctx, dout, *_):
+        if dout is None:
+            return (None,) * (TENSORS + 2)
+        *tensors, rng_state = ctx.saved_tensors
+        grads = gradients(Call(*tensors, ctx.options), ctx.backend, dout, rng_state)
+        return *grads, *(None,) * (TENSORS - 1)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        *tensors, _ = ctx.saved_tensors
+        call = Call(*tensors, ctx.options)
+        _linear_only(call, "a forward derivative")
+        out = _tangent(call, ctx.backend, *tangents[:3])
+        return out if call.options.dropout_p == 0.0 else (out, None, None)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        *tensors, options, backend = inputs
+        call = _folded(info.batch_size, in_dims, tensors, options)
+        return attend(call, backend).out.unflatten(0, (info.batch_size, -1)), 0
+
+
+class Gradients(torch.autograd.Function):
+    """(dout, *tensors of a Call, rng_state, options, backend) -> dq, dk, dv."""
+
+    @staticmethod
+    def forward(dout, *inputs):
+        *tensors, rng_state, options, backend = inputs
+        return tuple(run_backward(Call(*tensors, options), backend, dout, rng_state))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        dout, *tensors, rng_state, ctx.options, ctx.backend = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dout, *tensors)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(dout, *tensors)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        dout, *tensors = ctx.saved_tensors
+        return *_second(Call(*tensors, ctx.options), ctx.backend, dout, cotangents), *(None,) * TENSORS
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        dout, *tensors = ctx.saved_tensors
+        call = Call(*tensors, ctx.options)
+        _linear_only(call, "a second derivative")
+        return _tangents_of_gradients(call, ctx.backend, dout, *tangents[:4])
+
+    @staticmethod
+    def vmap(info, in_dims, dout, *inputs):
+        *tensors, _, options, backend = inputs
+        call = _folded(info.batch_size, in_dims[1:], tensors, options)
+        grads = gradients(call, backend, _fold(info.batch_size, in_dims[0], dout), None)
+        return tuple(grad.unflatten(0, (info.batch_size, -1)) for grad in grads), (0, 0, 0)
+
+
+def _linear_only(call: Call, what: str) -> None:
+    """Raises RuntimeError if the derivative would need more than forward and backward calls."""
+    o = call.options
+    if o.activation != "identity":
+        reason = f"activation={o.activation!r}"
+    elif o.softcap > 0.0:
+        reason = f"softcap={o.softcap}"
+    elif o.dropout_p > 0.0:
+        reason = f"dropout_p={o.dropout_p}"
+    else:
+        return
+    raise RuntimeError(
+        f'{what} of attention without softmax with {reason}: it is there for activation="identity" without softcap and dropout'
+    )
+
+
+def _sum(*terms: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    given = [x for x in terms if x is not None]
+    if not given:
+        return None
+    total = given[0]
+    for x in given[1:]:
+        total = total + x
+    return total
+
+
+def _forward_of(call: Call, backend: str, **places: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    """Attention with other tensors as q, k or v; None if one of them is. ALiBi is for what stands in v's place alone."""
+    if any(x is None for x in places.values()):
+        return None
+    call = call._replace(**places) if "v" in places else call._replace(alibi_slopes=None, **places)
+    return attend(call, backend).out
+
+
+def _backward_of(call: Call, backend: str, dout: Optional[torch.Tensor], **places: Optional[torch.Tensor]) -> tuple:
+    """The same for the gradients."""
+    if dout is None or any(x is None for x in places.values()):
+        return None, None, None
+    call = call._replace(**places) if not places or "v" in places else call._replace(alibi_slopes=None, **places)
+    return gradients(call, backend, dout, None)
+
+
+def _tangent(call: Call, backend: str, tangent_q, tangent_k, tangent_v) -> torch.Tensor:
+    """The change of the output: attention is linear in each of the three."""
+    terms = (
+        _forward_of(call, backend, q=tangent_q), _forward_of(call, backend, k=tangent_k), _forward_of(call, backend, v=tangent_v)
+    )  # fmt: skip
+    total = _sum(*terms)
+    return call.q.new_zeros(*call.q.shape[:-1], call.v.shape[-1]) if total is None else total
+
+
+def _second(call: Call, backend: str, dout: torch.Tensor, cotangents: tuple) -> tuple:
+    """The gradients of <gq, dq> + <gk, dk> + <gv, dv> by dout, q, k and v, with (gq, gk, gv) the cotangents.
+
+    Each of the three products is the sum over all visible i, j of scale (dO_i . v_j) (q_i . k_j), with gq in q's place, gk in
+    k's or gv in v's: so each of the others is the attention, or the gradient of one, with that tensor in that place.
+    """
+    _linear_only(call, "a second derivative")
+    gq, gk, gv = cotangents
+    ddout = _sum(
+        _forward_of(call, backend, q=gq), _forward_of(call, backend, k=gk), _forward_of(call, backend, v=gv)
+    )  # fmt: skip
+    _, k_by_q, v_by_q = _backward_of(call, backend, dout, q=gq)
+    q_by_k, _, v_by_k = _backward_of(call, backend, dout, k=gk)
+    q_by_v, k_by_v, _ = _backward_of(call, backend, dout, v=gv)
+    return ddout, _sum(q_by_k, q_by_v), _sum(k_by_q, k_by_v), _sum(v_by_q, v_by_k)
+
+
+def _tangents_of_gradients(call: Call, backend: str, dout, tangent_dout, tangent_q, tangent_k, tangent_v) -> tuple:
+    """The changes of dq, dk and dv, each of which is linear in dout and in the two tensors that it is not the gradient of."""
+    q0, k0, v0 = _backward_of(call, backend, tangent_dout)
+    _, k1, v1 = _backward_of(call, backend, dout, q=tangent_q)
+    q2, _, v2 = _backward_of(call, backend, dout, k=tangent_k)
+    q3, k3, _ = _backward_of(call, backend, dout, v=tangent_v)
+    totals = _sum(q0, q2, q3), _sum(k0, k1, k3), _sum(v0, v1, v2)
+    return tuple(torch.zeros_like(x) if total is None else total for x, total in zip(call.tensors, totals))
+
+
+def _fold(count: int, dim: Optional[int], x: torch.Tensor) -> torch.Tensor:
+    """x with the axis `dim` of vmap joined to the batch, its first axis."""
+    x = x.unsqueeze(0).expand(count, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
+
+
+def _folded(count: int, in_dims: tuple, tensors: list, options: Options) -> Call:
+    """The call of all entries of a vmap over a dense call."""
+    call = Call(*tensors, options)
+    if options.dropout_p > 0.0:
+        raise RuntimeError(f"vmap of attention with dropout_p={options.dropout_p}: its mask can't be drawn for each entry, leave it out")
+    if call.varlen:
+        raise RuntimeError("vmap of a packed call: pack the entries into one call, with cu_seqlens of all")
+    q, k, v = (_fold(count, dim, x) for dim, x in zip(in_dims, call.tensors[:3]))
+    slopes, dim = call.alibi_slopes, in_dims[TENSORS - 1]
+    if slopes is not None and (dim is not None or slopes.dim() == 2):
+        slopes = slopes.unsqueeze(0).expand(count, *slopes.shape) if dim is None else slopes.movedim(dim, 0)
+        if slopes.dim() == 2:
+            slopes = slopes.unsqueeze(1).expand(count, q.shape[0] // count, -1)
+        slopes = slopes.flatten(0, 1)
+    return call._replace(q=q, k=k, v=v, alibi_slopes=slopes)
+
+
+# ---- As operators ----
+
+
+class _Operators:
+    """forward, backward and kvcache as torch.ops.flash_attn_nosoftmax has them; set below."""
+
+    forward: Any
+    backward: Any
+    kvcache: Any
+
+
+_OPERATORS = _Operators()
+
+
+def _operator(name: str, mutates: tuple = ()) -> Any:
+    """Defines an operator. torch.library.custom_op would do the same, and at each call things that are not needed here."""
+
+    def define(function):
+        if _CAN_DEFINE:
+            qualified = f"{_NAMESPACE}::{name}"
+            schema = torch.library.infer_schema(function, mutates_args=mutates)
+            torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.impl(qualified, ("cpu", "cuda"), function)
+            setattr(_Operators, name, getattr(getattr(torch.ops, _NAMESPACE), name).default)
+        return function
+
+    return define
+
+
+def _fake(name: str) -> Any:
+    return torch.library.register_fake(f"{_NAMESPACE}::{name}") if _CAN_DEFINE else lambda function: function
+
+
+@_operator("forward")
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: Optional[torch.Tensor],
+    cu_seqlens_k: Optional[torch.Tensor],
+    seqused_k: Optional[torch.Tensor],
+    leftpad_k: Optional[torch.Tensor],
+    block_table: Optional[torch.Tensor],
+    alibi_slopes: Optional[torch.Tensor],
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    deterministic: bool,
+    return_attn_probs: bool,
+    activation: str,
+    sigmoid_bias: Optional[float],
+    normalization: Optional[str],
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    options = Options(
+        max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, window_left, window_right, softcap, deterministic,
+        return_attn_probs, activation, sigmoid_bias, normalization,
+    )  # fmt: skip
+    call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, options)
+    out, rng_state, s_dmask = run(call, backend)
+    rng_state = q.new_empty(0, dtype=torch.int64) if rng_state is None else rng_state.to(q.device)
+    return out.contiguous(), rng_state, q.new_empty(0) if s_dmask is None else s_dmask
+
+
+def _split(arguments: tuple) -> tuple[Call, str]:
+    """The call and the backend in the arguments of an operator."""
+    *tensors, backend = arguments
+    return Call(*tensors[:TENSORS], Options(*tensors[TENSORS:])), backend
+
+
+def _round128(length: int) -> int:
+    return (length + 127) // 128 * 128
+
+
+@_fake("forward")
+def _(*arguments):
+    call, _ = _split(arguments)
+    q, o = call.q, call.options
+    rng_state = q.new_empty(2 if o.dropout_p > 0.0 else 0, dtype=torch.int64)
+    s_dmask = q.new_empty(0)
+    if o.return_attn_probs and o.dropout_p > 0.0:
+        s_dmask = q.new_empty(call.batch, q.shape[-2], _round128(o.max_seqlen_q), _round128(o.max_seqlen_k))
+    return q.new_empty(*q.shape[:-1], call.v.shape[-1]), rng_state, s_dmask
+
+
+@_operator("backward")
+def _backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: Optional[torch.Tensor],
+    cu_seqlens_k: Optional[torch.Tensor],
+    seqused_k: Optional[torch.Tensor],
+    leftpad_k: Optional[torch.Tensor],
+    block_table: Optional[torch.Tensor],
+    alibi_slopes: Optional[torch.Tensor],
+    rng_state: Optional[torch.Tensor],
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    deterministic: bool,
+    return_attn_probs: bool,
+    activation: str,
+    sigmoid_bias: Optional[float],
+    normalization: Optional[str],
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    options = Options(
+        max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, window_left, window_right, softcap, deterministic,
+        return_attn_probs, activation, sigmoid_bias, normalization,
+    )  # fmt: skip
+    call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, options)
+    dq, dk, dv = run_backward(call, backend, dout, rng_state)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@_fake("backward")
+def _(dout, q, k, v, *options):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _keep_for_backward(ctx, inputs, output):
+    ctx.call, ctx.backend = None, inputs[-1]
+    call, _ = _split(inputs)
+    ctx.options = call.options
+    ctx.save_for_backward(*call.tensors, output[1])
+    ctx.count = len(inputs)
+
+
+def _derive(ctx, dout, *_):
+    *tensors, rng_state = ctx.saved_tensors
+    call = Call(*tensors, ctx.options)
+    grads = gradients(call, ctx.backend, dout, rng_state if call.options.dropout_p > 0.0 else None)
+    return *grads, *(None,) * (ctx.count - 3)
+
+
+def _keep_for_second(ctx, inputs, output):
+    dout, *tensors = inputs[: 1 + TENSORS]
+    ctx.options, ctx.backend, ctx.count = Options(*inputs[2 + TENSORS : -1]), inputs[-1], len(inputs)
+    ctx.save_for_backward(dout, *tensors)
+
+
+def _derive_again(ctx, *cotangents):
+    dout, *tensors = ctx.saved_tensors
+    return *_second(Call(*tensors, ctx.options), ctx.backend, dout, cotangents), *(None,) * (ctx.count - 4)
+
+
+if _CAN_DEFINE:
+    torch.library.register_autograd(f"{_NAMESPACE}::forward", _derive, setup_context=_keep_for_backward)
+    torch.library.register_autograd(f"{_NAMESPACE}::backward", _derive_again, setup_context=_keep_for_second)
+
+
+# ---- A cache ----
+
+
+class _WithoutBackward(torch.autograd.Function):
+    """The output of a cache, whose gradient nobody computes: asking for it is an error and no silent None."""
+
+    @staticmethod
+    def forward(ctx, out, *inputs):
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, dout):
+        raise RuntimeError(
+            "flash_attn_with_kvcache has no backward: call it under torch.no_grad(), or use flash_attn_func for training"
+        )
+
+
+def attend_cached(call: Call, backend: str) -> torch.Tensor:
+    """The output of a call with a cache, to which new keys and values have been appended in place."""
+    given = call.cache
+    if followed(call) or not _PLAIN.issuperset(map(type, given)):
+        return _OPERATORS.kvcache(
+            call.q, call.k, call.v, *given[:6], call.leftpad_k, call.block_table, call.alibi_slopes, *given[6:], *call.options, backend
+        )
+    inputs = (call.q, given.k, given.v)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        with torch.no_grad():
+            out = run(call, backend).out
+        return _WithoutBackward.apply(out, *inputs)
+    return run(call, backend).out
+
+
+@_operator("kvcache", mutates=("k_cache", "v_cache"))
+def _kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: Optional[torch.Tensor],
+    v: Optional[torch.Tensor],
+    cache_seqlens: Optional[torch.Tensor],
+    rotary_cos: Optional[torch.Tensor],
+    rotary_sin: Optional[torch.Tensor],
+    cache_batch_idx: Optional[torch.Tensor],
+    cache_leftpad: Optional[torch.Tensor],
+    block_table: Optional[torch.Tensor],
+    alibi_slopes: Optional[torch.Tensor],
+    rotary_interleaved: bool,
+    num_splits: int,
+    steps: bool,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    deterministic: bool,
+    return_attn_probs: bool,
+    activation: str,
+    sigmoid_bias: Optional[float],
+    normalization: Optional[str],
+    backend: str,
+) -> torch.Tensor:
+    options = Options(
+        max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, window_left, window_right, softcap, deterministic,
+        return_attn_probs, activation, sigmoid_bias, normalization,
+    )  # fmt: skip
+    cache = Cache(
+        k, v, cache_seqlens, rotary_cos, rotary_sin, cache_batch_idx, rotary_interleaved, num_splits, steps
+    )  # fmt: skip
+    call = Call(q, k_cache, v_cache, None, None, None, cache_leftpad, block_table, alibi_slopes, options, cache)
+    return run(call, backend).out.contiguous()
+
+
+@_fake("kvcache")
+def _(q, k_cache, v_cache, *arguments):
+    return q.new_empty(*q.shape[:-1], v_cache.shape[-1])

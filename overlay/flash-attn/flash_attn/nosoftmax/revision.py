@@ -1,0 +1,3 @@
+"""The revision of this patch set: both wheels have it, and two that talk to each other have the same."""
+
+REVISION = 2
