@@ -26,7 +26,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "scores: tests what happens to the scores, which the linear algorithm does not form")
-    config.addinivalue_line("markers", "case(*numbers): the numbered regression cases (cases.py) that this test covers")
 
 
 def pytest_report_header() -> str:

@@ -7,14 +7,11 @@ import torch
 
 from measure import compare, gradients, qkv, slopes
 
-case = pytest.mark.case
 
-
-@case(7)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(113, 203), (203, 113), (16, 16), (1, 20)])
 def test_bias(attention, causal, seqlen_q, seqlen_k):
-    """Case 7: softmax forgives a bias that is off by a constant per row; without it the value itself counts."""
+    """Softmax forgives a bias that is off by a constant per row; without it the value itself counts."""
     q, k, v = qkv(attention, 1, seqlen_q, seqlen_k)
     compare(attention, q, k, v, causal=causal, alibi_slopes=slopes(attention, 2, size=0.05))
 
@@ -32,16 +29,14 @@ def test_window_and_softcap(attention):
     compare(attention, q, k, v, window_size=(5, 4), softcap=2.0, alibi_slopes=slopes(attention, 2))
 
 
-@case(24)
 def test_softcap(attention):
-    """Case 24: softcap and ALiBi together."""
+    """Softcap and ALiBi together."""
     q, k, v = qkv(attention, 2, 20, 24, size=3)
     compare(attention, q, k, v, causal=True, softcap=2.0, alibi_slopes=slopes(attention, 2))
 
 
-@case(8)
 def test_bias_reaches_dv_alone(attention):
-    """Case 8: for linear f the gradients of q and k don't see the bias; dV does, with the bias of the forward."""
+    """For linear f the gradients of q and k don't see the bias; dV does, with the bias of the forward."""
     q, k, v = qkv(attention, 1, 40, 50)
     plain = dict(causal=True, deterministic=True)
     bias = dict(plain, alibi_slopes=slopes(attention, 2))
@@ -58,9 +53,8 @@ def test_nonlinear_functions(attention, activation):
     compare(attention, q, k, v, causal=True, activation=activation, alibi_slopes=slopes(attention, 2))
 
 
-@case(9)
 def test_bias_that_overflows_past_the_last_query(attention):
-    """Case 9: float16, the bias is in range for all 97 queries; rows that only a padded tile has must not spoil dV."""
+    """float16: the bias is in range for all 97 queries; rows that only a padded tile has must not spoil dV."""
     q, k, v = qkv(attention, 1, 97, 97, nheads=1, head_dim=16, dtype=torch.float16)
     v = v * 1e-3
     slope = torch.full((1,), 670.0, device=attention.device)

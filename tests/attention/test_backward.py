@@ -14,8 +14,6 @@ from torch import Tensor
 from measure import NAMES, assert_same, gradients, integers, poison_allocator, qkv, randn
 from test_functions import FUNCTIONS
 
-case = pytest.mark.case
-
 PIECES = {
     "causal": dict(causal=True),
     "window": dict(window_size=(2, 1)),
@@ -45,35 +43,31 @@ def gradcheck(attention, nheads_k: int = 1, **options) -> None:
     assert torch.autograd.gradcheck(run, (q, k, v), fast_mode=True)
 
 
-@case(31)
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_gradcheck_pairs(attention, device, pair):
-    """Case 31: finite differences for each pair of options that may be combined, with grouped heads."""
+    """Finite differences for each pair of options that may be combined, with grouped heads."""
     only_wide(device)
     gradcheck(attention, **PIECES[pair[0]], **PIECES[pair[1]])
 
 
-@case(31)
 @pytest.mark.parametrize("name", PIECES)
 @pytest.mark.parametrize("function", FUNCTIONS[1:], ids=lambda f: "-".join(map(str, f.values())))
 def test_gradcheck_functions(attention, device, function, name):
-    """Case 31: finite differences for each activation with each option."""
+    """Finite differences for each activation with each option."""
     only_wide(device)
     gradcheck(attention, **function, **PIECES[name])
 
 
-@case(31)
 @pytest.mark.parametrize("name", [name for name in PIECES if not name.startswith("1/")])
 def test_gradcheck_softmax(attention, device, name):
-    """Case 31: with softmax on."""
+    """With softmax on."""
     only_wide(device)
     gradcheck(attention, use_softmax=True, **PIECES[name])
 
 
-@case(23)
 @pytest.mark.parametrize("options", [dict(causal=True), dict(dropout_p=0.2), dict(softcap=2.0)], ids=str)
 def test_deterministic(attention, options):
-    """Case 23: twice bit for bit the same, from poisoned memory, and the same as without the flag up to rounding."""
+    """Twice bit for bit the same, from poisoned memory, and the same as without the flag up to rounding."""
     q, k, v = qkv(attention, 2, 130, 150, nheads=4, nheads_k=2)
 
     def run(deterministic: bool) -> tuple[Tensor, ...]:
@@ -87,9 +81,8 @@ def test_deterministic(attention, options):
         assert_same(name, c, a)
 
 
-@case(29)
 def test_without_dropout_nothing_else_is_returned(attention):
-    """Case 29: no log-sum-exp and no mask: empty, never uninitialised; and a second run is bit for bit the same."""
+    """No log-sum-exp and no mask: empty, never uninitialised; and a second run is bit for bit the same."""
     q, k, v = qkv(attention, 2, 33, 41)
     first, again = (attention.dense(q, k, v, causal=True, return_attn_probs=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
@@ -97,9 +90,8 @@ def test_without_dropout_nothing_else_is_returned(attention):
     assert lse.shape == mask.shape == (0,) and lse.dtype == torch.float32
 
 
-@case(35)
 def test_saved_for_backward(attention):
-    """Case 35: q, k, v and the state of the generator are kept; neither the output nor a log-sum-exp."""
+    """q, k, v and the state of the generator are kept; neither the output nor a log-sum-exp."""
     q, k, v = (x.requires_grad_() for x in qkv(attention, 2, 64, 96, nheads=4, nheads_k=2, head_dim=16))
     bytes_saved = {}
     for use_softmax in (False, True):
@@ -128,10 +120,9 @@ print(peak() - before)
 """
 
 
-@case(35)
 @pytest.mark.parametrize("algorithm", ["quadratic", "linear"])
 def test_memory_grows_with_the_length_not_its_square(device, algorithm):
-    """Case 35: forward and backward over 8192 tokens and 2 heads; one matrix of scores would be 512 MiB."""
+    """Forward and backward over 8192 tokens and 2 heads; one matrix of scores would be 512 MiB."""
     if device != "cpu":
         pytest.skip("measures the memory of a CPU process")
     probe = [sys.executable, "-c", MEMORY_PROBE.format(seqlen=8192, algorithm=algorithm)]
@@ -139,9 +130,8 @@ def test_memory_grows_with_the_length_not_its_square(device, algorithm):
     assert mebibytes < 100, f"peak memory grew by {mebibytes:.0f} MiB"
 
 
-@case(36)
 def test_packed_views(attention):
-    """Case 36: qkv and kv in one tensor are views with gaps; the gradients land in one tensor of the same layout."""
+    """qkv and kv in one tensor are views with gaps; the gradients land in one tensor of the same layout."""
     q, k, v = qkv(attention, 2, 20, 20, nheads=4)
     dout = randn(*q.shape, seed=99, like=attention)
     expected = gradients(lambda *x: attention.dense(*x, causal=True), q, k, v, dout=dout)
@@ -164,9 +154,8 @@ def test_packed_views(attention):
             assert_same(name, a, b)
 
 
-@case(36)
 def test_strided_inputs(attention):
-    """Case 36: q, k, v and dout cut out of larger tensors, heads before tokens; a dout that is one number expanded."""
+    """q, k, v and dout cut out of larger tensors, heads before tokens; a dout that is one number expanded."""
     q, k, v = qkv(attention, 2, 20, 24, nheads=2)
 
     def run(*tensors, dout):

@@ -7,8 +7,6 @@ import torch
 
 from measure import NAMES, assert_close, gradients, qkv, randn, reference, slopes
 
-case = pytest.mark.case
-
 P = 0.17
 
 
@@ -30,16 +28,14 @@ def compare_dropped(attention, q, k, v, dropout_p: float = P, seed: int = 1, **o
     return masks[0]
 
 
-@case(4, 5)
 @pytest.mark.parametrize("causal", [False, True])
 def test_signed_scores(attention, causal):
-    """Cases 4, 5: dropped means 0 whatever the sign, in the backward too, and the rest is scaled by 1 / (1 - p)."""
+    """Dropped means 0 whatever the sign, in the backward too, and the rest is scaled by 1 / (1 - p)."""
     compare_dropped(attention, *qkv(attention, 2, 33, 41), causal=causal)
 
 
-@case(4)
 def test_all_scores_negative(attention):
-    """Case 4: a kernel that reads the mask from the sign of P drops everything here."""
+    """A kernel that reads the mask from the sign of P drops everything here."""
     q, k, v = qkv(attention, 2, 33, 41)
     compare_dropped(attention, q.abs(), -k.abs(), v)
 
@@ -78,15 +74,13 @@ def test_zero_query_with_dropout(attention):
     compare_dropped(attention, q, k, v)
 
 
-@case(6)
 def test_forward_and_backward_agree_across_blocks(attention):
-    """Case 6: dV = r (Z∘P)ᵀ dO with the mask of the forward, for more queries and keys than one block holds."""
+    """dV = r (Z∘P)ᵀ dO with the mask of the forward, for more queries and keys than one block holds."""
     compare_dropped(attention, *qkv(attention, 1, 300, 521, nheads=2, head_dim=16), dropout_p=0.5)
 
 
-@case(5)
 def test_fraction_kept(attention):
-    """Case 5: within 1 % of 1 - p, the same from row to row and key to key."""
+    """Within 1 % of 1 - p, the same from row to row and key to key."""
     q, k, v = qkv(attention, 1, 256, 256, nheads=2, head_dim=8)
     _, keep = attention.dropped(q, k, v, P, 3)
     assert abs(keep.double().mean().item() - (1 - P)) < 0.01
@@ -104,9 +98,8 @@ def test_rows_and_keys_are_independent(attention):
         assert correlation.abs().max() < 0.45  # seven standard deviations
 
 
-@case(6)
 def test_mask_does_not_depend_on_softmax(attention):
-    """Case 6: the seed and the position decide, with softmax and without."""
+    """The seed and the position decide, with softmax and without."""
     q, k, v = qkv(attention, 2, 130, 140)
     with_softmax, without = (attention.dropped(q, k, v, P, 5, use_softmax=on)[1] for on in (True, False))
     assert torch.equal(with_softmax, without)
@@ -120,9 +113,8 @@ def test_seed_decides(attention):
     assert not torch.equal(first[1], other[1])
 
 
-@case(5)
 def test_keep_mask_is_plus_or_minus_one(attention, device):
-    """Case 5: S_dmask is a keep mask of q's dtype: +1 kept, -1 dropped, 0 outside the sequence."""
+    """S_dmask is a keep mask of q's dtype: +1 kept, -1 dropped, 0 outside the sequence."""
     q, k, v = qkv(attention, 2, 33, 41)
     _, lse, mask = attention.dense(q, k, v, dropout_p=P, return_attn_probs=True)
     assert lse.shape == (0,) and lse.dtype == torch.float32

@@ -12,8 +12,6 @@ from measure import NAMES, gradients, integers, poisoned, qkv, randn, slopes
 from oracle import Options, visibility
 from test_kvcache import CAPACITY, LENGTHS, caches, step
 
-case = pytest.mark.case
-
 FUNCTIONS = ["identity", "relu", "relu2", "sigmoid", "silu"]
 
 
@@ -29,19 +27,17 @@ def test_masked_entries(attention, activation):
     assert_finite(*gradients(lambda *x: attention.dense(*x, causal=True, activation=activation), q, k, v))
 
 
-@case(11)
 @pytest.mark.parametrize("normalization", [None, "1/n", "1/visible", "1/sqrt(n)"])
 def test_rows_without_keys(attention, normalization):
-    """Case 11: no key, nothing to divide by: the row is 0, not 0/0."""
+    """No key, nothing to divide by: the row is 0, not 0/0."""
     q, k, v = qkv(attention, seqlen_q=9, seqlen_k=3)
     out, *rest = gradients(lambda *x: attention.dense(*x, causal=True, normalization=normalization), q, k, v)
     assert_finite(out, *rest)
     assert not out[:, :6].any()
 
 
-@case(3)
 def test_zero_queries(attention):
-    """Case 3: visible scores of exactly 0 next to masked ones: finite, and the gradient does not vanish."""
+    """Visible scores of exactly 0 next to masked ones: finite, and the gradient does not vanish."""
     q, k, v = qkv(attention, seqlen_q=9, seqlen_k=9)
     q[:, 4] = 0
     out, dq, dk, dv = gradients(lambda *x: attention.dense(*x, causal=True), q, k, v)
@@ -49,11 +45,10 @@ def test_zero_queries(attention):
     assert dq[:, 4].all()
 
 
-@case(10)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("seqlen_k", [1, 2, 5, 17])
 def test_poisoned_padding(attention, seqlen_k, value):
-    """Case 10: NaN or Inf past seqused_k and before leftpad_k; a mask that multiplies by 0 lets it through."""
+    """NaN or Inf past seqused_k and before leftpad_k; a mask that multiplies by 0 lets it through."""
     q, k, v = (randn(40, 2, 8, seed=i, like=attention) for i in range(3))
     hidden = torch.ones(40, dtype=torch.bool)
     hidden[2 : 2 + seqlen_k] = hidden[20 + 3 : 20 + 3 + seqlen_k] = False
@@ -68,10 +63,9 @@ def test_poisoned_padding(attention, seqlen_k, value):
     assert torch.equal(*results)
 
 
-@case(13)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_poisoned_outside_every_window(attention, value):
-    """Case 13: keys that no window reaches, through forward and backward."""
+    """Keys that no window reaches, through forward and backward."""
     q, k, v = qkv(attention, seqlen_q=5, seqlen_k=90, nheads=1)
     hidden = ~visibility(5, 90, Options(window_size=(6, 3))).any(0)
     results = []
@@ -138,10 +132,9 @@ def test_poisoned_pages(attention):
     assert torch.equal(*results)
 
 
-@case(27)
 @pytest.mark.scores
 def test_weights_saturate_in_float16(attention):
-    """Case 27: a third of the scores is beyond 65504; they count as ±65504, and nothing is Inf - Inf."""
+    """A third of the scores is beyond 65504; they count as ±65504, and nothing is Inf - Inf."""
     q, k, v = qkv(attention, 1, 64, 64, head_dim=64, dtype=torch.float16, size=60)
     v = v * 1e-5
     out, *rest = gradients(lambda *x: attention.dense(*x, causal=True, softmax_scale=1.0), q, k, v)
@@ -151,10 +144,9 @@ def test_weights_saturate_in_float16(attention):
     assert ((p.abs() == 65504).sum() > 100) and (out.cpu() - expected).abs().max() <= 2e-3 * expected.abs().max()
 
 
-@case(27)
 @pytest.mark.scores
 def test_weight_gradients_saturate_in_float16(attention):
-    """Case 27: so do those dS = dO·v that are beyond 65504, whether a kernel scales them before or after it rounds them."""
+    """So do those dS = dO·v that are beyond 65504, whether a kernel scales them before or after it rounds them."""
     q, k, v = qkv(attention, 1, 64, 64, head_dim=64, dtype=torch.float16, size=60)
     k = k * 1e-5
     dout = randn(*q.shape, seed=99, like=attention, dtype=torch.float16, size=800)
@@ -169,9 +161,8 @@ def test_weight_gradients_saturate_in_float16(attention):
     assert min(errors) <= 2e-3
 
 
-@case(27)
 def test_weights_do_not_saturate_in_bfloat16(attention):
-    """Case 27: bfloat16 has the range."""
+    """bfloat16 has the range."""
     q, k, v = qkv(attention, 1, 64, 64, head_dim=64, dtype=torch.bfloat16, size=60)
     v = v * 1e-5
     out = attention.dense(q, k, v, causal=True, softmax_scale=1.0)
@@ -181,7 +172,6 @@ def test_weights_do_not_saturate_in_bfloat16(attention):
     assert (out.cpu() - expected).abs().max() <= 1.6e-2 * expected.abs().max()
 
 
-@case(27)
 @pytest.mark.parametrize(
     "options", [dict(), dict(softcap=50.0), dict(normalization="1/n"), dict(normalization="1/visible")], ids=str
 )
@@ -190,7 +180,7 @@ def test_weights_do_not_saturate_in_bfloat16(attention):
     "dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"]
 )
 def test_largest_inputs(attention, dtype, largest, activation, options):
-    """Case 27: every input at the largest size that the contract allows, of both signs: no NaN, no Inf."""
+    """Every input at the largest size that the contract allows, of both signs: no NaN, no Inf."""
     q, k, v = (x.sign() * largest for x in qkv(attention, 1, 40, 48, nheads=2, head_dim=64, dtype=dtype))
     dout = torch.full_like(q, largest)
     dout[:, ::2] *= -1
@@ -198,23 +188,21 @@ def test_largest_inputs(attention, dtype, largest, activation, options):
     assert_finite(*gradients(lambda *x: attention.dense(*x, **options), q, k, v, dout=dout))
 
 
-@case(27)
 @pytest.mark.parametrize("activation", ["identity", "relu2"])
 @pytest.mark.parametrize(
     "dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"]
 )
 def test_largest_inputs_in_several_blocks(attention, dtype, largest, activation):
-    """Case 27: one block's sum of Inf and the next one's of -Inf would be NaN."""
+    """One block's sum of Inf and the next one's of -Inf would be NaN."""
     q, k, v, dout = (randn(1, 600, 1, 64, seed=i, like=attention, dtype=dtype).sign() * largest for i in range(4))
     assert_finite(*gradients(lambda *x: attention.dense(*x, activation=activation), q, k, v, dout=dout))
 
 
-@case(27)
 @pytest.mark.parametrize(
     "dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"]
 )
 def test_largest_inputs_that_all_agree(attention, dtype, largest):
-    """Case 27: every input of one sign: outputs saturate at the largest number."""
+    """Every input of one sign: outputs saturate at the largest number."""
     q, k, v = (torch.full_like(x, largest) for x in qkv(attention, 1, 40, 48, nheads=2, head_dim=64, dtype=dtype))
     results = gradients(
         lambda *x: attention.dense(*x, alibi_slopes=slopes(attention, 2)), q, k, v, dout=torch.full_like(q, largest)

@@ -7,20 +7,16 @@ import torch
 
 from measure import NAMES, assert_same, compare, compare_output, gradients, qkv, randn, slopes
 
-case = pytest.mark.case
 
-
-@case(21)
 @pytest.mark.parametrize("nheads_k", [1, 2, 6])
 @pytest.mark.parametrize("options", [dict(causal=True), dict(window_size=(4, 3), softcap=3.0), dict(activation="silu")])
 def test_groups(attention, nheads_k, options):
-    """Case 21, forward and backward."""
+    """Forward and backward."""
     compare(attention, *qkv(attention, 2, 17, 21, nheads=6, nheads_k=nheads_k), **options)
 
 
-@case(21)
 def test_groups_equal_repeated_heads(attention):
-    """Case 21: the same as repeating k and v, whose gradients then add up."""
+    """The same as repeating k and v, whose gradients then add up."""
     q, k, v = qkv(attention, 2, 17, 21, nheads=6, nheads_k=2)
 
     def repeated(q, k, v):
@@ -32,36 +28,32 @@ def test_groups_equal_repeated_heads(attention):
         assert_same(name, a, b)
 
 
-@case(20)
 @pytest.mark.parametrize("nheads_k", [1, 2])
 @pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(window_size=(4, 0)), dict(alibi=True)])
 def test_one_query(attention, nheads_k, options):
-    """Case 20: a kernel may treat the heads of a group as queries; their order must survive that."""
+    """A kernel may treat the heads of a group as queries; their order must survive that."""
     options = dict(options)
     if options.pop("alibi", False):
         options["alibi_slopes"] = slopes(attention, 6)
     compare(attention, *qkv(attention, 2, 1, 21, nheads=6, nheads_k=nheads_k), **options)
 
 
-@case(20)
 def test_one_query_varlen(attention):
-    """Case 20, packed."""
+    """Packed."""
     q, k, v = (randn(total, h, 8, seed=total + h, like=attention) for total, h in ((3, 6), (20, 2), (20, 2)))
     compare(attention, q, k, v, method="varlen", lengths_q=[1, 1, 1], lengths_k=[4, 9, 7])
 
 
-@case(20)
 @pytest.mark.parametrize("causal", [False, True])
 def test_one_query_kvcache(attention, causal):
-    """Case 20, decoding."""
+    """Decoding."""
     q, k, v = qkv(attention, 2, 1, 40, nheads=6, nheads_k=2)
     lengths = torch.tensor([11, 40], dtype=torch.int32, device=attention.device)
     compare_output(attention, q, k, v, method="kvcache", cache_seqlens=lengths, causal=causal)
 
 
-@case(21)
 def test_group_sum_in_float16(attention):
-    """Case 21: dV is +90510 from one head and -90510 from the other: out of range, but their sum is 0."""
+    """dV is +90510 from one head and -90510 from the other: out of range, but their sum is 0."""
     q, k, v, dout = (torch.ones(1, 16, h, 8, dtype=torch.float16, device=attention.device) for h in (2, 1, 1, 2))
     q[:, :, 0], q[:, :, 1] = 10, -10
     *_, dv = gradients(attention.dense, q, k, v, dout=dout * 200)

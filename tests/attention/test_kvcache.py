@@ -8,8 +8,6 @@ import torch
 from measure import assert_close, assert_same, compare_output, integers, on_cpu, poison_allocator, qkv, randn, slopes
 from oracle import Oracle
 
-case = pytest.mark.case
-
 CAPACITY = 64
 LENGTHS = (11, 0, 50)
 
@@ -37,47 +35,42 @@ def check(attention, q, k_cache, v_cache, *new, **arguments) -> None:
         assert_close(name, actual, expected)
 
 
-@case(18)
 @pytest.mark.parametrize(
     "options", [dict(), dict(causal=True), dict(window_size=(7, 2)), dict(causal=True, window_size=(5, -1))], ids=str
 )
 @pytest.mark.parametrize("seqlen", [1, 3])
 def test_append(attention, seqlen, options):
-    """Case 18: new keys go to the end of each sequence, in place, and are seen at once."""
+    """New keys go to the end of each sequence, in place, and are seen at once."""
     q, *new = step(attention, seqlen)
     check(attention, q, *caches(attention), *new, cache_seqlens=integers(attention, *LENGTHS), **options)
 
 
-@case(18)
 @pytest.mark.parametrize("seqlen", [1, 3])
 def test_read_only(attention, seqlen):
-    """Case 18: without new keys the caches stay as they are and only cache_seqlens keys are read."""
+    """Without new keys the caches stay as they are and only cache_seqlens keys are read."""
     q, _, _ = step(attention, seqlen)
     check(attention, q, *caches(attention), cache_seqlens=integers(attention, *LENGTHS), causal=True)
 
 
-@case(18)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(window_size=(7, 2))], ids=str)
 def test_rotary(attention, interleaved, options):
-    """Case 18: keys turn by their position; queries by theirs when causal or local, else all by the cache's length."""
+    """Keys turn by their position; queries by theirs when causal or local, else all by the cache's length."""
     q, *new = step(attention, 3)
     turn = dict(rotary(attention), rotary_interleaved=interleaved)
     check(attention, q, *caches(attention), *new, cache_seqlens=integers(attention, *LENGTHS), **turn, **options)
 
 
-@case(18)
 @pytest.mark.parametrize("options", [dict(causal=True), dict(activation="sigmoid", sigmoid_bias="-log n")], ids=str)
 def test_left_padding(attention, options):
-    """Case 18: a sequence begins at cache_leftpad; positions still count from the start of the cache."""
+    """A sequence begins at cache_leftpad; positions still count from the start of the cache."""
     q, *new = step(attention, 2)
     arguments = dict(cache_seqlens=integers(attention, *LENGTHS), cache_leftpad=integers(attention, 3, 0, 20))
     check(attention, q, *caches(attention), *new, **arguments, **rotary(attention), **options)
 
 
-@case(18)
 def test_batch_index(attention):
-    """Case 18: sequences live in any slot of a larger cache; the other slots are left alone."""
+    """Sequences live in any slot of a larger cache; the other slots are left alone."""
     q, *new = step(attention, 2)
     arguments = dict(
         cache_seqlens=integers(attention, *LENGTHS), cache_batch_idx=integers(attention, 4, 0, 2), causal=True
@@ -85,10 +78,9 @@ def test_batch_index(attention):
     check(attention, q, *caches(attention, slots=5), *new, **arguments)
 
 
-@case(18)
 @pytest.mark.parametrize("append", [False, True])
 def test_paged(attention, append):
-    """Case 18: pages of 256 keys in any order; appending crosses from one page into the next."""
+    """Pages of 256 keys in any order; appending crosses from one page into the next."""
     q, *new = step(attention, 3)
     table = integers(attention, 5, 0, 3, 1, 2, 6).view(3, 2)
     arguments = dict(cache_seqlens=integers(attention, 254, 0, 400), block_table=table, causal=True)
@@ -130,11 +122,10 @@ def test_lengths_as_a_number(attention):
     assert torch.equal(*(attention.kvcache(q, k_cache, v_cache, cache_seqlens=n) for n in (17, same)))
 
 
-@case(16)
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 5, 8, 64, 128])
 @pytest.mark.parametrize("options", [dict(), dict(causal=True)], ids=str)
 def test_splits_add_up(attention, num_splits, options):
-    """Case 16: parts over disjoint keys merge by addition; parts without keys add 0, whatever memory held before."""
+    """Parts over disjoint keys merge by addition; parts without keys add 0, whatever memory held before."""
     k_cache, v_cache = (x[:, :, :, :8] for x in caches(attention, capacity=520))
     q = step(attention, 2)[0][..., :8].contiguous()
     poison_allocator(attention.device)
@@ -142,20 +133,18 @@ def test_splits_add_up(attention, num_splits, options):
     compare_output(attention, q, k_cache, v_cache, method="kvcache", **arguments, **options)
 
 
-@case(17)
 @pytest.mark.parametrize("num_splits", [2, 8])
 @pytest.mark.parametrize("window_size", [(20, 5), (0, 0)])
 def test_splits_that_a_window_empties(attention, num_splits, window_size):
-    """Case 17: most parts lie outside the window of every query."""
+    """Most parts lie outside the window of every query."""
     k_cache, v_cache = caches(attention, capacity=520)
     arguments = dict(cache_seqlens=integers(attention, 500, 3, 250), num_splits=num_splits, window_size=window_size)
     compare_output(attention, step(attention, 2)[0], k_cache, v_cache, method="kvcache", **arguments)
 
 
-@case(15)
 @pytest.mark.parametrize("seqlen_q, seqlen_k, nheads", [(3, 1024, 12), (64, 2048, 4), (16, 20000, 2)])
 def test_dense_that_a_kernel_would_split(attention, seqlen_q, seqlen_k, nheads):
-    """Case 15: few queries over many keys: a dense forward may split the keys too; it equals one split."""
+    """Few queries over many keys: a dense forward may split the keys too; it equals one split."""
     q, k, v = qkv(attention, 1, seqlen_q, seqlen_k, nheads=nheads, head_dim=64)
     compare_output(attention, q, k, v, method="dense")
     one = attention.kvcache(q, k, v, cache_seqlens=integers(attention, seqlen_k), num_splits=1)

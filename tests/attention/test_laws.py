@@ -7,27 +7,23 @@ import torch
 
 from measure import assert_same, gradients, qkv, randn, slopes
 
-case = pytest.mark.case
-
 LINEAR = [dict(), dict(causal=True), dict(window_size=(5, 3)), dict(normalization="1/n")]
 NONLINEAR = [dict(activation="sigmoid", sigmoid_bias=-1.0), dict(activation="silu", causal=True), dict(softcap=2.0)]
 
 
-@case(33)
 @pytest.mark.parametrize("options", LINEAR + NONLINEAR, ids=str)
 def test_linear_in_v(attention, options):
-    """Case 33: f(q, k, a v1 + b v2) = a f(q, k, v1) + b f(q, k, v2)."""
+    """f(q, k, a v1 + b v2) = a f(q, k, v1) + b f(q, k, v2)."""
     q, k, v1 = qkv(attention, seqlen_q=17, seqlen_k=21)
     v2 = randn(*v1.shape, seed=50, like=attention)
     combined = attention.dense(q, k, 2 * v1 - v2 / 2, **options)
     assert_same("out", combined, 2 * attention.dense(q, k, v1, **options) - attention.dense(q, k, v2, **options) / 2)
 
 
-@case(33)
 @pytest.mark.parametrize("factor", [2.0, -0.5])
 @pytest.mark.parametrize("options", LINEAR, ids=str)
 def test_linear_in_q_and_k(attention, options, factor):
-    """Case 33: scaling q, k or the softmax scale scales the output; the sign goes through."""
+    """Scaling q, k or the softmax scale scales the output; the sign goes through."""
     q, k, v = qkv(attention, seqlen_q=17, seqlen_k=21)
     expected = factor * attention.dense(q, k, v, **options)
     assert_same("q", attention.dense(factor * q, k, v, **options), expected)
@@ -53,10 +49,9 @@ def test_relu_splits_identity(attention):
     assert_same("out", positive - negative, attention.dense(q, k, v, causal=True))
 
 
-@case(33)
 @pytest.mark.parametrize("options", [dict(), *NONLINEAR[::2], dict(activation="relu2")], ids=str)
 def test_disjoint_keys_add_up(attention, options):
-    """Case 33: attention over all keys is the sum of attention over each part: what split keys and rings rely on."""
+    """Attention over all keys is the sum of attention over each part: what split keys and rings rely on."""
     q, k, v = qkv(attention, seqlen_q=17, seqlen_k=40)
     parts = [
         attention.dense(q, k[:, part], v[:, part], **options) for part in (slice(0, 13), slice(13, 14), slice(14, 40))
@@ -73,12 +68,11 @@ def test_causal_is_a_sum_of_a_square_and_a_triangle(attention):
     assert_same("out", whole + own, attention.dense(q, k, v, causal=True)[:, 12:])
 
 
-@case(33)
 @pytest.mark.parametrize(
     "options", [dict(), *NONLINEAR[::2], dict(activation="silu", normalization="1/visible")], ids=str
 )
 def test_order_of_keys_does_not_matter(attention, options):
-    """Case 33: without mask and bias, forward and backward."""
+    """Without mask and bias, forward and backward."""
     q, k, v = qkv(attention, seqlen_q=17, seqlen_k=21)
     order = torch.randperm(21, generator=torch.Generator().manual_seed(0)).to(q.device)
     plain = gradients(lambda *x: attention.dense(*x, **options), q, k, v)
@@ -87,12 +81,11 @@ def test_order_of_keys_does_not_matter(attention, options):
         assert_same(name, a, b)
 
 
-@case(34)
 @pytest.mark.parametrize(
     "options", [dict(), dict(softcap=2.0), dict(activation="relu2"), dict(activation="silu")], ids=str
 )
 def test_zero_keys_do_not_matter(attention, options):
-    """Case 34: f(0) = 0, so keys of zeros change nothing, whatever their values; softmax would give them weight."""
+    """f(0) = 0, so keys of zeros change nothing, whatever their values; softmax would give them weight."""
     q, k, v = qkv(attention, seqlen_q=17, seqlen_k=21)
     noise = randn(2, 10, 2, 8, seed=50, like=attention)
     longer = attention.dense(q, torch.cat([k, torch.zeros_like(noise)], 1), torch.cat([v, 100 * noise], 1), **options)
@@ -132,12 +125,11 @@ def test_gradients_pair_with_their_inputs(attention, options):
     assert (dot(q, dq) - dot(k, dk)).abs() <= tolerance
 
 
-@case(8, 32)
 @pytest.mark.parametrize("window_size", [(-1, -1), (5, 3), (30, 0)], ids=str)
 @pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(20, 20), (17, 25), (25, 17)])
 def test_backward_is_three_forwards(attention, window_size, alibi, seqlen_q, seqlen_k):
-    """Cases 8, 32: dQ = F(dO, V, K; M), dK = F(V, dO, Q; Mᵀ), dV = F(K, Q, dO; Mᵀ, bias), where Mᵀ swaps the two sides.
+    """dQ = F(dO, V, K; M), dK = F(V, dO, Q; Mᵀ), dV = F(K, Q, dO; Mᵀ, bias), where Mᵀ swaps the two sides.
 
     The bias is in dV alone. Windows are smaller than both lengths; for wider ones see ``test_properties.masks``.
     """
@@ -152,9 +144,8 @@ def test_backward_is_three_forwards(attention, window_size, alibi, seqlen_q, seq
     assert_same("dv", dv, attention.dense(k, q, dout, **across, **bias), 4)
 
 
-@case(32)
 def test_backward_is_three_linear_forwards(attention):
-    """Case 32, with no mask: out = scale q (kᵀ v), in time linear in the length."""
+    """With no mask: out = scale q (kᵀ v), in time linear in the length."""
     q, k, v = qkv(attention, 2, 40, 30)
     state = torch.einsum("bjhd,bjhe->bhde", k.double(), v.double()) * 8**-0.5
     assert_same("out", attention.dense(q, k, v), torch.einsum("bihd,bhde->bihe", q.double(), state), 4)

@@ -8,8 +8,6 @@ import torch
 from measure import compare, gradients, poisoned, qkv
 from oracle import Options, visibility
 
-case = pytest.mark.case
-
 SHAPES = [(1, 1), (1, 9), (9, 1), (7, 9), (9, 7), (16, 16), (3, 70), (70, 3)]
 WINDOWS = [(0, 0), (2, 1), (3, 0), (0, 3), (2, -1), (-1, 1)]
 FULL_SIZE = [(128, 128), (113, 203), (799, 3), (239, 1), (3, 799), (1, 239)]
@@ -22,16 +20,14 @@ def test_small_shapes(attention, causal, seqlen_q, seqlen_k):
     compare(attention, *qkv(attention, seqlen_q=seqlen_q, seqlen_k=seqlen_k), causal=causal)
 
 
-@case(2, 11, 12)
 @pytest.mark.parametrize("seqlen_q, seqlen_k", FULL_SIZE)
 def test_causal(attention, seqlen_q, seqlen_k):
-    """Cases 2, 11, 12: dS is masked like P (dQ and dK), also where a query sees nothing, and for a single query."""
+    """dS is masked like P (dQ and dK), also where a query sees nothing, and for a single query."""
     compare(attention, *qkv(attention, 1, seqlen_q, seqlen_k, head_dim=64), causal=True)
 
 
-@case(12)
 def test_causal_does_not_matter_for_one_query(attention):
-    """Case 12: the last query sees every key, with and without causal."""
+    """The last query sees every key, with and without causal."""
     q, k, v = qkv(attention, seqlen_q=1, seqlen_k=37)
     for a, b in zip(
         *(gradients(lambda *x: attention.dense(*x, causal=c, deterministic=True), q, k, v) for c in (False, True))
@@ -39,25 +35,22 @@ def test_causal_does_not_matter_for_one_query(attention):
         assert torch.equal(a, b)
 
 
-@case(13)
 @pytest.mark.parametrize("window_size", WINDOWS)
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(7, 9), (8, 7), (33, 65)])
 def test_windows(attention, window_size, seqlen_q, seqlen_k):
-    """Case 13: both sides, one side, and no neighbour at all."""
+    """Both sides, one side, and no neighbour at all."""
     compare(attention, *qkv(attention, 1, seqlen_q, seqlen_k), window_size=window_size)
 
 
-@case(13)
 @pytest.mark.parametrize("seqlen, window_size", [(257, (64, 17)), (1025, (100, 31)), (1025, (512, 0))])
 def test_wide_windows(attention, seqlen, window_size):
-    """Case 13: windows that begin and end within blocks of a kernel."""
+    """Windows that begin and end within blocks of a kernel."""
     compare(attention, *qkv(attention, 1, seqlen, seqlen, nheads=1, head_dim=16), window_size=window_size)
 
 
-@case(13)
 @pytest.mark.parametrize("window_size", [(0, 0), (5, 3), (0, 6)])
 def test_windows_over_fewer_keys(attention, window_size):
-    """Case 13: more queries than keys."""
+    """More queries than keys."""
     compare(attention, *qkv(attention, 1, 70, 33), window_size=window_size)
 
 
@@ -66,12 +59,11 @@ def test_causal_window(attention):
     compare(attention, *qkv(attention, seqlen_q=30, seqlen_k=33), causal=True, window_size=(5, 7))
 
 
-@case(11)
 @pytest.mark.parametrize(
     "function", [dict(), dict(activation="sigmoid"), dict(activation="silu", normalization="1/visible")]
 )
 def test_queries_without_keys_are_zero(attention, function):
-    """Case 11: their output and gradient are exactly 0, and the gradients of the keys stay finite."""
+    """Their output and gradient are exactly 0, and the gradients of the keys stay finite."""
     q, k, v = qkv(attention, seqlen_q=79, seqlen_k=3)
     out, dq, dk, dv = gradients(lambda *x: attention.dense(*x, causal=True, **function), q, k, v)
     assert not out[:, :76].any() and not dq[:, :76].any()
@@ -79,10 +71,9 @@ def test_queries_without_keys_are_zero(attention, function):
     assert torch.isfinite(torch.cat([dk, dv])).all()
 
 
-@case(14)
 @pytest.mark.parametrize("function", [dict(), dict(activation="sigmoid")])
 def test_keys_without_queries_have_no_gradient(attention, function):
-    """Case 14: exactly 0, though no part of a kernel may ever have looked at their block."""
+    """Exactly 0, though no part of a kernel may ever have looked at their block."""
     q, k, v = qkv(attention, seqlen_q=3, seqlen_k=799, nheads=1)
     _, _, dk, dv = gradients(lambda *x: attention.dense(*x, window_size=(2, 2), **function), q, k, v)
     seen = visibility(3, 799, Options(window_size=(2, 2))).any(0)
@@ -90,10 +81,9 @@ def test_keys_without_queries_have_no_gradient(attention, function):
     assert dk[:, seen].all() and dv[:, seen].all()
 
 
-@case(13)
 @pytest.mark.parametrize("function", [dict(), dict(activation="sigmoid"), dict(activation="silu")])
 def test_keys_outside_every_window_do_not_matter(attention, function):
-    """Case 13: bit for bit the same whatever they hold."""
+    """Bit for bit the same whatever they hold."""
     q, k, v = qkv(attention, seqlen_q=5, seqlen_k=90, nheads=1)
     hidden = ~visibility(5, 90, Options(window_size=(6, 3))).any(0)
     options = dict(function, window_size=(6, 3), deterministic=True)

@@ -7,28 +7,23 @@ import torch
 
 from measure import compare, gradients, qkv, single, slopes
 
-case = pytest.mark.case
 
-
-@case(1)
 def test_every_dtype(attention, dtype):
-    """Case 1: signed scores, forward and backward, as exact as the dtype allows."""
+    """Signed scores, forward and backward, as exact as the dtype allows."""
     compare(attention, *qkv(attention, 2, 65, 130, head_dim=64, dtype=dtype), causal=True)
 
 
-@case(1)
 def test_negative_scores_count(attention):
-    """Case 1: with every score negative nothing is clipped, made positive or put through an exponential."""
+    """With every score negative nothing is clipped, made positive or put through an exponential."""
     q, k, v = qkv(attention)
     compare(attention, q.abs(), -k.abs(), v)
     assert (attention.dense(q.abs(), -k.abs(), v.abs()) < 0).all()
 
 
-@case(25)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("softmax_scale", [None, 0.3, 1.0, -0.5])
 def test_scale(attention, softmax_scale, causal):
-    """Case 25: once in P (out, dV), once in dQ and dK, as given and not times log2(e)."""
+    """Once in P (out, dV), once in dQ and dK, as given and not times log2(e)."""
     compare(attention, *qkv(attention, seqlen_q=20, seqlen_k=24), softmax_scale=softmax_scale, causal=causal)
 
 
@@ -38,21 +33,18 @@ def test_scale_zero(attention):
     assert not any(x.any() for x in (out, dq, dk, dv))
 
 
-@case(24)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("softcap, size", [(1.0, 1.0), (30.0, 1.0), (30.0, 8.0)])
 def test_softcap(attention, softcap, size, causal):
-    """Case 24: from nearly linear to saturated, forward and backward."""
+    """From nearly linear to saturated, forward and backward."""
     compare(attention, *qkv(attention, seqlen_q=20, seqlen_k=24, size=size), softcap=softcap, causal=causal)
 
 
-@case(24)
 def test_softcap_and_scale(attention):
-    """Case 24: the scale acts inside the cap, the cap outside."""
+    """The scale acts inside the cap, the cap outside."""
     compare(attention, *qkv(attention, seqlen_q=20, seqlen_k=24, size=3), softcap=2.0, softmax_scale=0.4)
 
 
-@case(24)
 @pytest.mark.parametrize("options", [
     dict(softcap=30.0, softmax_scale=-0.5),
     dict(softcap=30.0, softmax_scale=0.0),
@@ -62,7 +54,7 @@ def test_softcap_and_scale(attention):
     dict(softmax_scale=float("inf")),
 ], ids=str)  # fmt: skip
 def test_impossible_scores_are_refused(attention, options):
-    """Case 24: a scale that the softcap cannot be divided by, and their like, raise instead of giving numbers."""
+    """A scale that the softcap cannot be divided by, and their like, raise instead of giving numbers."""
     options = dict(options)
     if options.pop("alibi", False):
         options["alibi_slopes"] = slopes(attention, 2)
@@ -70,10 +62,9 @@ def test_impossible_scores_are_refused(attention, options):
         attention.dense(*qkv(attention), **options)
 
 
-@case(26)
 @pytest.mark.parametrize("head_dim", [8, 16, 40, 59, 80, 111, 160, 224, 256])
 def test_head_dims(attention, head_dim):
-    """Case 26: also those that are padded to a multiple of 8; the default scale comes from the size before padding."""
+    """Also those that are padded to a multiple of 8; the default scale comes from the size before padding."""
     compare(attention, *qkv(attention, 1, 9, 13, head_dim=head_dim), causal=True)
 
 
@@ -87,9 +78,8 @@ def test_default_scale(attention):
     assert torch.equal(attention.dense(q, k, v), attention.dense(q, k, v, softmax_scale=0.25))
 
 
-@case(3)
 def test_zero_query_has_a_gradient(attention):
-    """Case 3: all its scores are 0 but visible, so dQ is scale * sum of (dO·v) k and not 0. Likewise for a zero key."""
+    """All its scores are 0 but visible, so dQ is scale * sum of (dO·v) k and not 0. Likewise for a zero key."""
     q, k, v = qkv(attention)
     q[:, 2], k[:, 4] = 0, 0
     compare(attention, q, k, v, causal=True)

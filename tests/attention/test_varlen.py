@@ -7,8 +7,6 @@ import torch
 
 from measure import assert_close, compare, compare_output, gradients, integers, packed, qkv, randn, slopes
 
-case = pytest.mark.case
-
 RAGGED = dict(lengths_q=[7, 1, 13], lengths_k=[9, 20, 5])
 EMPTY = dict(lengths_q=[4, 0, 5, 3], lengths_k=[6, 7, 0, 2])
 OPTIONS = [
@@ -23,11 +21,10 @@ OPTIONS = [
 ]
 
 
-@case(22)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("lengths", [RAGGED, EMPTY], ids=["ragged", "empty"])
 def test_options(attention, lengths, options):
-    """Case 22: masks, -log n and normalizations go by each sequence's own length; empty sequences cost nothing."""
+    """Masks, -log n and normalizations go by each sequence's own length; empty sequences cost nothing."""
     compare(attention, *packed(attention, **lengths, nheads=4), method="varlen", **lengths, **options)
 
 
@@ -37,24 +34,21 @@ def test_alibi(attention):
     compare(attention, *packed(attention, **RAGGED), method="varlen", **options)
 
 
-@case(22)
 def test_one_key_each(attention):
-    """Case 22: long queries over single keys; most causal rows are empty."""
+    """Long queries over single keys; most causal rows are empty."""
     lengths = dict(lengths_q=[76, 34, 146], lengths_k=[1, 1, 1])
     compare(attention, *packed(attention, **lengths), method="varlen", **lengths, causal=True)
 
 
-@case(10)
 @pytest.mark.parametrize("seqlen_k", [1, 2, 5, 17])
 def test_short_keys(attention, seqlen_k):
-    """Case 10: sequences shorter than any tile."""
+    """Sequences shorter than any tile."""
     lengths = dict(lengths_q=[130, 3], lengths_k=[seqlen_k, seqlen_k])
     compare(attention, *packed(attention, **lengths), method="varlen", **lengths)
 
 
-@case(22)
 def test_empty_queries_give_no_key_gradient(attention):
-    """Case 22: dK and dV of a sequence without queries are exactly 0."""
+    """dK and dV of a sequence without queries are exactly 0."""
     lengths = dict(lengths_q=[4, 0], lengths_k=[6, 7])
     _, _, dk, dv = gradients(lambda *x: attention.varlen(*x, **lengths), *packed(attention, **lengths))
     assert not dk[6:].any() and not dv[6:].any() and dk[:6].all() and dv[:6].all()
@@ -93,12 +87,11 @@ def test_seqused_and_leftpad(attention, seqused, leftpad, options):
     compare_output(attention, *packed(attention, **RAGGED), method="varlen", **RAGGED, **used, **options)
 
 
-@case(19)
 @pytest.mark.parametrize(
     "options", [dict(), dict(causal=True), dict(window_size=(50, 9)), dict(normalization="1/n")], ids=str
 )
 def test_paged(attention, options):
-    """Case 19: prefill from pages in any order, ragged, one sequence without keys."""
+    """Prefill from pages in any order, ragged, one sequence without keys."""
     lengths = dict(lengths_q=[5, 2, 9], lengths_k=[300, 0, 17])
     q, _, _ = packed(attention, **lengths, nheads=4)
     k, v = (randn(7, 256, 2, 8, seed=i, like=attention) for i in (1, 2))
