@@ -12,7 +12,7 @@ from flash_attn import flash_attn_kvpacked_func, flash_attn_qkvpacked_func, flas
 from torch import Tensor
 
 from measure import NAMES, assert_same, gradients, integers, poison_allocator, qkv, randn
-from test_functions import FUNCTIONS
+from score_functions import FUNCTIONS
 
 PIECES = {
     "causal": dict(causal=True),

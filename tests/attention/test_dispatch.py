@@ -20,8 +20,8 @@ from flash_attn.dispatch import choice, fa4
 from flash_attn.linear import backend as linear_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from calls import DIFFERENTIABLE, close, inputs, run
 from package import cumulative
-from test_interface import DIFFERENTIABLE, close, inputs, run
 
 FA4 = """
 import flash_attn

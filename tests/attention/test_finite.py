@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from caches import CAPACITY, LENGTHS, caches, step
 from measure import NAMES, gradients, integers, poisoned, qkv, randn, slopes
 from oracle import Options, visibility
-from test_kvcache import CAPACITY, LENGTHS, caches, step
 
 FUNCTIONS = ["identity", "relu", "relu2", "sigmoid", "silu"]
 

@@ -6,16 +6,8 @@ import pytest
 import torch
 
 from measure import compare, gradients, qkv, randn
+from score_functions import FUNCTIONS
 
-FUNCTIONS = [
-    dict(activation="identity"),
-    dict(activation="relu"),
-    dict(activation="relu2"),
-    dict(activation="sigmoid"),
-    dict(activation="sigmoid", sigmoid_bias=-1.5),
-    dict(activation="sigmoid", sigmoid_bias="-log n"),
-    dict(activation="silu"),
-]
 NORMALIZATIONS = [None, "1/n", "1/visible", "1/sqrt(n)"]
 
 

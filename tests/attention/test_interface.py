@@ -14,6 +14,7 @@ from flash_attn import backends
 from flash_attn.tracing import constant_when_traced
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from calls import DIFFERENTIABLE, LENGTHS, close, inputs, run, sample
 from package import cumulative, not_in_this_build
 
 # What upstream's functions take by position, and how many arguments each layer beneath them took.
@@ -38,8 +39,6 @@ CLASSES = {
     "flash_attn_varlen_qkvpacked_func": (interface.FlashAttnVarlenQKVPackedFunc, 12),
 }
 EXTENSION_ARGUMENTS = {"fwd": 13, "varlen_fwd": 21, "bwd": 19, "varlen_bwd": 24, "fwd_kvcache": 20}
-DIFFERENTIABLE = tuple(CLASSES)
-LENGTHS = (3, 5)
 
 
 def test_import_brings_no_compiler():
@@ -56,43 +55,6 @@ def test_constant_when_traced_is_torchs_own_mark():
 
 MODES = pytest.mark.parametrize("use_softmax", [True, False], ids=["softmax", "no_softmax"])
 FUNCTIONS = pytest.mark.parametrize("name", DIFFERENTIABLE)
-
-
-def sample(device: str, *shape: int) -> torch.Tensor:
-    """Normal numbers in the widest dtype that the device's kernels take."""
-    dtype = torch.float64 if device == "cpu" else torch.float16
-    return torch.randn(*shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(sum(shape)))
-
-
-def inputs(name: str, device: str, seqlen: int = sum(LENGTHS), nheads: int = 2, head_dim: int = 8) -> tuple[list, list]:
-    """(tensors, lengths) that a function takes first, all of them cut from one packed qkv; varlen is two sequences."""
-    qkv = sample(device, 2, seqlen, 3, nheads, head_dim)
-    cu_seqlens, longest = [], []
-    if "varlen" in name:
-        qkv, copies = qkv[0], 1 if "qkvpacked" in name else 2
-        # Two tensors, not one twice: torch.compile does not trace an autograd.Function that gets a tensor twice.
-        cu_seqlens, longest = [cumulative(LENGTHS, device) for _ in range(copies)], [max(LENGTHS)] * copies
-    if "qkvpacked" in name:
-        tensors = [qkv]
-    elif "kvpacked" in name:
-        tensors = [qkv.select(-3, 0), qkv.narrow(-3, 1, 2)]
-    else:
-        tensors = list(qkv.unbind(-3))
-    return [t.detach().requires_grad_() for t in tensors], [*cu_seqlens, *longest]
-
-
-def run(name: str, device: str, dout=None, **options):
-    """(out, gradients of the packed qkv's three parts) of a public function, batch and packing taken off."""
-    tensors, lengths = inputs(name, device)
-    out = getattr(flash_attn, name)(*tensors, *lengths, **options)
-    gradients = torch.autograd.grad(out, tensors, sample(device, *out.shape) if dout is None else dout)
-    parts = [part for g in gradients for part in (g.unbind(-3) if g.dim() == out.dim() + 1 else [g])]
-    return out.detach(), *parts
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    tolerance = 1e-12 if actual.dtype == torch.float64 else 2e-2
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", UPSTREAM)

@@ -5,34 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from measure import assert_close, assert_same, compare_output, integers, on_cpu, poison_allocator, qkv, randn, slopes
-from oracle import Oracle
-
-CAPACITY = 64
-LENGTHS = (11, 0, 50)
-
-
-def caches(attention, slots: int = 3, capacity: int = CAPACITY, nheads_k: int = 2, head_dim: int = 32):
-    return tuple(randn(slots, capacity, nheads_k, head_dim, seed=i, like=attention) for i in (11, 12))
-
-
-def step(attention, seqlen: int = 1, nheads: int = 4, nheads_k: int = 2, head_dim: int = 32, batch: int = 3):
-    """q and the new k and v of one decoding step."""
-    return tuple(randn(batch, seqlen, h, head_dim, seed=20 + h, like=attention) for h in (nheads, nheads_k, nheads_k))
-
-
-def rotary(attention, positions: int = CAPACITY, rotary_dim: int = 16) -> dict[str, torch.Tensor]:
-    angles = torch.arange(positions)[:, None] / 100 ** (torch.arange(rotary_dim // 2) / 8)
-    return {f"rotary_{f.__name__}": f(angles).to(attention.device, attention.dtype) for f in (torch.cos, torch.sin)}
-
-
-def check(attention, q, k_cache, v_cache, *new, **arguments) -> None:
-    """Output and both caches against the oracle, which appends to copies of its own."""
-    copies = [on_cpu(x, torch.float64) for x in (q, k_cache, v_cache, *new)]
-    Oracle().kvcache(*copies, **{name: on_cpu(value) for name, value in arguments.items()})
-    compare_output(attention, q, k_cache, v_cache, *new, method="kvcache", **arguments)
-    for name, actual, expected in zip(("k_cache", "v_cache"), (k_cache, v_cache), copies[1:3]):
-        assert_close(name, actual, expected)
+from caches import LENGTHS, caches, check, rotary, step
+from measure import assert_same, compare_output, integers, poison_allocator, qkv, slopes
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import linear_checks as checks
+from calls import DIFFERENTIABLE, close, inputs, run
 from linear_mutations import MUTANTS, Mutant
 from measure import NAMES, assert_same, compare, gradients, qkv, randn
 from package import Package, cumulative, not_in_this_build
-from test_interface import DIFFERENTIABLE, close, inputs, run
 
 MASKS = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 SIXTEEN_BIT = pytest.mark.parametrize(

@@ -2,49 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-import torch
 
-import test_finite
 from kernel import Kernel
 from mutations import MUTANTS, MaskedWithZero, Mutant, SoftmaxCommentedOut
 from oracle import Oracle
+from suite import failures, named, every_test_of
 
-FINITE_TESTS = [test for name, test in vars(test_finite).items() if name.startswith("test_")]
+FINITE_TESTS = every_test_of("test_finite")
 NEED_SATURATION = {
     mutant.caught_by for mutant in MUTANTS if "saturate_in_float16" in mutant.caught_by or "largest" in mutant.caught_by
 }
-
-
-def named(test: str) -> Callable:
-    module, function = test.split(".")
-    return getattr(importlib.import_module(module), function)
-
-
-def parameters(test: Callable) -> Iterator[dict]:
-    """Every set of arguments that the test's own parametrize marks give it, beside the implementation."""
-    axes = []
-    for mark in getattr(test, "pytestmark", ()):
-        if mark.name == "parametrize":
-            names = [name.strip() for name in mark.args[0].split(",")]
-            axes.append([dict(zip(names, value if len(names) > 1 else (value,))) for value in mark.args[1]])
-    if "dtype" in inspect.signature(test).parameters and not any("dtype" in axis[0] for axis in axes):
-        axes.append([dict(dtype=dtype) for dtype in (torch.float16, torch.bfloat16, torch.float64)])
-    for chosen in itertools.product(*axes):
-        yield {name: value for part in chosen for name, value in part.items()}
-
-
-def failures(test: Callable, attention: Oracle) -> Iterator[AssertionError]:
-    for arguments in parameters(test):
-        try:
-            test(attention, **arguments)
-        except AssertionError as error:
-            yield error
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

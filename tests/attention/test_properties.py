@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dropping import compare_dropped
 from measure import compare, compare_output, integers, packed, qkv, randn, single, slopes
 from oracle import ROW_FACTORS
 from package import Package
-from test_dropout import compare_dropped
 
 # The implementation holds no state, so one instance may serve all examples.
 reuse = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from caches import LENGTHS, caches, check, rotary, step
+from dropping import P, compare_dropped
 from measure import compare, gradients, integers, packed, qkv, single, slopes
 from oracle import Options, visibility
-from test_dropout import P, compare_dropped
-from test_kvcache import LENGTHS, caches, check, rotary, step
-from test_varlen import EMPTY, RAGGED
+from ragged import EMPTY, RAGGED
 
 OPTIONS = [dict(), dict(causal=True), dict(window_size=(4, 3)), dict(softcap=2.0), dict(softmax_scale=0.3, causal=True)]
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from measure import assert_close, compare, compare_output, gradients, integers, packed, qkv, randn, slopes
+from ragged import EMPTY, RAGGED
 
-RAGGED = dict(lengths_q=[7, 1, 13], lengths_k=[9, 20, 5])
-EMPTY = dict(lengths_q=[4, 0, 5, 3], lengths_k=[6, 7, 0, 2])
 OPTIONS = [
     dict(),
     dict(causal=True),

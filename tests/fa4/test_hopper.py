@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from mods import causal_with_gaps, even_distance, square, square_bwd
 
 import oracle
 from measure import NAMES, compare, compare_output, compare_results, gradients, packed, poisoned, qkv, randn
@@ -159,23 +160,6 @@ def test_calls_that_look_the_same_use_their_own_tensors(hopper, nheads_k, dtype,
 
 
 # --- the user's own functions -----------------------------------------------------------------------------------------
-
-
-def square(score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors):
-    return score * score
-
-
-def square_bwd(grad, score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors):
-    return grad * (score + score)
-
-
-def even_distance(batch_idx, head_idx, q_idx, kv_idx, seqlen_info=None, aux_tensors=None):
-    return (q_idx + kv_idx) % 2 == 0
-
-
-def causal_with_gaps(batch_idx, head_idx, q_idx, kv_idx, seqlen_info=None, aux_tensors=None):
-    """Nobody sees the second block of keys, and the third block of queries sees nothing."""
-    return (kv_idx <= q_idx) & ((kv_idx < 128) | (kv_idx >= 256)) & ((q_idx < 256) | (q_idx >= 384))
 
 
 def seen_by(mask_mod, q, k) -> torch.Tensor:

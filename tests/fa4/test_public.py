@@ -5,7 +5,7 @@ import json
 import subprocess
 
 import pytest
-from test_hopper import causal_with_gaps, even_distance, square, square_bwd
+from mods import causal_with_gaps, even_distance, square, square_bwd
 
 from fapatch.smoke_compile import FOR_HOPPER
 
