@@ -1,12 +1,14 @@
 """A model of the fused kernel: the same attention as the oracle, taken apart into the steps that a kernel has.
 
 Unlike the oracle it writes its backward by hand, recomputes scores in tiles padded with rows that don't exist, rounds
-the weights P and their gradient dS to the input dtype and sums in float32. Every step is a method, so a wrong kernel is
+the weights P and their gradient dS to the input dtype and sums in float32. P and the output saturate; dS and gradients
+overflow. Every step is a method, so a wrong kernel is
 this one with one step replaced; ``mutations.py`` lists such kernels.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +75,7 @@ class Kernel(Oracle):
         ds = (dout @ v.T) * factor * self.derivative(s, h) * dcap
         ds = self.narrow_gradient(self.drop_gradient(self.mask_gradient(ds, visible, p), keep, p), dtype)
         dq, dk = (x * self.gradient_scale(h) * self.rescale(h) for x in (self.matmul(ds, k), self.matmul(ds.T, q)))
-        return tuple(self.narrow_output(x, dtype).to(dtype) for x in (dq[: h.seqlen_q], dk, dv))
+        return tuple(self.narrow_result(x, dtype).to(dtype) for x in (dq[: h.seqlen_q], dk, dv))
 
     def load(self, q, dout, k, v, h: Head):
         """Tiles in the accumulator's dtype: rows past the last query are zeros, keys that nobody sees are not read."""
@@ -127,10 +129,12 @@ class Kernel(Oracle):
         g = torch.sigmoid(s + sigmoid_bias(h.o, max(h.seqlen_k, 1)) if h.o.activation == "sigmoid" else s)
         return {
             "identity": torch.ones_like(s),
-            "relu": (s > 0).to(s.dtype),
+            "relu": torch.where(s.isnan(), s, s > 0).to(s.dtype),
             "relu2": 2 * s.relu(),
             "sigmoid": g * (1 - g),
             "silu": g * (1 + s * (1 - g)),
+            "gelu": (1 + torch.erf(s / math.sqrt(2))) / 2 + s * torch.exp(-s * s / 2) / math.sqrt(2 * math.pi),
+            "softplus": torch.sigmoid(s),
         }[h.o.activation]
 
     def visible(self, h: Head) -> Tensor:
@@ -161,13 +165,19 @@ class Kernel(Oracle):
         return ROW_FACTORS[h.o.normalization](max(h.seqlen_k, 1), visible.sum(-1, keepdim=True).double())
 
     def narrow(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Round to the input dtype, saturating, as the matrix unit will take it."""
-        limit = min(torch.finfo(dtype).max, WIDE_LIMIT)
-        return x.clamp(-limit, limit).to(dtype).to(x.dtype)
+        """P, rounded to the input dtype as the matrix unit will take it. What is finite stays so; NaN and Inf show."""
+        return self.saturated(x, min(torch.finfo(dtype).max, WIDE_LIMIT)).to(dtype).to(x.dtype)
+
+    def saturated(self, x: Tensor, limit: float) -> Tensor:
+        return torch.where(x.isfinite(), x.clamp(-limit, limit), x)
 
     def narrow_gradient(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.narrow(x, dtype)
+        """dS, rounded to the input dtype: Inf where that can't hold it, so that a loss scale that is too large shows."""
+        return x.to(dtype).to(x.dtype)
 
     def narrow_output(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        limit = torch.finfo(dtype).max
-        return x.clamp(-limit, limit)
+        return self.saturated(x, torch.finfo(dtype).max)
+
+    def narrow_result(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """dQ, dK and dV."""
+        return x

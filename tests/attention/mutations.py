@@ -254,6 +254,11 @@ def factor_in_weights(self, p, dtype):
     return step("narrow")(self, p / n, dtype) * n
 
 
+def clamped(self, x, dtype):
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype).to(x.dtype)
+
+
 def derivative_of(activation: str, wrong: Callable) -> Callable:
     return lambda self, s, h: wrong(s) if h.o.activation == activation else step("derivative")(self, s, h)
 
@@ -287,9 +292,14 @@ FUNCTIONS = [
            derivative=derivative_of("identity", lambda s: (s > 0).to(s.dtype))),
     mutant("P and dS overflow in float16", "test_finite.test_weights_saturate_in_float16",
            narrow=unlimited),
-    mutant("dS overflows in float16", "test_finite.test_largest_inputs", narrow_gradient=unlimited),
-    mutant("dS not limited to float16", "test_finite.test_weight_gradients_saturate_in_float16",
-           narrow_gradient=lambda self, x, dtype: x),
+    mutant("dS saturates in float16", "test_finite.test_finite_gradients_are_right_in_float16",
+           narrow_gradient=lambda self, x, dtype: step("narrow")(self, x, dtype)),
+    mutant("gradients saturate in float16", "test_finite.test_largest_inputs_that_all_agree",
+           narrow_result=lambda self, x, dtype: step("narrow_output")(self, x, dtype)),
+    mutant("Inf in P becomes 65504", "test_law_nonfinite.test_visible_values_show", narrow=clamped,
+           narrow_output=lambda self, x, dtype: x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)),
+    mutant("NaN in P becomes 0", "test_law_nonfinite.test_visible_values_show",
+           narrow=lambda self, x, dtype: step("narrow")(self, x, dtype).nan_to_num()),
     mutant("outputs overflow in float16", "test_finite.test_largest_inputs", narrow_output=lambda self, x, dtype: x),
     mutant("relu2 unlimited in bfloat16", "test_finite.test_largest_inputs_in_several_blocks",
            narrow=lambda self, x, dtype: step("narrow_output")(self, x, dtype).to(dtype).to(x.dtype)),

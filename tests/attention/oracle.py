@@ -62,12 +62,19 @@ def sigmoid_bias(o: Options, n: int) -> float:
     return -math.log(n) if o.sigmoid_bias == "-log n" else o.sigmoid_bias
 
 
+def gaussian(s: Tensor) -> Tensor:
+    """The probability that a standard normal number is below s."""
+    return torch.special.erfc(-s / math.sqrt(2)) / 2
+
+
 FUNCTIONS = {
     "identity": lambda s, bias: s,
     "relu": lambda s, bias: s.relu(),
     "relu2": lambda s, bias: s.relu().square(),
     "sigmoid": lambda s, bias: torch.sigmoid(s + bias),
     "silu": lambda s, bias: s * torch.sigmoid(s),
+    "gelu": lambda s, bias: s * gaussian(s),
+    "softplus": lambda s, bias: torch.logaddexp(s, torch.zeros_like(s)),
 }
 ROW_FACTORS = {
     None: lambda n, seen: torch.ones_like(seen),

@@ -10,4 +10,6 @@ FUNCTIONS = [
     dict(activation="sigmoid", sigmoid_bias=-1.5),
     dict(activation="sigmoid", sigmoid_bias="-log n"),
     dict(activation="silu"),
+    dict(activation="gelu"),
+    dict(activation="softplus"),
 ]

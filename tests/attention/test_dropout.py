@@ -21,7 +21,7 @@ def test_all_scores_negative(attention):
     compare_dropped(attention, q.abs(), -k.abs(), v)
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu2", "sigmoid", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "relu2", "sigmoid", "silu", "gelu", "softplus"])
 def test_functions(attention, activation):
     """Weights that f made zero are not taken for dropped ones."""
     compare_dropped(attention, *qkv(attention, 2, 33, 41), activation=activation)

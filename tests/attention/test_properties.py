@@ -16,7 +16,7 @@ reuse = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 lengths = st.integers(0, 70)
 functions = st.one_of(
     st.just({}),
-    st.sampled_from(["relu", "relu2", "silu"]).map(lambda name: dict(activation=name)),
+    st.sampled_from(["relu", "relu2", "silu", "gelu", "softplus"]).map(lambda name: dict(activation=name)),
     st.one_of(st.just("-log n"), st.floats(-3, 3)).map(lambda bias: dict(activation="sigmoid", sigmoid_bias=bias)),
 )
 

@@ -27,6 +27,11 @@ def test_no_test_module_imports_another():
 
 def test_the_check_sees_an_import(tmp_path):
     path = tmp_path / "module.py"
-    for text in ("import test_a", "from test_a import x", "from . import test_a", "def f():\n    from tests.test_a import x"):
+    for text in (
+        "import test_a",
+        "from test_a import x",
+        "from . import test_a",
+        "def f():\n    from tests.test_a import x",
+    ):
         path.write_text(text)
         assert "test_a" in imported(path), text
