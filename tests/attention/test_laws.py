@@ -131,9 +131,8 @@ def test_gradients_pair_with_their_inputs(attention, options):
 def test_backward_is_three_forwards(attention, window_size, alibi, seqlen_q, seqlen_k):
     """dQ = F(dO, V, K; M), dK = F(V, dO, Q; Mᵀ), dV = F(K, Q, dO; Mᵀ, bias), where Mᵀ swaps the two sides.
 
-    The bias is in dV alone. Windows are smaller than both lengths; for wider ones see ``test_properties.masks``.
+    The bias is in dV alone.
     """
-    window_size = tuple(min(side, min(seqlen_q, seqlen_k) - 1) for side in window_size)
     bias = dict(alibi_slopes=slopes(attention, 2)) if alibi else {}
     q, k, v = qkv(attention, 2, seqlen_q, seqlen_k)
     dout = randn(*q.shape, seed=99, like=attention)

@@ -23,7 +23,14 @@ functions = st.one_of(
 
 @st.composite
 def masks(draw, seqlen_q: int, seqlen_k: int) -> dict:
-    """Causal or not, and windows where every release of upstream means the same by them.
+    """Causal or not, and any window."""
+    left, right = (draw(st.integers(-1, max(seqlen_q, seqlen_k) + 2)) for _ in range(2))
+    return dict(causal=draw(st.booleans()), window_size=(left, right))
+
+
+@st.composite
+def masks_with_softmax(draw, seqlen_q: int, seqlen_k: int) -> dict:
+    """Windows where every release of upstream means the same by them.
 
     Its host code takes a side of seqlen_k or more for an open one, and an open right side beside a closed left one for
     seqlen_k keys, which cuts off keys if there are more than seqlen_k + 1 queries.
@@ -136,4 +143,4 @@ def test_softmax(attention, data):
     drawn = lengths.filter(bool) if attention.device == "cuda" else lengths
     seqlen_q, seqlen_k = data.draw(drawn, "seqlen_q"), data.draw(drawn, "seqlen_k")
     tensors = qkv(attention, 2, seqlen_q, seqlen_k, **data.draw(heads()), dtype=single(attention))
-    compare(attention, *tensors, use_softmax=True, **data.draw(masks(seqlen_q, seqlen_k)))
+    compare(attention, *tensors, use_softmax=True, **data.draw(masks_with_softmax(seqlen_q, seqlen_k)))
