@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 from flash_attn.linear import backend, chunked
-from flash_attn.linear.form import Form
+from flash_attn.nosoftmax.backends.linear.form import Form
 
 import linear_checks as checks
 

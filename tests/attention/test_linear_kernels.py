@@ -9,8 +9,8 @@ import importlib.util
 
 import pytest
 import torch
-from flash_attn.linear import chunked
-from flash_attn.linear.form import Form
+from flash_attn.nosoftmax.backends.linear import chunked
+from flash_attn.nosoftmax.backends.linear.form import Form
 from torch import Tensor
 
 import linear_checks as checks
@@ -27,7 +27,7 @@ PER_VISIBLE = pytest.mark.parametrize("normalization", [None, "1/visible"])
 
 @pytest.fixture(scope="module")
 def kernels():
-    from flash_attn.linear import kernels
+    from flash_attn.nosoftmax.backends.linear import kernels
 
     return kernels
 
@@ -67,8 +67,8 @@ def check(kernels, q, k, v, dout, form: Form, lengths_q=None, lengths_k=None) ->
     expected = (
         exact(q, k, v, form, lengths_q, lengths_k),
         exact(dout, v, k, form, lengths_q, lengths_k),
-        exact(v, dout, q, form.transpose(), *back),
-        exact(k, q, dout, form.transpose(), *back),
+        exact(v, dout, q, form.of_dk(), *back),
+        exact(k, q, dout, form.of_dk(), *back),
     )
     for name, a, e in zip(NAMES, actual, expected):
         if e.numel():
@@ -104,7 +104,7 @@ def test_per_visible_keeps_what_is_small(kernels, dtype, sizes):
     q, k, v, dout = (draw(1, 700, heads[i], 16, seed=i, dtype=dtype) * size for i, size in enumerate(sizes))
     form = Form(0.25, causal=True, normalization="1/visible")
     actual = kernels.gradients(dout, q, k, v, form, None, None, 0, 0)[1:]
-    expected = exact(v, dout, q, form.transpose()), exact(k, q, dout, form.transpose())
+    expected = exact(v, dout, q, form.of_dk()), exact(k, q, dout, form.transpose())
     for name, gradient, right in zip(("dk", "dv"), actual, expected):
         for at in range(0, 700, 50):
             a, e = gradient[:, at : at + 50].double().cpu(), right[:, at : at + 50]

@@ -184,7 +184,7 @@ def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) 
     score = False, given.pop("activation"), given.pop("sigmoid_bias"), given.pop("normalization")
     algorithm, backend = given.pop("algorithm"), given.pop("backend")
     call = _call_of(given, score)
-    return call, _backend(call, algorithm, backend)
+    return call, _backend(call, algorithm, backend, ops.followed(call))
 
 
 # ---- From the arguments of a function to a call ----
@@ -193,10 +193,11 @@ def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) 
 def _attend(arguments: dict, score: tuple, algorithm: str, backend: str) -> Any:
     arguments, rebuild = _packed_if_jagged(arguments)
     call = _call_of(arguments, score)
-    name = _backend(call, algorithm, backend)
+    as_operator = ops.followed(call)
+    name = _backend(call, algorithm, backend, as_operator)
     if call.cache is not None:
         return ops.attend_cached(call, name)
-    result = ops.attend(call, name)
+    result = ops.attend(call, name, as_operator)
     out = result.out if rebuild is None else rebuild(result.out)
     if not call.options.return_attn_probs:
         return out
@@ -204,12 +205,12 @@ def _attend(arguments: dict, score: tuple, algorithm: str, backend: str) -> Any:
     return out, lse, call.q.new_empty(0) if result.s_dmask is None else result.s_dmask
 
 
-def _backend(call: Call, algorithm: str, backend: str) -> str:
-    """What runs the call, after all checks. Where operators are followed the choice is left to them."""
+def _backend(call: Call, algorithm: str, backend: str, as_operator: bool) -> str:
+    """What runs the call, after all checks. An operator is told what was asked for, and chooses itself."""
     among = wanted(algorithm, backend)
-    if ops.followed(call):
+    if as_operator:
         _check(call)
-        return backend if backend != "auto" else "linear" if algorithm == "linear" else algorithm
+        return backend if backend != "auto" else algorithm
     if call.cache is not None:  # its lengths and tables are tensors too, and they change
         _check(call)
         return choose(call, among).backend
@@ -250,31 +251,37 @@ def _call_of(a: dict, score: tuple) -> Call:
     if "k_cache" in a:
         return _cached_call(a, score)
     q, k, v = _autocast(*_qkv(a))
-    cu_seqlens_q, cu_seqlens_k = a.get("cu_seqlens_q"), a.get("cu_seqlens_k")
-    if "cu_seqlens" in a:
-        cu_seqlens_q = cu_seqlens_k = a["cu_seqlens"]
-        longest = a["max_seqlen"], a["max_seqlen"]
-    elif cu_seqlens_q is not None or "max_seqlen_q" in a:
-        longest = a["max_seqlen_q"], a["max_seqlen_k"]
-        checks.is_tensor("cu_seqlens_k", cu_seqlens_k)
+    if "max_seqlen_q" in a or "max_seqlen" in a:
+        longest, lengths = _lengths(a)
     else:
-        longest = (q.shape[1], k.shape[1]) if q.dim() > 1 < k.dim() else (0, 0)
-    if "max_seqlen" in a or "max_seqlen_q" in a:
-        checks.is_tensor("cu_seqlens_q" if "cu_seqlens_q" in a else "cu_seqlens", cu_seqlens_q)
+        longest, lengths = (q.shape[1], k.shape[1]) if q.dim() == k.dim() == 4 else (0, 0), (None,) * 5
     use_softmax, *rest = score
     if q.dim() == 0 or q.shape[-1] == 0:
-        checks.rank("q", q, checks.DENSE[0] if cu_seqlens_q is None else checks.PACKED[0])
+        checks.rank("q", q, (checks.DENSE if lengths[0] is None else checks.PACKED)[0])
         checks.heads(1, 1, 0, 1)
     options = checks.options(
         q.shape[-1], *longest, a["dropout_p"], a["softmax_scale"], a["causal"], a["window_size"], a["softcap"],
         a["deterministic"], a["return_attn_probs"], *rest, use_softmax=use_softmax,
     )  # fmt: skip
-    same = cu_seqlens_k is cu_seqlens_q
-    cu_seqlens_q = _int32("cu_seqlens_q", cu_seqlens_q)
-    return Call(
-        q, k, v, cu_seqlens_q, cu_seqlens_q if same else _int32("cu_seqlens_k", cu_seqlens_k),
-        _int32("seqused_k", a.get("seqused_k")), _int32("leftpad_k", a.get("leftpad_k")),
-        _int32("block_table", a.get("block_table")), _slopes(a["alibi_slopes"]), options,
+    slopes = a["alibi_slopes"]
+    return Call(q, k, v, *lengths, slopes if slopes is None else _slopes(slopes), options)
+
+
+def _lengths(a: dict) -> tuple[tuple, tuple]:
+    """(max_seqlen_q, max_seqlen_k) and the five tensors of a packed call that say where its sequences are."""
+    if "max_seqlen" in a:
+        of_q, of_k, longest = a["cu_seqlens"], None, (a["max_seqlen"], a["max_seqlen"])
+        checks.is_tensor("cu_seqlens", of_q)
+    else:
+        of_q, of_k, longest = a["cu_seqlens_q"], a["cu_seqlens_k"], (a["max_seqlen_q"], a["max_seqlen_k"])
+        checks.is_tensor("cu_seqlens_q", of_q)
+        checks.is_tensor("cu_seqlens_k", of_k)
+    converted = _int32("cu_seqlens_q", of_q)
+    return longest, (
+        converted,
+        # One tensor for both stays one.
+        converted if of_k is None or of_k is of_q else _int32("cu_seqlens_k", of_k),
+        _int32("seqused_k", a.get("seqused_k")), _int32("leftpad_k", a.get("leftpad_k")), _int32("block_table", a.get("block_table")),
     )  # fmt: skip
 
 

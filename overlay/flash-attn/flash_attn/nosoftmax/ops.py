@@ -21,8 +21,8 @@ from .choice import choose, module, wanted
 
 _NAMESPACE = "flash_attn_nosoftmax"
 _CAN_DEFINE = hasattr(torch.library, "infer_schema")  # torch 2.5
-# An argument of another type is a tensor with its own dispatch, or a number that is not known yet.
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, int, float, bool, str, type(None)))
+# A tensor of another type has a dispatch of its own. A number that is not known yet comes with a compiler or a mode.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 # ---- Without derivatives ----
@@ -52,24 +52,24 @@ def run_backward(call: Call, backend: str, dout: torch.Tensor, rng_state: Option
 
 def followed(call: Call) -> bool:
     """Whether a compiler, a dispatch mode or a tensor's own type is to see which operators are called."""
-    return _CAN_DEFINE and (
+    return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
-        or call.q.device.type == "meta"
         or not _PLAIN.issuperset(map(type, call.tensors))
-        or not _PLAIN.issuperset(map(type, call.options))
-    )
+        or call.q.is_meta
+        or torch._C._get_tracing_state() is not None
+    ) and _CAN_DEFINE
 
 
-def attend(call: Call, backend: str) -> Result:
-    """The forward pass with its derivatives. backend: a name, or "auto" or "quadratic"."""
+def attend(call: Call, backend: str, as_operator: Optional[bool] = None) -> Result:
+    """The forward pass with its derivatives. backend: a name, or "auto" or "quadratic". as_operator: `followed`, if known."""
     transformed = torch._C._are_functorch_transforms_active()
-    if not transformed and followed(call):
+    if not transformed and (followed(call) if as_operator is None else as_operator):
         out, rng_state, s_dmask = _OPERATORS.forward(*call.tensors, *call.options, backend)
         return Result(out, *_or_none(call, rng_state, s_dmask))
     if transformed or needs_grad(call) or forward_ad._current_level >= 0:
-        result = Attention.apply(*call.tensors, call.options, backend)
+        apply = Attention.apply if transformed else Attention.apply_now
+        result = apply(*call.tensors, call.options, backend)
         return Result(*result) if isinstance(result, tuple) else Result(result)
     return run(call, backend)
 
@@ -85,11 +85,20 @@ def gradients(call: Call, backend: str, dout: torch.Tensor, rng_state: Optional[
     if not transformed and followed(call):
         return _OPERATORS.backward(dout, *call.tensors, rng_state, *call.options, backend)
     if transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return Gradients.apply(dout, *call.tensors, rng_state, call.options, backend)
+        apply = Gradients.apply if transformed else Gradients.apply_now
+        return apply(dout, *call.tensors, rng_state, call.options, backend)
     return run_backward(call, backend, dout, rng_state)
 
 
-class Attention(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    @classmethod
+    def apply_now(cls, *inputs):
+        """apply where no transform of torch.func is active: without the search for default values, which costs the host as
+        much at each call as everything else here."""
+        return super(torch.autograd.Function, cls).apply(*inputs)
+
+
+class Attention(_Function):
     """(*tensors of a Call, options, backend) -> out, or with dropout a Result."""
 
     @staticmethod
@@ -134,7 +143,7 @@ class Attention(torch.autograd.Function):
         return attend(call, backend).out.unflatten(0, (info.batch_size, -1)), 0
 
 
-class Gradients(torch.autograd.Function):
+class Gradients(_Function):
     """(dout, *tensors of a Call, rng_state, options, backend) -> dq, dk, dv."""
 
     @staticmethod
@@ -452,7 +461,7 @@ class _WithoutBackward(torch.autograd.Function):
 def attend_cached(call: Call, backend: str) -> torch.Tensor:
     """The output of a call with a cache, to which new keys and values have been appended in place."""
     given = call.cache
-    if followed(call) or not _PLAIN.issuperset(map(type, given)):
+    if followed(call) or not _PLAIN.issuperset(map(type, given[:6])):
         return _OPERATORS.kvcache(
             call.q, call.k, call.v, *given[:6], call.leftpad_k, call.block_table, call.alibi_slopes, *given[6:], *call.options, backend
         )

@@ -8,6 +8,7 @@ from typing import Optional
 
 import torch
 
+from ...score import saturate_
 from .form import ANTICAUSAL, CAUSAL, FULL, Form
 
 # Positions of one chunk. Longer ones waste products on masked entries, shorter ones time on starting operators.
@@ -105,14 +106,13 @@ class _Chunks:
         return scores
 
     def store(self, out: torch.Tensor, result: torch.Tensor, span: range) -> None:
-        """Normalize, saturate and put the result of the span's rows in its place."""
+        """Normalize, saturate if that is the form, and put the result of the span's rows in its place."""
         span = range(max(span.start, self._from_row), span.stop)
         result.mul_(self._factor)
         if self.form.weighs_positions and not self.form.transposed:
             result.mul_(self._weights(self._q, span, self._first_key))
-        if result.dtype != out.dtype:
-            limit = torch.finfo(out.dtype).max
-            result.clamp_(-limit, limit)
+        if self.form.output_saturates:
+            result = saturate_(result, out.dtype)
         batch, _, heads, group, _ = self._q.shape
         result = result.view(batch, heads, group, len(span), -1).permute(0, 3, 1, 2, 4)
         out[:, span.start - self._first_row : span.stop - self._first_row].unflatten(2, (heads, group)).copy_(result)

@@ -14,12 +14,17 @@ class Form(NamedTuple):  # not a dataclass: to make and to hash one would take s
     at its own position and before it. ``transposed``: the rows are the keys of the attention that was asked for and the
     keys its queries, which is what the gradients of k and v are; a causal mask is then anticausal (its own position and
     after it), and the normalization belongs to the keys.
+
+    weights_saturate: the products q_i . k_j are the weights P, which saturate in float16 where they are formed, and not dS.
+    output_saturates: the result is the output, and not a gradient.
     """
 
     softmax_scale: float
     causal: bool
     transposed: bool = False
     normalization: Optional[str] = None
+    weights_saturate: bool = True
+    output_saturates: bool = True
 
     @property
     def mask(self) -> str:
@@ -27,8 +32,17 @@ class Form(NamedTuple):  # not a dataclass: to make and to hash one would take s
             return FULL
         return ANTICAUSAL if self.transposed else CAUSAL
 
-    def transpose(self) -> "Form":
-        return self._replace(transposed=not self.transposed)
+    def of_dq(self) -> "Form":
+        """Of the gradient of q, where this is the form of the output: F(dO, V, K)."""
+        return self._replace(weights_saturate=False, output_saturates=False)
+
+    def of_dk(self) -> "Form":
+        """F(V, dO, Q), transposed."""
+        return self._replace(transposed=not self.transposed, weights_saturate=False, output_saturates=False)
+
+    def of_dv(self) -> "Form":
+        """F(K, Q, dO), transposed. Its products are P again."""
+        return self._replace(transposed=not self.transposed, output_saturates=False)
 
     @property
     def weighs_positions(self) -> bool:

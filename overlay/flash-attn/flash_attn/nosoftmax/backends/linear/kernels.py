@@ -45,6 +45,27 @@ def _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN: tl.constexpr):
 
 
 @triton.jit
+def _head_and_sequence(heads, SLICED: tl.constexpr):
+    """From the program's place in a grid (…, heads, batch). SLICED: more sequences than an axis has places are put side by
+    side along the heads'; b may then lie behind the last sequence."""
+    head, b = tl.program_id(1), tl.program_id(2)
+    if SLICED:
+        b += (head // heads) * tl.num_programs(2)
+        head = head % heads
+    return head, b
+
+
+@triton.jit
+def _clear(out, start, stop, head_offset, stride, part, parts, columns, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Write 0 to this part's share of the rows from start to stop."""
+    for chunk in range(start + part * CHUNK, stop, parts * CHUNK):
+        row = chunk + tl.arange(0, CHUNK)
+        pointers = out + row[:, None].to(tl.int64) * stride + head_offset + columns[None, :]
+        zeros = tl.zeros((CHUNK, WIDTH), dtype=out.dtype.element_ty)
+        tl.store(pointers, zeros, mask=(row < stop)[:, None] & (columns >= 0)[None, :])
+
+
+@triton.jit
 def _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN: tl.constexpr):
     """Where the states of sequence b begin. Packed: a sequence has at most as many segments as fit between two of these."""
     if VARLEN:
@@ -60,10 +81,11 @@ def _load(base, stride, index, valid, channels, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    """To 16 bit, saturating."""
-    if dtype == tl.float16:
-        x = tl.minimum(tl.maximum(x, -_LARGEST_HALF), _LARGEST_HALF)
+def _narrow(x, dtype: tl.constexpr, SATURATE: tl.constexpr):
+    """To 16 bit; with SATURATE what is finite stays finite. bfloat16 has the range of float32."""
+    if SATURATE and dtype == tl.float16:
+        # minimum and maximum take the number beside a NaN, and make Inf the limit; 0 * x is NaN for both, and 0 for a number.
+        x = tl.minimum(tl.maximum(x, -_LARGEST_HALF), _LARGEST_HALF) + x * 0.0
     return x.to(dtype)
 
 
@@ -78,7 +100,9 @@ def _hi_lo(state, dtype: tl.constexpr):
     """state * up as hi + lo in 16 bit, and 1 / up, a power of two."""
     down = 1.0
     if dtype == tl.float16:
-        down = _power_of_two_below(tl.maximum(tl.max(tl.abs(state)), 1e-30)) / 16384.0
+        # Of what is finite: an Inf would scale all else to 0.
+        size = tl.where(tl.abs(state) < float("inf"), tl.abs(state), 0.0)
+        down = _power_of_two_below(tl.maximum(tl.max(size), 1e-30)) / 16384.0
         state = state * (1.0 / down)
     hi = state.to(dtype)
     return hi, (state - hi.to(tl.float32)).to(dtype), down
@@ -105,12 +129,16 @@ def _weighed(columns, count, unit):
     return (columns.to(tl.float32) * (_reciprocal(count) * unit)[None, :]).to(columns.dtype)
 
 
-@triton.jit
+_COUNTS = ["batch", "heads"]  # compiled once, whatever they are
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def _sum_segments(
-    k, v, sums, cu_rows, cu_keys, rows, keys, segments, segment_length,
+    k, v, sums, cu_rows, cu_keys, rows, keys, segments, segment_length, batch, heads,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, MASK: tl.constexpr, WEIGHED: tl.constexpr, VARLEN: tl.constexpr, ALL: tl.constexpr,
+    SLICED: tl.constexpr,
 ):  # fmt: skip
     """sums[slot of the segment, head] = sum of k^T v over the segment's keys and the head's group.
 
@@ -120,7 +148,10 @@ def _sum_segments(
     tiles_v: tl.constexpr = (D_V + BLOCK_V - 1) // BLOCK_V
     tiles: tl.constexpr = tiles_v * ((D + BLOCK_D - 1) // BLOCK_D)
     segment, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    head, b = tl.program_id(1), tl.program_id(2)
+    head, b = _head_and_sequence(heads, SLICED)
+    if SLICED:
+        if b >= batch:
+            return
     start_row, rows, start_key, keys, total = _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN)
     begin, end = segment * segment_length, tl.minimum((segment + 1) * segment_length, total)
     if begin >= total:
@@ -157,18 +188,18 @@ def _sum_segments(
     if WEIGHED:
         acc *= 1.0 / unit
     slot = _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN) + segment
-    out = sums + (slot * tl.num_programs(1) + head) * (D * D_V)
+    out = sums + (slot * heads + head) * (D * D_V)
     tl.store(
         out + channels[:, None] * D_V + channels_v[None, :], acc,
         mask=(channels < D)[:, None] & (channels_v < D_V)[None, :],
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _scan(
-    sums, initial, final, cu_rows, cu_keys, rows, keys, segments, segment_length,
+    sums, initial, final, cu_rows, cu_keys, rows, keys, segments, segment_length, batch, heads,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, SLICED: tl.constexpr,
 ):  # fmt: skip
     """In place: the sum of each segment becomes the sum of those before it (causal) or after it (anticausal); with the full
     mask, that of the first segment becomes the sum of all.
@@ -177,7 +208,10 @@ def _scan(
     """
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < SIZE
-    head, b, heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
+    head, b = _head_and_sequence(heads, SLICED)
+    if SLICED:
+        if b >= batch:
+            return
     start_row, rows, start_key, keys, total = _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN)
     count = tl.cdiv(total, segment_length)
     first = _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN)
@@ -201,15 +235,15 @@ def _scan(
         tl.store(final + (b * heads + head).to(tl.int64) * SIZE + offsets, carry, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_COUNTS, "all_rows"])
 def _walk(
-    q, k, v, out, states, cu_rows, cu_keys, rows, keys, segments, segment_length, softmax_scale,
+    q, k, v, out, states, cu_rows, cu_keys, rows, keys, segments, segment_length, batch, heads, all_rows, softmax_scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_ob, stride_ot, stride_oh, stride_sd, stride_sv,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     GROUP_Q: tl.constexpr, GROUP_K: tl.constexpr, MASK: tl.constexpr,
     TRANSPOSED: tl.constexpr, NORMALIZATION: tl.constexpr, VARLEN: tl.constexpr, HAS_STATES: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, SLICED: tl.constexpr, WEIGHTS_SATURATE: tl.constexpr, OUTPUT_SATURATES: tl.constexpr,
 ):  # fmt: skip
     """The output of one segment, one head and BLOCK_V of its columns.
 
@@ -223,7 +257,18 @@ def _walk(
     weighed: tl.constexpr = per_visible and TRANSPOSED
     tiles_v: tl.constexpr = (D_V + BLOCK_V - 1) // BLOCK_V
     segment, tile = tl.program_id(0) // tiles_v, tl.program_id(0) % tiles_v
-    head, b = tl.program_id(1), tl.program_id(2)
+    head, b = _head_and_sequence(heads, SLICED)
+    if SLICED:
+        if b >= batch:
+            return
+    if VARLEN:
+        # Rows that belong to no sequence are before the first and behind the last.
+        columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        columns = tl.where(columns < D_V, columns, -1)
+        if b == 0:
+            _clear(out, 0, tl.load(cu_rows), head * stride_oh, stride_ot, segment, segments, columns, BLOCK_V, CHUNK)
+        if b == batch - 1:
+            _clear(out, tl.load(cu_rows + batch), all_rows, head * stride_oh, stride_ot, segment, segments, columns, BLOCK_V, CHUNK)
     start_row, rows, start_key, keys, total = _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN)
     begin, end = segment * segment_length, tl.minimum((segment + 1) * segment_length, total)
     first_row, first_key = total - rows, total - keys
@@ -252,7 +297,7 @@ def _walk(
         slot = _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN)
         if MASK != _FULL:
             slot += segment
-        start = states + (slot * (tl.num_programs(1) // GROUP_Q) + head // GROUP_Q) * (D * D_V)
+        start = states + (slot * (heads // GROUP_Q) + head // GROUP_Q) * (D * D_V)
         # The segment that is walked first starts from nothing.
         if MASK == _FULL or HAS_INITIAL:
             present = total > 0
@@ -300,12 +345,12 @@ def _walk(
                 if weighed:  # relative to the row, which is divided by its own count at the end: at most 1
                     p *= _reciprocal(count)[:, None] * count[None, :]
                 p = tl.where(visible, p if late else p * softmax_scale, 0.0)
-                acc = tl.dot(v_columns, _narrow(p, dtype), acc)
+                acc = tl.dot(v_columns, _narrow(p, dtype, WEIGHTS_SATURATE), acc)
                 state = tl.dot(_weighed(v_columns, count, unit) if weighed else v_columns, k_chunk, state)
         acc *= (_reciprocal(count) * factor)[None, :] if per_visible else factor
         acc = tl.where((position >= seeing)[None, :], acc, 0.0)
         tl.store(
-            out_base + row[:, None].to(tl.int64) * stride_ot + channels_v[None, :], tl.trans(_narrow(acc, dtype)),
+            out_base + row[:, None].to(tl.int64) * stride_ot + channels_v[None, :], tl.trans(_narrow(acc, dtype, OUTPUT_SATURATES)),
             mask=valid[:, None] & (channels_v < D_V)[None, :],
         )  # fmt: skip
 
@@ -386,6 +431,8 @@ _WALK = {
 _SUM = _Tuning(64, 128, 8, 4)
 # Segments are multiples of this, so of any chunk.
 _SEGMENT_UNIT = 128
+# Of the second and the third axis of a grid.
+_MOST_PLACES = 65535
 # Segments to aim at, per multiprocessor, and the shortest segment whose state is small beside what it stands for.
 _WAVES = 1
 _SHORTEST_SEGMENT = 512
@@ -433,7 +480,7 @@ class _Segments:
     """How a set of sequences is cut, for one assignment of rows and keys, which are as q and k."""
 
     def __init__(self, sequences: _Sequences, form: Form, q: _Layout, k: _Layout) -> None:
-        self.device, self.form, self.packed = sequences.device, form, sequences.packed is not None
+        self.device, self.dtype, self.form, self.packed = sequences.device, sequences.dtype, form, sequences.packed is not None
         self.heads = min(q.shape[-2], k.shape[-2])
         self.batch = sequences.packed if self.packed else q.shape[0]
         rows, keys = (sequences.max_rows, sequences.max_keys) if self.packed else (q.shape[1], k.shape[1])
@@ -443,11 +490,20 @@ class _Segments:
         length = _ceil_div(length, _SEGMENT_UNIT) * _SEGMENT_UNIT
         self.count = _ceil_div(max(rows, keys), length)
         self.slots = (all_rows + all_keys) // length + self.batch if self.packed else self.batch * self.count
-        self.numbers = (rows, keys, self.count, length)
+        self.all_rows = all_rows
+        self.numbers = (rows, keys, self.count, length, self.batch)
 
     @property
     def empty(self) -> bool:
         return self.batch == 0 or self.count == 0
+
+    @property
+    def sliced(self) -> bool:
+        return self.batch > _MOST_PLACES
+
+    def grid(self, parts: int, heads: int) -> tuple[int, int, int]:
+        """(parts, heads, batch), with slices of the batch along the heads where it is longer than its axis may be."""
+        return (parts, heads * _ceil_div(self.batch, _MOST_PLACES), _MOST_PLACES) if self.sliced else (parts, heads, self.batch)
 
     def strides(self, x: _Layout) -> tuple[int, int, int]:
         """Of batch, position and head; packed sequences have one batch."""
@@ -467,18 +523,18 @@ class _States:
         block_d, block_v = min(_block(d), 128), min(_block(d_v), _SUM.block_v)
         tiles = _ceil_div(d, block_d) * _ceil_div(d_v, block_v)
         self._sum = _Launch(
-            _sum_segments, (segments.count * tiles, segments.heads, segments.batch),
-            (*numbers, *segments.strides(k), *segments.strides(v)),
+            _sum_segments, segments.grid(segments.count * tiles, segments.heads),
+            (*numbers, segments.heads, *segments.strides(k), *segments.strides(v)),
             (d, d_v, block_d, block_v, _SUM.chunk, k.shape[-2] // segments.heads, _MASKS[mask],
-             segments.form.weighs_positions and segments.form.transposed, packed, final),
+             segments.form.weighs_positions and segments.form.transposed, packed, final, segments.sliced),
             _SUM.num_warps if block_d * block_v > 4096 else 4, _SUM.num_stages,
         )  # fmt: skip
         self._scan = None
         if segments.count > 1 or final:
             block = min(_block(d * d_v), 512)
             self._scan = _Launch(
-                _scan, (_ceil_div(d * d_v, block), segments.heads, segments.batch), numbers,
-                (d * d_v, block, _MASKS[mask], packed, initial, final), num_warps=4,
+                _scan, segments.grid(_ceil_div(d * d_v, block), segments.heads), (*numbers, segments.heads),
+                (d * d_v, block, _MASKS[mask], packed, initial, final, segments.sliced), num_warps=4,
             )  # fmt: skip
 
     def __call__(
@@ -496,23 +552,28 @@ class _States:
 
 
 class _Walk:
-    """Finds the output of rows as q with keys and values as k and v. swapped: the states are those of (v, k)."""
+    """Finds the output of rows as q with keys and values as k and v. form: with the mask of the segments. swapped: the states are
+    those of (v, k)."""
 
-    def __init__(self, segments: _Segments, q: _Layout, k: _Layout, v: _Layout, states: _States, swapped: bool = False) -> None:
-        form, nheads, d, d_v = segments.form, q.shape[-2], q.shape[-1], v.shape[-1]
+    def __init__(
+        self, segments: _Segments, form: Form, q: _Layout, k: _Layout, v: _Layout, states: _States, swapped: bool = False
+    ) -> None:
+        nheads, d, d_v, half = q.shape[-2], q.shape[-1], v.shape[-1], segments.dtype == torch.float16
         self._shape, tuning = (*q.shape[:-1], d_v), _walk_tuning(segments.device, d, d_v)
         out_strides = (0 if segments.packed else q.shape[1] * nheads * d_v, nheads * d_v, d_v)
         self._walk = _Launch(
-            _walk, (segments.count * _ceil_div(d_v, tuning.block_v), nheads, segments.batch),
+            _walk, segments.grid(segments.count * _ceil_div(d_v, tuning.block_v), nheads),
             (
-                *segments.numbers, form.softmax_scale,
+                *segments.numbers, nheads, segments.all_rows, form.softmax_scale,
                 *segments.strides(q), *segments.strides(k), *segments.strides(v), *out_strides,
                 *((1, d) if swapped else (d_v, 1)),
             ),
             (
                 d, d_v, _block(d), tuning.block_v, tuning.chunk, nheads // segments.heads, k.shape[-2] // segments.heads,
                 _MASKS[form.mask], form.transposed, _normalization(form), segments.packed,
-                states.needed, states.initial,
+                states.needed, states.initial, segments.sliced,
+                # One kernel for all where there is no difference.
+                half and form.weights_saturate, half and form.output_saturates,
             ),
             tuning.num_warps, tuning.num_stages,
         )  # fmt: skip
@@ -557,7 +618,7 @@ def _forward_plan(
     if segments.empty:
         return None
     states = _States(segments, k, v, initial, final)
-    return states, _Walk(segments, q, k, v, states)
+    return states, _Walk(segments, form, q, k, v, states)
 
 
 @lru_cache(_MOST_PLANS)
@@ -568,11 +629,11 @@ def _backward_plan(
     there = _Segments(sequences, form, q, k)
     if there.empty:
         return None
-    back = _Segments(sequences.transpose(), form.transpose(), k, q)
+    back = _Segments(sequences.transpose(), form.of_dk(), k, q)
     states, back_states = _States(there, k, v), _States(back, q, dout)
-    dq = _Walk(there, dout, v, k, states, swapped=True)
-    dk = _Walk(back, v, dout, q, back_states, swapped=True)
-    return states, dq, back_states, dk, _Walk(back, k, q, dout, back_states)
+    dq = _Walk(there, form.of_dq(), dout, v, k, states, swapped=True)
+    dk = _Walk(back, form.of_dk(), v, dout, q, back_states, swapped=True)
+    return states, dq, back_states, dk, _Walk(back, form.of_dv(), k, q, dout, back_states)
 
 
 def _sequences(q: torch.Tensor, cu_rows: Optional[torch.Tensor], max_rows: int, max_keys: int) -> _Sequences:

@@ -37,8 +37,7 @@ def attend(
 ) -> torch.Tensor:
     """One form of linear attention; see Form and chunked.attend. With cu_seqlens, q, k and v are packed: (total, heads, d).
 
-    Returns out, as q with v's last dimension. Rows of out that belong to no sequence are 0 in PyTorch and are not written
-    by the kernels, as in the quadratic ones.
+    Returns out, as q with v's last dimension. Rows of out that belong to no sequence are 0.
     """
     if has_kernels(q):
         return _kernels().attend(q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -73,13 +72,13 @@ def gradients(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv of `attend`: three more forms of it (DESIGN: F(dO, V, K; M), F(V, dO, Q; Mt), F(K, Q, dO; Mt))."""
+    """dq, dk and dv of `attend`: three more forms of it, F(dO, V, K; M), F(V, dO, Q; Mt) and F(K, Q, dO; Mt)."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if has_kernels(q):
         return _kernels().gradients(dout, q, k, v, form, *lengths)
     swapped = (cu_seqlens_k, cu_seqlens_q, max_seqlen_k, max_seqlen_q)
     return (
-        attend(dout, v, k, form, *lengths),
-        attend(v, dout, q, form.transpose(), *swapped),
-        attend(k, q, dout, form.transpose(), *swapped),
+        attend(dout, v, k, form.of_dq(), *lengths),
+        attend(v, dout, q, form.of_dk(), *swapped),
+        attend(k, q, dout, form.of_dv(), *swapped),
     )
