@@ -1,0 +1,161 @@
+"""What a small call costs the host: wall time of each backend, of softmax and of torch's own attention, side by side.
+
+At batch 1, 128 tokens, 8 heads and head_dim 64 a GPU waits for the host, so the wall time of many calls in a row is the host's
+time. "entry" is the backend's own function without the door: linear time's primitive, flash_attn.cute's function, the
+extension's fwd and bwd. Writes JSON, and a page beside it.
+
+    python benchmarks/host.py --json docs/results/host.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+BATCH, SEQLEN, NHEADS, HEAD_DIM = 1, 128, 8, 64
+CALLS = {"cuda": 300, "cpu": 30}
+Contender = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def contenders(device: str) -> dict[str, Contender]:
+    """Name -> attention of q, k and v, (batch, seqlen, nheads, head_dim). Which of them run is found out by calling them."""
+    forced = {
+        name: lambda q, k, v, name=name: flash_attn_func(q, k, v, causal=True, use_softmax=False, backend=name)
+        for name in (("linear", "fa4", "fa2") if device == "cuda" else ("linear", "cpu"))
+    }
+    cu_seqlens = torch.tensor([0, SEQLEN], dtype=torch.int32, device=device)
+
+    def packed(q, k, v, **options):
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        lengths = (cu_seqlens, cu_seqlens, SEQLEN, SEQLEN)
+        return flash_attn_varlen_func(q, k, v, *lengths, causal=True, use_softmax=False, **options)
+
+    return {
+        "torch SDPA": lambda q, k, v: F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+        ),
+        "softmax": lambda q, k, v: flash_attn_func(q, k, v, causal=True),
+        "auto": lambda q, k, v: flash_attn_func(q, k, v, causal=True, use_softmax=False),
+        "auto, silu": lambda q, k, v: flash_attn_func(q, k, v, causal=True, use_softmax=False, activation="silu"),
+        **{f'backend="{name}"': call for name, call in forced.items()},
+        "auto, packed": packed,
+        **({"fa4, packed": lambda q, k, v: packed(q, k, v, backend="fa4")} if device == "cuda" else {}),
+        **_entries(device),
+    }
+
+
+def _entries(device: str) -> dict[str, Contender]:
+    """The backends' own functions, forward alone where they have no derivative of their own."""
+    from flash_attn.nosoftmax.backends.linear import primitive
+    from flash_attn.nosoftmax.backends.linear.form import Form
+
+    form = Form(HEAD_DIM**-0.5, True)
+    entries = {"linear's entry": torch.no_grad()(lambda q, k, v: primitive.attend(q, k, v, form))}
+    if device == "cuda":
+
+        def cute(q, k, v):
+            from flash_attn import cute
+
+            return cute.flash_attn_func(q, k, v, causal=True, use_softmax=False)[0]
+
+        def extension(q, k, v):
+            from flash_attn import extension
+
+            return extension.load().fwd(
+                q, k, v, None, None, 0.0, HEAD_DIM**-0.5, True, -1, -1, 0.0, False, None, False
+            )[0]  # fmt: skip
+
+        entries.update({"fa4's entry": cute, "fa2's entry": extension})
+    return entries
+
+
+def microseconds(call: Callable[[], object], device: str, repeats: int = 5) -> float:
+    """Wall time of one call: the median of the means of runs of many calls. A GPU is waited for at the end of each run."""
+    means = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        for _ in range(CALLS[device]):
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        means.append((time.perf_counter() - start) / CALLS[device] * 1e6)
+    return statistics.median(means[1:])  # the first one compiles
+
+
+def measure(device: str) -> list[dict]:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    shape = (BATCH, SEQLEN, NHEADS, HEAD_DIM)
+    q, k, v, dout = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    rows = []
+    for name, attend in contenders(device).items():
+        row: dict = {"contender": name, "forward": None, "both": None}
+        rows.append(row)
+        try:
+            row["forward"] = microseconds(lambda: attend(q, k, v), device)
+            out = attend(*leaves)
+            if out.requires_grad:
+                grad = dout.reshape(out.shape) if out.numel() == dout.numel() else torch.ones_like(out)
+                row["both"] = microseconds(lambda: torch.autograd.grad(attend(*leaves), leaves, grad), device)
+        except (ValueError, ImportError, NotImplementedError, RuntimeError, AttributeError) as error:
+            row["skipped"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"{name:22} {_cell(row['forward']):>8} {_cell(row['both']):>8}  {row.get('skipped', '')[:90]}", flush=True)
+    return rows
+
+
+def _cell(x: float | None) -> str:
+    return "–" if x is None else f"{x:.0f}"
+
+
+def page(record: dict) -> str:
+    text = f"""# What a small call costs the host, on {record["device"]}
+
+{record["date"]}, torch {record["torch"]}:
+
+    {record["command"]}
+
+Microseconds of wall time a call, causal, batch {BATCH}, {SEQLEN} tokens, {NHEADS} heads, head_dim {HEAD_DIM}, {record["dtype"]}.
+An “entry” is the backend's own function, without the door. Written by `benchmarks/host.py` with the JSON file beside this one.
+
+| | forward | forward + backward |
+|---|---|---|
+"""
+    for row in record["results"]:
+        text += f"| {row['contender']} | {_cell(row['forward'])} | {_cell(row['both'])} |\n"
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=sorted(CALLS))
+    parser.add_argument("--json", type=Path, help="write the results here, and a page with the ending .md beside it")
+    args = parser.parse_args()
+    cuda = args.device == "cuda"
+    record = {
+        "device": torch.cuda.get_device_name() if cuda else f"a CPU, {torch.get_num_threads()} threads",
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "dtype": "bfloat16" if cuda else "float32",
+        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "results": measure(args.device),
+    }
+    if args.json is not None:
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        args.json.with_suffix(".md").write_text(page(record), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
