@@ -94,7 +94,9 @@ def _revision() -> object:
     """Of the other wheel; revision 1 did not say."""
     try:
         return import_module(f"{_PACKAGE}.nosoftmax.revision").REVISION
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != f"{_PACKAGE}.nosoftmax.revision":
+            raise
         return 1
 
 
