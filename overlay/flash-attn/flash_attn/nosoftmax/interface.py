@@ -7,6 +7,7 @@ from typing import Any, NoReturn, Optional
 
 import torch
 
+from .. import extension
 from . import checks, ops
 from .call import Cache, Call
 from .choice import Choice, Wanted, choose, wanted
@@ -45,11 +46,14 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
     parameters = list(signature.parameters.values())
     names = [p.name for p in parameters]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    places = {name: place for place, name in enumerate(names)}
 
     def bind(args: tuple, kwargs: dict) -> dict:
         """inspect.Signature.bind with defaults, in what torch.compile can trace."""
         arguments = {**defaults, **dict(zip(names, args)), **kwargs}
-        if len(arguments) != len(names) or len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
+        # A keyword that is not known, or that is given by position too.
+        wrong = any(places.get(name, -1) < len(args) for name in kwargs)
+        if wrong or len(arguments) != len(names) or len(args) > len(names):
             _raise_of_binding(function, signature, args, kwargs)
         return arguments
 
@@ -78,7 +82,10 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
         algorithm, backend = chosen.pop("algorithm"), chosen.pop("backend")
         arguments = bind(args, kwargs)
         if use_softmax is True:
-            return _check_softmax(arguments, *chosen.values(), algorithm, backend)
+            choice = _check_softmax(arguments, *chosen.values(), algorithm, backend)
+            if choice.backend == "fa2":
+                extension.load()  # raises ImportError, as the call does
+            return choice
         arguments, _ = _packed_if_jagged(arguments)
         call, among = _call_of(arguments, (use_softmax, *chosen.values())), wanted(algorithm, backend)
         _check(call)
