@@ -10,8 +10,10 @@ import flash_attn
 import flash_attn.flash_attn_interface as interface
 import pytest
 import torch
-from flash_attn import backends
-from flash_attn.tracing import constant_when_traced
+from flash_attn import extension as stands_for_extension
+from flash_attn import nosoftmax
+from flash_attn.nosoftmax.backends import fa2
+from flash_attn.nosoftmax.call import Cache, Call, Options
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from calls import DIFFERENTIABLE, LENGTHS, close, inputs, run, sample
@@ -46,11 +48,6 @@ def test_import_brings_no_compiler():
     heavy = ("torch._dynamo", "triton", "cutlass")
     program = f"import sys, torch, flash_attn, flash_attn.linear; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-
-
-def test_constant_when_traced_is_torchs_own_mark():
-    mine, torchs = (lambda: 1), (lambda: 1)
-    assert vars(constant_when_traced(mine)) == vars(torch.compiler.assume_constant_result(torchs)) != {}
 
 
 MODES = pytest.mark.parametrize("use_softmax", [True, False], ids=["softmax", "no_softmax"])
@@ -218,33 +215,64 @@ def saved_bytes(name: str, device: str, use_softmax: bool) -> tuple[int, set[int
 
 @FUNCTIONS
 def test_neither_output_nor_lse_is_saved(name, device):
+    """Of tensors that are parts of one the parts are, and of two that are one, each."""
     tensors, lengths = inputs(name, device)
-    needed = sum(t.nbytes for t in tensors) + sum(t.nbytes for t in lengths if isinstance(t, torch.Tensor)) + 2 * 8
+    needed = sum(t.nbytes for t in tensors) + 2 * cumulative(LENGTHS, device).nbytes * ("varlen" in name)
     saved, addresses, out = saved_bytes(name, device, use_softmax=False)
     assert saved == needed and out.data_ptr() not in addresses
+    lengths_of_softmax = sum(t.nbytes for t in lengths if isinstance(t, torch.Tensor))
     saved, addresses, out = saved_bytes(name, device, use_softmax=True)
-    lse = out[..., 0].numel() * 4
-    assert saved == needed + out.nbytes + lse and out.data_ptr() in addresses
+    lse, rng_state = out[..., 0].numel() * 4, 2 * 8
+    assert saved == sum(t.nbytes for t in tensors) + lengths_of_softmax + rng_state + out.nbytes + lse
+    assert out.data_ptr() in addresses
 
 
-def operator_calls(device: str, use_softmax: bool, seqlen_q: int, dropout_p: float):
-    """(operator, arguments) of the four operators, q, k, v being views of packed tensors."""
-    ops, tail = torch.ops.flash_attn, (use_softmax, "identity", 0.0, None)
+def softmax_operator_calls(device: str, seqlen_q: int, dropout_p: float):
+    """(operator, arguments) of upstream's four operators, q, k, v being views of packed tensors."""
+    ops = torch.ops.flash_attn
     options, encoded = (dropout_p, 0.3, True, 3, 0, 0.0), dropout_p > 0
     q, k, v = sample(device, 2, seqlen_q, 2, 4, 8)[:, :, 0], *sample(device, 2, 6, 2, 2, 8).unbind(2)
-    dense = (q, k, v, *options, None, encoded, *tail)
+    dense = (q, k, v, *options, None, encoded)
     yield ops._flash_attn_forward, dense
     out, lse, _, rng_state = ops._flash_attn_forward(*dense)
     gradients = [torch.empty_like(x) for x in (q, k, v)]
-    yield ops._flash_attn_backward, (out, q, k, v, out, lse, *gradients, *options, None, True, rng_state, *tail)
+    yield ops._flash_attn_backward, (out, q, k, v, out, lse, *gradients, *options, None, True, rng_state)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     packed = (cumulative([seqlen_q, seqlen_q], device), cumulative([0, 12], device), seqlen_q, 12)
-    varlen = (q, k, v, *packed, *options, None, encoded, None, None, None, False, *tail)
+    varlen = (q, k, v, *packed, *options, None, encoded, None, None, None, False)
     yield ops._flash_attn_varlen_forward, varlen
     out, lse, _, rng_state = ops._flash_attn_varlen_forward(*varlen)
     gradients = [torch.empty_like(x) for x in (q, k, v)]
-    backward = (out, q, k, v, out, lse, *gradients, *packed, *options, None, True, rng_state, False, *tail)
-    yield ops._flash_attn_varlen_backward, backward
+    yield ops._flash_attn_varlen_backward, (out, q, k, v, out, lse, *gradients, *packed, *options, None, True, rng_state, False)
+
+
+def operator_calls(device: str, seqlen_q: int, dropout_p: float):
+    """The same for the operators without softmax, of dense, packed and paged tensors and of caches."""
+    ops, name = torch.ops.flash_attn_nosoftmax, "fa2" if device == "cuda" else "cpu"
+
+    def options(*longest: int) -> tuple:
+        return (*longest, dropout_p, 0.3, 3, 0, 0.0, True, dropout_p > 0, "identity", 0.0, None)
+
+    q, k, v = sample(device, 2, seqlen_q, 2, 4, 8)[:, :, 0], *sample(device, 2, 6, 2, 2, 8).unbind(2)
+    dense = (q, k, v, *(None,) * 6)
+    packed = (
+        *(x.flatten(0, 1) for x in (q, k, v)), cumulative([seqlen_q, seqlen_q], device), cumulative([0, 12], device), *(None,) * 4
+    )  # fmt: skip
+    for tensors, longest in ((dense, (seqlen_q, 6)), (packed, (seqlen_q, 12))):
+        yield ops.forward, (*tensors, *options(*longest), name)
+        out, rng_state, _ = ops.forward(*tensors, *options(*longest), name)
+        yield ops.backward, (out, *tensors, rng_state if dropout_p > 0 else None, *options(*longest), name)
+    pages = sample(device, 4, 256, 2, 8)
+    table = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32, device=device)
+    lengths = cumulative([300, 200], device)
+    if dropout_p == 0.0:
+        paged = (*packed[:1], pages, pages, packed[3], lengths, None, None, table, None)
+        yield ops.forward, (*paged, *options(seqlen_q, 300), name)
+        filled = lengths.diff().int()
+        new = sample(device, 2, 1, 2, 8)
+        for caches, tables in ((sample(device, 2, 512, 2, 2, 8).unbind(2), None), ((pages, pages.flip(0)), table)):
+            given = (new, new, filled, *(None,) * 4, tables, None, False, 0, True)
+            yield ops.kvcache, (q[:, :1], *(x.clone() for x in caches), *given, *options(1, 512), name)
 
 
 @MODES
@@ -258,11 +286,14 @@ def test_operators_pass_opcheck(seqlen_q, dropout_p, use_softmax, device):
     unwritten = device == "cuda" and (use_softmax or dropout_p == 0)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     operators = set()
-    for operator, arguments in operator_calls(device, use_softmax, seqlen_q, dropout_p):
+    for operator, arguments in (softmax_operator_calls if use_softmax else operator_calls)(device, seqlen_q, dropout_p):
         operator(*arguments)  # what this build lacks is said here in words that opcheck would wrap
         torch.library.opcheck(operator.default, arguments, test_utils=checks[:-1] if unwritten else checks)
-        operators.add(operator)
-    assert len(operators) == 4
+        operators.add(str(operator))
+    family = "_flash_attn_forward _flash_attn_backward _flash_attn_varlen_forward _flash_attn_varlen_backward" if use_softmax else (
+        "forward backward kvcache" if dropout_p == 0.0 else "forward backward"
+    )
+    assert operators == {f"{'flash_attn' if use_softmax else 'flash_attn_nosoftmax'}.{name}" for name in family.split()}
 
 
 @MODES
@@ -287,31 +318,31 @@ def test_compiles_to_one_graph(form, use_softmax, device):
         close(actual, expected)
 
 
-def test_the_cache_compiles(device):
-    """The KV-cache function is no operator; it still runs inside a compiled function, and still appends in place."""
+def test_the_cache_compiles_to_one_graph(device):
+    """An operator that says which tensors it changes: it appends in place from a compiled function too, with any length."""
     torch._dynamo.reset()
     q, k_cache, v_cache = (t.detach() for t in inputs("flash_attn_func", device)[0])
-    lengths = torch.tensor([3, 5], dtype=torch.int32, device=device)
     caches = [(k_cache.clone(), v_cache.clone()) for _ in range(2)]
 
-    def step(k, v):
+    def step(k, v, lengths):
         return flash_attn.flash_attn_with_kvcache(
             q[:, :1], k, v, q[:, 1:2], q[:, 2:3], cache_seqlens=lengths, causal=True, use_softmax=False
         )
 
-    close(torch.compile(step, backend="aot_eager")(*caches[0]), step(*caches[1]))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for values in ([3, 5], [4, 6]):
+        lengths = torch.tensor(values, dtype=torch.int32, device=device)
+        with torch._dynamo.config.patch(error_on_recompile=values[0] > 3):
+            actual = compiled(*caches[0], lengths)
+        close(actual, step(*caches[1], lengths))
     for actual, expected in zip(*caches, strict=True):
         assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("activation", ["identity", "sigmoid"])
 def test_no_log_sum_exp_to_return(activation, device):
-    """Where the backend cannot run the call anyway, that is what is said: leaving the log-sum-exp out would not help."""
     q = sample(device, 1, 2, 2, 8)
-    words = "return_softmax_lse=True.*use_softmax=False"
-    if device == "cuda" and activation == "sigmoid":
-        words = "FLASH_ATTENTION_NOSOFTMAX_BACKEND=fa2 is not possible: flash_attn_2_cuda has no kernels for activation='sigmoid'"
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match="return_softmax_lse=True.*use_softmax=False"):
         flash_attn.flash_attn_with_kvcache(q, q, q, return_softmax_lse=True, use_softmax=False, activation=activation)
 
 
@@ -340,12 +371,74 @@ def test_options_are_checked(name, options, words, device):
 
 def test_tensors_on_several_devices(device):
     q = sample(device, 1, 2, 2, 8)
-    with pytest.raises(ValueError, match=f"one device.*q on {device}.*kcache on meta"):
+    with pytest.raises(ValueError, match=f"one device.*q on {device}.*k_cache on meta"):
         flash_attn.flash_attn_with_kvcache(q, q.to("meta"), q.to("meta"), use_softmax=False)
 
 
-# Which backend a CUDA tensor reaches can be seen without a GPU: the tensors are fake, and so is the extension.
-SCORE_DEFAULTS = ("identity", 0.0, None)
+# --- forward and backward without autograd ----------------------------------------------------------------------------
+
+
+PAIR = {
+    "dense": ("flash_attn_func", {}),
+    "dropped": ("flash_attn_func", dict(dropout_p=0.3)),
+    "packed": ("flash_attn_varlen_func", {}),
+    "packed and dropped": ("flash_attn_varlen_func", dict(dropout_p=0.3)),
+}
+
+
+@pytest.mark.parametrize("name, options", PAIR.values(), ids=PAIR)
+def test_the_pair_gives_what_the_function_and_its_gradient_give(name, options, device):
+    (q, k, v), lengths = inputs(name, device)
+    options = dict(options, causal=True, softmax_scale=0.3, window_size=(2, 0))
+    packed = dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), lengths))
+    torch.manual_seed(5)
+    expected = getattr(flash_attn, name)(q, k, v, *lengths, **options, use_softmax=False)
+    dout = sample(device, *expected.shape)
+    gradients = torch.autograd.grad(expected, (q, k, v), dout)
+    torch.manual_seed(5)
+    out, rng_state = nosoftmax.forward(q, k, v, **packed, **options)
+    assert torch.equal(out, expected) and not out.requires_grad
+    assert (rng_state is None) == ("dropout_p" not in options)
+    torch.manual_seed(6)  # the state says what was dropped
+    for actual, gradient in zip(nosoftmax.backward(dout, q, k, v, rng_state, **packed, **options), gradients, strict=True):
+        assert torch.equal(actual, gradient) and not actual.requires_grad
+
+
+X = torch.ones(1, 4, 2, 8)
+WRONG_PAIRS = {
+    "nonsense is no argument here": (dict(nonsense=1), TypeError),
+    "seqused_k is no argument here": (dict(seqused_k=X), TypeError),
+    "return_attn_probs is no argument here": (dict(return_attn_probs=True), TypeError),
+    "max_seqlen_k is missing": (dict(cu_seqlens_q=X, cu_seqlens_k=X, max_seqlen_q=4), TypeError),
+    "activation='tanh'": (dict(activation="tanh"), ValueError),
+    "softmax_scale=inf": (dict(softmax_scale=float("inf")), ValueError),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_PAIRS)
+def test_wrong_arguments_of_the_pair(message):
+    options, kind = WRONG_PAIRS[message]
+    with pytest.raises(kind, match=message):
+        nosoftmax.forward(X, X, X, **options)
+    with pytest.raises(kind, match=message):
+        nosoftmax.backward(X, X, X, X, **options)
+
+
+@pytest.mark.parametrize("dout, options, message", [
+    (X[:, :3], {}, "dout has shape"),
+    (X.double(), {}, "dout has dtype"),
+    (None, {}, "dout is a builtins.NoneType"),
+    (X, dict(dropout_p=0.1), "dropout_p=0.1 without rng_state"),
+    (X, dict(dropout_p=0.1, rng_state=torch.zeros(2)), "rng_state has dtype torch.float32"),
+], ids=str)  # fmt: skip
+def test_wrong_gradients_of_the_pair(dout, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        nosoftmax.backward(dout, X, X, X, **options)
+
+
+# --- what the extension is handed -------------------------------------------------------------------------------------
+
+# Which arguments it gets can be seen without a GPU: the tensors are fake, and so is the extension.
 
 
 @pytest.fixture
@@ -355,39 +448,179 @@ def cuda_call():
     return q, q, q, None, None, 0.0, 0.3, False, -1, -1, 0.0, False, None
 
 
+@pytest.fixture(autouse=True)
+def looked_for_again():
+    """What is installed does not change while a process runs, unless these tests do it."""
+
+    def forget():
+        for found in (stands_for_extension._found, stands_for_extension.obstacle, fa2._built):
+            found.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
 def test_cuda_tensor_without_the_extension(cuda_call, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", None)
     with pytest.raises(ImportError, match="make wheel BACKEND=cuda"):
-        backends.fwd(*cuda_call)
+        stands_for_extension.fwd(*cuda_call)
+    assert "make wheel BACKEND=cuda" in fa2.obstacle(nosoftmax_call(cuda_call[0]))
 
 
 @pytest.fixture
 def extension(monkeypatch):
-    """A compiled extension that returns its arguments."""
-    module = SimpleNamespace(__name__="flash_attn_2_cuda", fwd=lambda *args: args)
+    """A compiled extension that notes its arguments, and returns as many tensors as the real one does."""
+    module = SimpleNamespace(__name__="flash_attn_2_cuda", has_use_softmax=True, given=[])
+
+    def function(name: str, like: tuple[int, ...]):
+        def run(*args):
+            module.given.append((name, args))
+            return tuple(args[i] for i in like)
+
+        return run
+
+    for name, like in dict(fwd=(0,) * 4, varlen_fwd=(0,) * 4, bwd=(1, 2, 3), varlen_bwd=(1, 2, 3), fwd_kvcache=(0, 0)).items():
+        setattr(module, name, function(name, like))
     monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", module)
     return module
 
 
+def fake(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def nosoftmax_call(q, k=None, v=None, *lengths, cache=None, block_table=None, leftpad_k=None, longest=(2, 2), **options) -> Call:
+    k = q if k is None else k
+    lengths = lengths or (None, None)
+    options = Options(*longest, **{**dict(
+        dropout_p=0.0, softmax_scale=0.3, window_left=-1, window_right=-1, softcap=0.0, deterministic=False,
+        return_attn_probs=False, activation="identity", sigmoid_bias=0.0, normalization=None,
+    ), **options})  # fmt: skip
+    return Call(q, k, k if v is None else v, *lengths, None, leftpad_k, block_table, None, options, cache)
+
+
 def test_softmax_gives_the_extension_upstreams_arguments(cuda_call, extension):
-    assert backends.fwd(*cuda_call) == backends.fwd(*cuda_call, True, *SCORE_DEFAULTS) == cuda_call
+    stands_for_extension.fwd(*cuda_call)
+    assert extension.given == [("fwd", cuda_call)]
+
+
+def test_no_argument_says_that_there_is_no_softmax(cuda_call):
+    """What stands for the extension is upstream's: calls without softmax don't come there."""
+    with pytest.raises(TypeError, match=r"fwd\(\) takes 13 arguments and got 14"):
+        stands_for_extension.fwd(*cuda_call, False)
 
 
 def test_stock_extension_is_refused_without_softmax(cuda_call, extension):
-    with pytest.raises(NotImplementedError, match="unpatched.*make wheel BACKEND=cuda"):
-        backends.fwd(*cuda_call, False, *SCORE_DEFAULTS)
+    extension.has_use_softmax = False
+    stands_for_extension.fwd(*cuda_call)
+    reason = fa2.obstacle(nosoftmax_call(cuda_call[0]))
+    assert "unpatched" in reason and "make wheel BACKEND=cuda" in reason
 
 
-def test_patched_extension_is_told(cuda_call, extension):
-    extension.has_use_softmax = True
-    assert backends.fwd(*cuda_call, False, *SCORE_DEFAULTS) == (*cuda_call, False)
+def without_fakes(args: tuple) -> list:
+    """Fake tensors by their shapes: to compare two would compute."""
+    return [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in args]
 
 
-@pytest.mark.parametrize("options", [("relu", 0.0, None), ("sigmoid", None, None), ("identity", 0.0, "1/n")])
-def test_extension_lacks_an_activation(cuda_call, extension, options):
-    extension.has_use_softmax = True
-    with pytest.raises(NotImplementedError, match=f"{options[0]}.*flash-attn-4.*flash_attn.cpu"):
-        backends.fwd(*cuda_call, False, *options)
+WINDOWS = pytest.mark.parametrize("window, handed", [
+    (dict(), (False, -1, -1)),
+    (dict(window_right=0), (True, -1, -1)),
+    (dict(window_left=3, window_right=0), (True, 3, -1)),
+    (dict(window_left=3, window_right=1), (False, 3, 1)),
+], ids=str)  # fmt: skip
+
+
+@WINDOWS
+def test_patched_extension_is_told_of_dense_calls(extension, window, handed):
+    """use_softmax is False, last. It sets the right side of a causal call itself. `out` of its backward, whose shape it
+    checks and in which nothing is kept, is q."""
+    q, k = fake(1, 2, 2, 8), fake(1, 5, 1, 8)
+    call = nosoftmax_call(q, k, longest=(2, 5), deterministic=True, **window)
+    result = fa2.forward(call)
+    assert result.out is q and result.rng_state is None and result.s_dmask is None
+    dq, dk, dv = fa2.backward(call, q, None)
+    assert dq is q and dk is k and dv is k
+    (_, forward), (_, backward) = extension.given
+    assert [name for name, _ in extension.given] == ["fwd", "bwd"]
+    q_, k_ = (1, 2, 2, 8), (1, 5, 1, 8)
+    assert without_fakes(forward) == [q_, k_, k_, None, None, 0.0, 0.3, *handed, 0.0, False, None, False]
+    assert without_fakes(backward) == [
+        q_, q_, k_, k_, q_, (0,), None, None, None, None, 0.0, 0.3, *handed, 0.0, True, None, None, False
+    ]  # fmt: skip
+    assert backward[4] is q and backward[5].dtype == torch.float32
+    assert (len(forward), len(backward)) == (EXTENSION_ARGUMENTS["fwd"] + 1, EXTENSION_ARGUMENTS["bwd"] + 1)
+
+
+def test_patched_extension_is_told_of_packed_calls(extension):
+    q, k, starts, table, state = fake(9, 2, 8), fake(3, 256, 1, 8), *(fake(*n, dtype=torch.int32) for n in ((3,), (2, 2), (2,)))
+    call = nosoftmax_call(q, k, None, starts, starts, block_table=table, longest=(5, 300), window_right=0, dropout_p=0.1)
+    assert fa2.forward(call).rng_state is not None
+    dense = nosoftmax_call(q, q, None, starts, starts, longest=(5, 5), window_right=0, dropout_p=0.1)
+    fa2.backward(dense, q, state)
+    (_, forward), (_, backward) = extension.given
+    assert [name for name, _ in extension.given] == ["varlen_fwd", "varlen_bwd"]
+    q_, k_, handed = (9, 2, 8), (3, 256, 1, 8), (True, -1, -1)
+    assert without_fakes(forward) == [
+        q_, k_, k_, None, (3,), (3,), None, None, (2, 2), None, 5, 300, 0.1, 0.3, False, *handed, 0.0, False, None, False
+    ]  # fmt: skip
+    assert without_fakes(backward) == [
+        q_, q_, q_, q_, q_, (0,), None, None, None, (3,), (3,), None, 5, 5, 0.1, 0.3, False, *handed, 0.0, False, None, (2,), False
+    ]  # fmt: skip
+    assert (len(forward), len(backward)) == (EXTENSION_ARGUMENTS["varlen_fwd"] + 1, EXTENSION_ARGUMENTS["varlen_bwd"] + 1)
+
+
+@pytest.mark.parametrize("left_padded", [False, True])
+def test_patched_extension_is_told_of_caches(extension, left_padded, monkeypatch):
+    """It looks at left padding beside lengths alone."""
+    full = torch.full
+    monkeypatch.setattr(torch, "full", lambda *args, **options: full(*args, **{**options, "device": "cpu"}))
+    q, cache, pad = fake(1, 2, 2, 8), fake(3, 512, 1, 8), fake(1, dtype=torch.int32) if left_padded else None
+    given = Cache(None, None, None, None, None, None, True, 4, True)
+    fa2.forward(nosoftmax_call(q, cache, cache=given, leftpad_k=pad, longest=(2, 512), window_left=7, window_right=0))
+    ((name, args),) = extension.given
+    assert name == "fwd_kvcache" and len(args) == EXTENSION_ARGUMENTS["fwd_kvcache"] + 1
+    lengths, padding = ((1,), (1,)) if left_padded else (None, None)
+    assert without_fakes(args) == [
+        (1, 2, 2, 8), (3, 512, 1, 8), (3, 512, 1, 8), None, None, lengths, None, None, None, padding, None, None, None, 0.3,
+        True, 7, -1, 0.0, True, 4, False,
+    ]  # fmt: skip
+    assert not left_padded or args[5].tolist() == [512]
+
+
+@pytest.mark.parametrize("head_dim, padded", [(8, 8), (59, 64), (40, 40)])
+def test_extension_gets_padded_head_dims(extension, head_dim, padded):
+    """And what it returns is cut. q is of its own memory where it has the last dimension contiguous."""
+    x = torch.randn(1, 2, 2, head_dim)
+    call = nosoftmax_call(x)
+    out = fa2.forward(call).out
+    grads = fa2.backward(call, x, None)
+    for _, args in extension.given:
+        assert {a.shape[-1] for a in args if isinstance(a, torch.Tensor) and a.dim() == 4} == {padded}
+    assert torch.equal(out, x) and all(torch.equal(grad, x) for grad in grads)
+
+
+@pytest.mark.parametrize("options", [
+    dict(activation="relu"), dict(activation="gelu"), dict(activation="sigmoid", sigmoid_bias=None), dict(normalization="1/n"),
+], ids=str)  # fmt: skip
+def test_extension_lacks_an_activation(extension, options):
+    name, value = next(iter(options.items()))
+    reason = fa2.obstacle(nosoftmax_call(fake(1, 2, 2, 8), **options))
+    assert f"{name}={value!r}" in reason and "flash-attn-4" in reason and "CPU" in reason
+    assert not_in_this_build(ValueError(reason))
+
+
+@pytest.mark.parametrize("tensors, words", [
+    (dict(q=fake(1, 2, 2, 8, dtype=torch.float32)), "q has dtype torch.float32"),
+    (dict(q=fake(1, 2, 2, 8), v=fake(1, 2, 2, 16)), "head_dim=8 and head_dim_v=16"),
+    (dict(q=fake(1, 2, 2, 264)), "head_dim=264"),
+    (dict(q=fake(2, 2, 8), k=fake(3, 16, 2, 8), block_table=fake(1, 2, dtype=torch.int32)), "pages of 16 keys"),
+    (dict(q=fake(1, 2, 2, 256)), None),
+])  # fmt: skip
+def test_extension_has_limits(extension, tensors, words):
+    reason = fa2.obstacle(nosoftmax_call(**tensors))
+    assert reason is None if words is None else words in reason
 
 
 @pytest.mark.parametrize("kind", ["hip", "triton"])
@@ -396,27 +629,16 @@ def test_rocm_has_softmax_alone(cuda_call, extension, kind, monkeypatch):
         monkeypatch.setattr(torch.version, "hip", "6.2")
     else:
         package = "flash_attn.flash_attn_triton_amd"
-        monkeypatch.setattr(backends, "USE_TRITON_ROCM", True)
+        monkeypatch.setattr(stands_for_extension, "USE_TRITON_ROCM", True)
         monkeypatch.setitem(sys.modules, package, SimpleNamespace(interface_fa=extension))
-    assert backends.fwd(*cuda_call) == cuda_call
-    with pytest.raises(NotImplementedError, match="ROCm"):
-        backends.fwd(*cuda_call, False, *SCORE_DEFAULTS)
+    stands_for_extension.fwd(*cuda_call)
+    assert extension.given == [("fwd", cuda_call)]
+    assert "ROCm" in fa2.obstacle(nosoftmax_call(cuda_call[0]))
 
 
 def test_too_few_arguments(cuda_call):
     with pytest.raises(TypeError, match=r"fwd\(\) lacks its last arguments: return_softmax, gen"):
-        backends.fwd(*cuda_call[:-2])
-
-
-def test_patched_extension_gets_a_whole_tensor_for_out(cuda_call, extension):
-    """It checks the shape of `out` in backward, where nothing is kept in it without softmax."""
-    extension.has_use_softmax, extension.bwd = True, lambda *args: args
-    q, k = cuda_call[:2]
-    with FakeTensorMode():
-        dout, lse = torch.empty(q.shape, device="cuda"), torch.empty(0, device="cuda")
-    rest = (None,) * (EXTENSION_ARGUMENTS["bwd"] - 6)
-    assert backends.bwd(dout, q, k, k, lse, lse, *rest, False, *SCORE_DEFAULTS)[4] is q
-    assert backends.bwd(dout, q, k, k, lse, lse, *rest)[4] is lse
+        stands_for_extension.fwd(*cuda_call[:-2])
 
 
 @pytest.mark.parametrize("error, expected", [
