@@ -88,12 +88,21 @@ def test_alibi(attention, seqlen):
     check(attention, q, *caches(attention), *new, **arguments)
 
 
-def test_lengths_as_a_number(attention):
-    """cache_seqlens may be one int for all."""
+@pytest.mark.parametrize("place", ["the same rows", "a larger cache", "cache_batch_idx", "pages"])
+@pytest.mark.parametrize("use_softmax", [True, False])
+def test_int_cache_seqlens(attention, place, use_softmax):
+    """An int is the length of each sequence, however many rows or pages the cache has."""
     q, _, _ = step(attention)
-    k_cache, v_cache = caches(attention)
-    same = integers(attention, 17, 17, 17)
-    assert torch.equal(*(attention.kvcache(q, k_cache, v_cache, cache_seqlens=n) for n in (17, same)))
+    options = {
+        "cache_batch_idx": dict(cache_batch_idx=integers(attention, 4, 0, 2)),
+        "pages": dict(block_table=integers(attention, 5, 0, 3, 1, 2, 6).view(3, 2)),
+    }.get(place, {})
+    k_cache, v_cache = caches(attention, 3 if place == "the same rows" else 7, 256 if place == "pages" else CAPACITY)
+    lengths = 17, integers(attention, 17, 17, 17)
+    outputs = (
+        attention.kvcache(q, k_cache, v_cache, cache_seqlens=n, use_softmax=use_softmax, **options) for n in lengths
+    )
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 5, 8, 64, 128])
