@@ -114,7 +114,7 @@ def configure(extension, environ: Mapping[str, str] = os.environ) -> None:
 
     subset = subset_from(environ)
     source_dir = Path(__file__).parent / "src"
-    own = sorted(source_dir.glob("flash_nosoftmax_*.cu"))
+    own = [*sorted(source_dir.glob("flash_nosoftmax_*.cu")), source_dir / "slack_rows.cu"]
     relative = [os.path.relpath(path, Path(__file__).parents[2]) for path in own]
     extension.sources = [source for source in [*extension.sources, *relative] if source in subset]
     cxx, nvcc = extension.extra_compile_args["cxx"], extension.extra_compile_args["nvcc"]

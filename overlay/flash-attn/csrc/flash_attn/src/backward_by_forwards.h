@@ -32,8 +32,9 @@ struct Operand {
 
 template <typename Element>
 Flash_fwd_params forward_params(const Flash_bwd_params &params, Operand q, Operand k, Operand v, Operand o,
-                                const bool is_transposed, const bool has_bias) {
+                                const bool is_transposed, const bool is_dv) {
     Flash_fwd_params fwd = params;
+    fwd.saturates = is_dv ? Flash_fwd_params::Saturates::products : Flash_fwd_params::Saturates::nothing;
     // With both sequences walked backwards, the transposed causal mask is the causal mask, which has faster kernels.
     const bool is_backwards = is_transposed && params.is_causal && params.cu_seqlens_q == nullptr
         && params.seqlen_q == params.seqlen_k;
@@ -51,7 +52,7 @@ Flash_fwd_params forward_params(const Flash_bwd_params &params, Operand q, Opera
     fwd.v_row_stride = v.row_stride; fwd.v_head_stride = v.head_stride;
     fwd.o_ptr = o.ptr; fwd.o_batch_stride = o.batch_stride;
     fwd.o_row_stride = o.row_stride; fwd.o_head_stride = o.head_stride;
-    if (!has_bias) { fwd.alibi_slopes_ptr = nullptr; }
+    if (!is_dv) { fwd.alibi_slopes_ptr = nullptr; }
     if (is_transposed) {
         fwd.q_group_size = params.h_h_k_ratio;
         fwd.h_h_k_ratio = 1;
@@ -60,7 +61,7 @@ Flash_fwd_params forward_params(const Flash_bwd_params &params, Operand q, Opera
         std::swap(fwd.seqlen_q, fwd.seqlen_k);
         std::swap(fwd.seqlen_q_rounded, fwd.seqlen_k_rounded);
         std::swap(fwd.cu_seqlens_q, fwd.cu_seqlens_k);
-        // set_params_fprop has made both sides finite if one is, and causal has (seqlen_k, 0).
+        // Both sides are finite if one is (fit_window), and causal has (seqlen_k, 0).
         std::swap(fwd.window_size_left, fwd.window_size_right);
         fwd.is_causal = false;
     }
@@ -77,9 +78,9 @@ void run_backward_by_forwards(const Flash_bwd_params &params, cudaStream_t strea
     const Operand dk{params.dk_ptr, params.dk_batch_stride, params.dk_row_stride, params.dk_head_stride};
     const Operand dv{params.dv_ptr, params.dv_batch_stride, params.dv_row_stride, params.dv_head_stride};
     for (Flash_fwd_params fwd : {
-            forward_params<T>(params, dout, v, k, dq, /*is_transposed=*/false, /*has_bias=*/false),
-            forward_params<T>(params, v, dout, q, dk, /*is_transposed=*/true, /*has_bias=*/false),
-            forward_params<T>(params, k, q, dout, dv, /*is_transposed=*/true, /*has_bias=*/true)}) {
+            forward_params<T>(params, dout, v, k, dq, /*is_transposed=*/false, /*is_dv=*/false),
+            forward_params<T>(params, v, dout, q, dk, /*is_transposed=*/true, /*is_dv=*/false),
+            forward_params<T>(params, k, q, dout, dv, /*is_transposed=*/true, /*is_dv=*/true)}) {
         run_mha_fwd_nosoftmax<T, kHeadDim>(fwd, stream);
     }
 }

@@ -1,8 +1,12 @@
 // Launches the kernels without softmax, fewer than upstream has with softmax. A call with a head size that fills the
-// tile and at most one of ALiBi, softcap and dropout has a kernel of its own. The general kernels serve the rest: in
+// tile, at most one of ALiBi, softcap and dropout, and an ordinary scale has a kernel of its own. The general kernels serve the rest: in
 // them ALiBi is a run-time choice and causal masking is a window.
 
 #pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
 
 #include <c10/cuda/CUDAException.h>  // For C10_CUDA_CHECK and C10_CUDA_KERNEL_LAUNCH_CHECK
 
@@ -34,7 +38,7 @@ bool is_varlen(const Params &params) {
 template <int Headdim, typename Params>
 bool is_special(const Params &params) {
     const int features = (params.alibi_slopes_ptr != nullptr) + (params.softcap > 0.f) + (params.p_dropout < 1.f);
-    return params.d == Headdim && features <= 1;
+    return params.d == Headdim && features <= 1 && (params.is_bf16 || params.scale_softmax >= kLeastScale);
 }
 
 template <typename Kernel, typename Params>
@@ -45,6 +49,33 @@ void launch(Kernel kernel, const dim3 grid, const int num_threads, const size_t 
     }
     kernel<<<grid, num_threads, smem_size, stream>>>(params);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// What the y and the z axis of a grid hold.
+inline constexpr int kMaxGridYZ = 65535;
+
+// Row blocks of all sequences along x, for more sequences than the other axes hold.
+inline int all_row_blocks(const int num_row_blocks, const int num_sequences) {
+    const int64_t num_blocks = int64_t(num_row_blocks) * num_sequences;
+    TORCH_CHECK(num_blocks <= std::numeric_limits<int>::max(), num_sequences, " sequences of ", num_row_blocks,
+                " blocks of rows are more than a grid holds: pass fewer sequences, or a smaller max_seqlen");
+    return int(num_blocks);
+}
+
+// The grid that place_in_grid reads.
+inline dim3 grid_of(const int num_row_blocks, const int num_sequences, const int num_heads) {
+    TORCH_CHECK(num_heads <= kMaxGridYZ, "attention on CUDA takes at most ", kMaxGridYZ, " heads, got ", num_heads);
+    return num_sequences <= kMaxGridYZ ? dim3(num_row_blocks, num_sequences, num_heads)
+                                       : dim3(all_row_blocks(num_row_blocks, num_sequences), 1, num_heads);
+}
+
+// The grid that place_in_splitkv_grid reads.
+inline dim3 splitkv_grid_of(const int num_row_blocks, const int num_splits, const int num_sequences,
+                            const int num_heads) {
+    TORCH_CHECK(num_heads <= kMaxGridYZ, "attention on CUDA takes at most ", kMaxGridYZ, " heads, got ", num_heads);
+    return int64_t(num_sequences) * num_heads <= kMaxGridYZ
+        ? dim3(num_row_blocks, num_splits, num_sequences * num_heads)
+        : dim3(all_row_blocks(num_row_blocks, num_sequences), num_splits, num_heads);
 }
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
@@ -70,14 +101,14 @@ template <bool Is_dropout> struct FwdTile<256, Is_dropout> {
     static constexpr int kM = 64, kN = 64, kWarps = 4;
 };
 
-template <typename T, int Headdim, bool Is_dropout>
+template <typename T, int Headdim, bool Is_dropout, bool Any_scale=false>
 using FwdTraits = NoSoftmaxTraits<Flash_fwd_kernel_traits<
     Headdim, FwdTile<Headdim, Is_dropout>::kM, FwdTile<Headdim, Is_dropout>::kN, FwdTile<Headdim, Is_dropout>::kWarps,
-    /*Is_Q_in_regs=*/false, /*Share_Q_K_smem=*/false, T>>;
+    /*Is_Q_in_regs=*/false, /*Share_Q_K_smem=*/false, T>, Any_scale>;
 
 template <typename Kernel_traits>
 dim3 fwd_grid(const Flash_fwd_params &params) {
-    return dim3(cute::ceil_div(params.seqlen_q, Kernel_traits::kBlockM), params.b, params.h);
+    return grid_of(cute::ceil_div(params.seqlen_q, Kernel_traits::kBlockM), params.b, params.h);
 }
 
 template<typename T, int Headdim, bool Is_dropout, bool Has_alibi, bool Is_softcap>
@@ -102,7 +133,7 @@ void run_special_fwd(Flash_fwd_params &params, cudaStream_t stream) {
 
 template<typename T, int Headdim, bool Is_dropout, bool Is_softcap>
 void run_general_fwd(Flash_fwd_params &params, cudaStream_t stream) {
-    using Traits = FwdTraits<T, Headdim, Is_dropout>;
+    using Traits = FwdTraits<T, Headdim, Is_dropout, /*Any_scale=*/true>;
     BOOL_SWITCH(is_windowed(params), Is_local, [&] {
         auto kernel = &flash_fwd_kernel<Traits, Is_dropout, /*Is_causal=*/false, Is_local, kBuildAlibi,
                                         /*Is_even_MN=*/false, /*Is_even_K=*/false, Is_softcap,
@@ -112,36 +143,43 @@ void run_general_fwd(Flash_fwd_params &params, cudaStream_t stream) {
 }
 
 // Writes which entries dropout keeps, for callers that ask for them: 1 kept, -1 dropped, 0 outside the sequences. One
-// warp for each block of 16 queries x 32 keys, which is what one draw of a warp covers (Dropout::apply_dropout).
+// warp for each block of 16 queries x 32 keys, which is what one draw of a warp covers (Dropout::apply_dropout). A grid
+// whose y or z axis is too short goes over the blocks of rows, or the heads of the sequences, several times.
 template <typename Element>
 __global__ void flash_nosoftmax_keep_mask_kernel(const Flash_fwd_params params) {
-    const int bidb = blockIdx.z / params.h, bidh = blockIdx.z % params.h;
     const int lane = threadIdx.x % 32;
-    const uint2 block = make_uint2(blockIdx.y, blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32);
+    const unsigned col_block = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     const auto seed_offset = at::cuda::philox::unpack(params.philox_args);
-    const Dropout dropout(std::get<0>(seed_offset), std::get<1>(seed_offset), params.p_dropout_in_uint8_t,
-                          bidb, bidh, lane, params.h);
-    const uint4 random = FLASH_NAMESPACE::philox(
-        dropout.seed, reinterpret_cast<const unsigned long long &>(block), dropout.offset);
-    const uint8_t (&bytes)[16] = reinterpret_cast<const uint8_t (&)[16]>(random);
-    const BlockInfo</*Varlen=*/true> binfo(params, bidb);
-    Element *mask = reinterpret_cast<Element *>(params.p_ptr)
-        + int64_t(blockIdx.z) * params.seqlen_q_rounded * params.seqlen_k_rounded;
-    #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-        // Element i of a thread's two 16x16 accumulators, in the layout of m16n8k16.
-        const int row = block.x * 16 + lane / 4 + (i >> 1 & 1) * 8;
-        const int col = block.y * 32 + (i >> 3) * 16 + (i >> 2 & 1) * 8 + lane % 4 * 2 + (i & 1);
-        const bool inside = row < binfo.actual_seqlen_q && col < binfo.actual_seqlen_k;
-        const float keep = bytes[i] <= params.p_dropout_in_uint8_t ? 1.f : -1.f;
-        mask[int64_t(row) * params.seqlen_k_rounded + col] = Element(inside ? keep : 0.f);
+    for (int head = blockIdx.z; head < params.b * params.h; head += gridDim.z) {
+        const int bidb = head / params.h, bidh = head % params.h;
+        const Dropout dropout(std::get<0>(seed_offset), std::get<1>(seed_offset), params.p_dropout_in_uint8_t,
+                              bidb, bidh, lane, params.h);
+        const BlockInfo</*Varlen=*/true> binfo(params, bidb);
+        Element *mask = reinterpret_cast<Element *>(params.p_ptr)
+            + int64_t(head) * params.seqlen_q_rounded * params.seqlen_k_rounded;
+        for (unsigned row_block = blockIdx.y; row_block < params.seqlen_q_rounded / 16; row_block += gridDim.y) {
+            const uint2 block = make_uint2(row_block, col_block);
+            const uint4 random = FLASH_NAMESPACE::philox(
+                dropout.seed, reinterpret_cast<const unsigned long long &>(block), dropout.offset);
+            const uint8_t (&bytes)[16] = reinterpret_cast<const uint8_t (&)[16]>(random);
+            #pragma unroll
+            for (int i = 0; i < 16; ++i) {
+                // Element i of a thread's two 16x16 accumulators, in the layout of m16n8k16.
+                const int row = block.x * 16 + lane / 4 + (i >> 1 & 1) * 8;
+                const int col = block.y * 32 + (i >> 3) * 16 + (i >> 2 & 1) * 8 + lane % 4 * 2 + (i & 1);
+                const bool inside = row < binfo.actual_seqlen_q && col < binfo.actual_seqlen_k;
+                const float keep = bytes[i] <= params.p_dropout_in_uint8_t ? 1.f : -1.f;
+                mask[int64_t(row) * params.seqlen_k_rounded + col] = Element(inside ? keep : 0.f);
+            }
+        }
     }
 }
 
 template<typename T>
 void write_keep_mask(Flash_fwd_params &params, cudaStream_t stream) {
     constexpr int kWarps = 4;
-    const dim3 grid(params.seqlen_k_rounded / (32 * kWarps), params.seqlen_q_rounded / 16, params.b * params.h);
+    const dim3 grid(params.seqlen_k_rounded / (32 * kWarps), std::min(params.seqlen_q_rounded / 16, kMaxGridYZ),
+                    std::min(params.b * params.h, kMaxGridYZ));
     launch(&flash_nosoftmax_keep_mask_kernel<T>, grid, 32 * kWarps, 0, params, stream);
 }
 
@@ -184,11 +222,13 @@ __global__ void flash_nosoftmax_combine_kernel(const Flash_fwd_params params) {
         const float4 x = partial[split * split_stride];
         sum(0) += x.x; sum(1) += x.y; sum(2) += x.z; sum(3) += x.w;
     }
-    Tensor out = FLASH_NAMESPACE::convert_saturating<Element>(sum);
+    Tensor out = FLASH_NAMESPACE::convert_finite_saturating<Element>(sum);
     const int bidb = row / (int64_t(params.h) * params.seqlen_q);
     const int bidh = row / params.seqlen_q % params.h;
     const int row_of_head = row % params.seqlen_q;
-    Element *o_ptr = reinterpret_cast<Element *>(params.o_ptr) + bidb * params.o_batch_stride
+    const BlockInfo</*Varlen=*/true> binfo(params, bidb);
+    if (row_of_head >= binfo.actual_seqlen_q) { return; }
+    Element *o_ptr = reinterpret_cast<Element *>(params.o_ptr) + binfo.q_offset(params.o_batch_stride, params.o_row_stride, bidb)
         + bidh * params.o_head_stride + row_of_head * params.o_row_stride + col;
     // One by one: the strides of the caller's output need not keep 8 bytes of alignment.
     #pragma unroll
@@ -199,10 +239,12 @@ template<typename T, int Headdim>
 void run_mha_fwd_splitkv_nosoftmax(Flash_fwd_params &params, cudaStream_t stream) {
     // The tile has to match set_params_splitkv.
     constexpr int kBlockM = 64, kBlockN = Headdim <= 64 ? 256 : (Headdim <= 128 ? 128 : 64);
-    using Traits = NoSoftmaxTraits<Flash_fwd_kernel_traits<Headdim, kBlockM, kBlockN, 4, false, false, T>>;
+    using Traits = NoSoftmaxTraits<Flash_fwd_kernel_traits<Headdim, kBlockM, kBlockN, 4, false, false, T>,
+                                   /*Any_scale=*/true>;
     const int num_m_block = cute::ceil_div(params.seqlen_q, kBlockM);
     BOOL_SWITCH(params.num_splits > 1, Split, [&] {
-        const dim3 grid(num_m_block, Split ? params.num_splits : params.b, Split ? params.b * params.h : params.h);
+        const dim3 grid = Split ? splitkv_grid_of(num_m_block, params.num_splits, params.b, params.h)
+                                : grid_of(num_m_block, params.b, params.h);
         BOOL_SWITCH(is_windowed(params), Is_local, [&] {
             BOOL_SWITCH(params.knew_ptr != nullptr, Append_KV, [&] {
                 SOFTCAP_SWITCH(params.softcap > 0.f, Is_softcap, [&] {
@@ -229,18 +271,22 @@ template<typename Kernel_traits, bool Is_dropout, bool Is_causal, bool Is_local,
 void launch_bwd_kernels(Flash_bwd_params &params, cudaStream_t stream) {
     // As upstream: with deterministic, each of the blocks along x adds to its own dq_accum.
     int num_n_block = cute::ceil_div(params.seqlen_k, Kernel_traits::kBlockN);
-    if (params.deterministic) { num_n_block = cute::ceil_div(get_num_sm(get_current_device()), params.b * params.h); }
+    if (params.deterministic) {
+        num_n_block = cute::ceil_div(get_num_sm(get_current_device()), params.b * params.h);
+        // A kernel steps from one dq_accum to the next by blockIdx.x, which also counts sequences in a long grid.
+        if (params.b > kMaxGridYZ) { params.dq_accum_split_stride = 0; }
+    }
     auto kernel = &flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<
         Kernel_traits, Is_dropout, Is_causal, Is_local, Has_alibi, /*Is_even_MN=*/false, Is_even_K, Is_softcap>;
-    launch(kernel, dim3(num_n_block, params.b, params.h), Kernel_traits::kNThreads, Kernel_traits::kSmemSize1colblock,
-           params, stream);
+    launch(kernel, grid_of(num_n_block, params.b, params.h), Kernel_traits::kNThreads,
+           Kernel_traits::kSmemSize1colblock, params, stream);
 
-    auto convert = &flash_bwd_convert_dq_kernel<Kernel_traits>;
+    auto convert = &flash_bwd_convert_dq_kernel<NoSoftmaxTraits<typename Kernel_traits::Upstream>>;
     constexpr int smem_dq = Kernel_traits::kSmemdQSize;
     if (smem_dq >= 48 * 1024) {
         C10_CUDA_CHECK(cudaFuncSetAttribute(convert, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_dq));
     }
-    const dim3 grid_m(cute::ceil_div(params.seqlen_q, Kernel_traits::kBlockM), params.b, params.h);
+    const dim3 grid_m = grid_of(cute::ceil_div(params.seqlen_q, Kernel_traits::kBlockM), params.b, params.h);
     const int num_dq_accum = params.deterministic ? num_n_block : 1;
     convert<<<grid_m, Kernel_traits::kNThreads, smem_dq, stream>>>(params, num_dq_accum);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -265,8 +311,9 @@ void run_bwd(Flash_bwd_params &params, cudaStream_t stream) {
                     launch_bwd_kernels<Traits, Dropout, /*Is_causal=*/Is_local, /*Is_local=*/false, /*Has_alibi=*/false,
                                        /*Is_even_K=*/true, Softcap>(params, stream);
                 } else {
-                    launch_bwd_kernels<Traits, Dropout, /*Is_causal=*/false, Is_local, kBuildAlibi,
-                                       /*Is_even_K=*/false, Softcap>(params, stream);
+                    launch_bwd_kernels<NoSoftmaxTraits<Upstream_traits, /*Any_scale=*/true>, Dropout,
+                                       /*Is_causal=*/false, Is_local, kBuildAlibi, /*Is_even_K=*/false, Softcap>(
+                        params, stream);
                 }
             });
         });

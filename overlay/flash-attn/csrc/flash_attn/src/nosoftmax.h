@@ -12,6 +12,7 @@
 
 #include "namespace_config.h"
 #include "mask.h"
+#include "saturate.h"
 #include "softmax.h"
 #include "utils.h"
 
@@ -21,9 +22,15 @@ using namespace cute;
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
-template <typename Kernel_traits>
+// kAnyScale: in fp16 the kernel also takes scales below kLeastScale, for one more multiplication a score. The others
+// round scale + 1, which is less than 2^-16 of the scale then, where fp16 keeps 2^-11 of the score.
+inline constexpr float kLeastScale = 1.f / 128;
+
+template <typename Kernel_traits, bool Any_scale=false>
 struct NoSoftmaxTraits : public Kernel_traits {
+    using Upstream = Kernel_traits;
     static constexpr bool Is_nosoftmax = true;
+    static constexpr bool kAnyScale = Any_scale;
 };
 
 template <typename Kernel_traits, typename = void>
@@ -93,7 +100,9 @@ struct ScoreWeights {
     template <typename Engine, typename Layout>
     __forceinline__ __device__ void activate(Tensor<Engine, Layout> &scores, const int col0, const int row0,
                                              const int row_stride) const {
-        if constexpr (!kScaleAtEnd<Kernel_traits, Has_alibi>) {
+        if constexpr (std::is_same_v<typename Kernel_traits::Element, cutlass::half_t>) {
+            scale_and_show_infinity(scores);
+        } else if constexpr (!kScaleAtEnd<Kernel_traits, Has_alibi>) {
             #pragma unroll
             for (int i = 0; i < size(scores); ++i) { scores(i) *= scale; }
         }
@@ -104,6 +113,19 @@ struct ScoreWeights {
                     score -= alibi_slope * abs(row + diagonal - col);
                 });
             }
+        }
+    }
+
+    // Multiplies by the scale and turns infinities, which the conversion to fp16 would hide, into NaN. Where the scale is
+    // neither tiny nor negative that is one instruction, as the product alone: s (scale + 1) - s. A branch on the scale
+    // would cost registers that the tiles do not have.
+    template <typename Engine, typename Layout>
+    __forceinline__ __device__ void scale_and_show_infinity(Tensor<Engine, Layout> &scores) const {
+        const float scale_plus_1 = scale + 1.f;
+        #pragma unroll
+        for (int i = 0; i < size(scores); ++i) {
+            scores(i) = Kernel_traits::kAnyScale ? __fmaf_rn(scores(i), scale, __fmul_rn(scores(i), 0.f))
+                                                 : __fmaf_rn(scores(i), scale_plus_1, -scores(i));
         }
     }
 
@@ -183,51 +205,76 @@ using RowState = std::conditional_t<kUseSoftmax<Kernel_traits>, Softmax<kNRows>,
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
-// Two floats to two 16-bit floats; what is too large becomes the largest finite value. Softmax bounds P by 1, here
-// nothing does, and an infinity times a masked 0 would be NaN. NaN stays NaN, except in the fallback.
-template <typename To_type>
-__forceinline__ __device__ uint32_t convert_saturating2(const float2 a) {
-    uint32_t out;
-    #if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 1)
-        if constexpr (std::is_same_v<To_type, cutlass::half_t>) {
-            asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(a.y), "f"(a.x));
-        } else {
-            asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(a.y), "f"(a.x));
-        }
-    #else  // The instruction needs PTX ISA 8.1.
-        const float largest = float(cutlass::platform::numeric_limits<To_type>::max());
-        const float x = fminf(fmaxf(a.x, -largest), largest), y = fminf(fmaxf(a.y, -largest), largest);
-        if constexpr (std::is_same_v<To_type, cutlass::half_t>) {
-            asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(y), "f"(x));
-        } else {
-            asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(y), "f"(x));
-        }
-    #endif
-    return out;
+// What a launch saturates in fp16. Flash_fwd_params::Saturates says why.
+template <typename Params>
+__forceinline__ __device__ bool saturates_products(const Params &params) {
+    return params.saturates != Params::Saturates::nothing;
 }
 
-template <typename To_type, typename Engine, typename Layout>
-__forceinline__ __device__ auto convert_saturating(Tensor<Engine, Layout> const &tensor) {
-    static_assert(std::is_same_v<To_type, cutlass::half_t> || std::is_same_v<To_type, cutlass::bfloat16_t>);
-    static_assert(std::is_same_v<float, typename Engine::value_type>);
-    static_assert(decltype(size(tensor))::value % 2 == 0);
-    Tensor pairs = recast<float2>(tensor);
-    Tensor out = make_tensor<To_type>(tensor.layout());
-    Tensor out_pairs = recast<uint32_t>(out);
-    #pragma unroll
-    for (int i = 0; i < size(out_pairs); ++i) { out_pairs(i) = convert_saturating2<To_type>(pairs(i)); }
-    return out;
+template <typename Params>
+__forceinline__ __device__ bool saturates_output(const Params &params) {
+    return params.saturates == Params::Saturates::products_and_output;
 }
 
-// convert_type (or convert_type_relu) as the kernel's traits want it.
+// convert_type (or convert_type_relu) for P, as the kernel's traits want it. ScoreWeights has shown infinities by then.
 template <typename Kernel_traits, typename To_type, bool Relu=false, typename Engine, typename Layout>
-__forceinline__ __device__ auto convert_for(Tensor<Engine, Layout> const &tensor) {
+__forceinline__ __device__ auto convert_products(Tensor<Engine, Layout> const &tensor, const bool saturates=true) {
     if constexpr (kUseSoftmax<Kernel_traits> && Relu) {
         return FLASH_NAMESPACE::convert_type_relu<To_type>(tensor);
-    } else if constexpr (kUseSoftmax<Kernel_traits> || std::is_same_v<To_type, float>) {
+    } else if constexpr (kUseSoftmax<Kernel_traits> || !std::is_same_v<To_type, cutlass::half_t>) {
         return FLASH_NAMESPACE::convert_type<To_type>(tensor);
     } else {
-        return FLASH_NAMESPACE::convert_saturating<To_type>(tensor);
+        return FLASH_NAMESPACE::convert_to_half<To_type>(tensor, saturates);
+    }
+}
+
+// convert_type for O, which is float where it is a part of a sum.
+template <typename Kernel_traits, typename To_type, typename Engine, typename Layout>
+__forceinline__ __device__ auto convert_output(Tensor<Engine, Layout> &tensor, const bool saturates=true) {
+    if constexpr (kUseSoftmax<Kernel_traits>) {
+        return FLASH_NAMESPACE::convert_type<To_type>(tensor);
+    } else {
+        return FLASH_NAMESPACE::convert_finite_saturating<To_type>(tensor, saturates);
+    }
+}
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+
+// With splits, parts of O lie in fp32 one after another, and may be more than an int counts.
+template <typename Kernel_traits>
+using accum_offset_t = std::conditional_t<kUseSoftmax<Kernel_traits>, int, typename Kernel_traits::index_t>;
+
+// What a block of threads works on: a block of rows (queries or keys) of one sequence and head.
+struct GridPlace {
+    const int row_block, num_row_blocks, sequence, head;
+};
+
+// The grid is (row blocks, sequences, heads). Without softmax it is (row blocks of all sequences, 1, heads) where there
+// are more sequences than its y axis holds: grid_of() in the launch template.
+template <typename Kernel_traits, typename Params>
+__forceinline__ __device__ GridPlace place_in_grid(const Params &params) {
+    if (kUseSoftmax<Kernel_traits> || gridDim.y == params.b) {
+        return {int(blockIdx.x), int(gridDim.x), int(blockIdx.y), int(blockIdx.z)};
+    }
+    const int num_row_blocks = gridDim.x / unsigned(params.b);
+    const int sequence = blockIdx.x / unsigned(num_row_blocks);
+    return {int(blockIdx.x) - sequence * num_row_blocks, num_row_blocks, sequence, int(blockIdx.z)};
+}
+
+// With splits the grid is (row blocks, splits, sequences x heads), and (row blocks of all sequences, splits, heads)
+// where there are more than its z axis holds.
+template <typename Kernel_traits, bool Split, typename Params>
+__forceinline__ __device__ GridPlace place_in_splitkv_grid(const Params &params) {
+    if constexpr (!Split) {
+        return place_in_grid<Kernel_traits>(params);
+    } else {
+        if (kUseSoftmax<Kernel_traits> || gridDim.z != params.h) {
+            const int sequence = blockIdx.z / params.h;
+            return {int(blockIdx.x), int(gridDim.x), sequence, int(blockIdx.z - sequence * params.h)};
+        }
+        const int num_row_blocks = gridDim.x / unsigned(params.b);
+        const int sequence = blockIdx.x / unsigned(num_row_blocks);
+        return {int(blockIdx.x) - sequence * num_row_blocks, num_row_blocks, sequence, int(blockIdx.z)};
     }
 }
 

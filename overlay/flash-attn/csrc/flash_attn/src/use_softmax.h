@@ -6,13 +6,16 @@
 #include <array>
 #include <cmath>
 #include <cstdio>
-#include <limits>
+#include <initializer_list>
+#include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include <torch/python.h>
 
 #include "built_kernels.h"
+#include "flash_nosoftmax.h"
 #include "kernel_dispatch.h"
 #include "namespace_config.h"
 
@@ -39,15 +42,44 @@ inline at::Tensor empty_unless(const bool exists, const at::IntArrayRef shape, c
     return torch::empty(exists ? shape : at::IntArrayRef({0}), options.dtype(at::kFloat));
 }
 
-// Sums the gradients of the query heads that share a key head. Without softmax a sum over heads may leave the range of
-// fp16, and saturates.
-inline void sum_groups(at::Tensor &out, const at::Tensor &expanded, const at::IntArrayRef dim, const bool use_softmax) {
-    if (use_softmax || out.scalar_type() != at::kHalf) {
-        at::sum_out(out, expanded, dim);
-    } else {
-        const double largest = std::numeric_limits<at::Half>::max();
-        out.copy_(at::sum(expanded, dim, /*keepdim=*/false, at::kFloat).clamp_(-largest, largest));
+// Leaves open the sides of a window that hide no key of any sequence: query i is aligned with key
+// c = i + seqlen_k - seqlen_q and sees the keys from c - left to c + right. A closed side beside an open one leaves a
+// number there that hides nothing, so upstream's rules, which go by the number of keys alone, have nothing to do.
+// `stays_windowed`: a call with a window keeps one that hides nothing.
+inline void fit_window(int &left, int &right, const int max_seqlen_q, const int max_seqlen_k,
+                       const bool stays_windowed = false) {
+    const bool was_windowed = left >= 0 || right >= 0;
+    if (left >= max_seqlen_k - 1) { left = -1; }
+    if (right >= max_seqlen_q - 1) { right = -1; }
+    if (stays_windowed && was_windowed && left < 0 && right < 0) { left = max_seqlen_k; }
+    if (left >= 0 && right < 0) { right = max_seqlen_q; }
+}
+
+// What a forward function returns where no query sees a key.
+inline std::vector<at::Tensor> output_of_nothing(const at::Tensor &q, std::optional<at::Tensor> &out,
+                                                 const bool return_mask, const int64_t batch_size,
+                                                 const int64_t seqlen_q, const int64_t seqlen_k) {
+    const auto rounded = [](const int64_t n) { return (n + 127) / 128 * 128; };
+    return {out.has_value() ? out.value().zero_() : torch::zeros_like(q),
+            torch::empty({0}, q.options().dtype(at::kFloat)),
+            return_mask ? torch::zeros({batch_size, q.size(-2), rounded(seqlen_q), rounded(seqlen_k)}, q.options())
+                        : torch::empty({0}, q.options()),
+            torch::zeros({2}, q.options().dtype(at::kLong))};
+}
+
+inline std::vector<at::Tensor> gradients_of_nothing(at::Tensor &dq, at::Tensor &dk, at::Tensor &dv) {
+    return {dq.zero_(), dk.zero_(), dv.zero_(), torch::empty({0}, dq.options().dtype(at::kFloat))};
+}
+
+// Zeroes the rows of packed tensors (total, heads, head_dim) before the first sequence and behind the last.
+inline void zero_slack(const std::initializer_list<std::pair<at::Tensor, const int *>> tensors, const int batch_size,
+                       cudaStream_t stream) {
+    PackedTensors packed{};
+    for (const auto &[tensor, cu_seqlens] : tensors) {
+        packed.items[packed.size++] = {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), int(tensor.size(0)),
+                                       int(tensor.size(1)), int(tensor.size(2)), cu_seqlens};
     }
+    zero_slack_rows(packed, batch_size, stream);
 }
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////

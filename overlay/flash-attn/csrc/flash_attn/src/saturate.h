@@ -1,0 +1,82 @@
+// Conversions to 16 bit that saturate, for kernels without softmax. Softmax bounds P by 1; here nothing does, and fp16
+// holds no more than 65504. bf16 has the range of fp32 and needs none of this.
+
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include <cutlass/numeric_types.h>
+
+#include "namespace_config.h"
+#include "utils.h"
+
+namespace FLASH_NAMESPACE {
+
+using namespace cute;
+
+// An infinity becomes NaN, all else stays as it is, for one FFMA: 2x - x is x, and for an infinity it is NaN. Finite
+// inputs in fp16 give finite sums in fp32, so an infinity came from an input, and saturation would hide it.
+__forceinline__ __device__ float show_infinity(const float x) { return __fmaf_rn(x, 2.f, -x); }
+
+// Two floats to two fp16 numbers. With Saturates, what is too large becomes the largest finite number, infinities too;
+// without, it becomes infinite. NaN stays NaN.
+template <bool Saturates>
+__forceinline__ __device__ uint32_t convert_to_half2(float2 a) {
+    uint32_t out;
+    if constexpr (Saturates) {
+        #if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 1)
+            asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(a.y), "f"(a.x));
+            return out;
+        #else  // That instruction needs PTX ISA 8.1.
+            for (float *x : {&a.x, &a.y}) {
+                asm("min.NaN.f32 %0, %0, %1;\n" : "+f"(*x) : "f"(65504.f));
+                asm("max.NaN.f32 %0, %0, %1;\n" : "+f"(*x) : "f"(-65504.f));
+            }
+        #endif
+    }
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(a.y), "f"(a.x));
+    return out;
+}
+
+// convert_type for fp16, saturating or not: `saturates` is uniform over the grid. Infinities are hidden where it is
+// true: show_infinity comes first where they can be.
+template <typename To_type, typename Engine, typename Layout>
+__forceinline__ __device__ auto convert_to_half(Tensor<Engine, Layout> const &tensor, const bool saturates) {
+    static_assert(std::is_same_v<To_type, cutlass::half_t> && std::is_same_v<float, typename Engine::value_type>);
+    static_assert(decltype(size(tensor))::value % 2 == 0);
+    Tensor pairs = recast<float2>(tensor);
+    Tensor out = make_tensor<To_type>(tensor.layout());
+    Tensor out_pairs = recast<uint32_t>(out);
+    if (saturates) {
+        #pragma unroll
+        for (int i = 0; i < size(out_pairs); ++i) { out_pairs(i) = convert_to_half2</*Saturates=*/true>(pairs(i)); }
+    } else {
+        #pragma unroll
+        for (int i = 0; i < size(out_pairs); ++i) { out_pairs(i) = convert_to_half2</*Saturates=*/false>(pairs(i)); }
+    }
+    return out;
+}
+
+// convert_type for numbers that saturate in fp16 if they are finite, while infinities become NaN.
+template <typename To_type, typename Engine, typename Layout>
+__forceinline__ __device__ auto convert_finite_saturating(Tensor<Engine, Layout> &tensor, const bool saturates=true) {
+    if constexpr (std::is_same_v<To_type, cutlass::half_t>) {
+        #pragma unroll
+        for (int i = 0; i < size(tensor); ++i) { tensor(i) = show_infinity(tensor(i)); }
+        return FLASH_NAMESPACE::convert_to_half<To_type>(tensor, saturates);
+    } else {
+        return FLASH_NAMESPACE::convert_type<To_type>(tensor);
+    }
+}
+
+// convert_type for what rotary embedding makes of finite fp16 numbers, which may be sqrt(2) times as large.
+template <typename To_type, bool Saturates, typename Engine, typename Layout>
+__forceinline__ __device__ auto convert_rotated(Tensor<Engine, Layout> &tensor) {
+    if constexpr (Saturates) {
+        return FLASH_NAMESPACE::convert_finite_saturating<To_type>(tensor);
+    } else {
+        return FLASH_NAMESPACE::convert_type<To_type>(tensor);
+    }
+}
+
+}  // namespace FLASH_NAMESPACE
