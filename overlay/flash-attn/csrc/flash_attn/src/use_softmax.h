@@ -18,6 +18,7 @@
 #include "flash_nosoftmax.h"
 #include "kernel_dispatch.h"
 #include "namespace_config.h"
+#include "window.h"
 
 namespace FLASH_NAMESPACE {
 
@@ -40,19 +41,6 @@ inline void check_nosoftmax_arguments(const float softmax_scale, const float sof
 // There is no log-sum-exp without softmax: an empty tensor, never uninitialised memory.
 inline at::Tensor empty_unless(const bool exists, const at::IntArrayRef shape, const at::TensorOptions &options) {
     return torch::empty(exists ? shape : at::IntArrayRef({0}), options.dtype(at::kFloat));
-}
-
-// Leaves open the sides of a window that hide no key of any sequence: query i is aligned with key
-// c = i + seqlen_k - seqlen_q and sees the keys from c - left to c + right. A closed side beside an open one leaves a
-// number there that hides nothing, so upstream's rules, which go by the number of keys alone, have nothing to do.
-// `stays_windowed`: a call with a window keeps one that hides nothing.
-inline void fit_window(int &left, int &right, const int max_seqlen_q, const int max_seqlen_k,
-                       const bool stays_windowed = false) {
-    const bool was_windowed = left >= 0 || right >= 0;
-    if (left >= max_seqlen_k - 1) { left = -1; }
-    if (right >= max_seqlen_q - 1) { right = -1; }
-    if (stays_windowed && was_windowed && left < 0 && right < 0) { left = max_seqlen_k; }
-    if (left >= 0 && right < 0) { right = max_seqlen_q; }
 }
 
 // What a forward function returns where no query sees a key.
