@@ -35,7 +35,7 @@ Cases = dict[str, dict[str, Any]]
 
 # Backward kernels that spill a few registers outside of what their loops are bound by: (activation, head size of the tile) ->
 # instructions. P and dS share one tanh, which stays in registers beside the score.
-ALLOWED_SPILLS = {("silu", 64): 64, ("sigmoid", 64): 64, ("identity", 256): 2}
+ALLOWED_SPILLS = {("silu", 64): 64, ("sigmoid", 64): 64, ("gelu", 64): 64, ("softplus", 64): 64, ("identity", 256): 2}
 TILE_HEAD_DIMS = (64, 96, 128, 192, 256)
 
 
@@ -50,14 +50,15 @@ SMALL = _named([
     {"head_dim": 64}, {"head_dim": 128, "activation": "relu", "causal": True, "dtype": "float16"},
     {"head_dim": 128, "activation": "silu", "causal": True, "group": 2, "varlen": True, "normalization": "1/visible"},
     {"head_dim": 64, "activation": "relu2", "window": (64, 0), "seqused": True},
-    {"head_dim": 128, "activation": "sigmoid", "page_size": 64},
+    {"head_dim": 128, "activation": "sigmoid", "page_size": 64}, {"head_dim": 64, "activation": "gelu", "causal": True, "dtype": "float16"},
+    {"head_dim": 128, "activation": "softplus"},
 ])
 SMALL_SOFTMAX = _named([{"softmax": True, "head_dim": 64}, {"softmax": True, "head_dim": 128, "causal": True, "varlen": True}])
 
 
 def full() -> tuple[Cases, Cases]:
     """Every configuration without softmax, and those with it."""
-    activations = ("identity", "relu", "relu2", "sigmoid", "silu")
+    activations = ("identity", "relu", "relu2", "sigmoid", "silu", "gelu", "softplus")
     cases = [
         {"head_dim": d, "activation": a, "dtype": t, "causal": c}
         for d, a, t, c in itertools.product((64, 96, 128, 192, 256), activations, ("bfloat16", "float16"), (False, True))
@@ -116,10 +117,11 @@ def faults(case: Mapping[str, Any], kernel: Kernel, backward: bool = False) -> l
     """What is wrong with a kernel without softmax."""
     activation = case.get("activation", "identity")
     wrong = []
-    exponential = activation == "sigmoid" and (case.get("bias", 0.0) is None or case.get("bias", 0.0) < -2.0)
+    small_sigmoid = activation == "sigmoid" and (case.get("bias", 0.0) is None or case.get("bias", 0.0) < -2.0)
+    exponential = small_sigmoid or activation in ("gelu", "softplus")
     if not exponential and kernel.count("MUFU.EX2"):
         wrong.append(f"{kernel.count('MUFU.EX2')} MUFU.EX2, and {activation} needs none")
-    if activation in ("identity", "relu", "relu2") and not case.get("softcap") and kernel.count("MUFU.TANH"):
+    if activation in ("identity", "relu", "relu2", "gelu", "softplus") and not case.get("softcap") and kernel.count("MUFU.TANH"):
         wrong.append(f"{kernel.count('MUFU.TANH')} MUFU.TANH, and {activation} needs none")
     allowed = allowed_spills(case) if backward else 0
     if kernel.spills > allowed:

@@ -4,8 +4,13 @@ A kernel gets y = unit * s instead of the score s: the host multiplies softmax_s
 or exp2 needs costs nothing per element. `derivative` is taken by y, and the factor softmax_scale of dQ and dK, which is
 multiplied by `unit` as well, makes it the derivative by s.
 
-The functions take `m`, the operations of the machine that runs them: ``tanh``, ``exp2``, ``rcp``, ``relu``,
-``clamp(x, low, high)``, ``where_positive(x, a)`` (a where x > 0, else 0). score_mods.py has those of the kernels; tests use torch.
+The functions take `m`, the operations of the machine that runs them: ``tanh``, ``exp2``, ``rcp``, ``abs``, ``relu`` (of
+NaN it is NaN), ``ramp(x, high)`` (x clamped to [0, high], any number for NaN) and ``where_positive(x, a, b)`` (a where
+x > 0, else b). score_mods.py has those of the kernels; tests use torch.
+
+A NaN among the scores comes out of f and f' as NaN, and an Inf that f does not end as Inf or NaN.
+
+To add an activation, write a function of its bias that returns its Formula, and name it in _FORMULAS.
 """
 
 import math
@@ -16,42 +21,67 @@ _LOG2_E = math.log2(math.e)
 
 # "relu2" takes larger scores as this, and its dS saturates at the square (score.py, "Finite in, finite out").
 _RELU2_MAX_SCORE = 2.0**40
-_RELU2_MAX_GRAD = 2.0**80
 
 # Below this bias, sigmoid is so small that (1 + tanh) / 2 has lost it: tanh.approx has an error of 2^-11 beside 1.
 _SIGMOID_TANH_MIN_BIAS = -2.0
 
+# erfc(x) = e^(-x^2) t P(t) with t = 1 / (1 + p x) is the form of Hastings (Approximations for Digital Computers, 1955;
+# Abramowitz and Stegun 7.1.23 to 7.1.26). These are (p, P) for e^(s^2/2) erfc(s / sqrt 2) / 2 by s, fitted to the smallest
+# relative error over 0 <= s <= 14, which is 2^-14.9: 7.1.26 has the smallest absolute error, and loses the tail.
+_ERFC_P = 0.375
+_ERFC = (0.1490610035, 0.1577342061, 0.0835633490, 0.2002825670, -0.0906432187)
+
+# log1p(e) / e for 0 <= e <= 1, fitted to the smallest relative error, 2^-14.1.
+_LOG1P = (0.9999432813, -0.4969778394, 0.3063010184, -0.1574272832, 0.0413473179)
+
 
 @dataclass(frozen=True)
 class Formula:
-    """f(y, n) and grad * df/dy(grad, y, n), with n the number of keys of the sequence, as a float of the machine."""
+    """f(y, n) and grad * df/dy(grad, y, n), with n the number of keys of the sequence, as a float of the machine.
+
+    inf_seen_in: where a kernel looks for an infinite score before float16 saturates, which would make it a large number.
+    "weights" works for any f; "scores" costs half as much and registers, of which f has to leave some; None if f is
+    finite or NaN even at +-Inf.
+    """
 
     unit: float
     value: Callable[[Any, Any, Any], Any]
     derivative: Callable[[Any, Any, Any, Any], Any]
+    inf_seen_in: Optional[str] = "weights"
 
 
-def _identity() -> Formula:
-    return Formula(1.0, lambda m, y, n: y, lambda m, grad, y, n: grad)
+def _polynomial(coefficients: tuple[float, ...], x: Any) -> Any:
+    *rest, total = coefficients
+    for coefficient in reversed(rest):
+        total = total * x + coefficient
+    return total
 
 
-def _relu() -> Formula:
-    return Formula(1.0, lambda m, y, n: m.relu(y), lambda m, grad, y, n: m.where_positive(y, grad))
+def _identity(bias: Optional[float]) -> Formula:
+    return Formula(1.0, lambda m, y, n: y, lambda m, grad, y, n: grad, inf_seen_in="scores")
 
 
-def _relu2() -> Formula:
+def _relu(bias: Optional[float]) -> Formula:
+    def derivative(m, grad, y, n):
+        p = m.relu(y)  # P, which the kernel has; what it holds beside numbers > 0 are 0 and NaN, and both belong into dS
+        return m.where_positive(p, grad, p)
+
+    return Formula(1.0, lambda m, y, n: m.relu(y), derivative, inf_seen_in="scores")
+
+
+def _relu2(bias: Optional[float]) -> Formula:
     def value(m, y, n):
-        x = m.clamp(y, 0.0, _RELU2_MAX_SCORE)
-        return x * x
+        x = m.ramp(y, _RELU2_MAX_SCORE)
+        return x * x + y * 0.0  # the last term is 0, but NaN for NaN and Inf, which the clamp has lost
 
     def derivative(m, grad, y, n):
-        x = m.clamp(y, 0.0, _RELU2_MAX_SCORE)
-        return m.clamp(grad * (x + x), -_RELU2_MAX_GRAD, _RELU2_MAX_GRAD)
+        p = m.relu(y)
+        return grad * (p + p)
 
-    return Formula(1.0, value, derivative)
+    return Formula(1.0, value, derivative, inf_seen_in=None)
 
 
-def _silu() -> Formula:
+def _silu(bias: Optional[float]) -> Formula:
     """silu(2y) = y + y tanh(y): one operation of the special function unit."""
 
     def value(m, y, n):
@@ -64,6 +94,51 @@ def _silu() -> Formula:
     return Formula(0.5, value, derivative)
 
 
+def _gelu(bias: Optional[float]) -> Formula:
+    """s Phi(s) = max(s, 0) - |s| Phi(-|s|) with y^2 = log2(e) s^2 / 2, so that 2^(-y^2) is e^(-s^2 / 2).
+
+    Phi(-|s|) is e^(-s^2 / 2) t P(t) (see _ERFC), which keeps its digits in the tail.
+    """
+    unit = math.sqrt(0.5 * _LOG2_E)
+    coefficients = tuple(c / unit for c in _ERFC)
+    of_density = 1.0 / (unit * unit * math.sqrt(2.0 * math.pi))
+
+    def tail(m, y):
+        """2^(-y^2) and Phi(-|s|) / unit."""
+        t = m.rcp(m.abs(y) * (_ERFC_P / unit) + 1.0)
+        e = m.exp2(-(y * y))
+        return e, e * t * _polynomial(coefficients, t)
+
+    def value(m, y, n):
+        return m.relu(y) * (1.0 / unit) - m.abs(y) * tail(m, y)[1]
+
+    def derivative(m, grad, y, n):
+        e, h = tail(m, y)
+        return grad * (m.where_positive(y, 1.0 / unit - h, h) + e * (y * of_density))
+
+    return Formula(unit, value, derivative, inf_seen_in=None)
+
+
+def _softplus(bias: Optional[float]) -> Formula:
+    """log(1 + e^s) = max(s, 0) + log1p(2^-|y|); its derivative is the sigmoid."""
+
+    def value(m, y, n):
+        e = m.exp2(-m.abs(y))
+        return m.relu(y) * math.log(2.0) + e * _polynomial(_LOG1P, e)
+
+    def derivative(m, grad, y, n):
+        e = m.exp2(-m.abs(y))
+        p = m.rcp(1.0 + e)
+        return grad * (m.where_positive(y, p, e * p) * math.log(2.0))
+
+    return Formula(_LOG2_E, value, derivative)
+
+
+def _sigmoid(bias: Optional[float]) -> Formula:
+    by_tanh = bias is not None and bias >= _SIGMOID_TANH_MIN_BIAS
+    return _sigmoid_by_tanh(bias) if by_tanh else _sigmoid_by_exp2(bias)
+
+
 def _sigmoid_by_tanh(bias: float) -> Formula:
     """sigmoid(2y + bias) = 1/2 + 1/2 tanh(y + bias/2): one operation of the special function unit."""
 
@@ -74,25 +149,40 @@ def _sigmoid_by_tanh(bias: float) -> Formula:
         t = m.tanh(y + 0.5 * bias)
         return grad * (0.5 - 0.5 * (t * t))
 
-    return Formula(0.5, value, derivative)
+    return Formula(0.5, value, derivative, inf_seen_in=None)
 
 
 def _sigmoid_by_exp2(bias: Optional[float]) -> Formula:
     """sigmoid(s + bias) = 1 / (1 + 2^(-y - bias log2 e)), accurate where it is small; bias None is -log n."""
 
-    def value(m, y, n):
+    def parts(m, y, n):
         e = n * m.exp2(-y) if bias is None else m.exp2(-y - bias * _LOG2_E)
-        return m.rcp(1.0 + e)
+        return e, m.rcp(1.0 + e)
+
+    def value(m, y, n):
+        return parts(m, y, n)[1]
 
     def derivative(m, grad, y, n):
-        p = value(m, y, n)
-        return grad * ((p - p * p) * math.log(2.0))
+        # sigmoid(x) sigmoid(-x): p - p^2 would lose its digits where p is about 1. The ramp keeps Inf from meeting p = 0.
+        e, p = parts(m, y, n)
+        return grad * ((m.ramp(e, 2.0**100) * p) * (p * math.log(2.0)))
 
-    return Formula(_LOG2_E, value, derivative)
+    return Formula(_LOG2_E, value, derivative, inf_seen_in=None)
+
+
+_FORMULAS: dict[str, Callable[[Optional[float]], Formula]] = {
+    "identity": _identity,
+    "relu": _relu,
+    "relu2": _relu2,
+    "silu": _silu,
+    "sigmoid": _sigmoid,
+    "gelu": _gelu,
+    "softplus": _softplus,
+}
 
 
 def _capped(f: Formula, softcap: float) -> Formula:
-    """f after s = softcap * tanh(s / softcap), in the unit of f."""
+    """f after s = softcap * tanh(s / softcap), in the unit of f. The cap is part of f, and ends an Inf."""
     cap = softcap * f.unit
 
     def value(m, y, n):
@@ -102,7 +192,7 @@ def _capped(f: Formula, softcap: float) -> Formula:
         t = m.tanh(y * (1.0 / cap))
         return f.derivative(m, grad, cap * t, n) * (1.0 - t * t)
 
-    return Formula(f.unit, value, derivative)
+    return Formula(f.unit, value, derivative, inf_seen_in=None)
 
 
 def formula(activation: str, sigmoid_bias: Optional[float] = 0.0, softcap: float = 0.0) -> Formula:

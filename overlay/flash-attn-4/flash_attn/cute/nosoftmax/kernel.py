@@ -1,10 +1,12 @@
 """Device code behind the hooks in upstream's Hopper kernels. P = f(S) in place of exp(S - max): no row statistics.
 
 Three things that softmax does by the way are done here on purpose: a masked weight and a masked dS are written as 0,
-tiles end at the end of their sequence, so that 0 * NaN from behind it never occurs, and 16-bit values saturate.
+tiles end at the end of their sequence, so that 0 * NaN from behind it never occurs, and P and O saturate in float16,
+but for the Inf of an input that holds NaN or Inf, which shows.
 """
 
 import math
+import operator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Callable, Optional
@@ -37,12 +39,41 @@ def hdim_multiple_of(mark: Optional[NoSoftmax]) -> int:
 
 @dataclass
 class RowState(Softmax):
-    """In place of Softmax: the scores are the weights, and O is never rescaled."""
+    """In place of Softmax: the scores are the weights, and O is never rescaled.
+
+    Where float16 saturates, an infinite weight looks like a large one, so it is made a NaN before. One operation each does
+    that, and where registers are left for it, one operation for two in the scores of tiles without masked ones: row_sum
+    is then a number that means nothing, or Inf or NaN for a row of O that had an infinite score.
+    """
+
+    inf_seen_in: cutlass.Constexpr[Optional[str]] = None
 
     @staticmethod
-    def create(scale_log2, num_rows, arch=80, softmax_scale=None):
+    def create(scale_log2, num_rows, arch=80, softmax_scale=None, inf_seen_in=None):
         s = Softmax.create(scale_log2, num_rows, arch, softmax_scale)
-        return RowState(scale_log2, num_rows, s.row_max, s.row_sum, arch, softmax_scale)
+        return RowState(scale_log2, num_rows, s.row_max, s.row_sum, arch, softmax_scale, inf_seen_in)
+
+    def notice_scores(self, acc_S: cute.Tensor) -> None:
+        """All scores of a tile without masked ones, as the matrix unit left them.
+
+        Products of two scores of finite float16 inputs stay below 2^81, and sums of any number of them below 2^127.
+        """
+        if self.inf_seen_in != "scores":
+            return
+        acc_mn = layout_utils.reshape_acc_to_mn(acc_S)
+        for r in range(cute.size(self.row_sum)):
+            noticed = self.row_sum[r]
+            for c in range(0, cute.size(acc_mn, mode=[1]), 2):
+                noticed = acc_mn[r, c] * acc_mn[r, c + 1] + noticed
+            self.row_sum[r] = noticed
+
+    def notice_weights(self, acc_P: cute.Tensor, has_masked: bool, is_first: bool = False) -> None:
+        """The weights of a tile, of which the masked ones are 0. is_first: of an output tile."""
+        if is_first and self.inf_seen_in == "scores":
+            self.row_sum.fill(0.0)
+        if self.inf_seen_in == "weights" or (self.inf_seen_in == "scores" and has_masked):
+            for i in range(cute.size(acc_P)):
+                acc_P[i] = _inf_to_nan(acc_P[i])
 
     def online_softmax(self, acc_S, is_first=False, check_inf=True) -> cute.Tensor:
         return self.row_max  # the factors for rescale_O, which reads none
@@ -52,6 +83,25 @@ class RowState(Softmax):
 
     def rescale_O(self, acc_O: cute.Tensor, row_scale: cute.Tensor) -> None:
         pass
+
+    def show(self, acc_O: cute.Tensor, dtype) -> None:
+        """What is infinite in O becomes NaN, and so do rows that had an infinite score: then O may saturate."""
+        if dtype is not cutlass.Float16:
+            return
+        acc_mn = layout_utils.reshape_acc_to_mn(acc_O)
+        for r in range(cute.size(acc_mn, mode=[0])):
+            zero = Float32(0.0)
+            if self.inf_seen_in == "scores":
+                zero = utils.warp_reduce(self.row_sum[r], operator.add, width=4) * 0.0
+            for c in range(cute.size(acc_mn, mode=[1])):
+                acc_mn[r, c] = acc_mn[r, c] * zero + acc_mn[r, c]
+
+
+def row_state(mark: Optional[NoSoftmax], dtype) -> Callable:
+    """What makes the state of the rows of a forward."""
+    if mark is None:
+        return Softmax.create
+    return partial(RowState.create, inf_seen_in=mark.inf_seen_in if dtype is cutlass.Float16 else None)
 
 
 def layout_of_sQ(mark: Optional[NoSoftmax], sQ_layout: cute.ComposedLayout, sO_layout: cute.ComposedLayout) -> cute.ComposedLayout:
@@ -117,6 +167,7 @@ def load_nothing(src_idx, producer_state) -> None:
 
 @dsl_user_op
 def _cvt_f16x2_satfinite(a: Float32, b: Float32, *, loc=None, ip=None) -> Int32:
+    """NaN stays NaN, but +-Inf becomes +-65504."""
     return Int32(
         llvm.inline_asm(
             T.i32(),
@@ -130,8 +181,28 @@ def _cvt_f16x2_satfinite(a: Float32, b: Float32, *, loc=None, ip=None) -> Int32:
     )
 
 
+@dsl_user_op
+def ramp(x: Float32, high: float, *, loc=None, ip=None) -> Float32:
+    """x clamped to [0, high], in one operation: as integers, floats > 0 are in order and floats < 0 are < 0. NaN is lost."""
+    return Float32(
+        llvm.inline_asm(
+            T.f32(),
+            [Float32(x).ir_value(loc=loc, ip=ip), Float32(high).ir_value(loc=loc, ip=ip)],
+            "{ .reg .s32 a, b; mov.b32 a, $1; mov.b32 b, $2; min.relu.s32 a, a, b; mov.b32 $0, a; }",
+            "=f,f,f",
+            has_side_effects=False,
+            is_align_stack=False,
+            asm_dialect=llvm.AsmDialect.AD_ATT,
+        )
+    )
+
+
+def _inf_to_nan(x: Float32) -> Float32:
+    return x * 0.0 + x
+
+
 def cvt_f16_satfinite(src: cute.Tensor, dst_or_dtype):
-    """utils.cvt_f16, with float16 saturating at +-65504. bfloat16 has the range of float32."""
+    """utils.cvt_f16, with float16 saturating at +-65504; bfloat16 has the range of float32. An Inf has to be noticed before."""
     is_dtype = isinstance(dst_or_dtype, type)
     if (dst_or_dtype if is_dtype else dst_or_dtype.element_type) is not cutlass.Float16:
         return utils.cvt_f16(src, dst_or_dtype)
@@ -146,11 +217,18 @@ def cvt_f16(mark: Optional[NoSoftmax]) -> Callable:
     return utils.cvt_f16 if mark is None else cvt_f16_satfinite
 
 
-def saturate(acc: cute.Tensor, dtype) -> None:
-    """Accumulators that upstream's epilogue is about to convert: clamp them to the range of float16."""
-    if const_expr(dtype is cutlass.Float16):
-        for i in range(cute.size(acc)):
-            acc[i] = cute.arch.fmin(cute.arch.fmax(acc[i], -_FLOAT16_MAX), _FLOAT16_MAX)
+def cvt_P_of_backward(mark: Optional[NoSoftmax], acc_P: cute.Tensor, dtype) -> cute.Tensor:
+    """P for dV. It saturates as in the forward; dS and the gradients do not."""
+    if mark is None or mark.normalization == "1/visible":  # then Normalization.scale_P has saturated it
+        return utils.cvt_f16(acc_P, dtype)
+    if dtype is cutlass.Float16 and mark.inf_seen_in is not None:
+        for i in range(cute.size(acc_P)):
+            acc_P[i] = _inf_to_nan(acc_P[i])
+    return cvt_f16_satfinite(acc_P, dtype)
+
+
+def _saturate(x: Float32) -> Float32:
+    return cute.arch.fmin(cute.arch.fmax(_inf_to_nan(x), -_FLOAT16_MAX, nan=True), _FLOAT16_MAX, nan=True)
 
 
 # ---- Normalization ----
@@ -217,6 +295,14 @@ class Normalization:
         for r, row in self._rows(acc_mn, thr_mma, m_block):
             factor = cute.arch.rcp_approx(self._visible(row)) if self.by_row else self.of_sequence()
             acc_mn[r, None].store(acc_mn[r, None].load() * factor)
+
+    def scale_P(self, acc_mn: cute.Tensor, thr_mma, m_block: Int32, dtype) -> None:
+        """The row's factor on P in the backward. P saturates before it, as in the forward; the product does not."""
+        if self.by_row and dtype is cutlass.Float16:
+            for r in range(cute.size(acc_mn, mode=[0])):
+                for c in range(cute.size(acc_mn, mode=[1])):
+                    acc_mn[r, c] = _saturate(acc_mn[r, c])
+        self.scale_rows(acc_mn, thr_mma, m_block)
 
     def scale_rows(self, acc_mn: cute.Tensor, thr_mma, m_block: Int32) -> None:
         """The row's factor on P or dP in the backward."""

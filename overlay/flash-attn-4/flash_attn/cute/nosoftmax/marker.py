@@ -17,6 +17,7 @@ class NoSoftmax:
 
     normalization: Optional[str] = None
     finite_at_zero: bool = False
+    inf_seen_in: Optional[str] = "weights"
 
 
 def no_softmax_of(score_mod: Optional[Callable]) -> Optional[NoSoftmax]:

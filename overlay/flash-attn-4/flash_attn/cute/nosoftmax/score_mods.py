@@ -6,6 +6,7 @@ from typing import Callable, NamedTuple, Optional
 import cutlass.cute as cute
 from cutlass import Float32
 from flash_attn.cute.nosoftmax.formulas import formula
+from flash_attn.cute.nosoftmax.kernel import ramp
 from flash_attn.cute.nosoftmax.marker import ATTRIBUTE, NoSoftmax, marked
 
 
@@ -30,6 +31,10 @@ class _Kernel:
         return cute.math.exp2(x, fastmath=True)
 
     @staticmethod
+    def abs(x):
+        return cute.math.absf(x)
+
+    @staticmethod
     def _each(function, x):
         out = cute.make_rmem_tensor(x.shape, Float32)
         out.store(x)
@@ -43,15 +48,15 @@ class _Kernel:
 
     @staticmethod
     def relu(x):
-        return _Kernel._each(lambda v: cute.arch.fmax(v, 0.0), x)
+        return _Kernel._each(lambda v: cute.arch.fmax(v, 0.0, nan=True), x)
 
     @staticmethod
-    def clamp(x, low, high):
-        return _Kernel._each(lambda v: cute.arch.fmin(cute.arch.fmax(v, low), high), x)
+    def ramp(x, high):
+        return _Kernel._each(lambda v: ramp(v, high), x)
 
     @staticmethod
-    def where_positive(x, a):
-        return cute.where(x > 0.0, a, cute.zeros_like(a))
+    def where_positive(x, a, b):
+        return cute.where(x > 0.0, a, b)
 
 
 @functools.lru_cache(maxsize=None)
@@ -74,7 +79,7 @@ def of_activation(
     name = f"nosoftmax {activation} {sigmoid_bias!r} {softcap!r}"
     score_mod.__cute_hash__ = name
     score_mod_bwd.__cute_hash__ = f"{name} backward"
-    setattr(score_mod, ATTRIBUTE, NoSoftmax(normalization, finite_at_zero=True))
+    setattr(score_mod, ATTRIBUTE, NoSoftmax(normalization, finite_at_zero=True, inf_seen_in=f.inf_seen_in))
     return ScoreMods(score_mod, score_mod_bwd, f.unit, plans={})
 
 
