@@ -154,19 +154,22 @@ print(json.dumps([[s for s in seen if "mul" in s or "nosoftmax" in s], message(g
     assert "once_differentiable" in twice and "modified by an inplace operation" in changed
 
 
-def test_dense_calls_go_through_upstreams_host_code_once(run):
-    """Packed ones and those with the user's functions every time. The kernels are stand-ins."""
+def test_calls_go_through_upstreams_host_code_once(run):
+    """Those with the user's functions every time. The kernels are stand-ins."""
     seen, right = run("""
 from flash_attn.cute.nosoftmax import launch, plan
 public.unsupported = lambda *args, **options: None
 seen = []
 def forward(q, k, v, out, **options):
     seen.append("forward")
-    plan.recorded(lambda q, k, v, out, scale: out.copy_(q * scale))(q, k, v, out.detach(), options["softmax_scale"])
+    lengths = options["cu_seqlens_q"], options["cu_seqlens_k"]
+    plan.recorded(lambda q, k, v, out, scale, *_: out.copy_(q * scale))(q, k, v, out.detach(), options["softmax_scale"], *lengths)
 def backward(q, k, v, dout, *_, dq, dk, dv, **options):
     seen.append("backward")
-    plan.recorded(lambda *x: [grad.copy_(y * z) for grad, y, z in zip(x[4:], x[:3], (x[3], x[1], x[2]))])(q, k, v, dout, dq, dk, dv)
-launch._flash_attn_fwd, launch._flash_attn_bwd = forward, backward
+    lengths = options["cu_seqlens_q"], options["cu_seqlens_k"]
+    def kernel(*x): [grad.copy_(y * z) for grad, y, z in zip(x[4:], x[:3], (x[3], x[1], x[2]))]
+    plan.recorded(kernel)(q, k, v, dout, dq, dk, dv, *lengths)
+launch._flash_attn_fwd, launch._flash_attn_bwd, launch.zero_slack = forward, backward, lambda *tensors: None
 def step(seed, **options):
     shape = (40, 2, 8) if "cu_seqlens_q" in options else (2, 20, 2, 8)
     q, k, v, dout = torch.randn(4, *shape, generator=torch.Generator().manual_seed(seed))
@@ -183,7 +186,7 @@ right = [step(seed, **options) for options in (
 print(json.dumps([seen, all(right)]))
 """)
     assert right
-    assert seen == ["forward", "backward"] * 10
+    assert seen == ["forward", "backward"] * 8
 
 
 def test_keys_before_every_window_are_left_out(run):

@@ -17,6 +17,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 from flash_attn.cute import utils
+from flash_attn.cute.nosoftmax import plan
 from flash_attn.cute.nosoftmax.marker import NoSoftmax
 from flash_attn.cute.softmax import Softmax
 from quack import copy_utils, layout_utils
@@ -378,5 +379,6 @@ def _bwd_tile(upstreams: Callable, head_dim: int, head_dim_v: int, causal: bool,
 
 def zero_dq_accum(out, dout, dpsum, lse, lse_log2, dq_accum, *args, fake_mode: bool, **kwargs) -> None:
     """In place of _bwd_preprocess: of what it does only this is needed."""
+    plan.not_read(dpsum, lse_log2)
     if not fake_mode:
         dq_accum.zero_()

@@ -2,7 +2,9 @@
 
 Both work on tensors outside of autograd. Shapes are those of the public functions; `window` is (left, right), None for
 no limit. With seqused and no cu_seqlens, the batch is handed on as a packed one: tiles then end at the used length, so
-that nothing behind it is read (kernel.ends_at_seqlen).
+that nothing behind it is read (kernel.ends_at_seqlen). So is a batch with more sequences or heads than a grid has
+room for in its second and third dimension, where upstream's schedulers of dense batches put them: those of packed
+ones number their tiles in the first, which has 2^31.
 """
 
 from dataclasses import dataclass
@@ -12,6 +14,9 @@ import torch
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd, _tile_size_fwd_sm90
 from flash_attn.cute.nosoftmax import plan
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods
+from flash_attn.cute.nosoftmax.slack import zero_slack
+
+_MOST_BLOCKS = 65535  # in the second and third dimension of a grid
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,13 @@ class Call:
     aux_scalars: Optional[tuple] = None
 
     def plans(self, *more: Any) -> Optional[dict]:
-        """Where the plans of this call are kept; None with sequences, functions or blocks of the user's, which get none."""
-        sequences = (self.cu_seqlens_q, self.cu_seqlens_k, self.seqused_q, self.seqused_k, self.mask_mod, self.aux_tensors)
-        return self.mods.plans if all(x is None for x in (*sequences, *more)) else None
+        """Where the plans of this call are kept; none with functions or blocks of the user's."""
+        return self.mods.plans if all(x is None for x in (self.mask_mod, self.aux_tensors, *more)) else None
+
+    def is_empty(self, q: torch.Tensor, k: torch.Tensor) -> bool:
+        """Without queries, keys or sequences there is nothing to launch, and all results are 0."""
+        no_sequence = self.cu_seqlens_q is not None and self.cu_seqlens_q.numel() < 2
+        return q.numel() == 0 or k.numel() == 0 or no_sequence
 
     def arguments(self) -> dict[str, Any]:
         return dict(
@@ -52,13 +61,29 @@ class Call:
         )
 
 
-def _packed(cu_seqlens, seqused, max_seqlen, *tensors):
-    """(cu_seqlens, max_seqlen, tensors): a batch (b, s, ...) of which only a part is used becomes (b * s, ...)."""
-    if cu_seqlens is not None or seqused is None or tensors[0].numel() == 0:
+def _exceeds_grid(x: torch.Tensor, cu_seqlens: Optional[torch.Tensor]) -> bool:
+    return cu_seqlens is None and max(x.shape[0], x.shape[2]) > _MOST_BLOCKS
+
+
+def _packed(pack: bool, cu_seqlens, max_seqlen, *tensors):
+    """(cu_seqlens, max_seqlen, tensors): a batch (b, s, ...) becomes (b * s, ...) if asked to."""
+    if cu_seqlens is not None or not pack:
         return cu_seqlens, max_seqlen, tensors
     batch, seqlen = tensors[0].shape[:2]
     cu_seqlens = torch.arange(0, (batch + 1) * seqlen, seqlen, dtype=torch.int32, device=tensors[0].device)
     return cu_seqlens, seqlen, [t.flatten(0, 1) for t in tensors]
+
+
+def _lengths(*lengths: Optional[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], tuple]:
+    """The tensors among them, each once, and for each argument which of these it is: q and k often share one."""
+    distinct: list[torch.Tensor] = []
+    places = []
+    for x in lengths:
+        place = None if x is None else next((i for i, y in enumerate(distinct) if y is x), len(distinct))
+        if place == len(distinct):
+            distinct.append(x)
+        places.append(place)
+    return tuple(distinct), tuple(places)
 
 
 def _pack_gqa(pack_gqa: Optional[bool], q: torch.Tensor, k: torch.Tensor) -> Optional[bool]:
@@ -89,35 +114,47 @@ def forward(
     page_table: Optional[torch.Tensor] = None,
     block_sparse_tensors: Any = None,
 ) -> torch.Tensor:
-    """The output, (..., nheads, head_dim_v) in the dtype of q; rows past seqused_q are 0."""
+    """The output, (..., nheads, head_dim_v) in the dtype of q; 0 past seqused_q and in rows of no sequence."""
     q, k, v = q.detach(), k.detach(), v.detach()
-    new_out = q.new_empty if call.seqused_q is None else q.new_zeros
-    out = new_out(*q.shape[:-1], v.shape[-1])
+    shape = *q.shape[:-1], v.shape[-1]
+    if call.is_empty(q, k):
+        return q.new_zeros(shape)
+    exceeds = _exceeds_grid(q, call.cu_seqlens_q)
+    if exceeds and block_sparse_tensors is not None:
+        raise ValueError(
+            f"block_sparse_tensors serve up to {_MOST_BLOCKS} sequences and as many heads, "
+            f"got {q.shape[0]} and {q.shape[2]}: split the batch"
+        )
+    out = (q.new_empty if call.seqused_q is None else q.new_zeros)(shape)
+    packed_q = _packed(exceeds, call.cu_seqlens_q, call.max_seqlen_q, q, out)
+    cu_seqlens_q, max_seqlen_q, (queries, outputs) = packed_q
+    cu_seqlens_k, max_seqlen_k, keys, values = call.cu_seqlens_k, call.max_seqlen_k, k, v
+    if page_table is None:
+        pack = exceeds or call.seqused_k is not None
+        cu_seqlens_k, max_seqlen_k, (keys, values) = _packed(pack, cu_seqlens_k, max_seqlen_k, k, v)
 
     def launch() -> None:
-        cu_seqlens_k, max_seqlen_k, (keys, values) = (
-            _packed(call.cu_seqlens_k, call.seqused_k, call.max_seqlen_k, k, v)
-            if page_table is None
-            else (None, call.max_seqlen_k, (k, v))
-        )
         _flash_attn_fwd(
-            q,
+            queries,
             keys,
             values,
-            cu_seqlens_q=call.cu_seqlens_q,
+            cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=call.max_seqlen_q,
+            max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k,
             page_table=page_table,
             pack_gqa=_pack_gqa(pack_gqa, q, k),
             block_sparse_tensors=block_sparse_tensors,
-            out=out,
+            out=outputs,
             **(_tile(call, q, v) if block_sparse_tensors is None else {}),
             **call.arguments(),
         )
+        if call.cu_seqlens_q is not None and call.seqused_q is None:
+            zero_slack(out, call.cu_seqlens_q)
 
-    options = "forward", call.softmax_scale, call.causal, call.window, pack_gqa
-    plan.run(call.plans(page_table, block_sparse_tensors), options, (q, k, v, out), launch)
+    lengths, places = _lengths(cu_seqlens_q, cu_seqlens_k, call.seqused_q, call.seqused_k, page_table)
+    options = call.softmax_scale, call.causal, call.window, pack_gqa, max_seqlen_q, max_seqlen_k, exceeds, places
+    plan.run(call.plans(block_sparse_tensors), ("forward", *options), (queries, keys, values, outputs, *lengths), launch)
     return out
 
 
@@ -130,11 +167,15 @@ def backward(
     deterministic: bool = False,
     block_sparse_tensors: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), shaped as q, k, v; rows past seqused are 0."""
+    """(dq, dk, dv), shaped as q, k, v; rows past seqused and of no sequence are 0. They do not saturate."""
     q, k, v, dout = q.detach(), k.detach(), v.detach(), dout.detach().contiguous()
+    if call.is_empty(q, k):
+        return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     shapes = q.shape, k.shape, v.shape
-    cu_seqlens_q, max_seqlen_q, (q, dout) = _packed(call.cu_seqlens_q, call.seqused_q, call.max_seqlen_q, q, dout)
-    cu_seqlens_k, max_seqlen_k, (k, v) = _packed(call.cu_seqlens_k, call.seqused_k, call.max_seqlen_k, k, v)
+    exceeds = _exceeds_grid(q, call.cu_seqlens_q) or _exceeds_grid(k, call.cu_seqlens_k)
+    pack_q, pack_k = (exceeds or seqused is not None for seqused in (call.seqused_q, call.seqused_k))
+    cu_seqlens_q, max_seqlen_q, (q, dout) = _packed(pack_q, call.cu_seqlens_q, call.max_seqlen_q, q, dout)
+    cu_seqlens_k, max_seqlen_k, (k, v) = _packed(pack_k, call.cu_seqlens_k, call.max_seqlen_k, k, v)
     new_q = torch.empty_like if call.seqused_q is None else torch.zeros_like
     new_k = torch.empty_like if call.seqused_k is None else torch.zeros_like
     grads = tuple(new(x, memory_format=torch.contiguous_format) for new, x in ((new_q, q), (new_k, k), (new_k, v)))
@@ -148,7 +189,7 @@ def backward(
             v,
             dout,
             dout,
-            torch.empty(lse_shape, dtype=torch.float32, device=q.device),
+            plan.not_read(torch.empty(lse_shape, dtype=torch.float32, device=q.device)),
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             max_seqlen_q=max_seqlen_q,
@@ -161,12 +202,15 @@ def backward(
             block_sparse_tensors=block_sparse_tensors,
             **call.arguments(),
         )
+        zero_slack(
+            grads[0],
+            call.cu_seqlens_q if call.seqused_q is None else None,
+            *grads[1:],
+            call.cu_seqlens_k if call.seqused_k is None else None,
+        )
 
-    options = "backward", call.softmax_scale, call.causal, call.window, deterministic
-    plan.run(call.plans(block_sparse_tensors), options, (q, k, v, dout, *grads), launch)
-    if q.dtype is torch.float16:
-        # Sums that upstream's postprocess kernel converts become Inf where they should saturate.
-        largest = torch.finfo(torch.float16).max
-        for grad in grads if q.shape[-2] != k.shape[-2] else grads[:1]:
-            grad.clamp_(-largest, largest)
+    lengths, places = _lengths(cu_seqlens_q, cu_seqlens_k, call.seqused_q, call.seqused_k)
+    options = call.softmax_scale, call.causal, call.window, deterministic, max_seqlen_q, max_seqlen_k, exceeds, places
+    tensors = q, k, v, dout, *grads, *lengths
+    plan.run(call.plans(block_sparse_tensors), ("backward", *options), tensors, launch)
     return tuple(grad.view(shape) for grad, shape in zip(grads, shapes))

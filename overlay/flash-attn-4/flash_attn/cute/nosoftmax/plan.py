@@ -2,6 +2,8 @@
 
 Calls with the same options whose tensors look the same launch the same kernels with the same arguments but for the tensors. The first
 one goes through upstream's functions, and what they launch is recorded; a later one repeats that with its own tensors.
+
+The lengths of packed sequences are such tensors: only the device knows what they hold, so no launch depends on it.
 """
 
 import threading
@@ -15,6 +17,7 @@ _MOST_PLANS = 512
 
 class _Recording(threading.local):
     launches: Optional[list[tuple[Callable, tuple]]] = None
+    not_read: Optional[list[torch.Tensor]] = None
 
 
 _recording = _Recording()
@@ -33,10 +36,22 @@ def recorded(kernel: Callable) -> Callable:
     return launch
 
 
+def not_read(*memory: torch.Tensor) -> Any:
+    """Says that no launch reads these, so that a plan need not zero them; returns the first."""
+    if _recording.not_read is not None:
+        _recording.not_read.extend(memory)
+    return memory[0]
+
+
 class _Plan:
     """The launches of one call. Tensors among their arguments are the call's own, or memory that has to be zero or is not read."""
 
-    def __init__(self, launches: list[tuple[Callable, tuple]], tensors: tuple[torch.Tensor, ...]) -> None:
+    def __init__(
+        self,
+        launches: list[tuple[Callable, tuple]],
+        tensors: tuple[torch.Tensor, ...],
+        not_read: list[torch.Tensor],
+    ) -> None:
         memory = list(tensors)  # those of the call, then the rest as the launches come to it
         slots = {x.data_ptr(): i for i, x in enumerate(memory)}
         self.complete = True
@@ -56,11 +71,13 @@ class _Plan:
             self._launches.append((kernel, [None if isinstance(x, torch.Tensor) else x for x in args], places))
         # Not so where upstream launched nothing, or on a copy, and where two tensors are the same memory.
         self.complete &= used.issuperset(range(len(tensors)))
-        self._more = [(x.shape, x.dtype) for x in memory[len(tensors) :]]
+        unread = {x.data_ptr() for x in not_read}
+        more = memory[len(tensors) :]
+        self._more = [(torch.empty if x.data_ptr() in unread else torch.zeros, x.shape, x.dtype) for x in more]
 
     def __call__(self, tensors: tuple[torch.Tensor, ...]) -> None:
         device = tensors[0].device
-        memory = (*tensors, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in self._more))
+        memory = (*tensors, *(new(shape, dtype=dtype, device=device) for new, shape, dtype in self._more))
         for kernel, args, places in self._launches:
             args = args.copy()
             for i, slot in places:
@@ -81,12 +98,12 @@ def run(plans: Optional[dict], options: tuple, tensors: tuple[torch.Tensor, ...]
     if plan := plans.get(key):
         plan(tensors)
         return
-    _recording.launches = launches = []
+    _recording.launches, _recording.not_read = launches, unread = [], []
     try:
         launch()
     finally:
-        _recording.launches = None
-    plan = _Plan(launches, tensors)
+        _recording.launches = _recording.not_read = None
+    plan = _Plan(launches, tensors, unread)
     if plan.complete:
         if len(plans) >= _MOST_PLANS:
             plans.clear()

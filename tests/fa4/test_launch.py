@@ -1,0 +1,225 @@
+"""nosoftmax/launch.py with stand-ins for upstream's host code: plans of packed calls, slack rows, small grids."""
+
+import json
+import subprocess
+
+import pytest
+
+from fapatch.smoke_compile import FOR_HOPPER
+
+pytestmark = pytest.mark.source
+BEGIN = """
+import json
+import torch
+from flash_attn.cute.nosoftmax import launch, plan
+from flash_attn.cute.nosoftmax.score_mods import ScoreMods
+
+runs, slack = [], []
+
+def attention(out, rows, scale, *lengths):  # each query gets the length of its sequence
+    offsets = next((x for x in lengths if x is not None), None)
+    ends = [0, rows.shape[0]] if offsets is None else offsets.tolist()
+    for begin, end in zip(ends, ends[1:]):
+        out[begin:end] = rows[begin:end] * scale * (end - begin)
+
+def note(name, q, k, max_seqlen_q, cu_seqlens_q):
+    offsets = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    runs.append([name, q.dim(), k.dim(), max_seqlen_q, offsets])
+
+def forward(q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, **options):
+    note("forward", q, k, options["max_seqlen_q"], cu_seqlens_q)
+    def kernel(q, k, v, out, scale, *lengths):
+        attention(out, q, scale, *lengths)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table
+    plan.recorded(kernel)(q, k, v, out.detach(), options["softmax_scale"], *lengths)
+
+def backward(
+    q, k, v, dout, out, lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, **options
+):
+    note("backward", q, k, options["max_seqlen_q"], cu_seqlens_q)
+    def kernel(q, k, v, dout, dq, dk, dv, sums, *lengths):
+        assert not sums.any()
+        sums += 1.0
+        attention(dq, dout, 1.0, *lengths)
+        dk.copy_(k)
+        dv.copy_(v)
+    memory = torch.zeros(3)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    plan.recorded(kernel)(q, k, v, dout, dq, dk, dv, memory, *lengths)
+
+def zero_slack(*tensors):
+    def kernel(x, offsets, y=None, z=None, more=None):
+        slack.append([t is not None for t in (x, offsets, y, z, more)])
+        for rows, ends in ((x, offsets), (y, more), (z, more)):
+            if ends is not None:
+                rows[: ends[0]], rows[ends[-1] :] = 0.0, 0.0
+    plan.recorded(kernel)(*tensors)
+
+launch._flash_attn_fwd, launch._flash_attn_bwd, launch.zero_slack = forward, backward, zero_slack
+torch.utils.deterministic.fill_uninitialized_memory = True
+torch.use_deterministic_algorithms(True)  # new memory is NaN
+mods = ScoreMods(None, None, 1.0, plans={})
+
+def offsets(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+def call(cu_seqlens_q=None, cu_seqlens_k=None, **options):
+    return launch.Call(mods, 1.0, False, (None, None), cu_seqlens_q, cu_seqlens_k, **options)
+
+def numbers(*shape, seed=0):
+    return [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(4)]
+"""
+
+
+@pytest.fixture
+def run(compiler, trees):
+    def said(program: str):
+        environment = {**FOR_HOPPER, "PYTHONPATH": str(trees[1]), "PATH": "/usr/bin:/bin"}
+        command = compiler[0], "-W", "ignore", "-c", BEGIN + program
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return said
+
+
+def test_packed_calls_run_the_host_code_once_and_use_their_own_lengths(run):
+    """Also where q and k share one tensor of offsets; what is in it may change, how long it is may not."""
+    right, names, plans = run("""
+right = []
+for shared in (True, False):
+    for seed, ends in enumerate(((0, 4, 10), (0, 7, 10), (2, 3, 9))):
+        q, k, v, dout = numbers(10, 2, 8, seed=seed)
+        cu = offsets(*ends)
+        c = call(cu, cu if shared else cu.clone(), max_seqlen_q=7, max_seqlen_k=7)
+        out, (dq, dk, dv) = launch.forward(c, q, k, v), launch.backward(c, dout, q, k, v)
+        want, want_dq = torch.zeros(2, 10, 2, 8)
+        attention(want, q, 1.0, cu)
+        attention(want_dq, dout, 1.0, cu)
+        inside = torch.zeros(10, 1, 1)
+        inside[ends[0]:ends[-1]] = 1.0
+        right += [torch.equal(out, want), torch.equal(dq, want_dq)]
+        right += [torch.equal(dk, k * inside), torch.equal(dv, v * inside)]
+print(json.dumps([all(right), [r[0] for r in runs], len(mods.plans)]))
+""")
+    assert right
+    assert names == ["forward", "backward"] * 2 and plans == 4
+
+
+@pytest.mark.parametrize("other", [
+    "dict(max_seqlen_q=8)", "dict(max_seqlen_k=9)", "dict(lengths=offsets(0, 4, 6, 10))", "dict(rows=12)",
+    "dict(seqused_q=offsets(1, 2))", "dict(seqused_k=offsets(1, 2))",
+])  # fmt: skip
+def test_what_a_launch_depends_on_is_part_of_the_key(run, other):
+    assert run(f"""
+def step(rows=10, lengths=offsets(0, 4, 10), **options):
+    q, k, v, dout = numbers(rows, 2, 8)
+    c = call(lengths, lengths.clone(), **dict(dict(max_seqlen_q=7, max_seqlen_k=7), **options))
+    launch.forward(c, q, k, v)
+    launch.backward(c, dout, q, k, v)
+for options in (dict(), {other}) * 2:
+    step(**options)
+print(json.dumps([len(runs), len(mods.plans)]))
+""") == [4, 4]
+
+
+def test_pages_are_part_of_a_plan(run):
+    assert run("""
+q, k, v, _ = numbers(5, 16, 2, 8)
+for table in ([[0, 1], [2, 3]], [[3, 2], [1, 0]]):
+    table = torch.tensor(table, dtype=torch.int32)
+    launch.forward(call(seqused_k=offsets(20, 30)), q[:2], k, v, page_table=table)
+print(json.dumps(len(runs)))
+""") == 1
+
+
+def test_rows_of_no_sequence_are_zero(run):
+    """Only with offsets of the caller's, and not behind seqused, where all is zeros at first."""
+    zero, seen = run("""
+q, k, v, dout = numbers(12, 2, 8)
+zero = []
+for ends in ((0, 4, 10), (3, 4, 9)):
+    c = call(offsets(*ends), offsets(*ends), max_seqlen_q=7, max_seqlen_k=7)
+    results = launch.forward(c, q, k, v), *launch.backward(c, dout, q, k, v)
+    for x in results:
+        zero.append(not x[: ends[0]].any() and not x[ends[-1] :].any() and bool(x[ends[0] : ends[-1]].any()))
+del slack[:-1]
+launch.forward(call(seqused_q=offsets(1, 2)), *(x.view(2, 6, 2, 8) for x in (q, k, v)))
+launch.backward(call(seqused_k=offsets(1, 2)), *(x.view(2, 6, 2, 8) for x in (dout, q, k, v)))
+c = call(offsets(0, 4, 10), offsets(0, 4, 10), seqused_q=offsets(1, 2))
+launch.forward(c, q, k, v)
+launch.backward(c, dout, q, k, v)
+print(json.dumps([zero, slack]))
+""")
+    assert all(zero)
+    assert seen == [[True] * 5, [True, False, True, True, False], [True, False, True, True, True]]
+
+
+def test_a_batch_beyond_the_grid_is_handed_on_as_a_packed_one(run):
+    """The limit is 65,535 sequences, and as many heads; here it is 3."""
+    right, seen = run("""
+launch._MOST_BLOCKS = 3
+right = []
+def step(batch, heads, **options):
+    q, k, v, dout = numbers(batch, 5, heads, 8)
+    out, grads = launch.forward(call(**options), q, k, v), launch.backward(call(**options), dout, q, k, v)
+    right.append(out.shape == q.shape and bool(out.isfinite().all()))
+    right.append(all(x.shape == y.shape for x, y in zip(grads, (q, k, v))))
+    return out, q
+step(3, 2)
+out, q = step(4, 2)
+right.append(torch.equal(out, q * 5.0))
+step(2, 4)
+step(4, 2, seqused_k=offsets(1, 2, 3, 4))
+print(json.dumps([right, runs]))
+""")
+    assert all(right)
+    offsets = [0, 5, 10, 15, 20]
+    assert seen[:2] == [["forward", 4, 4, None, None], ["backward", 4, 4, None, None]]
+    assert seen[2:4] == [["forward", 3, 3, 5, offsets], ["backward", 3, 3, 5, offsets]]
+    assert seen[4:6] == [["forward", 3, 3, 5, offsets[:3]], ["backward", 3, 3, 5, offsets[:3]]]
+    assert seen[6:] == [["forward", 3, 3, 5, offsets], ["backward", 3, 3, 5, offsets]]
+
+
+def test_blocks_of_the_users_do_not_go_beyond_the_grid(run):
+    assert "block_sparse_tensors" in run("""
+launch._MOST_BLOCKS = 3
+q, k, v, _ = numbers(4, 5, 2, 8)
+try:
+    launch.forward(call(), q, k, v, block_sparse_tensors=())
+except ValueError as e:
+    print(json.dumps(str(e)))
+""")
+
+
+@pytest.mark.parametrize("shapes, lengths", [
+    ("(0, 5, 2, 8), (0, 5, 2, 8)", "()"), ("(2, 0, 2, 8), (2, 5, 2, 8)", "()"),
+    ("(2, 5, 2, 8), (2, 0, 2, 8)", "()"), ("(0, 2, 8), (0, 2, 8)", "(offsets(0), offsets(0))"),
+    ("(3, 2, 8), (3, 2, 8)", "(offsets(0), offsets(0))"),
+    ("(0, 2, 8), (4, 2, 8)", "(offsets(0, 0), offsets(0, 4))"),
+])  # fmt: skip
+def test_nothing_to_do_launches_nothing_and_gives_zeros(run, shapes, lengths):
+    assert run(f"""
+shape_q, shape_k = {shapes}
+q, dout, k, v = torch.ones(shape_q), torch.ones(shape_q), torch.ones(shape_k), torch.ones(shape_k)
+c = call(*{lengths})
+results = launch.forward(c, q, k, v), *launch.backward(c, dout, q, k, v)
+print(json.dumps([[x.shape == y.shape and not x.any().item() for x, y in zip(results, (q, q, k, v))], runs]))
+""") == [[True] * 4, []]
+
+
+def test_the_kernel_that_zeroes_slack_rows_compiles(run):
+    """For Hopper: with the offsets of queries alone, and with those of keys."""
+    assert run("""
+import importlib
+from torch._subclasses.fake_tensor import FakeTensorMode
+slack = importlib.import_module("flash_attn.cute.nosoftmax.slack")
+with FakeTensorMode():
+    x = torch.empty(12, 2, 8, dtype=torch.float16, device="cuda")
+    cu = torch.empty(3, dtype=torch.int32, device="cuda")
+    slack.zero_slack(x, cu)
+    slack.zero_slack(x, cu, x, x, cu)
+    slack.zero_slack(x, None, x, x, cu)
+    slack.zero_slack(x, None, x, x, None)
+print(json.dumps(len(slack.zero_slack.compile_cache.cache)))
+""") == 2
