@@ -120,6 +120,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["quadratic", "linear"])
 def test_memory_grows_with_the_length_not_its_square(device, algorithm):
     """Forward and backward over 8192 tokens and 2 heads; one matrix of scores would be 512 MiB."""

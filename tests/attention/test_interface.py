@@ -43,6 +43,7 @@ CLASSES = {
 EXTENSION_ARGUMENTS = {"fwd": 13, "varlen_fwd": 21, "bwd": 19, "varlen_bwd": 24, "fwd_kvcache": 20}
 
 
+@pytest.mark.slow
 def test_import_brings_no_compiler():
     """torch._dynamo takes more than a second to import, and FA4's requirements several."""
     heavy = ("torch._dynamo", "triton", "cutlass")
@@ -275,6 +276,7 @@ def operator_calls(device: str, seqlen_q: int, dropout_p: float):
             yield ops.kvcache, (q[:, :1], *(x.clone() for x in caches), *given, *options(1, 512), name)
 
 
+@pytest.mark.slow
 @MODES
 @pytest.mark.parametrize("seqlen_q,dropout_p", [(5, 0.0), (1, 0.0), (5, 0.2)], ids=["plain", "decode", "dropout"])
 def test_operators_pass_opcheck(seqlen_q, dropout_p, use_softmax, device):
@@ -318,6 +320,7 @@ def test_compiles_to_one_graph(form, use_softmax, device):
         close(actual, expected)
 
 
+@pytest.mark.slow
 def test_the_cache_compiles_to_one_graph(device):
     """An operator that says which tensors it changes: it appends in place from a compiled function too, with any length."""
     torch._dynamo.reset()

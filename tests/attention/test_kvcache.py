@@ -125,6 +125,7 @@ def test_splits_that_a_window_empties(attention, num_splits, window_size):
     compare_output(attention, step(attention, 2)[0], k_cache, v_cache, method="kvcache", **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seqlen_q, seqlen_k, nheads", [(3, 1024, 12), (64, 2048, 4), (16, 20000, 2)])
 def test_dense_that_a_kernel_would_split(attention, seqlen_q, seqlen_k, nheads):
     """Few queries over many keys: a dense forward may split the keys too; it equals one split."""

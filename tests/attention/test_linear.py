@@ -41,12 +41,14 @@ def quadratic(device: str) -> Package:
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @MASKS
 @pytest.mark.parametrize("lengths", checks.LENGTHS, ids=str)
 def test_lengths(linear, causal, lengths, dtype):
     checks.check_lengths(linear, causal, lengths, dtype)
 
 
+@pytest.mark.slow
 @MASKS
 @pytest.mark.parametrize("normalization", ["1/n", "1/visible", "1/sqrt(n)"])
 @pytest.mark.parametrize("lengths", [(300, 300), (70, 300), (300, 70)], ids=str)
@@ -83,6 +85,7 @@ def test_largest_inputs(linear, dtype, largest, causal, agree):
     checks.check_largest(linear, dtype, largest, causal, agree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean", [0.0, 1.0, 8.0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_many_tokens(linear, quadratic, dtype, mean):
@@ -109,6 +112,7 @@ def test_gradients_are_the_same_every_time(linear, causal):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutant_is_caught(monkeypatch, mutant: Mutant):
     """Each check fails for the mistake that the table names it for, and passes without it."""
@@ -160,6 +164,7 @@ def test_compiles_to_one_graph(name, device):
         close(a, e)
 
 
+@pytest.mark.slow
 def test_compiles_with_dynamic_shapes():
     """One function for lengths on both sides of the crossover."""
     torch._dynamo.reset()

@@ -11,6 +11,8 @@ from mutations import MUTANTS, MaskedWithZero, Mutant, SoftmaxCommentedOut
 from oracle import Oracle
 from suite import every_test_of, failures, named
 
+pytestmark = pytest.mark.slow
+
 FINITE_TESTS = every_test_of("test_finite")
 NEED_SATURATION = {
     mutant.caught_by for mutant in MUTANTS if "in_float16" in mutant.caught_by or "largest" in mutant.caught_by

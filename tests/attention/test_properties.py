@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +10,8 @@ from dropping import compare_dropped
 from measure import compare, compare_output, integers, packed, qkv, randn, single, slopes
 from oracle import ROW_FACTORS
 from package import Package
+
+pytestmark = pytest.mark.slow
 
 # The implementation holds no state, so one instance may serve all examples.
 reuse = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

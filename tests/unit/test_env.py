@@ -12,6 +12,8 @@ from fapatch import env
 from fapatch.errors import FapError
 from fapatch.process import run
 
+pytestmark = pytest.mark.slow
+
 PYPROJECT = """
 [project]
 name = "x"

@@ -14,6 +14,8 @@ from fapatch.naive_table import RIGHT
 from fapatch.process import run
 from fapatch.project import Project
 
+pytestmark = pytest.mark.slow
+
 INF, ZERO = naive_table.VARIANTS
 ROOT = Path(__file__).resolve().parents[2]
 

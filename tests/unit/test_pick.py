@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PLUGINS = Path(__file__).resolve().parents[1] / "upstream"
 TEST_FILE = '''
 import pytest
