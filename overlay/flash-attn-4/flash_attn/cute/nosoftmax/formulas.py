@@ -19,7 +19,7 @@ from typing import Any, Callable, Optional
 
 _LOG2_E = math.log2(math.e)
 
-# "relu2" takes larger scores as this, and its dS saturates at the square (score.py, "Finite in, finite out").
+# "relu2" takes larger scores as this (score.py, "Finite in, finite out").
 _RELU2_MAX_SCORE = 2.0**40
 
 # Below this bias, sigmoid is so small that (1 + tanh) / 2 has lost it: tanh.approx has an error of 2^-11 beside 1.
@@ -197,9 +197,5 @@ def _capped(f: Formula, softcap: float) -> Formula:
 
 def formula(activation: str, sigmoid_bias: Optional[float] = 0.0, softcap: float = 0.0) -> Formula:
     """The formula of arguments that score.resolve returned; sigmoid_bias None is -log n, softcap 0 is none."""
-    if activation == "sigmoid":
-        by_tanh = sigmoid_bias is not None and sigmoid_bias >= _SIGMOID_TANH_MIN_BIAS
-        f = _sigmoid_by_tanh(sigmoid_bias) if by_tanh else _sigmoid_by_exp2(sigmoid_bias)
-    else:
-        f = {"identity": _identity, "relu": _relu, "relu2": _relu2, "silu": _silu}[activation]()
+    f = _FORMULAS[activation](sigmoid_bias)
     return _capped(f, softcap) if softcap else f

@@ -13,7 +13,10 @@ ATTRIBUTE = "__no_softmax__"
 
 @dataclass(frozen=True)
 class NoSoftmax:
-    """normalization: one of score.NORMALIZATIONS. finite_at_zero: f and f' are finite at a score of 0."""
+    """normalization: one of score.NORMALIZATIONS. finite_at_zero: f and f' are finite at a score of 0.
+
+    inf_seen_in: where float16 kernels look for an infinite score, "scores", "weights" or None (formulas.Formula).
+    """
 
     normalization: Optional[str] = None
     finite_at_zero: bool = False
