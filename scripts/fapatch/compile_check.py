@@ -36,6 +36,8 @@ Cases = dict[str, dict[str, Any]]
 # Backward kernels that spill a few registers outside of what their loops are bound by: (activation, head size of the tile) ->
 # instructions. P and dS share one tanh, which stays in registers beside the score.
 ALLOWED_SPILLS = {("silu", 64): 64, ("sigmoid", 64): 64, ("gelu", 64): 64, ("softplus", 64): 64, ("identity", 256): 2}
+# Forward kernels that do: four registers in a loop of 720 instructions.
+ALLOWED_FORWARD_SPILLS = {("gelu", 256): 8}
 TILE_HEAD_DIMS = (64, 96, 128, 192, 256)
 
 
@@ -108,9 +110,10 @@ def read(cubin: Path, cuobjdump: Path) -> Kernel:
     return Kernel(Counter(INSTRUCTION.findall(listing)), int(registers[1]) if registers else 0)
 
 
-def allowed_spills(case: Mapping[str, Any]) -> int:
-    """How many instructions of the backward kernel may spill registers."""
-    return ALLOWED_SPILLS.get((case.get("activation", "identity"), next(size for size in TILE_HEAD_DIMS if case["head_dim"] <= size)), 0)
+def allowed_spills(case: Mapping[str, Any], backward: bool) -> int:
+    """How many instructions of the kernel may spill registers."""
+    table = ALLOWED_SPILLS if backward else ALLOWED_FORWARD_SPILLS
+    return table.get((case.get("activation", "identity"), next(size for size in TILE_HEAD_DIMS if case["head_dim"] <= size)), 0)
 
 
 def faults(case: Mapping[str, Any], kernel: Kernel, backward: bool = False) -> list[str]:
@@ -123,7 +126,7 @@ def faults(case: Mapping[str, Any], kernel: Kernel, backward: bool = False) -> l
         wrong.append(f"{kernel.count('MUFU.EX2')} MUFU.EX2, and {activation} needs none")
     if activation in ("identity", "relu", "relu2", "gelu", "softplus") and not case.get("softcap") and kernel.count("MUFU.TANH"):
         wrong.append(f"{kernel.count('MUFU.TANH')} MUFU.TANH, and {activation} needs none")
-    allowed = allowed_spills(case) if backward else 0
+    allowed = allowed_spills(case, backward)
     if kernel.spills > allowed:
         wrong.append(f"{kernel.spills} instructions spill registers, at most {allowed} may")
     if not kernel.count("HGMMA"):

@@ -81,6 +81,7 @@ def test_a_good_kernel_has_no_faults():
     assert compile_check.faults({"head_dim": 128}, kernel(FMUL=9)) == []
     assert compile_check.faults({"head_dim": 128, "activation": "silu"}, kernel(MUFU_TANH=64)) == []
     assert compile_check.faults({"head_dim": 128, "activation": "sigmoid", "bias": None}, kernel(MUFU_EX2=64)) == []
+    assert compile_check.faults({"head_dim": 128, "activation": "gelu"}, kernel(MUFU_EX2=64)) == []
 
 
 @pytest.mark.parametrize("case, instructions, words", [
@@ -104,6 +105,13 @@ def test_some_backward_kernels_may_spill(case, most):
     spilling = [kernel(LDL=n) for n in (most, most + 1)]
     assert [bool(compile_check.faults(case, k, backward=True)) for k in spilling] == [False, True]
     assert [bool(compile_check.faults(case, k)) for k in spilling] == [most > 0, True]
+
+
+def test_one_forward_kernel_may_spill():
+    case = {"head_dim": 256, "activation": "gelu"}
+    spilling = [kernel(LDL=n) for n in (8, 9)]
+    assert [bool(compile_check.faults(case, k)) for k in spilling] == [False, True]
+    assert compile_check.faults({**case, "head_dim": 128}, kernel(LDL=1))
 
 
 def test_what_is_no_attention_kernel_is_noticed():
