@@ -11,6 +11,7 @@
     marker.py      how a score_mod tells the kernels that there is no softmax
     kernel.py      device code behind the hooks in upstream's kernels
     plan.py        repeats the launches of an earlier call
+    slack.py       zeroes rows that belong to no sequence
     progress.py    says that a kernel is being compiled
 
 Nothing is imported here: serves.py must work where nvidia-cutlass-dsl is missing.
