@@ -45,24 +45,22 @@ def _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def _head_and_sequence(heads, SLICED: tl.constexpr):
-    """From the program's place in a grid (…, heads, batch). SLICED: more sequences than an axis has places are put side by
-    side along the heads'; b may then lie behind the last sequence."""
-    head, b = tl.program_id(1), tl.program_id(2)
-    if SLICED:
-        b += (head // heads) * tl.num_programs(2)
-        head = head % heads
-    return head, b
+def _place(parts, heads, FLAT: tl.constexpr):
+    """Which part, head and sequence a program of a grid (parts, heads, batch) has. FLAT: one axis holds all three."""
+    part, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if FLAT:
+        head, b = part // parts % heads, part // parts // heads
+        part %= parts
+    return part, head, b
 
 
 @triton.jit
-def _clear(out, start, stop, head_offset, stride, part, parts, columns, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Write 0 to this part's share of the rows from start to stop."""
-    for chunk in range(start + part * CHUNK, stop, parts * CHUNK):
+def _clear(columns, stride, start, stop, share, shares, inside, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Write 0 to one of the shares of the rows from start to stop. columns: pointers to the columns of row 0."""
+    zeros = tl.zeros((CHUNK, WIDTH), dtype=columns.dtype.element_ty)
+    for chunk in range(start + share * CHUNK, stop, shares * CHUNK):
         row = chunk + tl.arange(0, CHUNK)
-        pointers = out + row[:, None].to(tl.int64) * stride + head_offset + columns[None, :]
-        zeros = tl.zeros((CHUNK, WIDTH), dtype=out.dtype.element_ty)
-        tl.store(pointers, zeros, mask=(row < stop)[:, None] & (columns >= 0)[None, :])
+        tl.store(columns[None, :] + row[:, None].to(tl.int64) * stride, zeros, mask=(row < stop)[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -81,12 +79,12 @@ def _load(base, stride, index, valid, channels, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _narrow(x, dtype: tl.constexpr, SATURATE: tl.constexpr):
-    """To 16 bit; with SATURATE what is finite stays finite. bfloat16 has the range of float32."""
+def _saturate(x, dtype: tl.constexpr, SATURATE: tl.constexpr):
+    """With SATURATE what is finite stays so in this 16-bit type. bfloat16 has the range of float32."""
     if SATURATE and dtype == tl.float16:
         # minimum and maximum take the number beside a NaN, and make Inf the limit; 0 * x is NaN for both, and 0 for a number.
         x = tl.minimum(tl.maximum(x, -_LARGEST_HALF), _LARGEST_HALF) + x * 0.0
-    return x.to(dtype)
+    return x
 
 
 @triton.jit
@@ -100,9 +98,9 @@ def _hi_lo(state, dtype: tl.constexpr):
     """state * up as hi + lo in 16 bit, and 1 / up, a power of two."""
     down = 1.0
     if dtype == tl.float16:
-        # Of what is finite: an Inf would scale all else to 0.
-        size = tl.where(tl.abs(state) < float("inf"), tl.abs(state), 0.0)
-        down = _power_of_two_below(tl.maximum(tl.max(size), 1e-30)) / 16384.0
+        # Of what is finite, as an Inf would scale all else to 0: 0 * x makes it NaN, and max takes the number beside a NaN.
+        largest = tl.max(tl.abs(state * 0.0 + state))
+        down = _power_of_two_below(tl.maximum(largest, 1e-30)) / 16384.0
         state = state * (1.0 / down)
     hi = state.to(dtype)
     return hi, (state - hi.to(tl.float32)).to(dtype), down
@@ -129,16 +127,13 @@ def _weighed(columns, count, unit):
     return (columns.to(tl.float32) * (_reciprocal(count) * unit)[None, :]).to(columns.dtype)
 
 
-_COUNTS = ["batch", "heads"]  # compiled once, whatever they are
-
-
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=["heads"])  # compiled once, whatever it is
 def _sum_segments(
-    k, v, sums, cu_rows, cu_keys, rows, keys, segments, segment_length, batch, heads,
+    k, v, sums, cu_rows, cu_keys, rows, keys, segments, segment_length, heads,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, MASK: tl.constexpr, WEIGHED: tl.constexpr, VARLEN: tl.constexpr, ALL: tl.constexpr,
-    SLICED: tl.constexpr,
+    FLAT: tl.constexpr,
 ):  # fmt: skip
     """sums[slot of the segment, head] = sum of k^T v over the segment's keys and the head's group.
 
@@ -147,11 +142,8 @@ def _sum_segments(
     """
     tiles_v: tl.constexpr = (D_V + BLOCK_V - 1) // BLOCK_V
     tiles: tl.constexpr = tiles_v * ((D + BLOCK_D - 1) // BLOCK_D)
-    segment, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    head, b = _head_and_sequence(heads, SLICED)
-    if SLICED:
-        if b >= batch:
-            return
+    part, head, b = _place(segments * tiles, heads, FLAT)
+    segment, tile = part // tiles, part % tiles
     start_row, rows, start_key, keys, total = _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN)
     begin, end = segment * segment_length, tl.minimum((segment + 1) * segment_length, total)
     if begin >= total:
@@ -195,30 +187,27 @@ def _sum_segments(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=["heads"])
 def _scan(
-    sums, initial, final, cu_rows, cu_keys, rows, keys, segments, segment_length, batch, heads,
+    sums, initial, final, cu_rows, cu_keys, rows, keys, segments, segment_length, heads,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, SLICED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """In place: the sum of each segment becomes the sum of those before it (causal) or after it (anticausal); with the full
     mask, that of the first segment becomes the sum of all.
 
     Grid: (tiles of the state, heads, batch). initial: what the sums start from; final: the sum of everything.
     """
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    part, head, b = _place((SIZE + BLOCK - 1) // BLOCK, heads, FLAT)
+    offsets = part * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < SIZE
-    head, b = _head_and_sequence(heads, SLICED)
-    if SLICED:
-        if b >= batch:
-            return
     start_row, rows, start_key, keys, total = _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN)
     count = tl.cdiv(total, segment_length)
     first = _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN)
-    here = sums + head * SIZE + offsets
+    here = sums + head.to(tl.int64) * SIZE + offsets
     carry = tl.zeros((BLOCK,), dtype=tl.float32)
     if HAS_INITIAL:
-        carry = tl.load(initial + (b * heads + head).to(tl.int64) * SIZE + offsets, mask=inside, other=0.0)
+        carry = tl.load(initial + (b.to(tl.int64) * heads + head) * SIZE + offsets, mask=inside, other=0.0)
     for i in range(count):
         segment = count - 1 - i if MASK == _ANTICAUSAL else i
         pointers = here + (first + segment) * heads * SIZE
@@ -232,10 +221,10 @@ def _scan(
     if MASK == _FULL and count > 0:
         tl.store(here + first * heads * SIZE, carry, mask=inside)
     if HAS_FINAL:
-        tl.store(final + (b * heads + head).to(tl.int64) * SIZE + offsets, carry, mask=inside)
+        tl.store(final + (b.to(tl.int64) * heads + head) * SIZE + offsets, carry, mask=inside)
 
 
-@triton.jit(do_not_specialize=[*_COUNTS, "all_rows"])
+@triton.jit(do_not_specialize=["batch", "heads", "all_rows"])
 def _walk(
     q, k, v, out, states, cu_rows, cu_keys, rows, keys, segments, segment_length, batch, heads, all_rows, softmax_scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -243,7 +232,7 @@ def _walk(
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     GROUP_Q: tl.constexpr, GROUP_K: tl.constexpr, MASK: tl.constexpr,
     TRANSPOSED: tl.constexpr, NORMALIZATION: tl.constexpr, VARLEN: tl.constexpr, HAS_STATES: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, SLICED: tl.constexpr, WEIGHTS_SATURATE: tl.constexpr, OUTPUT_SATURATES: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, FLAT: tl.constexpr, WEIGHTS_SATURATE: tl.constexpr, OUTPUT_SATURATES: tl.constexpr,
 ):  # fmt: skip
     """The output of one segment, one head and BLOCK_V of its columns.
 
@@ -256,19 +245,18 @@ def _walk(
     per_visible: tl.constexpr = NORMALIZATION == _PER_VISIBLE
     weighed: tl.constexpr = per_visible and TRANSPOSED
     tiles_v: tl.constexpr = (D_V + BLOCK_V - 1) // BLOCK_V
-    segment, tile = tl.program_id(0) // tiles_v, tl.program_id(0) % tiles_v
-    head, b = _head_and_sequence(heads, SLICED)
-    if SLICED:
-        if b >= batch:
-            return
+    part, head, b = _place(segments * tiles_v, heads, FLAT)
+    segment, tile = part // tiles_v, part % tiles_v
     if VARLEN:
-        # Rows that belong to no sequence are before the first and behind the last.
-        columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        columns = tl.where(columns < D_V, columns, -1)
-        if b == 0:
-            _clear(out, 0, tl.load(cu_rows), head * stride_oh, stride_ot, segment, segments, columns, BLOCK_V, CHUNK)
-        if b == batch - 1:
-            _clear(out, tl.load(cu_rows + batch), all_rows, head * stride_oh, stride_ot, segment, segments, columns, BLOCK_V, CHUNK)
+        # Rows that belong to no sequence are before the first and behind the last. The first sequences share them.
+        sharing = tl.minimum(batch, 64)
+        if b < sharing:
+            columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+            inside = columns < D_V
+            share, shares = b * segments + segment, sharing * segments
+            base = out + head.to(tl.int64) * stride_oh + columns
+            _clear(base, stride_ot, 0, tl.load(cu_rows), share, shares, inside, BLOCK_V, CHUNK)
+            _clear(base, stride_ot, tl.load(cu_rows + batch), all_rows, share, shares, inside, BLOCK_V, CHUNK)
     start_row, rows, start_key, keys, total = _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN)
     begin, end = segment * segment_length, tl.minimum((segment + 1) * segment_length, total)
     first_row, first_key = total - rows, total - keys
@@ -342,15 +330,16 @@ def _walk(
                 k_chunk = _load(k_base + (head_k + g) * stride_kh, stride_kt, key, key_valid, channels, D)
                 v_columns = tl.trans(_load(v_base + (head_k + g) * stride_vh, stride_vt, key, key_valid, channels_v, D_V))
                 p = tl.dot(k_chunk, q_columns)
+                p = tl.where(visible, p if late else p * softmax_scale, 0.0)
+                p = _saturate(p, dtype, WEIGHTS_SATURATE)
                 if weighed:  # relative to the row, which is divided by its own count at the end: at most 1
                     p *= _reciprocal(count)[:, None] * count[None, :]
-                p = tl.where(visible, p if late else p * softmax_scale, 0.0)
-                acc = tl.dot(v_columns, _narrow(p, dtype, WEIGHTS_SATURATE), acc)
+                acc = tl.dot(v_columns, p.to(dtype), acc)
                 state = tl.dot(_weighed(v_columns, count, unit) if weighed else v_columns, k_chunk, state)
         acc *= (_reciprocal(count) * factor)[None, :] if per_visible else factor
         acc = tl.where((position >= seeing)[None, :], acc, 0.0)
         tl.store(
-            out_base + row[:, None].to(tl.int64) * stride_ot + channels_v[None, :], tl.trans(_narrow(acc, dtype, OUTPUT_SATURATES)),
+            out_base + row[:, None].to(tl.int64) * stride_ot + channels_v[None, :], tl.trans(_saturate(acc, dtype, OUTPUT_SATURATES).to(dtype)),
             mask=valid[:, None] & (channels_v < D_V)[None, :],
         )  # fmt: skip
 
@@ -431,7 +420,7 @@ _WALK = {
 _SUM = _Tuning(64, 128, 8, 4)
 # Segments are multiples of this, so of any chunk.
 _SEGMENT_UNIT = 128
-# Of the second and the third axis of a grid.
+# Of the second and the third axis of a grid. The first has 2^31 - 1.
 _MOST_PLACES = 65535
 # Segments to aim at, per multiprocessor, and the shortest segment whose state is small beside what it stands for.
 _WAVES = 1
@@ -491,19 +480,17 @@ class _Segments:
         self.count = _ceil_div(max(rows, keys), length)
         self.slots = (all_rows + all_keys) // length + self.batch if self.packed else self.batch * self.count
         self.all_rows = all_rows
-        self.numbers = (rows, keys, self.count, length, self.batch)
+        self.numbers = (rows, keys, self.count, length)
 
     @property
     def empty(self) -> bool:
         return self.batch == 0 or self.count == 0
 
-    @property
-    def sliced(self) -> bool:
-        return self.batch > _MOST_PLACES
-
-    def grid(self, parts: int, heads: int) -> tuple[int, int, int]:
-        """(parts, heads, batch), with slices of the batch along the heads where it is longer than its axis may be."""
-        return (parts, heads * _ceil_div(self.batch, _MOST_PLACES), _MOST_PLACES) if self.sliced else (parts, heads, self.batch)
+    def grid(self, parts: int, heads: int) -> tuple[tuple[int, int, int], bool]:
+        """(parts, heads, batch), or all on the first axis where another would be too short, and whether that is so."""
+        if max(heads, self.batch) > _MOST_PLACES:
+            return (parts * heads * self.batch, 1, 1), True
+        return (parts, heads, self.batch), False
 
     def strides(self, x: _Layout) -> tuple[int, int, int]:
         """Of batch, position and head; packed sequences have one batch."""
@@ -522,19 +509,21 @@ class _States:
         self._shape = (segments.slots, segments.heads, d, d_v)
         block_d, block_v = min(_block(d), 128), min(_block(d_v), _SUM.block_v)
         tiles = _ceil_div(d, block_d) * _ceil_div(d_v, block_v)
+        grid, flat = segments.grid(segments.count * tiles, segments.heads)
         self._sum = _Launch(
-            _sum_segments, segments.grid(segments.count * tiles, segments.heads),
+            _sum_segments, grid,
             (*numbers, segments.heads, *segments.strides(k), *segments.strides(v)),
             (d, d_v, block_d, block_v, _SUM.chunk, k.shape[-2] // segments.heads, _MASKS[mask],
-             segments.form.weighs_positions and segments.form.transposed, packed, final, segments.sliced),
+             segments.form.weighs_positions and segments.form.transposed, packed, final, flat),
             _SUM.num_warps if block_d * block_v > 4096 else 4, _SUM.num_stages,
         )  # fmt: skip
         self._scan = None
         if segments.count > 1 or final:
             block = min(_block(d * d_v), 512)
+            grid, flat = segments.grid(_ceil_div(d * d_v, block), segments.heads)
             self._scan = _Launch(
-                _scan, segments.grid(_ceil_div(d * d_v, block), segments.heads), (*numbers, segments.heads),
-                (d * d_v, block, _MASKS[mask], packed, initial, final, segments.sliced), num_warps=4,
+                _scan, grid, (*numbers, segments.heads),
+                (d * d_v, block, _MASKS[mask], packed, initial, final, flat), num_warps=4,
             )  # fmt: skip
 
     def __call__(
@@ -561,17 +550,18 @@ class _Walk:
         nheads, d, d_v, half = q.shape[-2], q.shape[-1], v.shape[-1], segments.dtype == torch.float16
         self._shape, tuning = (*q.shape[:-1], d_v), _walk_tuning(segments.device, d, d_v)
         out_strides = (0 if segments.packed else q.shape[1] * nheads * d_v, nheads * d_v, d_v)
+        grid, flat = segments.grid(segments.count * _ceil_div(d_v, tuning.block_v), nheads)
         self._walk = _Launch(
-            _walk, segments.grid(segments.count * _ceil_div(d_v, tuning.block_v), nheads),
+            _walk, grid,
             (
-                *segments.numbers, nheads, segments.all_rows, form.softmax_scale,
+                *segments.numbers, segments.batch, nheads, segments.all_rows, form.softmax_scale,
                 *segments.strides(q), *segments.strides(k), *segments.strides(v), *out_strides,
                 *((1, d) if swapped else (d_v, 1)),
             ),
             (
                 d, d_v, _block(d), tuning.block_v, tuning.chunk, nheads // segments.heads, k.shape[-2] // segments.heads,
                 _MASKS[form.mask], form.transposed, _normalization(form), segments.packed,
-                states.needed, states.initial, segments.sliced,
+                states.needed, states.initial, flat,
                 # One kernel for all where there is no difference.
                 half and form.weights_saturate, half and form.output_saturates,
             ),
