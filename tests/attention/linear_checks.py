@@ -94,6 +94,25 @@ def check_largest(attention, dtype: torch.dtype, largest: float, causal: bool, a
             assert not torch.isfinite(result).any(), f"{name} has finite values, which can't be right"
 
 
+def check_not_finite(attention) -> None:
+    """Inf in a value shows in its own channel of the queries that see it, across chunks, and in nothing else."""
+    q, k, v = (x.abs() for x in qkv(attention, 1, 300, 300, nheads=1, head_dim=16, dtype=torch.float16))
+    at = 128  # the first of a chunk: within one, a masked product is 0 * Inf
+    v[0, at, 0, 3] = float("inf")
+    out = attention.dense(q, k, v, causal=True)[0, :, 0]
+    assert not torch.isfinite(out[at:, 3]).any(), "an Inf came out finite"
+    others = torch.arange(16, device=out.device) != 3
+    assert torch.isfinite(out[:at]).all() and torch.isfinite(out[:, others]).all()
+
+
+def check_weights_saturate(attention) -> None:
+    """float16 weights of a million, of keys beside their query: 65504 in the output and in dv."""
+    q = torch.full((1, 2, 1, 16), 250.0, dtype=torch.float16, device=attention.device)
+    v = torch.full_like(q, 0.25)
+    out, _, _, dv = gradients(lambda *x: attention.dense(*x, causal=True, softmax_scale=1.0), q, q.clone(), v, dout=v.clone())
+    assert out[0, :, 0, 0].tolist() == [16376.0, 32752.0] and dv[0, :, 0, 0].tolist() == [32752.0, 16376.0]
+
+
 def check_pieces(prefill, attention, nheads_k: int, dtype: torch.dtype) -> None:
     """A sequence in pieces, and token by token at the end, gives what it gives whole."""
     from flash_attn.linear import linear_attention_step

@@ -1,4 +1,4 @@
-"""Wrong primitives on purpose: one step of flash_attn.linear replaced by a mistake, and the check that must notice it."""
+"""Wrong primitives on purpose: one step of linear time replaced by a mistake, and the check that must notice it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from flash_attn.linear import backend, chunked
+from flash_attn.nosoftmax.backends.linear import chunked, primitive
 from flash_attn.nosoftmax.backends.linear.form import Form
 
 import linear_checks as checks
@@ -63,6 +63,11 @@ def _unlimited(self, out, result, span):
     out.copy_(wide)
 
 
+def _clamped(self, out, result, span):
+    limit = torch.finfo(torch.float16).max / abs(self._factor)
+    _RIGHT_STORE(self, out, result.clamp_(-limit, limit), span)
+
+
 _RIGHT_INIT, _RIGHT_STORE, _RIGHT_CONSTANT = _Chunks.__init__, _Chunks.store, Form.constant
 
 _causal = partial(checks.check_lengths, causal=True, lengths=(300, 300))
@@ -75,9 +80,13 @@ MUTANTS = [
     Mutant("aligned at the first position", _Chunks, "__init__", _top_left, _uneven),
     Mutant("rows without keys are read", _Chunks, "__init__", _reads_everything, checks.check_rows_without_keys),
     Mutant("heads of a group interleaved with positions", _Chunks, "_cut", _ungrouped, _causal),
-    Mutant("state runs on into the next sequence", backend, "attend", _state_of_the_neighbour,
+    Mutant("state runs on into the next sequence", primitive, "attend", _state_of_the_neighbour,
            partial(checks.check_packed, causal=True)),
-    Mutant("gradients without the transposed mask", Form, "transpose", lambda self: self, _causal),
+    Mutant("gradients without the transposed mask", Form, "of_dk", Form.of_dq, _causal),
+    Mutant("gradients saturate", Form, "of_dk", lambda self: self._replace(transposed=True),
+           partial(checks.check_largest, dtype=torch.float16, largest=65504.0, causal=True, agree=True)),
+    Mutant("Inf becomes the largest number", _Chunks, "store", _clamped, checks.check_not_finite),
+    Mutant("weights do not saturate", _Chunks, "limit", lambda self, scores: scores, checks.check_weights_saturate),
     Mutant("scale forgotten", Form, "constant", lambda self, rows, keys: 1.0, _causal),
     Mutant("1/n of the other side", Form, "constant", lambda self, rows, keys: _RIGHT_CONSTANT(self, keys, rows),
            partial(_uneven, normalization="1/n")),

@@ -104,7 +104,7 @@ def test_per_visible_keeps_what_is_small(kernels, dtype, sizes):
     q, k, v, dout = (draw(1, 700, heads[i], 16, seed=i, dtype=dtype) * size for i, size in enumerate(sizes))
     form = Form(0.25, causal=True, normalization="1/visible")
     actual = kernels.gradients(dout, q, k, v, form, None, None, 0, 0)[1:]
-    expected = exact(v, dout, q, form.of_dk()), exact(k, q, dout, form.of_dk())
+    expected = exact(v, dout, q, form.of_dk()), exact(k, q, dout, form.of_dv())
     for name, gradient, right in zip(("dk", "dv"), actual, expected):
         for at in range(0, 700, 50):
             a, e = gradient[:, at : at + 50].double().cpu(), right[:, at : at + 50]
@@ -155,6 +155,152 @@ def test_largest_inputs(kernels, causal, normalization, dtype, largest):
     assert torch.isfinite(kernels.attend(q, k, v, form, None, None, 0, 0)).all()
     for x in kernels.gradients(dout, q, k, v, form, None, None, 0, 0):
         assert torch.equal(torch.isfinite(x), torch.full_like(x, dtype != torch.float16, dtype=torch.bool))
+
+
+def results(kernels, x, form: Form, *options) -> tuple[Tensor, ...]:
+    """The output and the gradients, of q, k, v and dout."""
+    q, k, v, dout = x
+    options = options or (None, None, 0, 0)
+    return kernels.attend(q, k, v, form, *options), *kernels.gradients(dout, q, k, v, form, *options)
+
+
+def expected_results(x, form: Form) -> tuple[Tensor, ...]:
+    """By the primitive in PyTorch, in the dtype of x."""
+    q, k, v, dout = (y.cpu() for y in x)
+    return tuple(
+        chunked.attend(*y, f)[0]
+        for y, f in (((q, k, v), form), ((dout, v, k), form.of_dq()), ((v, dout, q), form.of_dk()), ((k, q, dout), form.of_dv()))
+    )
+
+
+@MASKS
+@pytest.mark.parametrize("d, d_v", [(16, 40), (40, 16)])
+def test_head_dim_v(kernels, causal, d, d_v):
+    """Dense with grouped heads, and packed."""
+    dtype = torch.float16
+    q, k, v, dout = (draw(1, 150, h, w, seed=i, dtype=dtype) for i, (h, w) in enumerate(((4, d), (2, d), (2, d_v), (4, d_v))))
+    check(kernels, q, k, v, dout, Form(0.2, causal))
+    check(kernels, *(x[0] for x in (q, k, v, dout)), Form(0.2, causal, normalization="1/visible"), [20, 130], [20, 130])
+
+
+@MASKS
+@PER_VISIBLE
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("poisoned", range(4), ids=["q", "k", "v", "dout"])
+def test_not_finite_shows(kernels, causal, normalization, dtype, value, poisoned):
+    """In every entry that depends on it, and in no other, which are what they were.
+
+    The entry is at the edge of a chunk: of two rows in one chunk, where one sees a NaN, products with 0 hand it to the other.
+    """
+    form = Form(0.25, causal, normalization=normalization)
+    x = [draw(1, 200, 1, 16, seed=i, dtype=dtype) for i in range(4)]
+    at = (0, 127 if poisoned in (0, 3) else 128, 0, 5)
+
+    def changed(number: float, dtype: torch.dtype) -> list[Tensor]:
+        y = [t.to(dtype, copy=True) for t in x]
+        y[poisoned][at] = number
+        return y
+
+    right = expected_results(changed(0.5, torch.float64), form)
+    others = expected_results(changed(-0.75, torch.float64), form)
+    for name, a, e, other in zip(NAMES, results(kernels, changed(value, dtype), form), right, others):
+        a, depends = a.double().cpu(), e != other
+        assert not torch.isfinite(a[depends]).any(), f"{name} has finite values that depend on {value}"
+        error = (a[~depends] - e[~depends]).abs()
+        assert (error <= torch.finfo(dtype).eps * e.abs().max()).all(), f"{name} is off where it does not depend on {value}"
+
+
+@pytest.mark.parametrize("normalization, dv", [(None, (32752.0, 16376.0)), ("1/visible", (24560.0, 8188.0))])
+def test_weights_saturate_and_their_gradients_do_not(kernels, normalization, dv):
+    """Of two tokens with weights of a million: P is 65504 in the output and in dv. Products dO . v of a million are Inf."""
+    q, k = (torch.full((1, 2, 1, 16), 250.0, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    v, dout = (torch.full((1, 2, 1, 16), 0.25, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    form = Form(1.0, causal=True, normalization=normalization)
+    out, _, _, actual = results(kernels, (q, k, v, dout), form)
+    first, second = out[0, :, 0, 0].tolist()
+    assert (first, second) == (16376.0, 32752.0 if normalization is None else 16376.0)
+    assert tuple(actual[0, :, 0, 0].tolist()) == dv
+    for a, e in zip((out, actual), expected_results((q, k, v, dout), form)[::3]):
+        assert torch.equal(a.cpu(), e)
+    _, dq, dk, _ = results(kernels, (v / 2**10, v / 2**10, q, k), form)
+    assert not torch.isfinite(dq).any() and not torch.isfinite(dk).any()
+
+
+@MASKS
+def test_output_saturates(kernels, causal):
+    """Inf comes from what is not finite alone."""
+    q, k = (torch.full((1, 150, 1, 16), 1.0, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    v = torch.full((1, 150, 1, 16), 60000.0, dtype=torch.float16, device=DEVICE)
+    v[..., 8:] *= -1
+    out = kernels.attend(q, k, v, Form(1.0, causal), None, None, 0, 0)
+    assert (out[..., :8] == 65504).all() and (out[..., 8:] == -65504).all()
+    v[0, 0, 0, 0] = float("inf")
+    out = kernels.attend(q, k, v, Form(1.0, causal), None, None, 0, 0)
+    assert not torch.isfinite(out[..., 0]).any() and torch.isfinite(out[..., 1:]).all()
+
+
+def _shifted(lengths: list[int], before: int) -> Tensor:
+    return cumulative(lengths, DEVICE) + before
+
+
+@MASKS
+@pytest.mark.parametrize("max_seqlen", [130, 1000])
+def test_slack_rows_are_zero(kernels, causal, max_seqlen, monkeypatch):
+    """Rows before the first sequence and behind the last hold NaN, as does memory that nobody has written; a max_seqlen that is
+    longer than any sequence changes nothing."""
+    new_empty = torch.Tensor.new_empty
+
+    def unwritten(*arguments, **options) -> Tensor:
+        x = new_empty(*arguments, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", unwritten)
+    (rows, keys), (before, behind) = ([130, 0, 20], [60, 7, 130]), ((70, 3), (2, 150))
+    form, widths = Form(0.25, causal, normalization="1/n"), ((2, 16), (1, 16), (1, 24), (2, 24))
+    owns = [sum(rows), sum(keys), sum(keys), sum(rows)]
+    x = [draw(n, *w, seed=i, dtype=torch.float16) for i, (n, w) in enumerate(zip(owns, widths))]
+    tight = results(kernels, x, form, cumulative(rows, DEVICE), cumulative(keys, DEVICE), 130, 130)
+    padded = []
+    for y, side in zip(x, (0, 1, 1, 0)):
+        wide = torch.full((before[side] + len(y) + behind[side], *y.shape[1:]), float("nan"), dtype=y.dtype, device=DEVICE)
+        wide[before[side] : before[side] + len(y)] = y
+        padded.append(wide)
+    starts = _shifted(rows, before[0]), _shifted(keys, before[1])
+    for name, a, e, side in zip(NAMES, results(kernels, padded, form, *starts, max_seqlen, max_seqlen), tight, (0, 0, 1, 1)):
+        own = slice(before[side], before[side] + len(e))
+        torch.testing.assert_close(a[own], e, msg=lambda m: f"{name}: {m}")
+        assert not a[: own.start].any() and not a[own.stop :].any(), f"{name} has slack rows that are not 0"
+
+
+@MASKS
+@pytest.mark.parametrize("batch, heads", [(3, 2), (2, 3)])
+def test_more_than_an_axis_of_the_grid(kernels, causal, batch, heads, monkeypatch):
+    """More sequences or heads than an axis has places, here 2: bit for bit the same."""
+    form = Form(0.25, causal)
+    x = [draw(batch, 140, h, 16, seed=i, dtype=torch.float16) for i, h in enumerate((heads, 1, 1, heads))]
+    packed = [y.flatten(0, 1) for y in x]
+    starts = cumulative([140] * batch, DEVICE)
+    causal_form, state = Form(0.25, causal=True), torch.ones(batch, 1, 16, 16, device=DEVICE)
+
+    def everything() -> tuple[Tensor, ...]:
+        for plan in (kernels._forward_plan, kernels._backward_plan):
+            plan.cache_clear()
+        dense = results(kernels, x, form)
+        return *dense, *results(kernels, packed, form, starts, starts, 140, 140), *kernels.attend_with_state(*x[:3], causal_form, state)
+
+    right = everything()
+    grids, launch = [], kernels._Launch.__init__
+
+    def record(self, kernel, grid, *arguments, **options):
+        grids.append(grid)
+        launch(self, kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(kernels._Launch, "__init__", record)
+    monkeypatch.setattr(kernels, "_MOST_PLACES", 2)
+    for a, e in zip(everything(), right):
+        assert torch.equal(a, e)
+    assert grids and all(max(grid[1:]) <= 2 for grid in grids)
 
 
 @MASKS

@@ -51,7 +51,7 @@ def attend(
             if rows is not None:
                 result = torch.bmm(rows, state)
                 if keys is not None:
-                    result.baddbmm_(chunks.mask(torch.bmm(rows, keys.mT), span), values)
+                    result.baddbmm_(chunks.mask(chunks.limit(torch.bmm(rows, keys.mT)), span), values)
                 chunks.store(out, result, span)
             if keys is not None:
                 state.baddbmm_(keys.mT, values)
@@ -94,6 +94,15 @@ class _Chunks:
         if self.form.weighs_positions and self.form.transposed:
             values.mul_(self._weights(self._v, range(start, span.stop), self._first_row))
         return values
+
+    def limit(self, scores: torch.Tensor) -> torch.Tensor:
+        """scores within float16's range when scaled, in place, if they are the weights of float16 inputs: they stay in float32, but
+        are formed here. A clamp alone would turn Inf into the limit."""
+        if self.form.weights_saturate and self._q.dtype == torch.float16 and self.form.softmax_scale != 0.0:
+            limit = torch.finfo(torch.float16).max / abs(self.form.softmax_scale)
+            not_finite = scores - scores
+            scores.clamp_(-limit, limit).add_(not_finite)
+        return scores
 
     def mask(self, scores: torch.Tensor, span: range) -> torch.Tensor:
         """scores (batch * heads, group of rows, group of keys) with 0, in place, where the row does not see the key."""
