@@ -339,7 +339,8 @@ def _walk(
         acc *= (_reciprocal(count) * factor)[None, :] if per_visible else factor
         acc = tl.where((position >= seeing)[None, :], acc, 0.0)
         tl.store(
-            out_base + row[:, None].to(tl.int64) * stride_ot + channels_v[None, :], tl.trans(_saturate(acc, dtype, OUTPUT_SATURATES).to(dtype)),
+            out_base + row[:, None].to(tl.int64) * stride_ot + channels_v[None, :],
+            tl.trans(_saturate(acc, dtype, OUTPUT_SATURATES).to(dtype)),
             mask=valid[:, None] & (channels_v < D_V)[None, :],
         )  # fmt: skip
 
