@@ -64,9 +64,9 @@ lint: env  ## check patches, headers, lock and code style
 test: wheel lint  ## everything that this machine can check
 	$(PY) -m pytest -n $(JOBS)
 
-# Without `wheel`: what it tests is what is installed.
+# Without `wheel`: what it tests is what is installed. One thread each, as the processes share the cores.
 test-fast: env  ## in three minutes on two cores what is not slow, after `make wheel`
-	$(PY) -m pytest -q -n $(JOBS) -m "not slow" tests/unit tests/attention tests/fa4
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not slow" tests/unit tests/attention tests/fa4
 
 test-unit: env
 	$(PY) -m pytest -n $(JOBS) tests/unit
