@@ -122,7 +122,8 @@ def _options(
     if softcap > 0.0 and scale <= 0.0:
         raise ValueError(f"softmax_scale={softmax_scale} with softcap={softcap}: softcap needs a positive scale")
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest < 0:
+        # A length that a compiler does not know yet can't be compared.
+        if type(longest) is int and longest < 0:
             raise ValueError(f"{name}={longest}: give the length of the longest sequence")
     return Options(
         max_seqlen_q, max_seqlen_k, dropout_p, scale, left, 0 if causal else right, softcap,
