@@ -247,34 +247,35 @@ using accum_offset_t = std::conditional_t<kUseSoftmax<Kernel_traits>, int, typen
 // What a block of threads works on: a block of rows (queries or keys) of one sequence and head.
 struct GridPlace {
     const int row_block, num_row_blocks, sequence, head;
+
+    __forceinline__ __device__ int row_blocks_behind() const { return num_row_blocks - 1 - row_block; }
 };
 
-// The grid is (row blocks, sequences, heads). Without softmax it is (row blocks of all sequences, 1, heads) where there
-// are more sequences than its y axis holds: grid_of() in the launch template.
-template <typename Kernel_traits, typename Params>
-__forceinline__ __device__ GridPlace place_in_grid(const Params &params) {
-    if (kUseSoftmax<Kernel_traits> || gridDim.y == params.b) {
-        return {int(blockIdx.x), int(gridDim.x), int(blockIdx.y), int(blockIdx.z)};
-    }
-    const int num_row_blocks = gridDim.x / unsigned(params.b);
+// Where the row blocks of all sequences lie along x.
+__forceinline__ __device__ GridPlace place_in_long_grid(const int num_sequences) {
+    const int num_row_blocks = gridDim.x / unsigned(num_sequences);
     const int sequence = blockIdx.x / unsigned(num_row_blocks);
     return {int(blockIdx.x) - sequence * num_row_blocks, num_row_blocks, sequence, int(blockIdx.z)};
 }
 
-// With splits the grid is (row blocks, splits, sequences x heads), and (row blocks of all sequences, splits, heads)
-// where there are more than its z axis holds.
-template <typename Kernel_traits, bool Split, typename Params>
+// Without softmax the grid is (row blocks, sequences, heads), and (row blocks of all sequences, 1, heads) where there
+// are more sequences than its y axis holds: grid_of() in the launch template.
+template <typename Params>
+__forceinline__ __device__ GridPlace place_in_grid(const Params &params) {
+    if (gridDim.y != params.b) { return place_in_long_grid(params.b); }
+    return {int(blockIdx.x), int(gridDim.x), int(blockIdx.y), int(blockIdx.z)};
+}
+
+// With splits it is (row blocks, splits, sequences x heads), and (row blocks of all sequences, splits, heads) where there
+// are more than its z axis holds.
+template <bool Split, typename Params>
 __forceinline__ __device__ GridPlace place_in_splitkv_grid(const Params &params) {
     if constexpr (!Split) {
-        return place_in_grid<Kernel_traits>(params);
+        return place_in_grid(params);
     } else {
-        if (kUseSoftmax<Kernel_traits> || gridDim.z != params.h) {
-            const int sequence = blockIdx.z / params.h;
-            return {int(blockIdx.x), int(gridDim.x), sequence, int(blockIdx.z - sequence * params.h)};
-        }
-        const int num_row_blocks = gridDim.x / unsigned(params.b);
-        const int sequence = blockIdx.x / unsigned(num_row_blocks);
-        return {int(blockIdx.x) - sequence * num_row_blocks, num_row_blocks, sequence, int(blockIdx.z)};
+        if (gridDim.z == params.h) { return place_in_long_grid(params.b); }  // for one sequence it is the same
+        const int sequence = blockIdx.z / params.h;
+        return {int(blockIdx.x), int(gridDim.x), sequence, int(blockIdx.z - sequence * params.h)};
     }
 }
 

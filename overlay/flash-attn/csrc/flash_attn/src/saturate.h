@@ -18,6 +18,13 @@ using namespace cute;
 // inputs in fp16 give finite sums in fp32, so an infinity came from an input, and saturation would hide it.
 __forceinline__ __device__ float show_infinity(const float x) { return __fmaf_rn(x, 2.f, -x); }
 
+// The nearest number that fp16 holds, or NaN.
+__forceinline__ __device__ float limit_to_half(float x) {
+    asm("min.NaN.f32 %0, %0, %1;\n" : "+f"(x) : "f"(65504.f));
+    asm("max.NaN.f32 %0, %0, %1;\n" : "+f"(x) : "f"(-65504.f));
+    return x;
+}
+
 // Two floats to two fp16 numbers. With Saturates, what is too large becomes the largest finite number, infinities too;
 // without, it becomes infinite. NaN stays NaN.
 template <bool Saturates>
@@ -28,10 +35,7 @@ __forceinline__ __device__ uint32_t convert_to_half2(float2 a) {
             asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(a.y), "f"(a.x));
             return out;
         #else  // That instruction needs PTX ISA 8.1.
-            for (float *x : {&a.x, &a.y}) {
-                asm("min.NaN.f32 %0, %0, %1;\n" : "+f"(*x) : "f"(65504.f));
-                asm("max.NaN.f32 %0, %0, %1;\n" : "+f"(*x) : "f"(-65504.f));
-            }
+            a = make_float2(limit_to_half(a.x), limit_to_half(a.y));
         #endif
     }
     asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(a.y), "f"(a.x));
@@ -69,13 +73,12 @@ __forceinline__ __device__ auto convert_finite_saturating(Tensor<Engine, Layout>
     }
 }
 
-// convert_type for what rotary embedding makes of finite fp16 numbers, which may be sqrt(2) times as large.
-template <typename To_type, bool Saturates, typename Engine, typename Layout>
-__forceinline__ __device__ auto convert_rotated(Tensor<Engine, Layout> &tensor) {
-    if constexpr (Saturates) {
-        return FLASH_NAMESPACE::convert_finite_saturating<To_type>(tensor);
-    } else {
-        return FLASH_NAMESPACE::convert_type<To_type>(tensor);
+// Limits what rotary embedding makes of finite fp16 numbers, which may be sqrt(2) times as large, before convert_type.
+template <typename To_type, typename Engine, typename Layout>
+__forceinline__ __device__ void saturate(Tensor<Engine, Layout> &tensor) {
+    if constexpr (std::is_same_v<To_type, cutlass::half_t>) {
+        #pragma unroll
+        for (int i = 0; i < size(tensor); ++i) { tensor(i) = limit_to_half(show_infinity(tensor(i))); }
     }
 }
 
