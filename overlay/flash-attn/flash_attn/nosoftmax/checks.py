@@ -123,7 +123,7 @@ def _options(
         raise ValueError(f"softmax_scale={softmax_scale} with softcap={softcap}: softcap needs a positive scale")
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         # A length that a compiler does not know yet can't be compared.
-        if type(longest) is int and longest < 0:
+        if not torch.compiler.is_compiling() and longest < 0:
             raise ValueError(f"{name}={longest}: give the length of the longest sequence")
     return Options(
         max_seqlen_q, max_seqlen_k, dropout_p, scale, left, 0 if causal else right, softcap,
