@@ -10,7 +10,8 @@ import flash_attn
 import pytest
 import torch
 from flash_attn import flash_attn_func, flash_attn_varlen_func
-from flash_attn.linear import backend, choice, ops
+from flash_attn.nosoftmax.backends import linear as backend
+from flash_attn.nosoftmax.backends.linear import primitive
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -180,10 +181,12 @@ def test_compiles_with_dynamic_shapes():
 
 
 def test_operators_pass_opcheck(device):
+    """Those of all backends, with this one behind them."""
     q, k, v = (x.detach() for x in inputs("flash_attn_func", device)[0])
-    options = (None, None, 0, 0, 0.3, True, False, "1/n")
-    torch.library.opcheck(torch.ops.flash_attn._linear_attention.default, (q, k, v, *options))
-    torch.library.opcheck(torch.ops.flash_attn._linear_attention_backward.default, (q, q, k, v, *options))
+    options = (q.shape[1], k.shape[1], 0.0, 0.3, -1, 0, 0.0, False, False, "identity", 0.0, "1/n", "linear")
+    tensors = (q, k, v, *(None,) * 6)
+    torch.library.opcheck(torch.ops.flash_attn_nosoftmax.forward.default, (*tensors, *options))
+    torch.library.opcheck(torch.ops.flash_attn_nosoftmax.backward.default, (q, *tensors, None, *options))
 
 
 class _Recorded(TorchDispatchMode):
@@ -202,16 +205,16 @@ def test_who_follows_operators_sees_one(device):
     """A dispatch mode, as selective checkpointing is one; autograd alone does not need them."""
     with _Recorded() as recorded:
         gradients(Package(device, "linear").dense, *qkv(Package(device, "linear")))
-    ours = [name for name in recorded.names if name.startswith("flash_attn::")]
-    assert ours == ["flash_attn::_linear_attention", "flash_attn::_linear_attention_backward"]
+    ours = [name for name in recorded.names if name.startswith("flash_attn")]
+    assert ours == ["flash_attn_nosoftmax::forward", "flash_attn_nosoftmax::backward"]
     with torch.profiler.profile() as profile:
         gradients(Package(device, "linear").dense, *qkv(Package(device, "linear")))
-    assert not [event.key for event in profile.key_averages() if event.key.startswith("flash_attn::")]
+    assert not [event.key for event in profile.key_averages() if event.key.startswith("flash_attn")]
 
 
 def test_tensors_without_memory(monkeypatch):
     """A FakeTensor has a dispatch of its own, also after its mode."""
-    monkeypatch.setattr(backend, "_TRITON", True)
+    monkeypatch.setattr(primitive, "_TRITON", True)
     with FakeTensorMode():
         q = torch.empty(1, 16, 4, 8, dtype=torch.float16, device="cuda")
     out = flash_attn_func(q, q, q, causal=True, use_softmax=False, algorithm="linear")
@@ -228,7 +231,7 @@ def test_forward_derivatives_are_refused(linear):
 def test_nothing_is_kept_where_no_gradient_is_asked_for(linear):
     for asks in range(3):
         tensors = [x.requires_grad_(i == asks) for i, x in enumerate(qkv(linear))]
-        assert "LinearAttention" in linear.dense(*tensors).grad_fn.name()
+        assert "Attention" in linear.dense(*tensors).grad_fn.name()
         with torch.no_grad():
             assert linear.dense(*tensors).grad_fn is None
     assert linear.dense(*qkv(linear)).grad_fn is None
@@ -308,8 +311,8 @@ def test_unknown_algorithm():
 def taken(monkeypatch) -> list[str]:
     """Grows by one with each call that runs in linear time."""
     calls: list[str] = []
-    right = ops.attend
-    monkeypatch.setattr(ops, "attend", lambda *arguments: calls.append("linear") or right(*arguments))
+    right = backend.forward
+    monkeypatch.setattr(backend, "forward", lambda call: calls.append("linear") or right(call))
     return calls
 
 
@@ -353,13 +356,13 @@ def test_auto_gives_the_result_of_the_algorithm_it_takes(device, monkeypatch, ca
         assert not_in_this_build(error)
 
 
-@pytest.mark.parametrize("device_type", choice.CROSSOVERS)
+@pytest.mark.parametrize("device_type", backend.CROSSOVERS)
 @MASKS
 def test_the_cost_rule_is_monotone(device_type, causal):
     """Once linear is faster it stays so for longer sequences; wider heads need longer ones."""
     device = torch.device(device_type)
     for head_dim in (32, 64, 128, 256):
-        chosen = [choice.predicted_faster(device, head_dim, causal, n, n, 16) for n in (2**i for i in range(4, 22))]
+        chosen = [backend.predicted_faster(device, head_dim, causal, n, n, 16) for n in (2**i for i in range(4, 22))]
         assert chosen == sorted(chosen) and chosen[-1] and not chosen[0]
 
 
@@ -367,7 +370,7 @@ def test_the_cost_rule_is_monotone(device_type, causal):
     (1, 2048, False), (1, 4096, True), (16, 1024, True), (8, 1024, False), (512, 512, False),
 ])  # fmt: skip
 def test_on_a_gpu_sequences_and_heads_count_too(batch, seqlen, expected):
-    assert choice.predicted_faster(torch.device("cuda"), 64, True, seqlen, seqlen, 16 * batch) == expected
+    assert backend.predicted_faster(torch.device("cuda"), 64, True, seqlen, seqlen, 16 * batch) == expected
 
 
 # --- wrong arguments --------------------------------------------------------------------------------------------------
