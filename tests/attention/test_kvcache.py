@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from caches import LENGTHS, caches, check, rotary, step
+from caches import CAPACITY, LENGTHS, caches, check, rotary, step
 from measure import assert_same, compare_output, integers, poison_allocator, qkv, slopes
 
 
