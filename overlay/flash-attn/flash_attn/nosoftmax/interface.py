@@ -46,14 +46,14 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
     parameters = list(signature.parameters.values())
     names = [p.name for p in parameters]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    places = {name: place for place, name in enumerate(names)}
+    known = frozenset(names)
 
     def bind(args: tuple, kwargs: dict) -> dict:
         """inspect.Signature.bind with defaults, in what torch.compile can trace."""
-        arguments = {**defaults, **dict(zip(names, args)), **kwargs}
-        # A keyword that is not known, or that is given by position too.
-        wrong = any(places.get(name, -1) < len(args) for name in kwargs)
-        if wrong or len(arguments) != len(names) or len(args) > len(names):
+        given = {**dict(zip(names, args)), **kwargs}
+        arguments = {**defaults, **given}
+        # One argument too many, given twice, unknown (then one that is known may be missing), or missing.
+        if len(given) < len(args) + len(kwargs) or len(arguments) != len(names) or not known.issuperset(kwargs):
             _raise_of_binding(function, signature, args, kwargs)
         return arguments
 
