@@ -119,7 +119,7 @@ def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) 
             call.alibi_slopes, o.max_seqlen_q, o.max_seqlen_k, o.dropout_p, o.softmax_scale, False, *window, o.softcap,
             o.deterministic, None, rng_state, False,
         )  # fmt: skip
-    return tuple(_cut(grad, x) for grad, x in zip(grads, call.tensors))
+    return tuple(_cut(grad, x) for grad, x in zip(grads[:3], (call.q, call.k, call.v)))
 
 
 def _cut(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
