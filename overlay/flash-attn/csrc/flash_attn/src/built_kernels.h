@@ -46,6 +46,9 @@ template <built::Pass pass, typename T, int kHeadDim>
 inline constexpr bool kIsBuilt = built::holds(built::passes, pass) && built::holds(built::dtypes, built::dtype_of<T>)
     && built::holds(built::head_dims, kHeadDim);
 
+// Numbers are made text here and not by the stream of the message: that crashes where the extension has a libstdc++ of its
+// own beside torch's.
+
 // Machine code runs on its own major version, from its minor version on.
 inline void check_arch_built() {
     const auto [major, minor] = get_compute_capability(get_current_device());
@@ -55,7 +58,7 @@ inline void check_arch_built() {
         names += (names.empty() ? "" : ";") + std::to_string(arch);
     }
     TORCH_CHECK(false, "This flash attention build is for compute capabilities ", names, " and this GPU has ",
-                major, ".", minor, ": rebuild with ARCHS=", major * 10);
+                std::to_string(major), ".", std::to_string(minor), ": rebuild with ARCHS=", std::to_string(major * 10));
 }
 
 template <built::Pass pass, typename T, int kHeadDim>
@@ -64,8 +67,8 @@ void check_built(const bool use_softmax) {
     const std::string build = "This flash attention build has no kernels ";
     TORCH_CHECK(built::holds(built::dtypes, dtype), build, "for ", name(dtype),
                 ": rebuild with DTYPES=", name(dtype), " added, or without DTYPES");
-    TORCH_CHECK(built::holds(built::head_dims, kHeadDim), build, "for head dimensions up to ", kHeadDim,
-                ": rebuild with HEAD_DIMS=", kHeadDim, " added, or without HEAD_DIMS");
+    TORCH_CHECK(built::holds(built::head_dims, kHeadDim), build, "for head dimensions up to ", std::to_string(kHeadDim),
+                ": rebuild with HEAD_DIMS=", std::to_string(kHeadDim), " added, or without HEAD_DIMS");
     TORCH_CHECK(built::holds(built::passes, pass), build, "for the pass ", name(pass),
                 ": rebuild with PASSES=", name(pass), " added, or without PASSES");
     TORCH_CHECK(built::with_softmax || !use_softmax, build,

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <string>
 
 #include <c10/cuda/CUDAException.h>  // For C10_CUDA_CHECK and C10_CUDA_KERNEL_LAUNCH_CHECK
 
@@ -57,14 +58,14 @@ inline constexpr int kMaxGridYZ = 65535;
 // Row blocks of all sequences along x, for more sequences than the other axes hold.
 inline int all_row_blocks(const int num_row_blocks, const int num_sequences) {
     const int64_t num_blocks = int64_t(num_row_blocks) * num_sequences;
-    TORCH_CHECK(num_blocks <= std::numeric_limits<int>::max(), num_sequences, " sequences of ", num_row_blocks,
+    TORCH_CHECK(num_blocks <= std::numeric_limits<int>::max(), std::to_string(num_sequences), " sequences of ", std::to_string(num_row_blocks),
                 " blocks of rows are more than a grid holds: pass fewer sequences, or a smaller max_seqlen");
     return int(num_blocks);
 }
 
 // The grid that place_in_grid reads.
 inline dim3 grid_of(const int num_row_blocks, const int num_sequences, const int num_heads) {
-    TORCH_CHECK(num_heads <= kMaxGridYZ, "attention on CUDA takes at most ", kMaxGridYZ, " heads, got ", num_heads);
+    TORCH_CHECK(num_heads <= kMaxGridYZ, "attention on CUDA takes at most ", std::to_string(kMaxGridYZ), " heads, got ", std::to_string(num_heads));
     return num_sequences <= kMaxGridYZ ? dim3(num_row_blocks, num_sequences, num_heads)
                                        : dim3(all_row_blocks(num_row_blocks, num_sequences), 1, num_heads);
 }
@@ -72,7 +73,7 @@ inline dim3 grid_of(const int num_row_blocks, const int num_sequences, const int
 // The grid that place_in_splitkv_grid reads.
 inline dim3 splitkv_grid_of(const int num_row_blocks, const int num_splits, const int num_sequences,
                             const int num_heads) {
-    TORCH_CHECK(num_heads <= kMaxGridYZ, "attention on CUDA takes at most ", kMaxGridYZ, " heads, got ", num_heads);
+    TORCH_CHECK(num_heads <= kMaxGridYZ, "attention on CUDA takes at most ", std::to_string(kMaxGridYZ), " heads, got ", std::to_string(num_heads));
     return int64_t(num_sequences) * num_heads <= kMaxGridYZ
         ? dim3(num_row_blocks, num_splits, num_sequences * num_heads)
         : dim3(all_row_blocks(num_row_blocks, num_sequences), num_splits, num_heads);
@@ -305,7 +306,7 @@ void run_bwd(Flash_bwd_params &params, cudaStream_t stream) {
                 // With 32 keys a tile there is no draw of 16 x 32 for each warp.
                 constexpr bool Dropout_fits = Traits::kBlockN >= 64;
                 TORCH_CHECK(!Is_dropout || Dropout_fits, "FlashAttention backward with dropout and head dimension ",
-                            Headdim, " needs 144 KB of shared memory a block, more than this GPU has");
+                            std::to_string(Headdim), " needs 144 KB of shared memory a block, more than this GPU has");
                 constexpr bool Dropout = Is_dropout && Dropout_fits, Softcap = Is_softcap && !Is_dropout;
                 if (is_special_call) {
                     launch_bwd_kernels<Traits, Dropout, /*Is_causal=*/Is_local, /*Is_local=*/false, /*Has_alibi=*/false,
