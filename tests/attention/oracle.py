@@ -1,7 +1,7 @@
 """What attention with and without softmax means, written once more and as plainly as possible.
 
 ``attend`` is the whole of the maths for one sequence and one head. It follows the contract in the module docstring of
-``flash_attn.score_function`` and shares no code with the package; autograd differentiates it, so it gives the reference
+``flash_attn.nosoftmax.score`` and shares no code with the package; autograd differentiates it, so it gives the reference
 gradients too. It computes in the dtype of its inputs: float64 inputs give the reference, 16-bit inputs give the error
 that this precision costs anyhow (see ``measure``). The class around it only cuts batches, heads, packed sequences and
 caches into such single sequences.

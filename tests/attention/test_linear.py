@@ -221,11 +221,14 @@ def test_tensors_without_memory(monkeypatch):
     assert type(out) is type(q) and out.shape == q.shape and out.device == q.device
 
 
-def test_forward_derivatives_are_refused(linear):
-    """There are none; to leave them out without a word would be wrong."""
+def test_forward_derivatives(linear):
+    """The output is linear in q: its change is the output of the change."""
     q, k, v = qkv(linear)
-    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
-        linear.dense(forward_ad.make_dual(q, torch.ones_like(q)), k, v)
+    tangent = randn(*q.shape, seed=3).to(q)
+    with forward_ad.dual_level():
+        out, change = forward_ad.unpack_dual(linear.dense(forward_ad.make_dual(q, tangent), k, v))
+    close(out, linear.dense(q, k, v))
+    close(change, linear.dense(tangent, k, v))
 
 
 def test_nothing_is_kept_where_no_gradient_is_asked_for(linear):
@@ -248,12 +251,15 @@ def test_activation_checkpointing(linear):
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
 
 
-def test_autocast_does_not_lower_the_precision(linear, device):
+def test_autocast_casts_the_tensors_alone(linear, device):
+    """As scaled_dot_product_attention does it: what is within keeps its precision, and gradients have the leaves' dtype."""
     tensors = qkv(linear, 1, 200, 200, dtype=torch.float32 if device == "cpu" else torch.float16)
-    expected = gradients(linear.dense, *tensors)
+    dout = randn(*tensors[0].shape, seed=3).to(device, torch.bfloat16)
+    expected = gradients(linear.dense, *(x.bfloat16() for x in tensors), dout=dout)
     with torch.autocast(device, dtype=torch.bfloat16):
-        actual = gradients(linear.dense, *tensors)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+        actual = gradients(linear.dense, *tensors, dout=dout)
+    for a, e, dtype in zip(actual, expected, (torch.bfloat16, *[tensors[0].dtype] * 3), strict=True):
+        assert a.dtype == dtype and torch.equal(a, e.to(dtype))
 
 
 def test_strides_do_not_matter(linear):
@@ -279,7 +285,8 @@ INEXACT = {
 def test_linear_is_refused_where_it_is_not_exact(name):
     """The error names the option that is in the way."""
     q, k, v = (torch.zeros(1, 8, 2, 8) for _ in range(3))
-    with pytest.raises(ValueError, match=f'algorithm="linear" is not possible: {name}'):
+    reason = "with use_softmax=True" if name == "use_softmax" else f": {name}"
+    with pytest.raises(ValueError, match=f'algorithm="linear" is not possible ?{reason}'):
         flash_attn_func(q, k, v, **{"use_softmax": False, **INEXACT[name]}, algorithm="linear")
 
 
@@ -383,7 +390,7 @@ WRONG = {
     "heads in q": dict(k=torch.zeros(1, 8, 3, 8), v=torch.zeros(1, 8, 3, 8)),
     "k has dtype": dict(k=X.double()),
     "q has dtype": dict(q=X.long(), k=X.long(), v=X.long()),
-    "k is on meta": dict(k=X.to("meta")),
+    "must be on one device, got q on cpu, k on meta, v on cpu": dict(k=X.to("meta")),
     "softmax_scale=inf": dict(softmax_scale=float("inf")),
 }
 
@@ -399,7 +406,7 @@ def test_wrong_tensors(message):
     ([0, 5, 3, 8], "cu_seqlens_q descends from 5 to 3"),
     ([0, 4, 9], "cu_seqlens_q ends at 9"),
     ([-1, 8], r"cu_seqlens_q\[0\]=-1"),
-    ([0, 8, 8], "length 8, more than max_seqlen=7"),
+    ([0, 8, 8], "length 8, more than max_seqlen_q=7"),
 ], ids=str)  # fmt: skip
 def test_wrong_cu_seqlens(lengths, message):
     x, lengths = torch.zeros(8, 2, 8), torch.tensor(lengths, dtype=torch.int32)
@@ -408,7 +415,12 @@ def test_wrong_cu_seqlens(lengths, message):
         flash_attn_varlen_func(x, x, x, lengths, lengths.clone(), longest, longest, use_softmax=False, algorithm="linear")
 
 
-def test_cu_seqlens_of_the_wrong_dtype():
-    x, lengths = torch.zeros(8, 2, 8), torch.tensor([0, 8])
-    with pytest.raises(TypeError, match="cu_seqlens_q has dtype torch.int64"):
-        flash_attn_varlen_func(x, x, x, lengths, lengths, 8, 8, use_softmax=False, algorithm="linear")
+def test_cu_seqlens_of_another_dtype():
+    """int64 will do as well."""
+    x, lengths = randn(8, 2, 8, seed=0), torch.tensor([0, 3, 8])
+    outputs = [
+        flash_attn_varlen_func(x, x, x, cu, cu, 5, 5, use_softmax=False, algorithm="linear") for cu in (lengths, lengths.int())
+    ]
+    assert torch.equal(*outputs)
+    with pytest.raises(TypeError, match="cu_seqlens_q has dtype torch.float32"):
+        flash_attn_varlen_func(x, x, x, lengths.float(), lengths, 5, 5, use_softmax=False, algorithm="linear")

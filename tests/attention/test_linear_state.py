@@ -101,8 +101,8 @@ X, STATE = torch.zeros(1, 8, 2, 8), torch.zeros(1, 2, 8, 8)
 WRONG = {
     "state has shape": dict(state=torch.zeros(1, 2, 8, 9)),
     "state has dtype": dict(state=STATE.double()),
-    "state is on meta": dict(state=STATE.to("meta")),
-    "k has shape": dict(k=torch.zeros(1, 9, 2, 8)),
+    "must be on one device, got q on cpu, k on cpu, v on cpu, state on meta": dict(state=STATE.to("meta")),
+    "k has shape": dict(k=torch.zeros(1, 9, 2, 8), v=torch.zeros(1, 9, 2, 8)),
     "v has shape": dict(v=torch.zeros(1, 9, 2, 8)),
     "q has shape": dict(q=torch.zeros(8, 2, 8)),
     "heads in q": dict(k=torch.zeros(1, 8, 3, 8), v=torch.zeros(1, 8, 3, 8)),

@@ -1,4 +1,4 @@
-"""flash_attn.score_function on its own: f, f', and the dense weights that models without a kernel use."""
+"""flash_attn.nosoftmax.score on its own: f, f', saturation, and the dense weights that models without a kernel use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from flash_attn.score_function import ACTIVATIONS, NORMALIZATIONS, activate, activate_grad, attention_weights, resolve
+from flash_attn.nosoftmax.score import ACTIVATIONS, NORMALIZATIONS, attention_weights, resolve, saturate_
 
 from oracle import FUNCTIONS, ROW_FACTORS
 
@@ -23,9 +23,32 @@ def test_function_and_derivative(activation):
     bias = 0.7 if activation == "sigmoid" else 0.0
     s = S.clone().requires_grad_()
     expected = FUNCTIONS[activation](s, bias)
-    assert torch.allclose(activate(S.clone(), activation, bias), expected.detach(), rtol=1e-14)
+    row, kept, grad = ACTIVATIONS[activation], S.clone(), torch.linspace(-2, 3, len(S), dtype=torch.float64)
+    assert torch.allclose(row.value(kept, bias), expected.detach(), rtol=1e-14)
     (slope,) = torch.autograd.grad(expected.sum(), s)
-    assert torch.allclose(activate_grad(S.clone(), activation, bias), slope, rtol=1e-12)
+    assert torch.allclose(row.times_derivative(grad, kept, bias), grad * slope, rtol=1e-12)
+    assert torch.equal(kept, S), "an argument was overwritten"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_not_finite_shows(activation):
+    """In f and in f'. Only f itself may end an Inf."""
+    row, s = ACTIVATIONS[activation], torch.tensor([math.nan, math.inf, -math.inf, 1.0])
+    value, slope = row.value(s.clone(), 0.0), row.times_derivative(torch.ones(4), s.clone(), 0.0)
+    assert value[0].isnan() and (slope[0].isnan() or ACTIVATIONS[activation].linear)
+    assert not value[1].isfinite() or activation == "sigmoid"
+    assert not value[2].isfinite() or activation in ("relu", "relu2", "sigmoid", "silu", "gelu", "softplus")
+    grad = row.times_derivative(torch.tensor([math.nan, math.inf]), torch.ones(2), 0.0)
+    assert not grad.isfinite().any()
+
+
+def test_saturation():
+    """In float16 alone, of what is finite alone."""
+    wide = [0.0, -1e9, 7e4, 65504.0, -65504.0, 3e38, math.inf, -math.inf, math.nan]
+    narrow = saturate_(torch.tensor(wide), torch.float16).half()
+    assert narrow[:6].tolist() == [0.0, -65504.0, 65504.0, 65504.0, -65504.0, 65504.0] and not narrow[6:].isfinite().any()
+    kept = saturate_(torch.tensor(wide), torch.bfloat16)
+    assert torch.equal(kept[:-1], torch.tensor(wide[:-1]))
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
@@ -48,10 +71,10 @@ def test_dense_weights(activation, normalization):
 
 
 @pytest.mark.parametrize("arguments, resolved", [
-    ((True,), (True, "identity", 0.0, None)),
-    ((False, "silu", 0.0, "1/n"), (False, "silu", 0.0, "1/n")),
-    ((False, "sigmoid", -2), (False, "sigmoid", -2.0, None)),
-    ((False, "sigmoid", "-log n", "1/visible"), (False, "sigmoid", None, "1/visible")),
+    ((True,), ("identity", 0.0, None)),
+    ((False, "silu", 0.0, "1/n"), ("silu", 0.0, "1/n")),
+    ((False, "sigmoid", -2), ("sigmoid", -2.0, None)),
+    ((False, "sigmoid", "-log n", "1/visible"), ("sigmoid", None, "1/visible")),
 ])  # fmt: skip
 def test_resolve(arguments, resolved):
     """As the operators take them: -log n is None."""
