@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from flash_attn import flash_attn_func
-from flash_attn.score_function import ACTIVATIONS
+from flash_attn.nosoftmax.score import ACTIVATIONS
 from torch.nn.functional import scaled_dot_product_attention
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

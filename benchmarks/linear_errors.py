@@ -4,7 +4,7 @@
 
 Inputs are normal numbers with mean 0 and with mean 1, whose sums grow with the length. softmax_scale is 1/256, so that results fit into
 float16. For each head size, dtype, mean and mask, and for out, dq, dk and dv: the largest error and the root mean square in linear time, as
-multiples of the quadratic kernel's. Float64 results come from the primitive in PyTorch (flash_attn/linear/chunked.py) on the same device.
+multiples of the quadratic kernel's. Float64 results come from the primitive in PyTorch (nosoftmax/backends/linear/chunked.py) on the same device.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 from flash_attn import flash_attn_func
-from flash_attn.linear import backend
-from flash_attn.linear.form import Form
+from flash_attn.nosoftmax.backends.linear import primitive
+from flash_attn.nosoftmax.backends.linear.form import Form
 from torch import Tensor
 
 SCALE = 1 / 256
@@ -31,7 +31,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> tuple[
     """(out, dq, dk, dv) in float64."""
     q, k, v, dout = (x.double() for x in (q, k, v, dout))
     form = Form(SCALE, causal)
-    return backend.attend(q, k, v, form), *backend.gradients(dout, q, k, v, form)
+    return primitive.attend(q, k, v, form), *primitive.gradients(dout, q, k, v, form)
 
 
 def computed(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, algorithm: str) -> tuple[Tensor, ...]:

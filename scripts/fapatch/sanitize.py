@@ -22,7 +22,7 @@ from .project import Project
 NEEDS_EXTENSION = True
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 HEAD_DIMS = ("32", "64", "96", "128", "192", "256")
-# Of CUTLASS, of CuTe, and of flash_attn/linear/kernels.py.
+# Of CUTLASS, of CuTe, and of nosoftmax/backends/linear/kernels.py.
 OURS_ALONE = tuple(word for name in ("flash", "_walk", "_scan", "_sum_segments") for word in ("--kernel-regex", f"kns={name}"))
 # Memcheck watches all kernels, and initcheck has to see every one that writes; the other two are slow and look at ours alone.
 # Errors of the CUDA API are left to torch and the compiler, which raise what matters: cuda-bindings asks for functions the driver lacks.

@@ -6,12 +6,12 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = (ROOT / "overlay/flash-attn-4/flash_attn/cute/nosoftmax", ROOT / "overlay/flash-attn/flash_attn")
+FOLDERS = (ROOT / "overlay/flash-attn-4/flash_attn/cute/nosoftmax", ROOT / "overlay/flash-attn/flash_attn/nosoftmax")
 PACKAGE = "fa4_overlay"
 
 
 def module(name: str) -> ModuleType:
-    """nosoftmax/<name>.py; score_function.py is found where its one home is."""
+    """nosoftmax/<name>.py; what both wheels share is found where its one home is."""
     if PACKAGE not in sys.modules:
         package = ModuleType(PACKAGE)
         package.__path__ = [str(folder) for folder in FOLDERS]

@@ -4,12 +4,29 @@ import pytest
 import torch
 from overlay_package import module
 
-checks = module("checks")
+call, checks, serves = (module(name) for name in ("call", "checks", "serves"))
+
+
+def refusal(q, k, v, **options):
+    """What is said of a call, by the checks that all backends share or by these kernels; None if it is served."""
+    given = dict(
+        max_seqlen_q=0, max_seqlen_k=0, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0,
+        deterministic=False, return_attn_probs=False, activation="identity", sigmoid_bias=0.0, normalization=None,
+    )  # fmt: skip
+    given.update((name, options.pop(name)) for name in list(options) if name in given)
+    names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "block_table", "alibi_slopes")
+    lengths = [options.pop(name, None) for name in names]
+    try:
+        asked = call.Call(q, k, v, *lengths, checks.options(q.shape[-1], **given))
+        checks.tensors(asked)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return serves.obstacle(asked, **options)
 
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
-    monkeypatch.setattr(checks, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(serves, "_capability", lambda device: (9, 0))
 
 
 def tensors(head_dim=64, head_dim_v=None, dtype=torch.bfloat16, nheads=4, nheads_k=4, device="meta", batch=2):
@@ -20,12 +37,12 @@ def tensors(head_dim=64, head_dim_v=None, dtype=torch.bfloat16, nheads=4, nheads
 
 @pytest.fixture(autouse=True)
 def meta_is_a_gpu(monkeypatch):
-    real = checks._device_reason
+    real = serves._device_reason
 
     def reason(device):
         return real(torch.device("cuda") if device.type == "meta" else device)
 
-    monkeypatch.setattr(checks, "_device_reason", reason)
+    monkeypatch.setattr(serves, "_device_reason", reason)
 
 
 @pytest.mark.parametrize("shape", [
@@ -33,7 +50,7 @@ def meta_is_a_gpu(monkeypatch):
     {"nheads": 8, "nheads_k": 2},
 ])
 def test_served(shape):
-    assert checks.unsupported(*tensors(**shape)) is None
+    assert refusal(*tensors(**shape)) is None
 
 
 @pytest.mark.parametrize("shape, options, words", [
@@ -42,48 +59,47 @@ def test_served(shape):
     ({"head_dim_v": 12}, {}, "head_dim_v"),
     ({"dtype": torch.float32}, {}, "float32"),
     ({"dtype": torch.float8_e4m3fn}, {}, "float8"),
-    ({"nheads": 5, "nheads_k": 2}, {}, r"heads of q \(5\)"),
+    ({"nheads": 5, "nheads_k": 2}, {}, "5 heads in q, 2 in k and v"),
     ({"device": "cpu"}, {}, "on cpu"),
     ({}, {"dropout_p": 0.1}, "dropout_p"),
-    ({}, {"alibi_slopes": torch.ones(4)}, "alibi_slopes"),
-    ({}, {"leftpad_k": torch.ones(2)}, "leftpad_k"),
+    ({}, {"alibi_slopes": torch.ones(4, device="meta")}, "alibi_slopes"),
+    ({}, {"leftpad_k": torch.ones(2, dtype=torch.int32, device="meta")}, "leftpad_k"),
     ({}, {"learnable_sink": torch.ones(4)}, "learnable_sink"),
     ({}, {"qv": torch.ones(4)}, "qv"),
     ({}, {"num_splits": 2}, "num_splits must be 1, got 2"),
     ({}, {"return_lse": True}, "return_lse"),
-    ({}, {"activation": "gelu"}, "gelu"),
+    ({}, {"activation": "tanh"}, "tanh"),
     ({}, {"softcap": -1.0}, "softcap"),
     ({}, {"softcap": 5.0, "softmax_scale": -1.0}, "softmax_scale"),
     ({}, {"softmax_scale": float("nan")}, "softmax_scale=nan"),
     ({}, {"softmax_scale": float("inf")}, "softmax_scale=inf"),
-    ({}, {"window_size": (-3, 0)}, "window_size"),
+    ({}, {"window_size": (1.5, 0)}, "window_size"),
     ({}, {"normalization": "1/visible", "mask_mod": len}, "mask_mod"),
     ({}, {"normalization": "1/visible", "block_sparse_tensors": ()}, "sparse blocks"),
-    ({"head_dim": 24}, {"page_table": torch.zeros(2, 3)}, "multiple of 16 with a page_table"),
-    ({}, {"page_table": torch.zeros(2, 3), "cu_seqlens_k": torch.zeros(3)}, "seqused_k"),
-    ({}, {"cu_seqlens_q": torch.zeros(3)}, "q has 4 dimensions, expected 3"),
+    ({"head_dim": 24}, {"block_table": torch.zeros(2, 3, dtype=torch.int32, device="meta")}, "multiple of 16 with pages"),
+    ({}, {"cu_seqlens_q": torch.zeros(3, dtype=torch.int32, device="meta")}, "q has shape .*expected 3 axes"),
 ])
 def test_refused(shape, options, words):
     import re
 
-    reason = checks.unsupported(*tensors(**shape), **options)
+    reason = refusal(*tensors(**shape), **options)
     assert reason is not None and re.search(words, reason), reason
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_another_gpu_is_named_with_the_way_out(monkeypatch, capability):
-    monkeypatch.setattr(checks, "_capability", lambda device: capability)
-    reason = checks.unsupported(*tensors())
+    monkeypatch.setattr(serves, "_capability", lambda device: capability)
+    reason = refusal(*tensors())
     assert f"{capability[0]}.{capability[1]}" in reason and "FA2" in reason
 
 
 def test_backward_with_grouped_heads_needs_one_head_size():
     q, k, v = tensors(nheads=8, nheads_k=2, head_dim=64, head_dim_v=32)
-    assert checks.unsupported(q, k, v) is None
+    assert refusal(q, k, v) is None
     q.requires_grad_()
-    assert "head_dim == head_dim_v" in checks.unsupported(q, k, v)
+    assert "head_dim == head_dim_v" in refusal(q, k, v)
     with torch.no_grad():
-        assert checks.unsupported(q, k, v) is None
+        assert refusal(q, k, v) is None
 
 
 @pytest.mark.parametrize("sizes, differentiable", [
@@ -91,27 +107,27 @@ def test_backward_with_grouped_heads_needs_one_head_size():
 ])
 def test_backward_with_larger_values_ends_at_128(sizes, differentiable):
     q, k, v = tensors(head_dim=sizes[0], head_dim_v=sizes[1])
-    assert checks.unsupported(q, k, v) is None
+    assert refusal(q, k, v) is None
     v.requires_grad_()
-    reason = checks.unsupported(q, k, v)
+    reason = refusal(q, k, v)
     assert reason is None if differentiable else f"head_dim_v <= 128, got {sizes[1]} and {sizes[0]}" in reason
     with torch.no_grad():
-        assert checks.unsupported(q, k, v) is None
+        assert refusal(q, k, v) is None
 
 
 def test_no_backward_with_pages():
     q, k, v = tensors()
     q.requires_grad_()
-    assert "page_table" in checks.unsupported(q, k, v, page_table=torch.zeros(2, 3))
+    assert "block_table has no backward" in refusal(q, k, v, block_table=torch.zeros(2, 3, dtype=torch.int32, device="meta"))
 
 
 def test_upstreams_variable_names_the_architecture(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("FLASH_ATTENTION_ARCH", "sm_90a")
-    assert checks._capability(torch.device("cuda")) == (9, 0)
+    assert serves._capability(torch.device("cuda")) == (9, 0)
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
-    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(serves, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="nvidia-cutlass-dsl"):
-        checks.require_dsl()
+        serves.require_dsl()

@@ -1,4 +1,4 @@
-"""The formulas of the kernels against score_function.py, and a model of the kernels' backward with its normalization."""
+"""The formulas of the kernels against score.py, and a model of the kernels' backward with its normalization."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import torch
 from overlay_package import module
 
 formulas = module("formulas")
-score_function = module("score_function")
+contract = module("score")
 
 # f in float64, beside the formulas: relu2 with its cap, gelu and softplus by functions that have nothing in common with ours.
 EXACT = {
@@ -89,7 +89,7 @@ def test_a_wrong_unit_is_noticed(scores, activation):
 
 
 def test_every_activation_has_a_test():
-    assert set(formulas._FORMULAS) == set(EXACT) >= set(score_function.ACTIVATIONS)
+    assert set(formulas._FORMULAS) == set(EXACT) >= set(contract.ACTIVATIONS)
 
 
 @pytest.mark.parametrize("activation, lowest, digits", [("gelu", -12.0, 1e-4), ("softplus", -80.0, 1e-4)])
@@ -199,7 +199,7 @@ def model_backward(q, k, v, dout, activation: str, normalization, causal: bool, 
 def oracle_backward(q, k, v, dout, activation, normalization, causal):
     q, k, v = (t.double().requires_grad_() for t in (q, k, v))
     visible = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).tril(k.shape[0] - q.shape[0]) if causal else None
-    weights = score_function.attention_weights(q @ k.T * q.shape[-1] ** -0.5, visible, activation, 0.0, normalization)
+    weights = contract.attention_weights(q @ k.T * q.shape[-1] ** -0.5, visible, activation, 0.0, normalization)
     return torch.autograd.grad(weights @ v, (q, k, v), dout.double())
 
 
@@ -209,7 +209,7 @@ def worst(got, want) -> float:
 
 @pytest.mark.parametrize(
     "activation, normalization, causal",
-    list(itertools.product(score_function.ACTIVATIONS, score_function.NORMALIZATIONS, (False, True))),
+    list(itertools.product(contract.ACTIVATIONS, contract.NORMALIZATIONS, (False, True))),
 )
 def test_backward_keeps_float16_digits(activation, normalization, causal):
     generator = torch.Generator().manual_seed(0)

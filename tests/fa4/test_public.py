@@ -19,9 +19,9 @@ from flash_attn.cute import interface, flash_attn_func, flash_attn_varlen_func
 from flash_attn.cute.nosoftmax import ops, public
 def tensors(**options):
     return [torch.empty(2, 100, 4, 64, dtype=torch.bfloat16, device="cuda", **options) for _ in range(3)]
-def error(*args, **kwargs):
+def error(*args, function=flash_attn_func, **kwargs):
     try:
-        flash_attn_func(*args, **kwargs)
+        function(*args, **kwargs)
     except ValueError as e:
         return str(e)
 """
@@ -71,7 +71,7 @@ with FakeTensorMode():
     grads = tensors(requires_grad=True)
     print(json.dumps({
         "activation": error(q, k, v, activation="relu"),
-        "unknown": error(q, k, v, **off, activation="gelu"),
+        "unknown": error(q, k, v, **off, activation="tanh"),
         "twice": error(q, k, v, **off, activation="relu", score_mod=mod),
         "score_mod_bwd": error(*grads, **off, score_mod=mod),
         "alone": error(q, k, v, **off, score_mod_bwd=mod),
@@ -80,12 +80,13 @@ with FakeTensorMode():
         "return_lse": error(q, k, v, **off, return_lse=True),
         "gather_bwd_recompute_p": error(q, k, v, **off, gather_bwd_recompute_p=True),
         "float32": error(*wide, **off),
+        "page_table": error(q, k, v, **off, function=flash_attn_varlen_func, page_table=q, cu_seqlens_k=q),
     }))
 """)
     for name, text in found.items():
         assert text is not None, name
-    assert "'gelu'" in found["unknown"] and "score_mod" in found["twice"] and "use_softmax=False" in found["activation"]
-    for name in ("score_mod_bwd", "mask_mod", "num_splits", "return_lse", "gather_bwd_recompute_p", "float32"):
+    assert "'tanh'" in found["unknown"] and "score_mod" in found["twice"] and "use_softmax=False" in found["activation"]
+    for name in ("score_mod_bwd", "mask_mod", "num_splits", "return_lse", "gather_bwd_recompute_p", "float32", "page_table"):
         assert name in found[name]
 
 
@@ -104,8 +105,8 @@ def test_torch_compile_keeps_the_call_as_one_operator(run):
     """
     forward, backward = run("""
 from torch._dynamo.backends.common import aot_autograd
-from flash_attn.cute.nosoftmax import checks
-checks._device_reason = lambda device: None
+from flash_attn.cute.nosoftmax import serves
+serves._device_reason = lambda device: None
 graphs = []
 def keep(graph, inputs):
     graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
@@ -126,10 +127,10 @@ def test_eager_calls_need_no_operator(run):
     """
     operators, twice, changed = run("""
 from torch.utils._python_dispatch import TorchDispatchMode
-from flash_attn.cute.nosoftmax import checks, launch
-checks._device_reason = lambda device: None
-launch.forward = lambda call, q, *rest: q * 2.0
-launch.backward = lambda call, dout, q, k, v, *rest: (dout * q, k * 1.0, v * 1.0)
+from flash_attn.cute.nosoftmax import launch, serves
+serves._device_reason = lambda device: None
+launch.forward = lambda call, q, *rest, **options: q * 2.0
+launch.backward = lambda call, dout, q, k, v, **options: (dout * q, k * 1.0, v * 1.0)
 seen = []
 class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -158,7 +159,7 @@ def test_calls_go_through_upstreams_host_code_once(run):
     """Those with the user's functions every time. The kernels are stand-ins."""
     seen, right = run("""
 from flash_attn.cute.nosoftmax import launch, plan
-public.unsupported = lambda *args, **options: None
+public.obstacle = lambda *args, **options: None
 seen = []
 def forward(q, k, v, out, **options):
     seen.append("forward")
@@ -192,9 +193,10 @@ print(json.dumps([seen, all(right)]))
 def test_keys_before_every_window_are_left_out(run):
     """A NaN in them would reach the result through a tile that they share with seen keys."""
     assert run("""
+from flash_attn.cute.nosoftmax import launch
 seen = []
-public.unsupported = lambda *args, **options: None
-public.ops.Attention.apply = lambda q, k, v, *rest: seen.append([k.shape[1], v.shape[1]]) or q
+public.obstacle = lambda *args, **options: None
+launch.forward = lambda call, q, k, v, **options: seen.append([k.shape[1], v.shape[1]]) or q
 q, k, v = torch.empty(2, 30, 4, 64), *torch.empty(2, 2, 100, 4, 64)
 for options in (
     {"window_size": (10, 0)}, {"window_size": (10, None), "normalization": "1/visible"}, {"window_size": (80, 0)}, {"causal": True},
@@ -209,12 +211,12 @@ def test_queries_that_see_no_key_are_left_out_of_the_backward(run):
     """A NaN in them or in their dout would reach dk and dv through a tile that they share with queries that see keys."""
     found = run("""
 from flash_attn.cute.nosoftmax import launch
-public.unsupported = lambda *args, **options: None
+public.obstacle = lambda *args, **options: None
 seen = []
-def forward(call, q, *rest):
+def forward(call, q, *rest, **options):
     seen.append(q.shape[1])
     return q * 2.0
-def backward(call, dout, q, k, v, *rest):  # any NaN that it gets reaches all of dk and dv
+def backward(call, dout, q, k, v, **options):  # any NaN that it gets reaches all of dk and dv
     return dout * q, k * q.sum(), v * dout.sum()
 launch.forward, launch.backward = forward, backward
 def unseen(queries, **options):

@@ -28,7 +28,7 @@ BACKWARD_ENV = "FLASH_ATTENTION_NOSOFTMAX_BACKWARD"
 # One tile and a bit more, with uneven ends; a key head serves two query heads.
 SEQLEN_Q, SEQLEN_K, NHEADS, NHEADS_K = 136, 150, 2, 1
 EVEN = 128
-# Two segments of flash_attn/linear/kernels.py, the second one short.
+# Two segments of nosoftmax/backends/linear/kernels.py, the second one short.
 SEGMENTS = (600, 700)
 
 

@@ -13,15 +13,15 @@ import torch
 
 HERE = Path(__file__).parent
 WRONG = '''
-import flash_attn.backends as backends
+from flash_attn import extension
 
-right = backends.fwd
+right = extension.fwd
 
 def fwd(*args, **kwargs):
     out, *rest = right(*args, **kwargs)
     return (out * 1.05, *rest)
 
-backends.fwd = fwd
+extension.fwd = fwd
 '''
 
 
