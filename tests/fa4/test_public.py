@@ -213,10 +213,10 @@ def test_queries_that_see_no_key_are_left_out_of_the_backward(run):
 from flash_attn.cute.nosoftmax import launch
 public.obstacle = lambda *args, **options: None
 seen = []
-def forward(call, q, *rest, **options):
-    seen.append(q.shape[1])
-    return q * 2.0
+def forward(call, q, *rest, **options):  # the mask ends a NaN in rows that see no key
+    return q.nan_to_num() * 2.0
 def backward(call, dout, q, k, v, **options):  # any NaN that it gets reaches all of dk and dv
+    seen.append(q.shape[1])
     return dout * q, k * q.sum(), v * dout.sum()
 launch.forward, launch.backward = forward, backward
 def unseen(queries, **options):
@@ -225,7 +225,7 @@ def unseen(queries, **options):
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     out = flash_attn_func(q, k, v, use_softmax=False, **options)[0]
     grads = torch.autograd.grad(out, (q, k, v), torch.where(q.isnan(), q, 1.0))
-    zero = not any(x[:, :queries].any() for x in (out, grads[0]))
+    zero = not grads[0][:, :queries].any()
     return list(out.shape) == list(q.shape) and zero and all(bool(x.isfinite().all()) for x in grads)
 print(json.dumps([
     unseen(70, causal=True), unseen(70, causal=True, normalization="1/n"), unseen(60, window_size=(None, 10)),
