@@ -4,7 +4,7 @@
 
 Inputs are normal numbers with mean 0 and with mean 1, whose sums grow with the length. softmax_scale is 1/256, so that results fit into
 float16. For each head size, dtype, mean and mask, and for out, dq, dk and dv: the largest error and the root mean square in linear time, as
-multiples of the quadratic kernel's. Float64 results come from the primitive in PyTorch (nosoftmax/backends/linear/chunked.py) on the same device.
+multiples of the quadratic kernel's. Float64 results come from the primitive in PyTorch on the same device.
 """
 
 from __future__ import annotations

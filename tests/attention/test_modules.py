@@ -21,10 +21,12 @@ SCORES = {
     "relu2": dict(use_softmax=False, activation="relu2", normalization="1/sqrt(n)"),
     "sigmoid": dict(use_softmax=False, activation="sigmoid", sigmoid_bias="-log n"),
     "silu": dict(use_softmax=False, activation="silu", normalization="1/visible"),
+    "gelu": dict(use_softmax=False, activation="gelu"),
+    "softplus": dict(use_softmax=False, activation="softplus", normalization="1/n"),
 }
 scores = pytest.mark.parametrize("options", SCORES.values(), ids=SCORES)
 # "1/n" and "-log n" count the keys there are so far, so only the others decode as the full pass computes.
-DECODABLE = ("softmax", "identity", "silu")
+DECODABLE = ("softmax", "identity", "silu", "gelu")
 decodable = pytest.mark.parametrize("options", [SCORES[name] for name in DECODABLE], ids=DECODABLE)
 
 

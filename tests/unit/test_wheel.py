@@ -81,7 +81,8 @@ FILES = {
     "flash_attn/__init__.py": b"__version__ = '2.8.3.post1'\n", "flash_attn/flash_attn_interface.py": b"use_softmax = True\n",
     "LICENSE": b"BSD\n",
 }
-GOOD = "flash_attn-2.8.3.post1+nosoftmax.1-py3-none-any.whl"
+LABEL = Project.open().family.local_label
+GOOD = f"flash_attn-2.8.3.post1+{LABEL}-py3-none-any.whl"
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path / "tree"
 
 
-def make(folder: Path, name: str = GOOD, changes: dict[str, bytes | None] | None = None, version: str = "2.8.3.post1+nosoftmax.1") -> Path:
+def make(folder: Path, name: str = GOOD, changes: dict[str, bytes | None] | None = None, version: str = f"2.8.3.post1+{LABEL}") -> Path:
     info = f"flash_attn-{version}.dist-info"
     metadata = f"Name: flash_attn\nVersion: {version}\n".encode()
     members = {**FILES, f"{info}/METADATA": metadata, f"{info}/licenses/LICENSE": FILES["LICENSE"]}
@@ -112,12 +113,12 @@ def test_a_good_wheel_passes(project, tree, tmp_path):
 
 
 @pytest.mark.parametrize("name, changes, backend, message", [
-    (GOOD.replace("nosoftmax.1", "nosoftmax.7"), {}, "cpu", "expected flash_attn 2.8.3.post1"),
-    (GOOD.replace("+nosoftmax.1", ""), {}, "cpu", "expected flash_attn 2.8.3.post1"),
+    (GOOD.replace(LABEL, "nosoftmax.7"), {}, "cpu", "expected flash_attn 2.8.3.post1"),
+    (GOOD.replace(f"+{LABEL}", ""), {}, "cpu", "expected flash_attn 2.8.3.post1"),
     (GOOD, {"flash_attn/flash_attn_interface.py": b"tampered"}, "cpu", "differs from the patched tree"),
     (GOOD, {"flash_attn/flash_attn_interface.py": None}, "cpu", "differs from the patched tree"),
     (GOOD, {"flash_attn/cute/interface.py": b""}, "cpu", "first: flash_attn/cute/interface.py"),
-    (GOOD, {"flash_attn-2.8.3.post1+nosoftmax.1.dist-info/licenses/LICENSE": b"MIT"}, "cpu", "LICENSE"),
+    (GOOD, {f"flash_attn-2.8.3.post1+{LABEL}.dist-info/licenses/LICENSE": b"MIT"}, "cpu", "LICENSE"),
     (GOOD, {"flash_attn_2_cuda.cpython-311.so": b""}, "cpu", "not a pure Python wheel"),
     (GOOD.replace("py3-none-any", "cp311-cp311-linux_x86_64"), {}, "cpu", "not a pure Python wheel"),
     (GOOD, {}, "cuda", "lacks the compiled extension"),

@@ -14,14 +14,20 @@ import torch
 HERE = Path(__file__).parent
 WRONG = '''
 from flash_attn import extension
+from flash_attn.nosoftmax.backends import cpu, linear
 
-right = extension.fwd
+def off(module, name):
+    right = getattr(module, name)
 
-def fwd(*args, **kwargs):
-    out, *rest = right(*args, **kwargs)
-    return (out * 1.05, *rest)
+    def run(*args):
+        out, *rest = right(*args)
+        return (out * 1.05, *rest) if module is extension else right(*args)._replace(out=out * 1.05)
 
-extension.fwd = fwd
+    setattr(module, name, run)
+
+off(extension, "fwd")
+off(cpu, "forward")
+off(linear, "forward")
 '''
 
 
