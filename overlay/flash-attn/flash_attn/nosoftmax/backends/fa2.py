@@ -27,7 +27,7 @@ def obstacle(call: Call) -> Optional[str]:
         return (
             f"flash_attn_2_cuda has no kernels for activation={o.activation!r}, sigmoid_bias="
             f"{MINUS_LOG_N if o.sigmoid_bias is None else o.sigmoid_bias!r}, normalization={o.normalization!r}; on Hopper "
-            "flash-attn-4 of this patch set has them (make wheel FAMILY=flash-attn-4), and flash_attn.cpu has: move the tensors "
+            "flash-attn-4 of this patch set has them (make wheel FAMILY=flash-attn-4), and the CPU has: move the tensors "
             "to the CPU"
         )
     if call.q.dtype not in _DTYPES:
