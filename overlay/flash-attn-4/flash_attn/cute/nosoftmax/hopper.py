@@ -99,10 +99,13 @@ def forward(call: Call, extras: Optional[Extras] = None) -> torch.Tensor:
     launched = _launched(call, extras)
     if first := _first_key(call, extras):
         k, v = k[:, first:], v[:, first:]
-    return launch.forward(
+    out = launch.forward(
         launched, q, k, v, pack_gqa=extras.pack_gqa, page_table=call.block_table,
         block_sparse_tensors=extras.block_sparse_tensors,
     )  # fmt: skip
+    if query := _first_query(call, extras):
+        out[:, :query].zero_()  # 0 times a NaN of a value that other queries of the tile see
+    return out
 
 
 def backward(call: Call, dout: torch.Tensor, extras: Optional[Extras] = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
