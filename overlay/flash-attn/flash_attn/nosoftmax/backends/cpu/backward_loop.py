@@ -26,7 +26,8 @@ def backward(
 
     q, dq: (batch, seqlen_q, nheads, head_dim); dout, out: the same with head_dim_v; k, dk: (batch, seqlen_k, nheads_k,
     head_dim); v, dv: the same with head_dim_v; any strides. softmax_lse, softmax_d: (batch, nheads, seqlen_q). out,
-    softmax_lse and softmax_d are None without softmax. The gradients of the query heads that share a key head are summed in the compute dtype. Nothing here saturates but P.
+    softmax_lse and softmax_d are None without softmax. The gradients of the query heads that share a key head are
+    summed in the compute dtype. Nothing here saturates but P.
     """
     options = sequences.options
     nheads_k, dtype = k.shape[2], sequences.compute_dtype
