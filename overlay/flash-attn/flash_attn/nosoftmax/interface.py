@@ -86,7 +86,8 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
             if choice.backend == "fa2":
                 extension.load()  # raises ImportError, as the call does
             return choice
-        arguments, _ = _packed_if_jagged(arguments)
+        if getattr(arguments.get("q", arguments.get("qkv")), "is_nested", False):
+            arguments, _ = _packed(arguments)
         call, among = _call_of(arguments, (use_softmax, *chosen.values())), wanted(algorithm, backend)
         _check(call)
         return choose(call, among)
@@ -198,7 +199,9 @@ def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) 
 
 
 def _attend(arguments: dict, score: tuple, algorithm: str, backend: str) -> Any:
-    arguments, rebuild = _packed_if_jagged(arguments)
+    rebuild = None
+    if getattr(arguments.get("q", arguments.get("qkv")), "is_nested", False):
+        arguments, rebuild = _packed(arguments)
     call = _call_of(arguments, score)
     as_operator = ops.followed(call)
     name = _backend(call, algorithm, backend, as_operator)
@@ -330,15 +333,16 @@ def _cached_call(a: dict, score: tuple) -> Call:
 
 
 def _qkv(a: dict) -> tuple:
-    if "q" in a:
-        checks.is_tensor("q", a["q"])
+    if "k" in a:
+        q, k, v = three = a["q"], a["k"], a["v"]
+        if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
+            for name, x in zip("qkv", three):
+                checks.is_tensor(name, x)
+        return three
     if "qkv" in a:
         return _parts("qkv", a["qkv"], 3)
-    if "kv" in a:
-        return (a["q"], *_parts("kv", a["kv"], 2))
-    checks.is_tensor("k", a["k"])
-    checks.is_tensor("v", a["v"])
-    return a["q"], a["k"], a["v"]
+    checks.is_tensor("q", a["q"])
+    return (a["q"], *_parts("kv", a["kv"], 2))
 
 
 def _parts(name: str, packed: torch.Tensor, count: int) -> tuple:
@@ -375,11 +379,9 @@ def _slopes(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
     return x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
-def _packed_if_jagged(a: dict) -> tuple[dict, Optional[Callable]]:
+def _packed(a: dict) -> tuple[dict, Callable]:
     """A dense call of nested tensors (batch, ragged, nheads, head_dim) as a packed one, and what makes its output nested."""
     first = a.get("q", a.get("qkv"))
-    if not isinstance(first, torch.Tensor) or not first.is_nested:
-        return a, None
     if first.layout != torch.jagged or "cu_seqlens_q" in a or "cu_seqlens" in a or "k_cache" in a:
         raise ValueError("nested tensors: pass them in the jagged layout to a function that takes dense ones")
     packed, offsets = dict(a), {}

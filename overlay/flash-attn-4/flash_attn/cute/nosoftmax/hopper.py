@@ -104,7 +104,7 @@ def forward(call: Call, extras: Optional[Extras] = None) -> torch.Tensor:
         block_sparse_tensors=extras.block_sparse_tensors,
     )  # fmt: skip
     if query := _first_query(call, extras):
-        out[:, :query].zero_()  # 0 times a NaN of a value that other queries of the tile see
+        out.narrow(1, 0, query).zero_()  # 0 times a NaN of a value that other queries of the tile see
     return out
 
 
