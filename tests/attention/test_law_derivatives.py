@@ -9,7 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 from flash_attn import flash_attn_func
+from flash_attn.nosoftmax.backends import cpu, linear
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from measure import NAMES, assert_close, gradients, on_cpu, packed, qkv, randn, slopes
@@ -176,6 +178,29 @@ def test_func_grad_and_vjp(attention, options):
         assert torch.equal(a, e), name
     for name, a, e in zip(NAMES[1:], by_grad, expected[1:]):
         assert_close(name, a, e)
+
+
+@pytest.mark.parametrize("algorithm", ["quadratic", "linear"])
+def test_backends_meet_plain_tensors(algorithm, monkeypatch):
+    """What torch.func.vjp returns is called when its transform is over, and a kernel can't read its dead wrappers."""
+    backend = {"quadratic": cpu, "linear": linear}[algorithm]
+    met = []
+
+    def watch(name: str) -> None:
+        function = getattr(backend, name)
+
+        def watched(call, *more):
+            met.extend(is_functorch_wrapped_tensor(x) for x in (*call.tensors, *more) if x is not None)
+            return function(call, *more)
+
+        monkeypatch.setattr(backend, name, watched)
+
+    watch("forward")
+    watch("backward")
+    q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
+    out, pull = torch.func.vjp(lambda *x: flash_attn_func(*x, use_softmax=False, algorithm=algorithm), q, k, v)
+    pull(torch.ones_like(out))
+    assert len(met) > 6 and not any(met)
 
 
 def test_func_grad_of_grad(attention):

@@ -86,10 +86,12 @@ def options(
     use_softmax: bool = False,
 ) -> Options:
     """The options of a call, checked alone and against each other."""
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise TypeError(f"window_size={window_size!r}: give a pair (left, right) of integers, -1 for no limit")
+    try:
+        left, right = () if isinstance(window_size, str) else window_size  # upstream's own tests pass a tensor
+    except (TypeError, ValueError):
+        raise TypeError(f"window_size={window_size!r}: give a pair (left, right) of integers, -1 for no limit") from None
     given = (
-        head_dim, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, *window_size, softcap, deterministic,
+        head_dim, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap, deterministic,
         return_attn_probs, activation, sigmoid_bias, normalization, use_softmax,
     )  # fmt: skip
     # Equal numbers give equal options. What is no number, such as a tensor, may change; torch.compile looks into no cache.

@@ -90,6 +90,21 @@ def gradients(call: Call, backend: str, dout: torch.Tensor, rng_state: Optional[
     return run_backward(call, backend, dout, rng_state)
 
 
+def _saved(ctx) -> tuple:
+    """ctx.saved_tensors. What torch.func.vjp returns may be called when its transform is over: its wrappers are dead then."""
+    tensors = ctx.saved_tensors
+    if torch._C._are_functorch_transforms_active() or not any(map(_is_wrapped, filter(_is_there, tensors))):
+        return tensors
+    return torch._functorch.utils.unwrap_dead_wrappers(tensors)
+
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def _is_there(x: Optional[torch.Tensor]) -> bool:
+    return x is not None
+
+
 class _Function(torch.autograd.Function):
     @classmethod
     def apply_now(cls, *inputs):
@@ -124,7 +139,7 @@ class Attention(_Function):
     def backward(ctx, dout, *_):
         if dout is None:
             return (None,) * (TENSORS + 2)
-        *tensors, rng_state = ctx.saved_tensors
+        *tensors, rng_state = _saved(ctx)
         grads = gradients(Call(*tensors, ctx.options), ctx.backend, dout, rng_state)
         return *grads, *(None,) * (TENSORS - 1)
 
@@ -161,7 +176,7 @@ class Gradients(_Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        dout, *tensors = ctx.saved_tensors
+        dout, *tensors = _saved(ctx)
         return *_second(Call(*tensors, ctx.options), ctx.backend, dout, cotangents), *(None,) * TENSORS
 
     @staticmethod
