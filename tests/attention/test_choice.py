@@ -412,6 +412,7 @@ def test_impossible_environment(monkeypatch, value, message):
     with pytest.raises(ValueError, match=message):
         flash_attn_func(*tensors("cpu"), **IDENTITY)
     assert torch.isfinite(flash_attn_func(*tensors("cpu"))).all()
+    assert explain(flash_attn_func, *tensors("cpu")).backend == "cpu"  # with softmax it is not looked at
 
 
 @pytest.mark.parametrize("count, kwargs, message", [

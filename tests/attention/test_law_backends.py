@@ -32,6 +32,7 @@ def given(attention, options: dict, nheads: int) -> dict:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: "-".join(map(str, f.values())))
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_score_function_with_every_option(attention, function, options):
@@ -204,6 +205,18 @@ def test_the_pair_refuses_what_has_no_place_in_it(attention):
                 ask(q, k, v, **{name: value})
     with pytest.raises(ValueError, match="rng_state"):
         backward(q, q, k, v, dropout_p=0.5)
+
+
+@pytest.mark.parametrize("name", ["seqused_k", "leftpad_k", "block_table"])
+def test_the_pair_has_no_backward_of_parts_of_the_keys(attention, name):
+    """The extension's backward would not look at them: a gradient of other keys, without a word."""
+    from flash_attn.nosoftmax import backward
+
+    q, k, v = packed(attention, **LENGTHS)
+    lengths = cumulative(LENGTHS["lengths_k"], attention.device)
+    options = dict(cu_seqlens_q=lengths, cu_seqlens_k=lengths, max_seqlen_q=9, max_seqlen_k=9, **{name: lengths[1:]})
+    with pytest.raises(ValueError, match=f"{name} has no backward"):
+        backward(q, q, k, v, **options)
 
 
 def test_the_package_says_that_it_is_patched():

@@ -165,7 +165,7 @@ TENSORS = {
         "flash_attn_varlen_func", lambda device, n: varlen(device, n, cu_seqlens_q=lengths(device)), ValueError, "cu_seqlens_q is empty",
     ),
 }  # fmt: skip
-# On the CPU alone, where tensors are read: not by explain, which looks at no numbers.
+# On the CPU alone, where tensors are read.
 VALUES = {
     "alibi_slopes NaN": (
         "flash_attn_func", lambda device, n: dense(device, n, alibi_slopes=torch.tensor([0.5, NAN])),
@@ -309,7 +309,7 @@ def test_what_is_read_on_the_cpu(name):
     forced = (
         backends("cpu") if "alibi" not in name else [dict(), dict(algorithm="quadratic"), dict(backend="cpu")]
     )
-    check(function, "cpu", arguments, error, words, forced, explained=False)
+    check(function, "cpu", arguments, error, words, forced, explained=True)
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -328,7 +328,7 @@ def test_what_is_read_of_a_cache_on_the_cpu(name):
         error,
         words,
         [dict(), dict(backend="cpu")],
-        explained=False,
+        explained=True,
     )
 
 

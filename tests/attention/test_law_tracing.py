@@ -107,6 +107,7 @@ def test_a_longest_sequence_from_a_tensor(device, options):
         close(a, e)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(activation="silu")], ids=str)
 def test_export_with_a_dynamic_length(device, options):
     """One program for lengths on both sides of the crossover, right on both."""

@@ -95,13 +95,18 @@ class Call(NamedTuple):
         q, k, v = self.q, self.k, self.v
         # A list and not a generator: this is run for every call.
         more = tuple([None if x is None else (x.shape, x.dtype, x.device, x.requires_grad) for x in self[3:TENSORS]])
-        return (
+        looks = (
             q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, needs_grad(self), more,
             self.options,
         )  # fmt: skip
+        return looks if self.cache is None else (*looks, k.stride(), v.stride(), *map(_look, self.cache))
 
 
 TENSORS = 9
+
+
+def _look(x: Any) -> Any:
+    return (x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else x
 
 
 def needs_grad(call: Any) -> bool:

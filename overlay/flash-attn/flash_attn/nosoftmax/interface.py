@@ -90,7 +90,10 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
             arguments, _ = _packed(arguments)
         call, among = _call_of(arguments, (use_softmax, *chosen.values())), wanted(algorithm, backend)
         _check(call)
-        return choose(call, among)
+        choice = choose(call, among)
+        if call.q.device.type == "cpu":
+            checks.values(call)
+        return choice
 
     run.question = question
     run.__doc__ = (function.__doc__ or "").replace("\n    Return:\n", f"\n{_DOC}    Return:\n", 1)
@@ -116,7 +119,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 
     function: one of the attention functions of flash_attn, such as flash_attn_func; the other arguments are those of the
     call. Nothing is computed. print() the result, or read its attributes: see Choice. Raises TypeError for another
-    function, and what the call raises for what can be seen without reading tensors.
+    function, and what the call raises.
 
         >>> print(flash_attn.explain(flash_attn_func, q, k, v, causal=True, use_softmax=False, activation="silu"))
         cpu, quadratic algorithm
@@ -159,8 +162,12 @@ def backward(
     """The gradients of `forward`, outside of autograd: (dq, dk, dv), shaped as q, k and v.
 
     dout: shaped as the output, in its dtype. rng_state: what `forward` returned, needed with dropout. The other arguments are
-    those of `forward`. Neither the output nor a log-sum-exp is needed.
+    those of `forward`, without seqused_k, leftpad_k and block_table, which have no backward: ValueError. Neither the output nor a
+    log-sum-exp is needed.
     """
+    for name in ("seqused_k", "leftpad_k", "block_table"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name} has no backward: give packed keys and values, with cu_seqlens_k of those that count")
     with torch.no_grad():
         call, backend = _prepared(q, k, v, options)
         checks.dout(dout, call)
@@ -221,9 +228,6 @@ def _backend(call: Call, algorithm: str, backend: str, as_operator: bool) -> str
     if as_operator:
         _check(call)
         return backend if backend != "auto" else algorithm
-    if call.cache is not None:  # its lengths and tables are tensors too, and they change
-        _check(call)
-        return choose(call, among).backend
     key = call.looks(), among.forced, algorithm
     name = _known.get(key)
     if name is None:
@@ -242,18 +246,18 @@ def _check(call: Call) -> None:
 def _check_softmax(arguments: dict, activation, sigmoid_bias, normalization, algorithm, backend) -> Choice:
     """With softmax the device of the tensors decides; an argument that says something else is an error."""
     resolve(True, activation, sigmoid_bias, normalization)
-    among: Wanted = wanted(algorithm, backend)
+    asked = (algorithm, backend) != ("auto", "auto")  # the environment is for calls without softmax
+    among = wanted(algorithm, backend) if asked else Wanted([])
     q = arguments.get("q", arguments.get("qkv"))
     checks.is_tensor("q", q)
     name = _SOFTMAX_BACKENDS.get(q.device.type)
-    asked = algorithm == "linear" or backend != "auto"
     if asked and name not in among.names:
         raise ValueError(
-            f"{among.forced} is not possible with use_softmax=True: tensors on {q.device} have "
+            f"{among.forced or f'algorithm={algorithm!r}'} is not possible with use_softmax=True: tensors on {q.device} have "
             + (f'backend="{name}" and algorithm="quadratic"' if name else "no backend")
             + "; leave it out, or pass use_softmax=False"
         )
-    return Choice(name, "quadratic", {}, among.forced if asked else None)
+    return Choice(name, "quadratic", {}, among.forced)
 
 
 def _call_of(a: dict, score: tuple) -> Call:
