@@ -27,6 +27,7 @@ _BACKENDS = {
     "cpu": _Backend(cpu, "quadratic", ("cpu",)),
 }
 BACKENDS = ("auto", *_BACKENDS)
+MODULES = {name: backend.module for name, backend in _BACKENDS.items()}
 _NAMES = {
     algorithm: [name for name, backend in _BACKENDS.items() if algorithm in ("auto", backend.algorithm)]
     for algorithm in ALGORITHMS
@@ -108,8 +109,3 @@ def choose(call: Call, among: Wanted = _ANY) -> Choice:
     if forced is None:
         raise NotImplementedError(str(Choice(None, None, passed_over)))
     raise ValueError(f"{forced} is not possible: {reason}; leave it out, and the call gets a backend that takes it")
-
-
-def module(name: str) -> ModuleType:
-    """The backend of that name: its obstacle, disadvantage, forward and backward."""
-    return _BACKENDS[name].module

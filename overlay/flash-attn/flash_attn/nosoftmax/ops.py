@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from . import checks
 from .backends import Result
 from .call import TENSORS, Cache, Call, Options, needs_grad
-from .choice import choose, module, wanted
+from .choice import MODULES, choose, wanted
 
 _NAMESPACE = "flash_attn_nosoftmax"
 _CAN_DEFINE = hasattr(torch.library, "infer_schema")  # torch 2.5
@@ -30,14 +30,12 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 def _module(call: Call, backend: str) -> Any:
     """The backend of that name; "auto" and "quadratic" are chosen now."""
-    if backend in ("auto", "quadratic"):
-        backend = choose(call, wanted(backend, "auto")).backend
-    return module(backend)
+    return MODULES.get(backend) or MODULES[choose(call, wanted(backend, "auto")).backend]
 
 
 def run(call: Call, backend: str) -> Result:
     """The forward pass, of which no graph is recorded."""
-    if call.q.device.type == "cpu":
+    if call.q.is_cpu:
         checks.values(call)
     return _module(call, backend).forward(call)
 
