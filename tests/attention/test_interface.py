@@ -410,7 +410,7 @@ def test_the_pair_gives_what_the_function_and_its_gradient_give(name, options, d
 X = torch.ones(1, 4, 2, 8)
 WRONG_PAIRS = {
     "nonsense is no argument here": (dict(nonsense=1), TypeError),
-    "seqused_k is no argument here": (dict(seqused_k=X), TypeError),
+    "block_table_k is no argument here": (dict(block_table_k=X), TypeError),
     "return_attn_probs is no argument here": (dict(return_attn_probs=True), TypeError),
     "max_seqlen_k is missing": (dict(cu_seqlens_q=X, cu_seqlens_k=X, max_seqlen_q=4), TypeError),
     "activation='tanh'": (dict(activation="tanh"), ValueError),

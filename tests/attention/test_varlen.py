@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from measure import assert_close, compare, compare_output, gradients, integers, packed, qkv, randn, slopes
+from package import Package
 from ragged import EMPTY, RAGGED
 
 OPTIONS = [
@@ -96,3 +97,13 @@ def test_paged(attention, options):
     k, v = (randn(7, 256, 2, 8, seed=i, like=attention) for i in (1, 2))
     table = integers(attention, 4, 1, 0, 6, 2, 5).view(3, 2)
     compare_output(attention, q, k, v, method="varlen", **lengths, block_table=table, **options)
+
+
+def test_pages_have_no_backward(device):
+    """The forward runs for tensors that ask for a gradient, as upstream's own tests want it; the backward says what is missing."""
+    attention = Package(device)
+    pages, q = randn(4, 256, 2, 8, seed=1, like=attention), randn(5, 2, 8, seed=2, like=attention).requires_grad_()
+    table = integers(attention, 2, 0, 3, 1).view(2, 2)
+    out = attention.varlen(q, pages, pages, [2, 3], [300, 200], block_table=table)
+    with pytest.raises(RuntimeError, match="block_table has no backward"):
+        out.sum().backward()

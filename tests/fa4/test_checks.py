@@ -118,7 +118,7 @@ def test_backward_with_larger_values_ends_at_128(sizes, differentiable):
 def test_no_backward_with_pages():
     q, k, v = tensors()
     q.requires_grad_()
-    assert "block_table has no backward" in refusal(q, k, v, block_table=torch.zeros(2, 3, dtype=torch.int32, device="meta"))
+    assert "pages have no backward" in refusal(q, k, v, block_table=torch.zeros(2, 3, dtype=torch.int32, device="meta"))
 
 
 def test_upstreams_variable_names_the_architecture(monkeypatch):

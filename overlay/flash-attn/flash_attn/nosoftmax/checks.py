@@ -235,8 +235,6 @@ def tensors(call: Call, **more: Optional[torch.Tensor]) -> None:
         integers(name, x, batch, axes="batch")
     _keys(call, batch)
     alibi_slopes(call.alibi_slopes, batch, nheads)
-    if paged and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError("block_table has no backward: call this under torch.no_grad(), or detach q, k and v")
     if call.alibi_slopes is not None and call.options.softmax_scale == 0.0:
         raise ValueError("softmax_scale=0 with alibi_slopes: give another softmax_scale, or leave the slopes out")
 

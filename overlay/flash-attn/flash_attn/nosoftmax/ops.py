@@ -78,7 +78,9 @@ def _or_none(call: Call, rng_state: torch.Tensor, s_dmask: torch.Tensor) -> tupl
 
 
 def gradients(call: Call, backend: str, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
-    """dq, dk and dv with their derivatives."""
+    """dq, dk and dv with their derivatives. Raises RuntimeError for pages, which no backend has gradients of."""
+    if call.block_table is not None:
+        raise RuntimeError("block_table has no backward: call this under torch.no_grad(), or pack the keys and values")
     transformed = torch._C._are_functorch_transforms_active()
     if not transformed and followed(call):
         return _OPERATORS.backward(dout, *call.tensors, rng_state, *call.options, backend)

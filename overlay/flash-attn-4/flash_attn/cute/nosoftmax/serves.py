@@ -65,6 +65,8 @@ def _shape_reason(call: Call) -> Optional[str]:
 def _grad_reason(call: Call) -> Optional[str]:
     if not needs_grad(call):
         return None
+    if call.block_table is not None:
+        return "pages have no backward: call this under torch.no_grad(), or detach q, k and v"
     nheads, nheads_k, head_dim, head_dim_v = call.q.shape[-2], call.k.shape[-2], call.q.shape[-1], call.v.shape[-1]
     if nheads != nheads_k and head_dim != head_dim_v:
         return (
