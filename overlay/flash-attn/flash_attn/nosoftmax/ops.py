@@ -9,7 +9,7 @@ derivatives are sums of forward and backward calls with other tensors in these p
 adds to the scores a constant, which belongs to P alone: to what contains v's place, and to no other term.
 """
 
-from typing import Any, Optional
+from typing import Any, Optional, get_type_hints
 
 import torch
 from torch.autograd import forward_ad
@@ -20,7 +20,7 @@ from .call import TENSORS, Cache, Call, Options, needs_grad
 from .choice import MODULES, choose, wanted
 
 _NAMESPACE = "flash_attn_nosoftmax"
-_CAN_DEFINE = hasattr(torch.library, "infer_schema")  # torch 2.5
+_CAN_DEFINE = hasattr(torch.library, "register_autograd")  # torch 2.4
 # A tensor of another type has a dispatch of its own. A number that is not known yet comes with a compiler or a mode.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
@@ -307,15 +307,28 @@ class _Operators:
 
 
 _OPERATORS = _Operators()
+_IN_A_SCHEMA = {
+    torch.Tensor: "Tensor", Optional[torch.Tensor]: "Tensor?", int: "SymInt", float: "float", Optional[float]: "float?", bool: "bool",
+    str: "str", Optional[str]: "str?",
+}  # fmt: skip
 
 
-def _operator(name: str, mutates: tuple = ()) -> Any:
+def _declared(fields: type, names: tuple = ()) -> str:
+    """The fields of a NamedTuple, of these names or all, as arguments of a schema."""
+    hints = get_type_hints(fields)
+    return ", ".join(f"{_IN_A_SCHEMA[hints[name]]} {name}" for name in names or fields._fields)
+
+
+_TENSORS, _OPTIONS = _declared(Call, Call._fields[:TENSORS]), _declared(Options)
+_CACHE_TENSORS = Cache._fields[:6]
+
+
+def _operator(name: str, schema: str) -> Any:
     """Defines an operator. torch.library.custom_op would do the same, and at each call things that are not needed here."""
 
     def define(function):
         if _CAN_DEFINE:
             qualified = f"{_NAMESPACE}::{name}"
-            schema = torch.library.infer_schema(function, mutates_args=mutates)
             torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.impl(qualified, ("cpu", "cuda"), function)
             setattr(_Operators, name, getattr(getattr(torch.ops, _NAMESPACE), name).default)
@@ -328,45 +341,19 @@ def _fake(name: str) -> Any:
     return torch.library.register_fake(f"{_NAMESPACE}::{name}") if _CAN_DEFINE else lambda function: function
 
 
-@_operator("forward")
-def _forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: Optional[torch.Tensor],
-    cu_seqlens_k: Optional[torch.Tensor],
-    seqused_k: Optional[torch.Tensor],
-    leftpad_k: Optional[torch.Tensor],
-    block_table: Optional[torch.Tensor],
-    alibi_slopes: Optional[torch.Tensor],
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    deterministic: bool,
-    return_attn_probs: bool,
-    activation: str,
-    sigmoid_bias: Optional[float],
-    normalization: Optional[str],
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = Options(
-        max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, window_left, window_right, softcap, deterministic,
-        return_attn_probs, activation, sigmoid_bias, normalization,
-    )  # fmt: skip
-    call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, options)
-    out, rng_state, s_dmask = run(call, backend)
-    rng_state = q.new_empty(0, dtype=torch.int64) if rng_state is None else rng_state.to(q.device)
-    return out.contiguous(), rng_state, q.new_empty(0) if s_dmask is None else s_dmask
-
-
 def _split(arguments: tuple) -> tuple[Call, str]:
-    """The call and the backend in the arguments of an operator."""
+    """The call and the backend in the arguments of the operator forward."""
     *tensors, backend = arguments
     return Call(*tensors[:TENSORS], Options(*tensors[TENSORS:])), backend
+
+
+@_operator("forward", f"({_TENSORS}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)")
+def _forward(*arguments):
+    """Out, rng_state and S_dmask of a Result; what it does not have is empty."""
+    call, backend = _split(arguments)
+    out, rng_state, s_dmask = run(call, backend)
+    rng_state = call.q.new_empty(0, dtype=torch.int64) if rng_state is None else rng_state.to(call.q.device)
+    return out.contiguous(), rng_state, call.q.new_empty(0) if s_dmask is None else s_dmask
 
 
 def _round128(length: int) -> int:
@@ -384,40 +371,10 @@ def _(*arguments):
     return q.new_empty(*q.shape[:-1], call.v.shape[-1]), rng_state, s_dmask
 
 
-@_operator("backward")
-def _backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: Optional[torch.Tensor],
-    cu_seqlens_k: Optional[torch.Tensor],
-    seqused_k: Optional[torch.Tensor],
-    leftpad_k: Optional[torch.Tensor],
-    block_table: Optional[torch.Tensor],
-    alibi_slopes: Optional[torch.Tensor],
-    rng_state: Optional[torch.Tensor],
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    deterministic: bool,
-    return_attn_probs: bool,
-    activation: str,
-    sigmoid_bias: Optional[float],
-    normalization: Optional[str],
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = Options(
-        max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, window_left, window_right, softcap, deterministic,
-        return_attn_probs, activation, sigmoid_bias, normalization,
-    )  # fmt: skip
-    call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, options)
-    dq, dk, dv = run_backward(call, backend, dout, rng_state)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+@_operator("backward", f"(Tensor dout, {_TENSORS}, Tensor? rng_state, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)")
+def _backward(dout, *arguments):
+    call, backend = _split((*arguments[:TENSORS], *arguments[TENSORS + 1 :]))
+    return tuple(grad.contiguous() for grad in run_backward(call, backend, dout, arguments[TENSORS]))
 
 
 @_fake("backward")
@@ -426,11 +383,9 @@ def _(dout, q, k, v, *options):
 
 
 def _keep_for_backward(ctx, inputs, output):
-    ctx.call, ctx.backend = None, inputs[-1]
-    call, _ = _split(inputs)
-    ctx.options = call.options
+    call, ctx.backend = _split(inputs)
+    ctx.options, ctx.count = call.options, len(inputs)
     ctx.save_for_backward(*call.tensors, output[1])
-    ctx.count = len(inputs)
 
 
 def _derive(ctx, dout, *_):
@@ -488,45 +443,16 @@ def attend_cached(call: Call, backend: str) -> torch.Tensor:
     return run(call, backend).out
 
 
-@_operator("kvcache", mutates=("k_cache", "v_cache"))
-def _kvcache(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    k: Optional[torch.Tensor],
-    v: Optional[torch.Tensor],
-    cache_seqlens: Optional[torch.Tensor],
-    rotary_cos: Optional[torch.Tensor],
-    rotary_sin: Optional[torch.Tensor],
-    cache_batch_idx: Optional[torch.Tensor],
-    cache_leftpad: Optional[torch.Tensor],
-    block_table: Optional[torch.Tensor],
-    alibi_slopes: Optional[torch.Tensor],
-    rotary_interleaved: bool,
-    num_splits: int,
-    steps: bool,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    deterministic: bool,
-    return_attn_probs: bool,
-    activation: str,
-    sigmoid_bias: Optional[float],
-    normalization: Optional[str],
-    backend: str,
-) -> torch.Tensor:
-    options = Options(
-        max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, window_left, window_right, softcap, deterministic,
-        return_attn_probs, activation, sigmoid_bias, normalization,
-    )  # fmt: skip
-    cache = Cache(
-        k, v, cache_seqlens, rotary_cos, rotary_sin, cache_batch_idx, rotary_interleaved, num_splits, steps
-    )  # fmt: skip
-    call = Call(q, k_cache, v_cache, None, None, None, cache_leftpad, block_table, alibi_slopes, options, cache)
+@_operator(
+    "kvcache",
+    f"(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, {_declared(Cache, _CACHE_TENSORS)}, Tensor? cache_leftpad, "
+    f"Tensor? block_table, Tensor? alibi_slopes, {_declared(Cache, Cache._fields[6:])}, {_OPTIONS}, str backend) -> Tensor",
+)
+def _kvcache(q, k_cache, v_cache, *arguments):
+    *rest, backend = arguments
+    tensors, (cache_leftpad, block_table, alibi_slopes), numbers, options = rest[:6], rest[6:9], rest[9:12], rest[12:]
+    cache = Cache(*tensors, *numbers)
+    call = Call(q, k_cache, v_cache, None, None, None, cache_leftpad, block_table, alibi_slopes, Options(*options), cache)
     return run(call, backend).out.contiguous()
 
 
