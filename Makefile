@@ -10,7 +10,7 @@ export HEAD_DIMS DTYPES PASSES ARCHS NO_SOFTMAX_ONLY
 export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN
 
 .PHONY: help env fetch apply status refresh rebase rebase-continue rebase-abort bundle lint toolchain wheel smoke sass-identity compile-check \
-        test test-fast test-unit test-patches test-attention upstream-test sanitize naive-kernels bench bench-gpu bench-fa4 bench-linear clean distclean
+        test test-fast test-unit test-patches test-attention upstream-test sanitize naive-kernels bench bench-gpu bench-fa4 bench-host bench-linear clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -99,6 +99,9 @@ bench-fa4:  ## TFLOP/s of flash-attn-4's kernels without softmax (needs a Hopper
 	$(PY) benchmarks/fa4_tflops.py --compile $(JOBS)
 	$(PY) benchmarks/fa4_tflops.py --json docs/results/fa4_tflops.json
 	$(PY) benchmarks/fa4_tables.py
+
+bench-host: wheel  ## what a small call costs the host, for each backend that is here
+	$(PY) benchmarks/host.py --json docs/results/host.json
 
 bench-linear:  ## linear time against the quadratic kernels and others, on the GPU if there is one
 	$(PY) benchmarks/linear_vs_quadratic.py --json docs/results/linear_vs_quadratic.json

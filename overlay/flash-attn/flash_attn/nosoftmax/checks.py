@@ -347,8 +347,10 @@ def state(
     """The tensors of a function with a state fit together; returns softmax_scale. axes: those of q, k and v."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         is_tensor(name, x)
-    qkv(q, k, v, axes)
+    for name, x, of_x in zip("qkv", (q, k, v), axes):
+        rank(name, x, of_x)
     shape("k", k, *q.shape[:-2], *k.shape[-2:], axes=axes[1])
+    qkv(q, k, v, axes)
     one_dtype(q, k=k, v=v)
     one_device(q=q, k=k, v=v, state=given)
     if given is not None:

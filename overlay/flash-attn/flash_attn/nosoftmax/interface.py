@@ -34,6 +34,7 @@ _KEYWORDS = {"activation": "identity", "sigmoid_bias": 0.0, "normalization": Non
 _SOFTMAX_BACKENDS = {"cpu": "cpu", "cuda": "fa2"}
 # The backend of calls that look the same. What is checked and chosen once is not checked and chosen again.
 _MOST_LOOKS = 4096
+_HAS_AUTOCAST = hasattr(torch, "get_autocast_dtype")  # torch 2.4: of any device
 _known: dict = {}
 
 
@@ -359,7 +360,7 @@ def _parts(name: str, packed: torch.Tensor, count: int) -> tuple:
 def _autocast(*tensors: Optional[torch.Tensor]) -> tuple:
     """What torch.nn.functional.scaled_dot_product_attention does: under autocast all but float64 get its dtype."""
     kind = tensors[0].device.type
-    if kind not in _SOFTMAX_BACKENDS or not torch.is_autocast_enabled(kind):
+    if kind not in _SOFTMAX_BACKENDS or not _HAS_AUTOCAST or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     casts = [x is not None and x.is_floating_point() and x.dtype != torch.float64 for x in tensors]
