@@ -12,12 +12,14 @@ from fapatch.compile_check import Kernel
 from fapatch.smoke_compile import FOR_HOPPER
 
 
+@pytest.mark.slow
 @pytest.mark.source
 def test_kernels_without_softmax(compiler, trees, tmp_path):
     python, cuobjdump = compiler
     assert compile_check.check_kernels(python, trees[1], compile_check.SMALL, tmp_path, cuobjdump)
 
 
+@pytest.mark.slow
 @pytest.mark.source
 def test_softmax_kernels_are_unchanged(compiler, trees, tmp_path):
     python, cuobjdump = compiler

@@ -106,6 +106,7 @@ print(json.dumps([all(right), [r[0] for r in runs], len(mods.plans)]))
     assert names == ["forward", "backward"] * 2 and plans == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [
     "dict(max_seqlen_q=8)", "dict(max_seqlen_k=9)", "dict(lengths=offsets(0, 4, 6, 10))", "dict(rows=12)",
     "dict(seqused_q=offsets(1, 2))", "dict(seqused_k=offsets(1, 2))",
@@ -192,6 +193,7 @@ except ValueError as e:
 """)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes, lengths", [
     ("(0, 5, 2, 8), (0, 5, 2, 8)", "()"), ("(2, 0, 2, 8), (2, 5, 2, 8)", "()"),
     ("(2, 5, 2, 8), (2, 0, 2, 8)", "()"), ("(0, 2, 8), (0, 2, 8)", "(offsets(0), offsets(0))"),

@@ -235,6 +235,7 @@ print(json.dumps([
     assert found == [True] * 6 + [[30, 30, 40, 100, 100, 100]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     "score_mod=square, score_mod_bwd=square_bwd, causal=True",
     "activation='sigmoid', mask_mod=even_distance",
