@@ -278,8 +278,7 @@ def _call_of(a: dict, score: tuple) -> Call:
         q.shape[-1], *longest, a["dropout_p"], a["softmax_scale"], a["causal"], a["window_size"], a["softcap"],
         a["deterministic"], a["return_attn_probs"], *rest, use_softmax=use_softmax,
     )  # fmt: skip
-    slopes = a["alibi_slopes"]
-    return Call(q, k, v, *lengths, slopes if slopes is None else _slopes(slopes), options)
+    return Call(q, k, v, *lengths, _slopes(a["alibi_slopes"]), options)
 
 
 def _lengths(a: dict) -> tuple[tuple, tuple]:

@@ -148,7 +148,9 @@ class Attention(_Function):
         *tensors, _ = ctx.saved_tensors
         call = Call(*tensors, ctx.options)
         _linear_only(call, "a forward derivative")
-        out = _tangent(call, ctx.backend, *tangents[:3])
+        out = _in_each_place(call, ctx.backend, *tangents[:3])  # attention is linear in each of the three
+        if out is None:
+            out = call.q.new_zeros(*call.q.shape[:-1], call.v.shape[-1])
         return out if call.options.dropout_p == 0.0 else (out, None, None)
 
     @staticmethod
@@ -236,13 +238,9 @@ def _backward_of(call: Call, backend: str, dout: Optional[torch.Tensor], **place
     return gradients(call, backend, dout, None)
 
 
-def _tangent(call: Call, backend: str, tangent_q, tangent_k, tangent_v) -> torch.Tensor:
-    """The change of the output: attention is linear in each of the three."""
-    terms = (
-        _forward_of(call, backend, q=tangent_q), _forward_of(call, backend, k=tangent_k), _forward_of(call, backend, v=tangent_v)
-    )  # fmt: skip
-    total = _sum(*terms)
-    return call.q.new_zeros(*call.q.shape[:-1], call.v.shape[-1]) if total is None else total
+def _in_each_place(call: Call, backend: str, q, k, v) -> Optional[torch.Tensor]:
+    """Attention with q in q's place, plus that with k in k's and that with v in v's; None if all three are."""
+    return _sum(_forward_of(call, backend, q=q), _forward_of(call, backend, k=k), _forward_of(call, backend, v=v))
 
 
 def _second(call: Call, backend: str, dout: torch.Tensor, cotangents: tuple) -> tuple:
@@ -253,9 +251,7 @@ def _second(call: Call, backend: str, dout: torch.Tensor, cotangents: tuple) -> 
     """
     _linear_only(call, "a second derivative")
     gq, gk, gv = cotangents
-    ddout = _sum(
-        _forward_of(call, backend, q=gq), _forward_of(call, backend, k=gk), _forward_of(call, backend, v=gv)
-    )  # fmt: skip
+    ddout = _in_each_place(call, backend, gq, gk, gv)
     _, k_by_q, v_by_q = _backward_of(call, backend, dout, q=gq)
     q_by_k, _, v_by_k = _backward_of(call, backend, dout, k=gk)
     q_by_v, k_by_v, _ = _backward_of(call, backend, dout, v=gv)
