@@ -60,6 +60,7 @@ compile-check: env  ## flash-attn-4's kernels for Hopper, compiled without a GPU
 lint: env  ## check patches, headers, lock and code style
 	@$(FAP) lint
 	@$(PY) -m ruff check --quiet scripts tests overlay benchmarks
+	@$(PY) -m ruff format --quiet --check scripts tests overlay benchmarks
 
 test: wheel lint  ## everything that this machine can check
 	$(PY) -m pytest -n $(JOBS)

@@ -1,8 +1,8 @@
 """Time flash_attn_func on the CPU against torch.nn.functional.scaled_dot_product_attention.
 
 The softmax row of each setting is the like-for-like comparison; the rows of the activations show what
-use_softmax=False costs beside it. Both sides are called in turn, so that a busy machine slows both; the ratio is of
-the medians, below 1 where flash_attn_func is faster.
+use_softmax=False costs beside it. Both sides are called in turn, so that a busy machine slows both; the ratio
+is of the medians, below 1 where flash_attn_func is faster.
 """
 
 import argparse
@@ -52,7 +52,9 @@ def _medians(repeats: int, *functions: Callable[[], object]) -> list[float]:
     return [statistics.median(record) for record in times]
 
 
-def _direction(attend: Callable[..., torch.Tensor], inputs: list[torch.Tensor], backward: bool) -> Callable[[], object]:
+def _direction(
+    attend: Callable[..., torch.Tensor], inputs: list[torch.Tensor], backward: bool
+) -> Callable[[], object]:
     def forward_only() -> None:
         with torch.no_grad():
             attend(*inputs)
@@ -74,10 +76,14 @@ def measure(args: argparse.Namespace) -> list[Result]:
         theirs = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in ours]
         for causal in (False, True):
             for backward in (False, True):
-                sides = [_direction(partial(scaled_dot_product_attention, is_causal=causal), theirs, backward)]
+                sides = [
+                    _direction(partial(scaled_dot_product_attention, is_causal=causal), theirs, backward)
+                ]
                 for name in score_functions:
                     options = {} if name == "softmax" else {"use_softmax": False, "activation": name}
-                    sides.append(_direction(partial(flash_attn_func, causal=causal, **options), ours, backward))
+                    sides.append(
+                        _direction(partial(flash_attn_func, causal=causal, **options), ours, backward)
+                    )
                 sdpa_ms, *flash_ms = _medians(args.repeats, *sides)
                 direction = "forward+backward" if backward else "forward"
                 for name, milliseconds in zip(score_functions, flash_ms):
@@ -87,10 +93,13 @@ def measure(args: argparse.Namespace) -> list[Result]:
 
 def _print_table(args: argparse.Namespace, results: list[Result]) -> None:
     print(
-        f"{date.today()}  torch {torch.__version__}  {torch.get_num_threads()} CPU threads  batch {args.batch}, "
+        f"{date.today()}  torch {torch.__version__}  {torch.get_num_threads()} CPU threads  batch "
+        f"{args.batch}, "
         f"seqlen {args.seqlen}, heads {args.heads}, head_dim {args.head_dim}, median of {args.repeats}"
     )
-    print(f"{'dtype':<10}{'mask':<8}{'pass':<18}{'scores':<10}{'flash_attn ms':>14}{'SDPA ms':>10}{'ratio':>8}")
+    print(
+        f"{'dtype':<10}{'mask':<8}{'pass':<18}{'scores':<10}{'flash_attn ms':>14}{'SDPA ms':>10}{'ratio':>8}"
+    )
     for r in results:
         mask = "causal" if r.causal else "full"
         print(
@@ -100,14 +109,18 @@ def _print_table(args: argparse.Namespace, results: list[Result]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--activations", nargs="*", choices=ACTIVATIONS, default=["identity"])
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each side, after one to warm up")
+    parser.add_argument(
+        "--repeats", type=int, default=7, help="timed calls of each side, after one to warm up"
+    )
     parser.add_argument("--max-ratio", type=float, help="exit with 1 if a softmax row exceeds this ratio")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args(argv)
@@ -119,7 +132,12 @@ def main(argv: list[str] | None = None) -> int:
             "date": date.today().isoformat(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "shape": {"batch": args.batch, "seqlen": args.seqlen, "heads": args.heads, "head_dim": args.head_dim},
+            "shape": {
+                "batch": args.batch,
+                "seqlen": args.seqlen,
+                "heads": args.heads,
+                "head_dim": args.head_dim,
+            },
             "results": [{**asdict(r), "ratio": r.ratio} for r in results],
         }
         args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

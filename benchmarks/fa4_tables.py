@@ -12,8 +12,14 @@ from legend import legend_below
 from matplotlib.figure import Figure
 
 STYLES = {
-    "softmax": {"color": "black", "linestyle": "--"}, "identity": {"color": "C0"}, "relu": {"color": "C1"}, "relu2": {"color": "C2"},
-    "sigmoid": {"color": "C3"}, "silu": {"color": "C4"}, "fa2": {"color": "C7", "linestyle": ":"}, "retention": {"color": "C5"},
+    "softmax": {"color": "black", "linestyle": "--"},
+    "identity": {"color": "C0"},
+    "relu": {"color": "C1"},
+    "relu2": {"color": "C2"},
+    "sigmoid": {"color": "C3"},
+    "silu": {"color": "C4"},
+    "fa2": {"color": "C7", "linestyle": ":"},
+    "retention": {"color": "C5"},
 }
 LABELS = {"fa2": "FA2 identity", "retention": "fla parallel_retention"}
 
@@ -38,18 +44,25 @@ def markdown(record: dict) -> str:
 TFLOP/s, bfloat16, 16k tokens in all (N = 32k: 32k), hidden 2048, medians with a cold L2 cache; backward alone. In the same run cuBLAS
 reached {record["matmul_tflops"]:.0f} TFLOP/s on 8192³. FA2 identity: FA2's kernels without softmax. gqa: 8 query heads a key head.
 varlen: six sequences of uneven length. Written by `benchmarks/fa4_tables.py` from the JSON file beside this one.
-"""
+"""  # noqa: E501
     shown = [c for c in CONTENDERS if any(c in row["tflops"] for row in record["rows"])]
     for direction in (FORWARD, BACKWARD):
-        rows = sorted((r for r in record["rows"] if r["direction"] == direction),
-                      key=lambda r: (r["head_dim"], r["causal"], r["name"] != DENSE, r["name"], r["seqlen"]))
+        rows = sorted(
+            (r for r in record["rows"] if r["direction"] == direction),
+            key=lambda r: (r["head_dim"], r["causal"], r["name"] != DENSE, r["name"], r["seqlen"]),
+        )
         cells = [{**row, "contender": name} for row in rows for name in shown if name in row["tflops"]]
         # The columns come in the order of their first cells: a line that has all of them decides.
         cells.sort(key=lambda r: shown.index(r["contender"]))
         order = {_length(row): i for i, row in enumerate(rows)}
         text += f"\n## {direction.capitalize()}\n\n"
-        lines = table(cells, "head_dim, mask", _length, lambda r: LABELS.get(r["contender"], r["contender"]),
-                      lambda r: f"{r['tflops'][r['contender']]:.0f}").splitlines()
+        lines = table(
+            cells,
+            "head_dim, mask",
+            _length,
+            lambda r: LABELS.get(r["contender"], r["contender"]),
+            lambda r: f"{r['tflops'][r['contender']]:.0f}",
+        ).splitlines()
         body = sorted(lines[2:], key=lambda line: order[line.split(" | ")[0].removeprefix("| ")])
         text += "\n".join([*lines[:2], *body]) + "\n"
     return text
@@ -59,12 +72,17 @@ def draw(record: dict, target: Path) -> None:
     """TFLOP/s against N: a column for each head size and mask, forward above backward."""
     rows = [r for r in record["rows"] if r["name"] == DENSE]
     kinds = list(dict.fromkeys(map(_kind, sorted(rows, key=lambda r: (r["head_dim"], r["causal"])))))
-    kinds = [kind for kind in kinds if len({r["seqlen"] for r in rows if _kind(r) == kind}) > 1]  # a run that was stopped has points
+    kinds = [
+        kind for kind in kinds if len({r["seqlen"] for r in rows if _kind(r) == kind}) > 1
+    ]  # a run that was stopped has points
     figure = Figure(figsize=(3.6 * len(kinds), 6.4), layout="constrained")
     axes = figure.subplots(2, len(kinds), squeeze=False, sharey=True)
     for i, direction in enumerate((FORWARD, BACKWARD)):
         for ax, kind in zip(axes[i], kinds):
-            chosen = sorted((r for r in rows if r["direction"] == direction and _kind(r) == kind), key=lambda r: r["seqlen"])
+            chosen = sorted(
+                (r for r in rows if r["direction"] == direction and _kind(r) == kind),
+                key=lambda r: r["seqlen"],
+            )
             for name in CONTENDERS:
                 points = [(r["seqlen"], r["tflops"][name]) for r in chosen if name in r["tflops"]]
                 if points:

@@ -1,14 +1,17 @@
-"""TFLOP/s of flash-attn-4's Hopper kernels without softmax: every activation, beside their softmax, FA2's kernels and cuBLAS.
+"""TFLOP/s of flash-attn-4's Hopper kernels without softmax: every activation, beside their softmax, FA2's
+kernels and cuBLAS.
 
     python benchmarks/fa4_tflops.py --json docs/results/fa4_tflops.json
 
 Contenders, each left out where it does not run, with the reason in the record:
     softmax                            flash_attn.cute.flash_attn_func as upstream has it
     identity relu relu2 sigmoid silu   the same with use_softmax=False
-    fa2                                flash_attn.flash_attn_func(use_softmax=False, backend="fa2"), where the wheel with it is installed
-    retention                          fla.ops.retention.parallel_retention (package fla-core), a peer in Triton; causal, as many key heads
-Shapes: dense and, with all tokens in one sequence or packed, grouped-query heads (8 query heads a key head) and sequences of uneven length.
-Results go to --json as they come. The first call of a kernel compiles it; --compile does only that, in several processes at once.
+    fa2                                flash_attn.flash_attn_func(use_softmax=False, backend="fa2"), where the
+    wheel with it is installed retention                          fla.ops.retention.parallel_retention
+    (package fla-core), a peer in Triton; causal, as many key heads
+Shapes: dense and, with all tokens in one sequence or packed, grouped-query heads (8 query heads a key head)
+and sequences of uneven length. Results go to --json as they come. The first call of a kernel compiles it;
+--compile does only that, in several processes at once.
 """
 
 from __future__ import annotations
@@ -60,14 +63,27 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     for seqlen in args.seqlens:
         for head_dim, causal, direction in kinds:
             nheads = args.hidden // head_dim
-            yield Case(DENSE, direction, max(args.tokens // seqlen, 1), seqlen, nheads, nheads, head_dim, causal)
+            yield Case(
+                DENSE, direction, max(args.tokens // seqlen, 1), seqlen, nheads, nheads, head_dim, causal
+            )
     for name in args.shapes:
         for head_dim, causal, direction in kinds:
             nheads = args.hidden // head_dim
-            yield Case(name, direction, 1, args.tokens, nheads, max(nheads // GROUP, 1) if name == GROUPED else nheads, head_dim, causal)
+            yield Case(
+                name,
+                direction,
+                1,
+                args.tokens,
+                nheads,
+                max(nheads // GROUP, 1) if name == GROUPED else nheads,
+                head_dim,
+                causal,
+            )
 
 
-def _function(contender: str, case: Case) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+def _function(
+    contender: str, case: Case
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """The call of one contender. Raises ImportError or ValueError where it does not take the case."""
     if contender == "retention":
         if case.name != DENSE or not case.causal:
@@ -78,11 +94,19 @@ def _function(contender: str, case: Case) -> Callable[[torch.Tensor, torch.Tenso
     if contender == "fa2":
         package, more = "flash_attn", {"use_softmax": False, "backend": "fa2"}
     else:
-        package, more = "flash_attn.cute", {} if contender == "softmax" else {"use_softmax": False, "activation": contender}
+        package, more = (
+            "flash_attn.cute",
+            {} if contender == "softmax" else {"use_softmax": False, "activation": contender},
+        )
     module = importlib.import_module(package)
     if case.name == PACKED:
         starts = torch.tensor([0, *accumulate(lengths(case))], dtype=torch.int32, device="cuda")
-        options |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": max(lengths(case)), "max_seqlen_k": max(lengths(case))}
+        options |= {
+            "cu_seqlens_q": starts,
+            "cu_seqlens_k": starts,
+            "max_seqlen_q": max(lengths(case)),
+            "max_seqlen_k": max(lengths(case)),
+        }
         function = module.flash_attn_varlen_func
     else:
         function = module.flash_attn_func
@@ -131,10 +155,19 @@ def measure(args: argparse.Namespace, gpu: Gpu) -> Iterator[dict]:
         if not calls:
             continue
         ms = dict(zip(calls, gpu.medians(list(calls.values()))))
-        stopped |= {(name, case.name, case.head_dim, case.causal, case.direction) for name, t in ms.items() if t > TOO_SLOW_MS}
+        stopped |= {
+            (name, case.name, case.head_dim, case.causal, case.direction)
+            for name, t in ms.items()
+            if t > TOO_SLOW_MS
+        }
         del calls
         torch.cuda.empty_cache()
-        yield {**asdict(case), "ms": ms, "tflops": {name: tera_per_second(flops(case), t) for name, t in ms.items()}, "skipped": skipped}
+        yield {
+            **asdict(case),
+            "ms": ms,
+            "tflops": {name: tera_per_second(flops(case), t) for name, t in ms.items()},
+            "skipped": skipped,
+        }
 
 
 def _compile(args: argparse.Namespace, part: int) -> None:
@@ -160,16 +193,36 @@ def compile_all(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seqlens", type=int, nargs="+", default=[16384, 512, 2048, 8192, 32768, 1024, 4096])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--tokens", type=int, default=16384, help="batch * seqlen where seqlen is not longer (default: %(default)s)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=16384,
+        help="batch * seqlen where seqlen is not longer (default: %(default)s)",
+    )
     parser.add_argument("--hidden", type=int, default=2048, help="nheads * head_dim (default: %(default)s)")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--shapes", nargs="*", choices=(GROUPED, PACKED), default=[GROUPED, PACKED], help="beside dense")
-    parser.add_argument("--budget-ms", type=float, default=150.0, help="time for the contenders of one case (default: %(default)s)")
+    parser.add_argument(
+        "--shapes", nargs="*", choices=(GROUPED, PACKED), default=[GROUPED, PACKED], help="beside dense"
+    )
+    parser.add_argument(
+        "--budget-ms",
+        type=float,
+        default=150.0,
+        help="time for the contenders of one case (default: %(default)s)",
+    )
     parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing new after this time")
-    parser.add_argument("--compile", type=int, default=0, metavar="PROCESSES", help="only compile the kernels, in this many processes")
+    parser.add_argument(
+        "--compile",
+        type=int,
+        default=0,
+        metavar="PROCESSES",
+        help="only compile the kernels, in this many processes",
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
@@ -182,12 +235,20 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     record = {
         "date": date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/fa4_tflops.py", *(sys.argv[1:] if argv is None else argv)]),
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "flash_attn_4": metadata.version("flash-attn-4"), "dsl": metadata.version("nvidia-cutlass-dsl"),
-        "matmul_tflops": gpu.matmul_tflops(torch.bfloat16), "rows": [],
+        "command": shlex.join(
+            ["python", "benchmarks/fa4_tflops.py", *(sys.argv[1:] if argv is None else argv)]
+        ),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "flash_attn_4": metadata.version("flash-attn-4"),
+        "dsl": metadata.version("nvidia-cutlass-dsl"),
+        "matmul_tflops": gpu.matmul_tflops(torch.bfloat16),
+        "rows": [],
     }
-    print(f"{record['date']}  {record['device']}  bfloat16, {args.hidden} hidden; cuBLAS 8192^3: {record['matmul_tflops']:.0f} TFLOP/s")
+    print(
+        f"{record['date']}  {record['device']}  bfloat16, {args.hidden} hidden; cuBLAS 8192^3: "
+        f"{record['matmul_tflops']:.0f} TFLOP/s"
+    )
     for row in measure(args, gpu):
         record["rows"].append(row)
         said = "  ".join(f"{name} {value:.0f}" for name, value in row["tflops"].items())

@@ -1,7 +1,8 @@
 """The calls that gpu_vs_softmax.py compares, through the public functions of flash_attn, with random inputs.
 
-A side is one of the calls of a comparison, not yet prepared: ``side()`` runs it once and returns its results and a
-function that runs it again. It raises what the package raises, for instance for kernels that were not built.
+A side is one of the calls of a comparison, not yet prepared: ``side()`` runs it once and returns its results
+and a function that runs it again. It raises what the package raises, for instance for kernels that were not
+built.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Feature:
 
     @property
     def has_two_backwards(self) -> bool:
-        """Whether backward can be three forwards, as it then is if nothing is forced: backward_by_forwards in kernel_dispatch.h."""
+        """Whether backward can be three forwards, as it then is if nothing is forced: backward_by_forwards in
+        kernel_dispatch.h.
+        """
         return not {"softcap", "dropout_p"} & set(self.options)
 
     @property
@@ -60,7 +63,9 @@ FEATURES = (
 
 
 def uneven_lengths(tokens: int, longest: int) -> list[int]:
-    """Lengths of sequences with ``tokens`` tokens in all: the longest first, then ever shorter ones that fill no block of a kernel."""
+    """Lengths of sequences with ``tokens`` tokens in all: the longest first, then ever shorter ones that fill
+    no block of a kernel.
+    """
     lengths = []
     while tokens > 0:
         lengths.append(min(longest, tokens * 9 // 16 + 1))
@@ -78,7 +83,12 @@ def _attend(feature: Feature, case: Case, lengths: list[int], device: str) -> Ca
         return partial(flash_attn_func, **options)
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     longest = max(lengths)
-    options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    options |= {
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens,
+        "max_seqlen_q": longest,
+        "max_seqlen_k": longest,
+    }
     return partial(flash_attn_varlen_func, **options)
 
 
@@ -87,7 +97,9 @@ def attention(feature: Feature, case: Case, dtype: torch.dtype, device: str) -> 
     lengths = uneven_lengths(case.batch * case.seqlen, case.seqlen) if feature.varlen else []
     tokens = (sum(lengths),) if feature.varlen else (case.batch, case.seqlen)
     heads = (case.nheads, case.nheads_k, case.nheads_k)
-    inputs = [torch.randn(*tokens, n, case.head_dim, dtype=dtype, device=device, requires_grad=True) for n in heads]
+    inputs = [
+        torch.randn(*tokens, n, case.head_dim, dtype=dtype, device=device, requires_grad=True) for n in heads
+    ]
     attend = _attend(feature, case, lengths, device)
     if case.direction != BACKWARD:
         return {name: partial(_forward, attend, inputs, name == SOFTMAX) for name in (SOFTMAX, NO_SOFTMAX)}
@@ -96,7 +108,9 @@ def attention(feature: Feature, case: Case, dtype: torch.dtype, device: str) -> 
     return {name: partial(_backward, attend, inputs, dout, name) for name in names}
 
 
-def _forward(attend: Callable[..., Tensor], inputs: list[Tensor], use_softmax: bool) -> tuple[list[Tensor], Call]:
+def _forward(
+    attend: Callable[..., Tensor], inputs: list[Tensor], use_softmax: bool
+) -> tuple[list[Tensor], Call]:
     @torch.no_grad()
     def call() -> Tensor:
         return attend(*inputs, use_softmax=use_softmax)
@@ -104,7 +118,9 @@ def _forward(attend: Callable[..., Tensor], inputs: list[Tensor], use_softmax: b
     return [call()], call
 
 
-def _backward(attend: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor, name: str) -> tuple[Sequence[Tensor], Call]:
+def _backward(
+    attend: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor, name: str
+) -> tuple[Sequence[Tensor], Call]:
     """Backward alone, of a graph that is kept."""
     out = attend(*inputs, use_softmax=name == SOFTMAX)
 
@@ -117,7 +133,9 @@ def _backward(attend: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor,
 
 @contextmanager
 def backward_choice(name: str) -> Iterator[None]:
-    """The backward kernel for NO_SOFTMAX_KERNEL, the package's own choice for the others, whatever the environment says."""
+    """The backward kernel for NO_SOFTMAX_KERNEL, the package's own choice for the others, whatever the
+    environment says.
+    """
     before = os.environ.pop(BACKWARD_SWITCH, None)
     if name == NO_SOFTMAX_KERNEL:
         os.environ[BACKWARD_SWITCH] = "kernel"
@@ -130,14 +148,18 @@ def backward_choice(name: str) -> Iterator[None]:
 
 
 def decode(case: Case, dtype: torch.dtype, gpu: Gpu) -> tuple[dict[str, Side], int]:
-    """The sides of one decode step (one new query token, nothing appended), and how many steps a call of them runs.
+    """The sides of one decode step (one new query token, nothing appended), and how many steps a call of them
+    runs.
 
-    A small cache would stay in L2, which it does not in a model with many layers: each call walks over as many caches
-    as it takes to overflow it.
+    A small cache would stay in L2, which it does not in a model with many layers: each call walks over as
+    many caches as it takes to overflow it.
     """
     steps = max(1, math.ceil(gpu.cache_bytes / kv_bytes(case, dtype.itemsize)))
     lengths = torch.full((case.batch,), case.seqlen, dtype=torch.int32, device=gpu.device)
-    shapes = [(case.batch, 1, case.nheads, case.head_dim), *[(case.batch, case.seqlen, case.nheads_k, case.head_dim)] * 2]
+    shapes = [
+        (case.batch, 1, case.nheads, case.head_dim),
+        *[(case.batch, case.seqlen, case.nheads_k, case.head_dim)] * 2,
+    ]
     caches = [[torch.randn(s, dtype=dtype, device=gpu.device) for s in shapes] for _ in range(steps)]
 
     def side(use_softmax: bool) -> tuple[list[Tensor], Call]:
@@ -152,7 +174,8 @@ def training_step_memory(case: Case, name: str, dtype: torch.dtype, gpu: Gpu) ->
     """Bytes that one forward and backward takes beside q, k, v and dout, which are there before it.
 
     kept_bytes: held between forward and backward by the graph alone, the output being dropped by its user;
-    gradient_bytes: dq, dk, dv; peak_bytes: the most that is held at any time of the step, beside the gradients.
+    gradient_bytes: dq, dk, dv; peak_bytes: the most that is held at any time of the step, beside the
+    gradients.
     """
     shape = (case.batch, case.seqlen, case.nheads, case.head_dim)
     q, k, v, dout = (torch.randn(shape, dtype=dtype, device=gpu.device) for _ in range(4))

@@ -19,12 +19,16 @@ MATMUL_SIZE = 8192
 
 
 def rounds_for(budget_ms: float, round_ms: float) -> int:
-    """How often to repeat a round of ``round_ms``: what fits the budget, but enough for a median and not without end."""
+    """How often to repeat a round of ``round_ms``: what fits the budget, but enough for a median and not
+    without end.
+    """
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_ms / round_ms)))
 
 
 class Gpu:
-    """The current CUDA device. ``budget_ms`` is the time that one comparison may take on it, if MIN_ROUNDS fit."""
+    """The current CUDA device. ``budget_ms`` is the time that one comparison may take on it, if MIN_ROUNDS
+    fit.
+    """
 
     device = "cuda"
     cache_bytes = 256 * 2**20  # more than the L2 cache of any GPU
@@ -37,7 +41,10 @@ class Gpu:
     def missing() -> str | None:
         """What this machine lacks for the benchmark, and what to do, or None."""
         if not torch.cuda.is_available():
-            return f"torch {torch.__version__} sees no CUDA device: run it on a machine with a GPU and a torch with CUDA"
+            return (
+                f"torch {torch.__version__} sees no CUDA device: run it on a machine with a GPU and a "
+                "torch with CUDA"
+            )
         try:
             for name in ("flash_attn", EXTENSION):
                 importlib.import_module(name)
@@ -50,27 +57,39 @@ class Gpu:
         driver = "unknown"
         if shutil.which("nvidia-smi"):
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.partition("\n")[0] or driver
+            driver = (
+                subprocess.run(query, capture_output=True, text=True, check=False).stdout.partition("\n")[0]
+                or driver
+            )
         extension = importlib.import_module(EXTENSION)
         return {
             "device": torch.cuda.get_device_name(),
             "driver": driver,
             "cuda": torch.version.cuda,
             "torch": torch.__version__,
-            "build": {name: getattr(extension, name, None) for name in ("built_head_dims", "built_with_softmax", "built_archs")},
+            "build": {
+                name: getattr(extension, name, None)
+                for name in ("built_head_dims", "built_with_softmax", "built_archs")
+            },
         }
 
     def medians(self, functions: Sequence[Callable[[], object]]) -> list[float]:
         """The median time of each function on the device, in ms.
 
-        They are called in turn, so that a drift of the clock hits all of them, each time with a cold L2 cache.
+        They are called in turn, so that a drift of the clock hits all of them, each time with a cold L2
+        cache.
         """
         self._times(functions, 1)  # loads the kernels
         round_ms = sum(times[0] for times in self._times(functions, 1))
-        return [statistics.median(times) for times in self._times(functions, rounds_for(self.budget_ms, round_ms))]
+        return [
+            statistics.median(times) for times in self._times(functions, rounds_for(self.budget_ms, round_ms))
+        ]
 
     def _times(self, functions: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
-        events = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)] for _ in functions]
+        events = [
+            [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+            for _ in functions
+        ]
         for _ in range(HEAD_START):
             self._cache.zero_()
         for i in range(rounds):
@@ -83,7 +102,9 @@ class Gpu:
         return [[start.elapsed_time(end) for start, end in pairs] for pairs in events]
 
     def captured(self, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-        """One function that replays all calls as a CUDA graph: without the time that Python needs to launch them."""
+        """One function that replays all calls as a CUDA graph: without the time that Python needs to launch
+        them.
+        """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for call in calls:

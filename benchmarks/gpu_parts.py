@@ -1,4 +1,6 @@
-"""The parts of gpu_vs_softmax.py: each yields its rows, as gpu_record.py describes them, one after the other."""
+"""The parts of gpu_vs_softmax.py: each yields its rows, as gpu_record.py describes them, one after
+the other.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def _row(case: Case, ms: dict[str, float], skipped: dict[str, str], finite: bool
 
 
 def _compare(case: Case, sides: dict[str, Side], gpu: Gpu, calls: int = 1) -> Row:
-    """Time the sides of one case in turn. ``calls``: how many calls of the package a side makes each time it is run."""
+    """Time the sides of one case in turn. ``calls``: how many calls of the package a side makes each time it
+    is run.
+    """
     prepared, skipped, finite = {}, {}, True
     for name, side in sides.items():
         try:
@@ -67,12 +71,24 @@ def _compare(case: Case, sides: dict[str, Side], gpu: Gpu, calls: int = 1) -> Ro
 
 
 def _attention(
-    args: argparse.Namespace, gpu: Gpu, features: Sequence[Feature], head_dims: Sequence[int], seqlens: Sequence[int]
+    args: argparse.Namespace,
+    gpu: Gpu,
+    features: Sequence[Feature],
+    head_dims: Sequence[int],
+    seqlens: Sequence[int],
 ) -> Iterator[tuple[Case, Row]]:
-    shapes = [(head_dim, feature, seqlen) for head_dim in head_dims for feature in features for seqlen in seqlens]
+    shapes = [
+        (head_dim, feature, seqlen) for head_dim in head_dims for feature in features for seqlen in seqlens
+    ]
     for head_dim, feature, seqlen in shapes:
         nheads = args.hidden // head_dim
-        shape = (args.tokens // seqlen, seqlen, nheads, max(1, nheads // feature.heads_per_key_head), head_dim)
+        shape = (
+            args.tokens // seqlen,
+            seqlen,
+            nheads,
+            max(1, nheads // feature.heads_per_key_head),
+            head_dim,
+        )
         for causal in feature.masks:
             for direction in (FORWARD, BACKWARD):
                 case = Case(feature.name, direction, *shape, causal)
@@ -98,8 +114,15 @@ def features(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -
 
 
 def decode(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> Iterator[Row]:
-    """One new token for each sequence against its KV cache, with the share of the memory bandwidth that reading K and V reaches."""
-    shapes = [(head_dim, batch, context) for head_dim in _narrow(args) for batch in args.batches for context in args.contexts]
+    """One new token for each sequence against its KV cache, with the share of the memory bandwidth that
+    reading K and V reaches.
+    """
+    shapes = [
+        (head_dim, batch, context)
+        for head_dim in _narrow(args)
+        for batch in args.batches
+        for context in args.contexts
+    ]
     for head_dim, batch, context in shapes:
         case = Case("kvcache", DECODE, batch, context, *DECODE_HEADS, head_dim)
         size = kv_bytes(case, args.dtype.itemsize)
@@ -109,19 +132,32 @@ def decode(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> 
         else:
             sides, calls = gpu_cases.decode(case, args.dtype, gpu)
             row = _compare(case, sides, gpu, calls)
-        yield {**row, "bandwidth": {name: tera_per_second(size, ms) / yardsticks["copy_tb_per_s"] for name, ms in row["ms"].items()}}
+        yield {
+            **row,
+            "bandwidth": {
+                name: tera_per_second(size, ms) / yardsticks["copy_tb_per_s"]
+                for name, ms in row["ms"].items()
+            },
+        }
 
 
 def memory(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> Iterator[Row]:
-    """A causal forward and backward of all tokens as one sequence: gpu_cases.training_step_memory says what is counted."""
+    """A causal forward and backward of all tokens as one sequence: gpu_cases.training_step_memory says what
+    is counted.
+    """
     for head_dim in _narrow(args):
         nheads = args.hidden // head_dim
-        case = Case("training step", "forward+backward", 1, args.tokens, nheads, nheads, head_dim, causal=True)
+        case = Case(
+            "training step", "forward+backward", 1, args.tokens, nheads, nheads, head_dim, causal=True
+        )
         for name in (SOFTMAX, NO_SOFTMAX, NO_SOFTMAX_KERNEL):
             row = {**asdict(case), "side": name, "skipped": ""}
             try:
                 row |= gpu_cases.training_step_memory(case, name, args.dtype, gpu)
-                found = f"{row['kept_bytes']} bytes kept, {row['peak_bytes']} at the peak beside {row['gradient_bytes']} of gradients"
+                found = (
+                    f"{row['kept_bytes']} bytes kept, {row['peak_bytes']} at the peak beside "
+                    f"{row['gradient_bytes']} of gradients"
+                )
             except (NotImplementedError, RuntimeError) as error:
                 row["skipped"] = _reason(error)
                 found = f"skipped: {row['skipped']}"

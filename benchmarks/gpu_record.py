@@ -1,16 +1,17 @@
-"""The arithmetic of the GPU benchmark and the form of its rows, as gpu_vs_softmax.py writes them and gpu_tables.py reads them.
+"""The arithmetic of the GPU benchmark and the form of its rows, as gpu_vs_softmax.py writes them and
+gpu_tables.py reads them.
 
 A row is a Case, as a dict, with
 
-    ms             side -> median time of one call in milliseconds; sides are SOFTMAX, NO_SOFTMAX, NO_SOFTMAX_KERNEL
-    skipped        side -> why it was not timed, in the words of the build
-    finite         whether no side gave NaN or Inf
-    ratio          time with softmax / time without: above 1 where use_softmax=False is faster; None if a side is missing
-    tflops         side -> TFLOP/s (dense rows)
-    bandwidth      side -> share of the copy bandwidth measured in the same run (decode rows)
-    backward_by    how backward runs without softmax when nothing is forced (backward rows)
+    ms             side -> median time of one call in milliseconds; sides are SOFTMAX, NO_SOFTMAX,
+    NO_SOFTMAX_KERNEL skipped        side -> why it was not timed, in the words of the build finite
+    whether no side gave NaN or Inf ratio          time with softmax / time without: above 1 where
+    use_softmax=False is faster; None if a side is missing tflops         side -> TFLOP/s (dense rows)
+    bandwidth      side -> share of the copy bandwidth measured in the same run (decode rows) backward_by
+    how backward runs without softmax when nothing is forced (backward rows)
 
-The rows of the memory part are a Case, a side, why it was skipped, and the bytes of gpu_cases.training_step_memory.
+The rows of the memory part are a Case, a side, why it was skipped, and the bytes of
+gpu_cases.training_step_memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ NO_SOFTMAX = "no_softmax"  # use_softmax=False; backward as the package chooses
 NO_SOFTMAX_KERNEL = "no_softmax_kernel"  # the same with FLASH_ATTENTION_NOSOFTMAX_BACKWARD=kernel
 
 FORWARD, BACKWARD, DECODE = "forward", "backward", "decode"
-BACKWARD_FLOPS = 2.5  # of forward's: five matrix products against two, as in upstream's benchmarks/benchmark_flash_attention.py
+# of forward's: five matrix products against two, as in upstream's benchmarks/benchmark_flash_attention.py
+BACKWARD_FLOPS = 2.5
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class Case:
 
     def __str__(self) -> str:
         mask = "" if self.direction == DECODE else " causal" if self.causal else " full"
-        return f"{self.name}{mask} {self.direction}, head_dim {self.head_dim}, batch {self.batch}, seqlen {self.seqlen}"
+        return (
+            f"{self.name}{mask} {self.direction}, head_dim {self.head_dim}, batch {self.batch}, seqlen "
+            f"{self.seqlen}"
+        )
 
 
 def attention_flops(case: Case) -> float:

@@ -1,4 +1,6 @@
-"""Write docs/results/gpu_vs_softmax.md and docs/gpu_vs_softmax.png from the JSON of gpu_vs_softmax.py (`make bench-gpu`)."""
+"""Write docs/results/gpu_vs_softmax.md and docs/gpu_vs_softmax.png from the JSON of gpu_vs_softmax.py (`make
+bench-gpu`).
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,18 @@ def _bar(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |\n"
 
 
-def table(rows: list[dict], corner: str, row_key: Callable, column_key: Callable, cell: Callable[[dict], str]) -> str:
-    """A markdown table with a line for each row_key(row), a column for each column_key(row), in order of appearance."""
+def table(
+    rows: list[dict], corner: str, row_key: Callable, column_key: Callable, cell: Callable[[dict], str]
+) -> str:
+    """A markdown table with a line for each row_key(row), a column for each column_key(row), in order of
+    appearance.
+    """
     cells = {(row_key(r), column_key(r)): cell(r) for r in rows}
     lines, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in range(2))
     text = _bar([corner, *columns]) + _bar(["---"] * (len(columns) + 1))
-    return text + "".join(_bar([line, *(cells.get((line, column), ABSENT) for column in columns)]) for line in lines)
+    return text + "".join(
+        _bar([line, *(cells.get((line, column), ABSENT) for column in columns)]) for line in lines
+    )
 
 
 def _with_ratio(text: str, row: dict) -> str:
@@ -52,7 +60,10 @@ def _speed(row: dict) -> str:
 
 
 def _both_backwards(row: dict) -> str:
-    return " / ".join(f"{row['tflops'][name]:.0f}" if name in row["tflops"] else ABSENT for name in (NO_SOFTMAX, NO_SOFTMAX_KERNEL))
+    return " / ".join(
+        f"{row['tflops'][name]:.0f}" if name in row["tflops"] else ABSENT
+        for name in (NO_SOFTMAX, NO_SOFTMAX_KERNEL)
+    )
 
 
 def _ratio(row: dict) -> str:
@@ -70,42 +81,70 @@ def _mib(row: dict, name: str) -> str:
 
 
 def _dense(rows: list[dict]) -> str:
-    size_and_mask, seqlen = lambda r: f"{r['head_dim']} {_mask(r['causal'])}", lambda r: f"N = {_tokens(r['seqlen'])}"
+    size_and_mask, seqlen = (
+        lambda r: f"{r['head_dim']} {_mask(r['causal'])}",
+        lambda r: f"N = {_tokens(r['seqlen'])}",
+    )
     text = ""
     for direction in (FORWARD, BACKWARD):
         chosen = [r for r in rows if r["direction"] == direction]
         text += f"\n## {direction.capitalize()}: TFLOP/s without softmax, and the ratio\n\n"
         text += table(chosen, "head_dim, mask", size_and_mask, seqlen, _speed)
-    text += "\n## The two ways to run backward without softmax: TFLOP/s as three forwards / by the backward kernel\n\n"
-    text += f"Without FLASH_ATTENTION_NOSOFTMAX_BACKWARD in the environment it is: {chosen[0]['backward_by']}.\n\n"
+    text += (
+        "\n## The two ways to run backward without softmax: TFLOP/s as three forwards / by the backward "
+        "kernel\n\n"
+    )
+    text += (
+        "Without FLASH_ATTENTION_NOSOFTMAX_BACKWARD in the environment it is: "
+        f"{chosen[0]['backward_by']}.\n\n"
+    )
     return text + table(chosen, "head_dim, mask", size_and_mask, seqlen, _both_backwards)
 
 
 def _features(rows: list[dict]) -> str:
     text = f"\n## With other options: ratio at N = {_tokens(rows[0]['seqlen'])}\n\n"
     ways = {r["name"]: r["backward_by"] for r in rows if r["direction"] == BACKWARD}
-    listed = (f"{way}: {', '.join(name for name in ways if ways[name] == way)}" for way in dict.fromkeys(ways.values()))
+    listed = (
+        f"{way}: {', '.join(name for name in ways if ways[name] == way)}"
+        for way in dict.fromkeys(ways.values())
+    )
     text += f"How backward runs without softmax: {'; '.join(listed)}.\n\n"
     return text + table(
-        rows, "option, mask", lambda r: f"{r['name']}, {_mask(r['causal'])}", lambda r: f"head_dim {r['head_dim']} {r['direction']}", _ratio
+        rows,
+        "option, mask",
+        lambda r: f"{r['name']}, {_mask(r['causal'])}",
+        lambda r: f"head_dim {r['head_dim']} {r['direction']}",
+        _ratio,
     )
 
 
 def _decode(rows: list[dict]) -> str:
     text = f"\n## Decode: {rows[0]['nheads']} query heads, {rows[0]['nheads_k']} key heads, one new token\n\n"
-    text += "Time without softmax, the share of the copy bandwidth that reading K and V reaches, and the ratio.\n\n"
+    text += (
+        "Time without softmax, the share of the copy bandwidth that reading K and V reaches, and the "
+        "ratio.\n\n"
+    )
     return text + table(
-        rows, "head_dim, batch", lambda r: f"{r['head_dim']}, {r['batch']}", lambda r: f"context {_tokens(r['seqlen'])}", _step
+        rows,
+        "head_dim, batch",
+        lambda r: f"{r['head_dim']}, {r['batch']}",
+        lambda r: f"context {_tokens(r['seqlen'])}",
+        _step,
     )
 
 
 def _memory(rows: list[dict]) -> str:
     text = f"\n## Memory of a training step: batch 1, N = {_tokens(rows[0]['seqlen'])}, causal, MiB\n\n"
-    text += "What a forward and backward takes beside q, k, v and dout: kept by the graph between the two, if nothing else keeps\n"
+    text += (
+        "What a forward and backward takes beside q, k, v and dout: kept by the graph between the two, "
+        "if nothing else keeps\n"
+    )
     text += "the output; and at the peak of the step, beside dq, dk and dv.\n\n"
     text += _bar(["head_dim", "side", "kept", "peak", "dq, dk, dv"]) + _bar(["---"] * 5)
     amounts = ("kept_bytes", "peak_bytes", "gradient_bytes")
-    return text + "".join(_bar([r["head_dim"], SIDES[r["side"]], *(_mib(r, name) for name in amounts)]) for r in rows)
+    return text + "".join(
+        _bar([r["head_dim"], SIDES[r["side"]], *(_mib(r, name) for name in amounts)]) for r in rows
+    )
 
 
 PARTS = {"dense": _dense, "features": _features, "decode": _decode, "memory": _memory}
@@ -114,7 +153,14 @@ PARTS = {"dense": _dense, "features": _features, "decode": _decode, "memory": _m
 def skipped(record: dict) -> list[str]:
     """Every reason for which something was not measured, once."""
     reasons = (r["skipped"] for part in PARTS for r in record.get(part, []))
-    return list(dict.fromkeys(why for found in reasons for why in (found.values() if isinstance(found, dict) else [found]) if why))
+    return list(
+        dict.fromkeys(
+            why
+            for found in reasons
+            for why in (found.values() if isinstance(found, dict) else [found])
+            if why
+        )
+    )
 
 
 def markdown(record: dict) -> str:
@@ -129,7 +175,7 @@ def markdown(record: dict) -> str:
 {record["dtype"]}, {record["tokens"]} tokens in all, hidden {record["hidden"]}, medians. Ratio: time with softmax / time without, of the
 same wheel and run, above 1 where `use_softmax=False` is faster. In the same run: cuBLAS 8192³ {yardsticks["matmul_tflops"]:.0f} TFLOP/s,
 copy within device memory {yardsticks["copy_tb_per_s"]:.2f} TB/s. Written by `benchmarks/gpu_tables.py` from the JSON file beside this one.
-"""
+"""  # noqa: E501
     text += "".join(write(record[part]) for part, write in PARTS.items() if record.get(part))
     if reasons := skipped(record):
         text += "\n## Not measured\n\n" + "".join(f"- {why}\n" for why in reasons)
@@ -137,7 +183,9 @@ copy within device memory {yardsticks["copy_tb_per_s"]:.2f} TB/s. Written by `be
 
 
 def draw(record: dict, target: Path) -> None:
-    """TFLOP/s against N: a column for each head size, forward above backward; softmax dashed, use_softmax=False solid."""
+    """TFLOP/s against N: a column for each head size, forward above backward; softmax dashed,
+    use_softmax=False solid.
+    """
     rows = record["dense"]
     head_dims = list(dict.fromkeys(r["head_dim"] for r in rows))
     figure = Figure(figsize=(11, 6.6), layout="constrained")
@@ -146,7 +194,9 @@ def draw(record: dict, target: Path) -> None:
         line[0].set_ylabel(f"{direction}, TFLOP/s")
         for axes, head_dim in zip(line, head_dims):
             _panel(axes, [r for r in rows if (r["direction"], r["head_dim"]) == (direction, head_dim)])
-            axes.axhline(record["yardsticks"]["matmul_tflops"], color="gray", linestyle=":", label="cuBLAS 8192³")
+            axes.axhline(
+                record["yardsticks"]["matmul_tflops"], color="gray", linestyle=":", label="cuBLAS 8192³"
+            )
     for axes, head_dim in zip(grid[0], head_dims):
         axes.set_title(f"head_dim {head_dim}", fontsize=11)
     seqlens = sorted({r["seqlen"] for r in rows})
@@ -157,7 +207,8 @@ def draw(record: dict, target: Path) -> None:
     grid[0][0].set_ylim(bottom=0)
     legend_below(figure, ncols=5, frameon=False)
     figure.suptitle(
-        f"{record['device']}, {record['dtype']}, {_tokens(record['tokens'])} tokens in all, hidden {record['hidden']}, {record['date']}",
+        f"{record['device']}, {record['dtype']}, {_tokens(record['tokens'])} tokens in all, hidden "
+        f"{record['hidden']}, {record['date']}",
         fontsize=11,
     )
     figure.savefig(target, dpi=100)
@@ -168,7 +219,11 @@ def _panel(axes: Axes, rows: list[dict]) -> None:
     axes.grid(alpha=0.3)
     for causal, color in MASK_COLORS.items():
         for side, style, label in ((SOFTMAX, "o--", "softmax"), (NO_SOFTMAX, "o-", "use_softmax=False")):
-            points = sorted((r["seqlen"], r["tflops"][side]) for r in rows if r["causal"] == causal and side in r["tflops"])
+            points = sorted(
+                (r["seqlen"], r["tflops"][side])
+                for r in rows
+                if r["causal"] == causal and side in r["tflops"]
+            )
             if points:
                 axes.plot(*zip(*points), style, color=color, markersize=4, label=f"{label}, {_mask(causal)}")
 
@@ -180,7 +235,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/gpu_vs_softmax.png")
     args = parser.parse_args(argv)
     if not args.json.exists():
-        print(f"error: {args.json} is not there: `make bench-gpu` writes it, on a machine with a GPU", file=sys.stderr)
+        print(
+            f"error: {args.json} is not there: `make bench-gpu` writes it, on a machine with a GPU",
+            file=sys.stderr,
+        )
         return 2
     record = json.loads(args.json.read_text(encoding="utf-8"))
     args.markdown.write_text(markdown(record), encoding="utf-8")

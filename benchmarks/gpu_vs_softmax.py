@@ -1,9 +1,10 @@
 """Time use_softmax=False against use_softmax=True on a GPU: the same wheel, inputs, device and run.
 
-Parts: dense (forward; backward alone), features (dropout, softcap, ALiBi, window, GQA, varlen), decode (one token against
-a KV cache, as a CUDA graph), memory (a training step). The sides of a row are called in turn, so that a drift of the
-clock hits all of them; times are medians by CUDA events; ratio = time with softmax / time without, above 1 where
-use_softmax=False is faster. gpu_record.py describes the rows. What the wheel was not built for is a row that says so.
+Parts: dense (forward; backward alone), features (dropout, softcap, ALiBi, window, GQA, varlen), decode (one
+token against a KV cache, as a CUDA graph), memory (a training step). The sides of a row are called in turn,
+so that a drift of the clock hits all of them; times are medians by CUDA events; ratio = time with softmax /
+time without, above 1 where use_softmax=False is faster. gpu_record.py describes the rows. What the wheel was
+not built for is a row that says so.
 """
 
 from __future__ import annotations
@@ -41,19 +42,41 @@ def _part(name: str) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     integers = _list_of(int)
-    parser.add_argument("--parts", type=_list_of(_part), default=list(PARTS), help="comma-separated, of " + ",".join(PARTS))
-    parser.add_argument("--head-dims", type=integers, default=[64, 128, 256], help="all parts but dense leave out 256")
-    parser.add_argument("--seqlens", type=integers, default=[512, 2048, 8192, 16384], help="of the dense part")
+    parser.add_argument(
+        "--parts", type=_list_of(_part), default=list(PARTS), help="comma-separated, of " + ",".join(PARTS)
+    )
+    parser.add_argument(
+        "--head-dims", type=integers, default=[64, 128, 256], help="all parts but dense leave out 256"
+    )
+    parser.add_argument(
+        "--seqlens", type=integers, default=[512, 2048, 8192, 16384], help="of the dense part"
+    )
     parser.add_argument("--tokens", type=int, default=16384, help="in all; batch = tokens / seqlen")
     parser.add_argument("--hidden", type=int, default=2048, help="nheads = hidden / head_dim")
     parser.add_argument("--batches", type=integers, default=[1, 4, 16, 64], help="of decode")
-    parser.add_argument("--contexts", type=integers, default=[1024, 8192, 32768, 131072], help="of decode: tokens in the cache")
-    parser.add_argument("--memory-limit", type=float, default=20, help="GB that K and V of a decode row may take")
+    parser.add_argument(
+        "--contexts",
+        type=integers,
+        default=[1024, 8192, 32768, 131072],
+        help="of decode: tokens in the cache",
+    )
+    parser.add_argument(
+        "--memory-limit", type=float, default=20, help="GB that K and V of a decode row may take"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--budget-ms", type=float, default=100, help="time on the device for one row, if that is 7 rounds at least")
-    parser.add_argument("--min-ratio", type=float, help="exit with 1 if a dense or decode row is below, or none has a ratio")
+    parser.add_argument(
+        "--budget-ms",
+        type=float,
+        default=100,
+        help="time on the device for one row, if that is 7 rounds at least",
+    )
+    parser.add_argument(
+        "--min-ratio", type=float, help="exit with 1 if a dense or decode row is below, or none has a ratio"
+    )
     parser.add_argument("--json", type=Path, help="write the results to this file, after each part")
     args = parser.parse_args(argv)
     for seqlen in args.seqlens:
@@ -67,12 +90,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def failures(record: dict, min_ratio: float | None) -> list[str]:
-    """What is wrong with the results: rows that are not finite, and with ``min_ratio`` those that are slower."""
+    """What is wrong with the results: rows that are not finite, and with ``min_ratio`` those that
+    are slower.
+    """
     rows = [(part, row) for part in PARTS for row in record.get(part, [])]
     problems = [(row, "NaN or Inf") for _, row in rows if not row.get("finite", True)]
     if min_ratio is not None:
         compared = [row for part, row in rows if part in FLOORED and row["ratio"] is not None]
-        problems += [(row, f"ratio {row['ratio']:.3f} is below {min_ratio}") for row in compared if row["ratio"] < min_ratio]
+        problems += [
+            (row, f"ratio {row['ratio']:.3f} is below {min_ratio}")
+            for row in compared
+            if row["ratio"] < min_ratio
+        ]
         if not compared:
             return [f"--min-ratio {min_ratio}: no row of {' or '.join(FLOORED)} has both sides"]
     return [f"{Case.of(row)}: {what}" for row, what in problems]
@@ -91,7 +120,9 @@ def main(argv: list[str] | None = None, machine: type[Gpu] = Gpu) -> int:
     yardsticks = {"matmul_tflops": gpu.matmul_tflops(args.dtype), "copy_tb_per_s": gpu.copy_bandwidth()}
     record = {
         "date": date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/gpu_vs_softmax.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(
+            ["python", "benchmarks/gpu_vs_softmax.py", *(sys.argv[1:] if argv is None else argv)]
+        ),
         **gpu.describe(),
         "flash_attn": metadata.version("flash_attn"),
         "dtype": str(args.dtype).removeprefix("torch."),
@@ -105,7 +136,10 @@ def main(argv: list[str] | None = None, machine: type[Gpu] = Gpu) -> int:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     rows = sum(len(record[part]) for part in args.parts)
-    print(f"{record['device']}, flash_attn {record['flash_attn']}: {rows} rows in {time.monotonic() - start:.0f} s")
+    print(
+        f"{record['device']}, flash_attn {record['flash_attn']}: {rows} rows in "
+        f"{time.monotonic() - start:.0f} s"
+    )
     problems = failures(record, args.min_ratio)
     for problem in problems:
         print(problem)

@@ -1,8 +1,9 @@
-"""What a small call costs the host: wall time of each backend, of softmax and of torch's own attention, side by side.
+"""What a small call costs the host: wall time of each backend, of softmax and of torch's own attention, side
+by side.
 
-At batch 1, 128 tokens, 8 heads and head_dim 64 a GPU waits for the host, so the wall time of many calls in a row is the host's
-time. "entry" is the backend's own function without the door: linear time's primitive, flash_attn.cute's function, the
-extension's fwd and bwd. Writes JSON, and a page beside it.
+At batch 1, 128 tokens, 8 heads and head_dim 64 a GPU waits for the host, so the wall time of many calls in a
+row is the host's time. "entry" is the backend's own function without the door: linear time's primitive,
+flash_attn.cute's function, the extension's fwd and bwd. Writes JSON, and a page beside it.
 
     python benchmarks/host.py --json docs/results/host.json
 """
@@ -29,9 +30,13 @@ Contender = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def contenders(device: str) -> dict[str, Contender]:
-    """Name -> attention of q, k and v, (batch, seqlen, nheads, head_dim). Which of them run is found out by calling them."""
+    """Name -> attention of q, k and v, (batch, seqlen, nheads, head_dim). Which of them run is found out by
+    calling them.
+    """
     forced = {
-        name: lambda q, k, v, name=name: flash_attn_func(q, k, v, causal=True, use_softmax=False, backend=name)
+        name: lambda q, k, v, name=name: flash_attn_func(
+            q, k, v, causal=True, use_softmax=False, backend=name
+        )
         for name in (("linear", "fa4", "fa2") if device == "cuda" else ("linear", "cpu"))
     }
     cu_seqlens = torch.tensor([0, SEQLEN], dtype=torch.int32, device=device)
@@ -47,7 +52,9 @@ def contenders(device: str) -> dict[str, Contender]:
         ),
         "softmax": lambda q, k, v: flash_attn_func(q, k, v, causal=True),
         "auto": lambda q, k, v: flash_attn_func(q, k, v, causal=True, use_softmax=False),
-        "auto, silu": lambda q, k, v: flash_attn_func(q, k, v, causal=True, use_softmax=False, activation="silu"),
+        "auto, silu": lambda q, k, v: flash_attn_func(
+            q, k, v, causal=True, use_softmax=False, activation="silu"
+        ),
         **{f'backend="{name}"': call for name, call in forced.items()},
         "auto, packed": packed,
         **({"fa4, packed": lambda q, k, v: packed(q, k, v, backend="fa4")} if device == "cuda" else {}),
@@ -81,7 +88,9 @@ def _entries(device: str) -> dict[str, Contender]:
 
 
 def microseconds(call: Callable[[], object], device: str, repeats: int = 5) -> float:
-    """Wall time of one call: the median of the means of runs of many calls. A GPU is waited for at the end of each run."""
+    """Wall time of one call: the median of the means of runs of many calls. A GPU is waited for at the end of
+    each run.
+    """
     means = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -111,7 +120,10 @@ def measure(device: str) -> list[dict]:
                 row["both"] = microseconds(lambda: torch.autograd.grad(attend(*leaves), leaves, grad), device)
         except (ValueError, ImportError, NotImplementedError, RuntimeError, AttributeError) as error:
             row["skipped"] = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"{name:22} {_cell(row['forward']):>8} {_cell(row['both']):>8}  {row.get('skipped', '')[:90]}", flush=True)
+        print(
+            f"{name:22} {_cell(row['forward']):>8} {_cell(row['both']):>8}  {row.get('skipped', '')[:90]}",
+            flush=True,
+        )
     return rows
 
 
@@ -131,16 +143,22 @@ An “entry” is the backend's own function, without the door. Written by `benc
 
 | | forward | forward + backward |
 |---|---|---|
-"""
+"""  # noqa: E501
     for row in record["results"]:
         text += f"| {row['contender']} | {_cell(row['forward'])} | {_cell(row['both'])} |\n"
     return text
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=sorted(CALLS))
-    parser.add_argument("--json", type=Path, help="write the results here, and a page with the ending .md beside it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=sorted(CALLS)
+    )
+    parser.add_argument(
+        "--json", type=Path, help="write the results here, and a page with the ending .md beside it"
+    )
     args = parser.parse_args()
     cuda = args.device == "cuda"
     record = {

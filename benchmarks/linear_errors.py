@@ -1,10 +1,12 @@
-"""Errors of attention without softmax in linear time against float64, beside those of the quadratic kernels, at many tokens.
+"""Errors of attention without softmax in linear time against float64, beside those of the quadratic kernels,
+at many tokens.
 
     python benchmarks/linear_errors.py --json docs/results/linear_errors_h100.json
 
-Inputs are normal numbers with mean 0 and with mean 1, whose sums grow with the length. softmax_scale is 1/256, so that results fit into
-float16. For each head size, dtype, mean and mask, and for out, dq, dk and dv: the largest error and the root mean square in linear time, as
-multiples of the quadratic kernel's. Float64 results come from the primitive in PyTorch on the same device.
+Inputs are normal numbers with mean 0 and with mean 1, whose sums grow with the length. softmax_scale is
+1/256, so that results fit into float16. For each head size, dtype, mean and mask, and for out, dq, dk and dv:
+the largest error and the root mean square in linear time, as multiples of the quadratic kernel's. Float64
+results come from the primitive in PyTorch on the same device.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def exact(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> tuple[
     return primitive.attend(q, k, v, form), *primitive.gradients(dout, q, k, v, form)
 
 
-def computed(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, algorithm: str) -> tuple[Tensor, ...]:
+def computed(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, algorithm: str
+) -> tuple[Tensor, ...]:
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = flash_attn_func(*leaves, causal=causal, softmax_scale=SCALE, use_softmax=False, algorithm=algorithm)
     return out.detach(), *torch.autograd.grad(out, leaves, dout)
@@ -47,7 +51,9 @@ def errors(actual: Tensor, expected: Tensor) -> tuple[float, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seqlen", type=int, default=65536)
     parser.add_argument("--heads", type=int, default=2)
@@ -55,25 +61,47 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    record = {"date": date.today().isoformat(), "device": device, "torch": torch.__version__, "seqlen": args.seqlen, "rows": []}
+    record = {
+        "date": date.today().isoformat(),
+        "device": device,
+        "torch": torch.__version__,
+        "seqlen": args.seqlen,
+        "rows": [],
+    }
     worst = 0.0
-    for head_dim, dtype, mean, causal in itertools.product(args.head_dims, (torch.bfloat16, torch.float16), (0.0, 1.0), (False, True)):
+    for head_dim, dtype, mean, causal in itertools.product(
+        args.head_dims, (torch.bfloat16, torch.float16), (0.0, 1.0), (False, True)
+    ):
         torch.manual_seed(0)
         shape = (1, args.seqlen, args.heads, head_dim)
         inputs = [(torch.randn(shape, device=args.device) + mean).to(dtype) for _ in range(4)]
         expected = exact(*inputs, causal)
         linear, quadratic = (computed(*inputs, causal, algorithm) for algorithm in ("linear", "quadratic"))
-        row = {"head_dim": head_dim, "dtype": str(dtype).removeprefix("torch."), "mean": mean, "causal": causal}
+        row = {
+            "head_dim": head_dim,
+            "dtype": str(dtype).removeprefix("torch."),
+            "mean": mean,
+            "causal": causal,
+        }
         for name, a, b, e in zip(NAMES, linear, quadratic, expected):
             (largest, root), (largest_quadratic, root_quadratic) = errors(a, e), errors(b, e)
             row[name] = {"largest": largest / largest_quadratic, "root_mean_square": root / root_quadratic}
             worst = max(worst, row[name]["largest"])
         record["rows"].append(row)
-        said = "  ".join(f"{name} {row[name]['largest']:.2f} {row[name]['root_mean_square']:.2f}" for name in NAMES)
-        print(f"head_dim {head_dim:3}  {row['dtype']:<8}  mean {mean:.0f}  {'causal' if causal else 'full  '}  {said}", flush=True)
+        said = "  ".join(
+            f"{name} {row[name]['largest']:.2f} {row[name]['root_mean_square']:.2f}" for name in NAMES
+        )
+        print(
+            f"head_dim {head_dim:3}  {row['dtype']:<8}  mean {mean:.0f}  {'causal' if causal else 'full  '}  "
+            f"{said}",
+            flush=True,
+        )
         if args.json is not None:
             args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"{device}, {args.seqlen} tokens: the largest error is at most {worst:.2f} times the quadratic kernel's, {LIMIT} is the limit")
+    print(
+        f"{device}, {args.seqlen} tokens: the largest error is at most {worst:.2f} times the quadratic "
+        f"kernel's, {LIMIT} is the limit"
+    )
     return 0 if worst <= LIMIT else 1
 
 

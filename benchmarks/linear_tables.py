@@ -1,4 +1,6 @@
-"""Write a page beside the JSON of linear_vs_quadratic.py, and draw its plot in docs/: time against length, log-log."""
+"""Write a page beside the JSON of linear_vs_quadratic.py, and draw its plot in docs/: time against length,
+log-log.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ def markdown(record: dict) -> str:
     """A table for each head size, mask and pass: a line for each batch and length."""
     legend = f"Median times in ms, {record['dtype']}. "
     if record["device_type"] == "cuda":
-        legend = f"Median times in ms with a cold L2 cache, {record['dtype']}. In brackets: in a CUDA graph, where the host has no part.\n"
+        legend = (
+            f"Median times in ms with a cold L2 cache, {record['dtype']}. In brackets: in a CUDA "
+            "graph, where the host has no part.\n"
+        )
     text = f"""# Linear time on {record["device"]}
 
 {record["date"]}, torch {record["torch"]}:
@@ -58,10 +63,22 @@ Written by `benchmarks/linear_tables.py` from the JSON file beside this one.
         graph = result.get("graph_ms")
         return _milliseconds(result["ms"]) + ("" if graph is None else f" ({_milliseconds(graph)})")
 
-    for (head_dim, causal, direction), lines in sorted(panels.items(), key=lambda panel: (panel[0][0], not panel[0][1], panel[0][2])):
+    for (head_dim, causal, direction), lines in sorted(
+        panels.items(), key=lambda panel: (panel[0][0], not panel[0][1], panel[0][2])
+    ):
         peer = PEERS[causal]
-        shown = [name for name in ("linear", peer, "quadratic", "fa4") if any(name in line for line in lines.values())]
-        titles = {"linear": "linear", "fla": "fla", "torch": "torch", "quadratic": "quadratic", "fa4": "quadratic, FA4"}
+        shown = [
+            name
+            for name in ("linear", peer, "quadratic", "fa4")
+            if any(name in line for line in lines.values())
+        ]
+        titles = {
+            "linear": "linear",
+            "fla": "fla",
+            "torch": "torch",
+            "quadratic": "quadratic",
+            "fa4": "quadratic, FA4",
+        }
         text += f"\n## head_dim {head_dim}, {'causal' if causal else 'full'}, {direction}\n\n"
         head = ["batch × N", *(titles[name] for name in shown), "of the floor", f"{peer} / linear"]
         text += "| " + " | ".join(head) + " |\n|" + "---|" * len(head) + "\n"
@@ -71,13 +88,20 @@ Written by `benchmarks/linear_tables.py` from the JSON file beside this one.
             ratio = _ratio(other.get("ms"), linear.get("ms"))
             if linear.get("graph_ms") is not None and other.get("graph_ms") is not None:
                 ratio += f" ({_ratio(other['graph_ms'], linear['graph_ms'])})"
-            cells = [f"{batch} × {seqlen}", *(cell(line.get(name)) for name in shown), "–" if share is None else f"{share:.0%}", ratio]
+            cells = [
+                f"{batch} × {seqlen}",
+                *(cell(line.get(name)) for name in shown),
+                "–" if share is None else f"{share:.0%}",
+                ratio,
+            ]
             text += "| " + " | ".join(cells) + " |\n"
     return text
 
 
 def draw(record: dict, target: Path) -> None:
-    """One panel for each head size, mask and pass, at batch 1; a line for each contender, and the memory floor."""
+    """One panel for each head size, mask and pass, at batch 1; a line for each contender, and the memory
+    floor.
+    """
     panels: dict[tuple, dict[str, list[tuple[int, float]]]] = {}
     for r in record["results"]:
         if r["batch"] == 1 and r["ms"] is not None:
@@ -85,10 +109,14 @@ def draw(record: dict, target: Path) -> None:
             panel.setdefault(r["contender"], []).append((r["seqlen"], r["ms"]))
             if r["contender"] == "linear":
                 panel.setdefault("floor", []).append((r["seqlen"], r["ms"] * r["memory_floor_share"]))
-    panels = {kind: lines for kind, lines in panels.items() if len(lines.get("linear", ())) > 1}  # a run that was stopped has points
+    panels = {
+        kind: lines for kind, lines in panels.items() if len(lines.get("linear", ())) > 1
+    }  # a run that was stopped has points
     columns = max(1, min(4, len(panels)))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.6 * rows), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.2 * columns, 3.6 * rows), layout="constrained", squeeze=False
+    )
     for ax, ((head_dim, causal, direction), lines) in zip(axes.flat, panels.items()):
         for name, points in lines.items():
             ax.loglog(*zip(*sorted(points)), base=2, **STYLES[name])
@@ -100,7 +128,10 @@ def draw(record: dict, target: Path) -> None:
     for ax in list(axes.flat)[len(panels) :]:
         ax.remove()
     legend_below(figure)
-    figure.suptitle(f"{record['device']}, {record['dtype']}, batch 1, torch {record['torch']}, {record['date']}", fontsize=11)
+    figure.suptitle(
+        f"{record['device']}, {record['dtype']}, batch 1, torch {record['torch']}, {record['date']}",
+        fontsize=11,
+    )
     figure.savefig(target, dpi=110)
 
 

@@ -1,4 +1,5 @@
-"""Time attention without softmax in linear time against the quadratic kernels and against others, over sequence lengths.
+"""Time attention without softmax in linear time against the quadratic kernels and against others, over
+sequence lengths.
 
 Contenders, each left out where it does not run, with the reason in the record:
     linear     flash_attn_func(use_softmax=False, algorithm="linear")
@@ -6,11 +7,13 @@ Contenders, each left out where it does not run, with the reason in the record:
     fa4        the same by the kernels of flash-attn-4 on a Hopper GPU, where that is installed
     fla        fla.ops.linear_attn.chunk_linear_attn(normalize=False), causal only (package fla-core)
     torch      Q @ (K^T V), full only
-Every length runs at batch 1 and, up to --tokens, at that many tokens in all. Results go to --json as they come, so that a run
-that is stopped keeps what it has. At the end: the length from which linear is faster, for each head size, mask and pass.
+Every length runs at batch 1 and, up to --tokens, at that many tokens in all. Results go to --json as they
+come, so that a run that is stopped keeps what it has. At the end: the length from which linear is faster, for
+each head size, mask and pass.
 
-On a GPU a short call waits for its host. So calls up to 3 ms are timed a second time as the replay of a CUDA graph, in which the host
-has no part; and backward runs in the thread that asks for it, since to wake autograd's own takes a time that differs from run to run.
+On a GPU a short call waits for its host. So calls up to 3 ms are timed a second time as the replay of a CUDA
+graph, in which the host has no part; and backward runs in the thread that asks for it, since to wake
+autograd's own takes a time that differs from run to run.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from flash_attn import flash_attn_func
 ROOT = Path(__file__).resolve().parents[1]
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PASSES = ("forward", "forward+backward")
-# A contender that would take longer than this, were it linear from its last length on, is not asked for longer sequences.
+# A contender that would take longer than this, were it linear from its last length on, is not asked for
+# longer sequences.
 _TOO_LONG_MS = {"cpu": 8000.0, "cuda": 100.0}
 # Where the host can decide, and a call is timed in a CUDA graph too.
 _SHORT_MS = 3.0
@@ -53,7 +57,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Result(Setting):
-    """One contender's median time in ms, and the share that reading the inputs and writing the results once would have.
+    """One contender's median time in ms, and the share that reading the inputs and writing the results once
+    would have.
 
     graph_ms: the same in a CUDA graph; None on a CPU, for longer calls, and where the call can't be captured.
     peak_mib: on a GPU, the most memory that was allocated, the inputs included.
@@ -84,15 +89,18 @@ def _ours(backend: str) -> Callable:
 
 
 CONTENDERS = {
-    "linear": _ours("linear"), "quadratic": _ours("fa2" if torch.cuda.is_available() else "cpu"), "fa4": _ours("fa4"), "fla": _fla,
+    "linear": _ours("linear"),
+    "quadratic": _ours("fa2" if torch.cuda.is_available() else "cpu"),
+    "fa4": _ours("fa4"),
+    "fla": _fla,
     "torch": _torch,
 }
 _ONLY = {"fla": True, "torch": False}
 
 
 def _median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
-    """Warmed up. On a GPU with a cold L2 cache, and with the queue kept full, so that what the host costs is seen only where
-    it is more than what the GPU has to do."""
+    """Warmed up. On a GPU with a cold L2 cache, and with the queue kept full, so that what the host costs is
+    seen only where it is more than what the GPU has to do."""
     if device == "cuda":
         from triton.testing import do_bench
 
@@ -139,7 +147,9 @@ def _floor_ms(setting: Setting, dtype: torch.dtype, rate: float) -> float:
     return (4 if setting.direction == "forward" else 11) * tensor / rate * 1e3
 
 
-def _run(setting: Setting, contender: str, dtype: torch.dtype, device: str, repeats: int) -> tuple[float, float | None]:
+def _run(
+    setting: Setting, contender: str, dtype: torch.dtype, device: str, repeats: int
+) -> tuple[float, float | None]:
     """(ms, graph_ms) of Result."""
     shape = (setting.batch, setting.seqlen, setting.nheads, setting.head_dim)
     backward = setting.direction != "forward"
@@ -168,7 +178,9 @@ def _settings(args: argparse.Namespace) -> Iterator[Setting]:
 
 def measure(args: argparse.Namespace) -> Iterator[Result]:
     dtype, rate = _DTYPES[args.dtype], _copy_rate(args.device)
-    last: dict[tuple, tuple[int, float]] = {}  # of each kind of setting: the length that was measured last, and its time
+    last: dict[
+        tuple, tuple[int, float]
+    ] = {}  # of each kind of setting: the length that was measured last, and its time
     deadline = time.monotonic() + args.seconds
     for setting in _settings(args):
         for contender in args.contenders:
@@ -191,12 +203,20 @@ def measure(args: argparse.Namespace) -> Iterator[Result]:
             share = None if ms is None else _floor_ms(setting, dtype, rate) / ms
             peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else None
             yield Result(
-                **asdict(setting), contender=contender, ms=ms, memory_floor_share=share, graph_ms=graph_ms, peak_mib=peak, why_not=why
+                **asdict(setting),
+                contender=contender,
+                ms=ms,
+                memory_floor_share=share,
+                graph_ms=graph_ms,
+                peak_mib=peak,
+                why_not=why,
             )
 
 
 def crossovers(results: list[Result]) -> dict[str, float | None]:
-    """The length at batch 1 from which linear is faster than quadratic, by log-log interpolation; None if nowhere."""
+    """The length at batch 1 from which linear is faster than quadratic, by log-log interpolation; None if
+    nowhere.
+    """
     times: dict[str, dict[int, dict[str, float]]] = {}
     for r in results:
         if r.batch == 1 and r.ms is not None:
@@ -204,7 +224,11 @@ def crossovers(results: list[Result]) -> dict[str, float | None]:
             times.setdefault(name, {}).setdefault(r.seqlen, {})[r.contender] = r.ms
     found = {}
     for name, by_length in times.items():
-        ratios = [(n, ms["linear"] / ms["quadratic"]) for n, ms in sorted(by_length.items()) if {"linear", "quadratic"} <= ms.keys()]
+        ratios = [
+            (n, ms["linear"] / ms["quadratic"])
+            for n, ms in sorted(by_length.items())
+            if {"linear", "quadratic"} <= ms.keys()
+        ]
         found[name] = None
         for (n0, r0), (n1, r1) in zip(ratios, ratios[1:]):
             if r0 > 1 >= r1:
@@ -215,14 +239,23 @@ def crossovers(results: list[Result]) -> dict[str, float | None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16" if on_gpu else "float32")
     parser.add_argument("--heads", type=int, default=16 if on_gpu else 4)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--seqlens", type=int, nargs="+", default=[2**n for n in (range(10, 21) if on_gpu else range(7, 15))])
-    parser.add_argument("--tokens", type=int, default=16384 if on_gpu else 0, help="tokens in all for the batched runs; 0 leaves these out")
+    parser.add_argument(
+        "--seqlens", type=int, nargs="+", default=[2**n for n in (range(10, 21) if on_gpu else range(7, 15))]
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=16384 if on_gpu else 0,
+        help="tokens in all for the batched runs; 0 leaves these out",
+    )
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--repeats", type=int, default=5, help="on the CPU")
     parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing new after this time")
@@ -231,23 +264,38 @@ def main(argv: list[str] | None = None) -> int:
 
     record = {
         "date": date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/linear_vs_quadratic.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(
+            ["python", "benchmarks/linear_vs_quadratic.py", *(sys.argv[1:] if argv is None else argv)]
+        ),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, threads: {torch.get_num_threads()}",
+        "device": torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"CPU, threads: {torch.get_num_threads()}",
         "device_type": args.device,
         "dtype": args.dtype,
         "results": [],
     }
     results: list[Result] = []
-    print(f"{record['date']}  {record['device']}  torch {record['torch']}  {args.dtype}, {args.heads} heads, medians")
-    print(f"{'mask':<8}{'pass':<18}{'d':>4}{'batch':>7}{'N':>9}  {'contender':<11}{'ms':>10}{'of floor':>10}{'graph, ms':>11}")
+    print(
+        f"{record['date']}  {record['device']}  torch {record['torch']}  {args.dtype}, {args.heads} heads, "
+        "medians"
+    )
+    print(
+        f"{'mask':<8}{'pass':<18}{'d':>4}{'batch':>7}{'N':>9}  "
+        f"{'contender':<11}{'ms':>10}{'of floor':>10}{'graph, ms':>11}"
+    )
     for r in measure(args):
         results.append(r)
         record["results"].append(asdict(r))
         in_graph = "" if r.graph_ms is None else f"{r.graph_ms:>11.3f}"
-        outcome = f"{r.ms:>10.3f}{r.memory_floor_share:>10.0%}{in_graph}" if r.ms is not None else f"  {r.why_not}"
+        outcome = (
+            f"{r.ms:>10.3f}{r.memory_floor_share:>10.0%}{in_graph}" if r.ms is not None else f"  {r.why_not}"
+        )
         mask = "causal" if r.causal else "full"
-        print(f"{mask:<8}{r.direction:<18}{r.head_dim:>4}{r.batch:>7}{r.seqlen:>9}  {r.contender:<11}{outcome}", flush=True)
+        print(
+            f"{mask:<8}{r.direction:<18}{r.head_dim:>4}{r.batch:>7}{r.seqlen:>9}  {r.contender:<11}{outcome}",
+            flush=True,
+        )
         record["crossovers"] = crossovers(results)
         if args.json is not None:
             args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -17,12 +17,18 @@ BARS_WIDTH = 0.85  # of a group of bars; groups are 1 apart
 
 
 def draw(record: dict, target: Path) -> None:
-    """One group of bars for each dtype, mask and pass: torch's SDPA, flash_attn with softmax, flash_attn without."""
+    """One group of bars for each dtype, mask and pass: torch's SDPA, flash_attn with softmax, flash_attn
+    without.
+    """
     groups: dict[str, dict[str, float]] = {}
     for r in record["results"]:
         label = "\n".join((r["dtype"], "causal" if r["causal"] else "full", *r["direction"].split("+")))
         bars = groups.setdefault(label, {"SDPA (softmax)": r["sdpa_ms"]})
-        bars["flash_attn, softmax" if r["score_function"] == "softmax" else f"flash_attn, {r['score_function']}"] = r["flash_attn_ms"]
+        bars[
+            "flash_attn, softmax"
+            if r["score_function"] == "softmax"
+            else f"flash_attn, {r['score_function']}"
+        ] = r["flash_attn_ms"]
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
     width = BARS_WIDTH / len(names)
     figure, axes = plt.subplots(figsize=(11, 4.5), layout="constrained")
@@ -34,7 +40,8 @@ def draw(record: dict, target: Path) -> None:
     axes.set_xticks(range(len(groups)), list(groups), fontsize=8)
     axes.set_ylabel("ms, median")
     axes.set_title(
-        f"batch {shape['batch']}, {shape['seqlen']} tokens, {shape['heads']} heads, head_dim {shape['head_dim']}; "
+        f"batch {shape['batch']}, {shape['seqlen']} tokens, {shape['heads']} heads, head_dim "
+        f"{shape['head_dim']}; "
         f"torch {record['torch']}, {record['threads']} CPU threads, {record['date']}",
         fontsize=10,
     )

@@ -10,8 +10,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def write(description: str, name: str, markdown: Callable[[dict], str], draw: Callable[[dict, Path], None], argv: list[str] | None) -> int:
-    """The command line of a page: read --json, by default docs/results/<name>.json, and write its .md beside it and docs/<its name>.png."""
+def write(
+    description: str,
+    name: str,
+    markdown: Callable[[dict], str],
+    draw: Callable[[dict, Path], None],
+    argv: list[str] | None,
+) -> int:
+    """The command line of a page: read --json, by default docs/results/<name>.json, and write its .md beside
+    it and docs/<its name>.png.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, default=ROOT / "docs/results" / f"{name}.json")
     args = parser.parse_args(argv)

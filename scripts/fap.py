@@ -2,7 +2,8 @@
 """Keep and build the patch set: `fap.py COMMAND --help` explains each command, and the Makefile calls them.
 
 VERSION, FAMILY, SOURCE, FA_SRC_DIR and FORCE in the environment choose the upstream release and its source.
-Exit codes: 0 done, 1 failed or out of date, 2 wrong usage or a tree in the middle of something, 130 interrupted.
+Exit codes: 0 done, 1 failed or out of date, 2 wrong usage or a tree in the middle of something, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from fapatch.errors import FapError, UsageError
 from fapatch.project import Project
 
 # command: (module of fapatch with add_arguments(parser) and main(project, args) -> int, one line of help).
-# A module that sets EXCLUSIVE = True is alone in the checkout while it runs; with ANY_RELEASE = True it does not look
-# at VERSION; with NEEDS_EXTENSION = True it is about compiled kernels, which not every family has.
+# A module that sets EXCLUSIVE = True is alone in the checkout while it runs; with ANY_RELEASE = True it does
+# not look at VERSION; with NEEDS_EXTENSION = True it is about compiled kernels, which not every family has.
 # Modules are imported when asked for: `env` must run before any package is installed.
 COMMANDS = {
     "env": ("env", "make .venv, the project's own Python environment"),
@@ -37,8 +38,14 @@ COMMANDS = {
     "toolchain": ("toolchain", "install the kernels' compiler from the Python package index into .venv"),
     "wheel": ("wheel", "build the wheel into dist/ and install it into .venv"),
     "smoke": ("smoke", "one forward and backward without softmax, checked against float64"),
-    "sass-identity": ("sass_identity", "compare the machine code of upstream's kernels, pristine against patched"),
-    "compile-check": ("compile_check", "compile the kernels of flash-attn-4 for Hopper without a GPU and read their machine code"),
+    "sass-identity": (
+        "sass_identity",
+        "compare the machine code of upstream's kernels, pristine against patched",
+    ),
+    "compile-check": (
+        "compile_check",
+        "compile the kernels of flash-attn-4 for Hopper without a GPU and read their machine code",
+    ),
     "upstream-test": ("upstream_test", "a sample of upstream's own tests"),
     "sanitize": ("sanitize", "every kernel family under compute-sanitizer"),
     "naive": ("naive", "wrong kernels on purpose, and the tests that notice them"),
@@ -48,7 +55,9 @@ COMMANDS = {
 
 
 def make_parser(argv: list[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fap.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="fap.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show every program that is started")
     parser.add_argument("--root", type=Path, help="another checkout of this repository")
     parser.add_argument("--family", help="upstream package (default: FAMILY, else the lock's default)")
@@ -91,7 +100,10 @@ def explain(error: OSError) -> FapError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return FapError(f"no space left for {where}", "free some space and run this again; nothing was lost")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return FapError(f"{where} cannot be written or read: {error.strerror}", "check its owner and permissions, and run this again")
+        return FapError(
+            f"{where} cannot be written or read: {error.strerror}",
+            "check its owner and permissions, and run this again",
+        )
     return FapError(f"{where}: {error.strerror or error}", "mend that and run this again")
 
 
@@ -112,7 +124,10 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as e:
         error = explain(e)
     except ModuleNotFoundError as e:
-        error = FapError(f"{e.name} is not installed for {sys.executable}", "make env, then .venv/bin/python scripts/fap.py")
+        error = FapError(
+            f"{e.name} is not installed for {sys.executable}",
+            "make env, then .venv/bin/python scripts/fap.py",
+        )
     except KeyboardInterrupt:
         print("interrupted  ->  nothing was lost; run the same command again", file=sys.stderr)
         return 130

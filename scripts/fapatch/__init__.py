@@ -1,1 +1,3 @@
-"""Tools that keep the patch set: fetch upstream, apply, refresh, rebase, lint, build, test. See `fap.py --help`."""
+"""Tools that keep the patch set: fetch upstream, apply, refresh, rebase, lint, build, test. See `fap.py
+--help`.
+"""

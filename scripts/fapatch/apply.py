@@ -1,8 +1,8 @@
 """Make the patched tree: upstream's files, one commit for the overlay, one for each patch of the series.
 
 All or nothing: it is built beside the old one and put in its place when it is whole and has the tree id that
-upstream.toml names. Exact: no fuzz, no three-way merge. What somebody edited or committed in the tree is never thrown
-away.
+upstream.toml names. Exact: no fuzz, no three-way merge. What somebody edited or committed in the tree is
+never thrown away.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from .state import Reason, State
 
 EXCLUSIVE = True
 _OVERLAY_DATE = {"GIT_AUTHOR_DATE": git.FIXED_DATE, "GIT_COMMITTER_DATE": git.FIXED_DATE}
-_OVERLAY_MESSAGE = "[overlay] Add our own files\n\nEdit them here or in overlay/: `make refresh` exports what was committed here.\n"
+_OVERLAY_MESSAGE = (
+    "[overlay] Add our own files\n\nEdit them here or in overlay/: `make refresh` exports "
+    "what was committed here.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,28 @@ def explain(patch: Patch, said: str, version: str) -> FapError:
     """The error for ``patch`` when `git am` ended with ``said``: names patch, file and hunk."""
     hint = f"correct the patch, or leave {version} out with its Applies-To"
     if found := re.search(r"^error: patch failed: (.+):(\d+)$", said, re.MULTILINE):
-        return FapError(f"{patch.name} does not apply to {version}: {found[1]}, {_hunk(patch, found[1], int(found[2]))}", hint)
+        return FapError(
+            f"{patch.name} does not apply to {version}: {found[1]}, {_hunk(patch, found[1], int(found[2]))}",
+            hint,
+        )
     if found := re.search(r"^error: (.+: (?:does not exist|already exists) in .+)$", said, re.MULTILINE):
         return FapError(f"{patch.name} does not apply to {version}: {found[1]}", hint)
-    reason = next((line for line in said.splitlines() if re.match(r"error|fatal|Patch", line)), said.strip() or "git am failed")
-    return FapError(f"{patch.name} cannot be read as a patch: {reason}", f"git checkout the file, or export it again; base {version}")
+    reason = next(
+        (line for line in said.splitlines() if re.match(r"error|fatal|Patch", line)),
+        said.strip() or "git am failed",
+    )
+    return FapError(
+        f"{patch.name} cannot be read as a patch: {reason}",
+        f"git checkout the file, or export it again; base {version}",
+    )
 
 
 def _commit_overlay(folder: Path, files: dict[str, bytes]) -> None:
     if clash := sorted(set(files) & git.list_tree("HEAD", cwd=folder).keys()):
-        raise FapError(f"overlay holds {clash[0]}, which upstream has too", "move the file, or change upstream's by a patch")
+        raise FapError(
+            f"overlay holds {clash[0]}, which upstream has too",
+            "move the file, or change upstream's by a patch",
+        )
     for name, content in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,8 +97,8 @@ def _commit_overlay(folder: Path, files: dict[str, bytes]) -> None:
 
 def _am(folder: Path, patch: Patch, version: str) -> None:
     try:
-        # --keep-non-patch: the [area] of the subject stays. --keep-cr: so do carriage returns in upstream's files.
-        # --committer-date-is-author-date: equal patches give equal commits.
+        # --keep-non-patch: the [area] of the subject stays. --keep-cr: so do carriage returns in upstream's
+        # files. --committer-date-is-author-date: equal patches give equal commits.
         git.git(
             "am",
             "--quiet",
@@ -99,9 +114,11 @@ def _am(folder: Path, patch: Patch, version: str) -> None:
         raise explain(patch, (e.stderr + b"\n" + e.stdout).decode("utf-8", "replace"), version) from e
 
 
-def build(project: Project, base: Base, folder: Path, patches: tuple[Patch, ...], files: dict[str, bytes]) -> Built:
-    """Make a worktree at ``folder`` with ``files`` (the overlay) and ``patches`` on top of ``base``; nothing is left on
-    failure.
+def build(
+    project: Project, base: Base, folder: Path, patches: tuple[Patch, ...], files: dict[str, bytes]
+) -> Built:
+    """Make a worktree at ``folder`` with ``files`` (the overlay) and ``patches`` on top of ``base``; nothing
+    is left on failure.
     """
     version = project.release.version
     applied = tuple(p for p in patches if p.applies_to(version))
@@ -115,13 +132,23 @@ def build(project: Project, base: Base, folder: Path, patches: tuple[Patch, ...]
     except BaseException:
         worktree.remove(project, folder)
         raise
-    return Built(folder, commit, tree, tuple(p.name for p in applied), tuple(p.name for p in patches if p not in applied))
+    return Built(
+        folder,
+        commit,
+        tree,
+        tuple(p.name for p in applied),
+        tuple(p.name for p in patches if p not in applied),
+    )
 
 
-def install(project: Project, base: Base, built: Built, patches: tuple[Patch, ...], files: dict[str, bytes]) -> None:
+def install(
+    project: Project, base: Base, built: Built, patches: tuple[Patch, ...], files: dict[str, bytes]
+) -> None:
     """Put ``built`` in the place of the project's patched tree and remember what it was made from."""
     state.forget(project)
-    worktree.put_in_place(project, built.folder, store.upstream_ref(project) if base.pinned else store.local_ref(project))
+    worktree.put_in_place(
+        project, built.folder, store.upstream_ref(project) if base.pinned else store.local_ref(project)
+    )
     state.write(project, State.of(base, patches, files, built.commit, built.tree))
 
 
@@ -134,15 +161,20 @@ def refuse_to_lose(project: Project, found: list[state.Finding]) -> None:
     for finding in found:
         if finding.reason.holds_work:
             tree = project.source.relative_to(project.root)
-            kept = "`make refresh` keeps it" if finding.reason is Reason.SOURCE_COMMITTED else "finish or commit it there"
+            kept = (
+                "`make refresh` keeps it"
+                if finding.reason is Reason.SOURCE_COMMITTED
+                else "finish or commit it there"
+            )
             raise FapError(f"{tree}: {finding}", f"{kept}; `make clean FORCE=1` drops it")
 
 
 def ensure(project: Project, source: str | None = None) -> Path:
-    """The project's patched tree, made anew if anything that it depends on changed. Prints what was done and why.
+    """The project's patched tree, made anew if anything that it depends on changed. Prints what was done and
+    why.
 
-    Raises FapError, with the old tree as it was, when a patch does not apply, the result is not the tree that the lock
-    names, or there is unexported work in the tree.
+    Raises FapError, with the old tree as it was, when a patch does not apply, the result is not the tree that
+    the lock names, or there is unexported work in the tree.
     """
     base = fetch.ensure(project, source)
     found = state.assess(project, base)
@@ -151,7 +183,8 @@ def ensure(project: Project, source: str | None = None) -> Path:
     tree, expected = project.source.relative_to(project.root), project.release.patched_tree
     if not found:
         print(
-            f"{tree} is up to date: {len(patches)} patches, {len(files)} overlay files, upstream tree {base.tree[:12]}, "
+            f"{tree} is up to date: {len(patches)} patches, {len(files)} overlay files, upstream tree "
+            f"{base.tree[:12]}, "
             f"patched tree {expected[:12] or '(not in the lock yet)'}. Nothing to do."
         )
         return project.source
@@ -160,21 +193,25 @@ def ensure(project: Project, source: str | None = None) -> Path:
     if base.pinned and expected and built.tree != expected:
         worktree.remove(project, built.folder)
         raise FapError(
-            f"the patched tree of {project.release.version} is {built.tree}, {project.lock.path.name} says {expected}",
+            f"the patched tree of {project.release.version} is {built.tree}, {project.lock.path.name} says "
+            f"{expected}",
             "if patches or overlay were changed on purpose: make refresh",
         )
     install(project, base, built, patches, files)
     for name in built.skipped:
         print(f"skipped {name}: {project.release.version} is outside its Applies-To")
     print(
-        f"{tree} is ready: {len(built.applied)} patches, {len(files)} overlay files, patched tree {built.tree[:12]}"
-        + ("" if expected or not base.pinned else " (not in the lock yet: make refresh)")
+        f"{tree} is ready: {len(built.applied)} patches, {len(files)} overlay files, patched tree "
+        f"{built.tree[:12]}" + ("" if expected or not base.pinned else " (not in the lock yet: make refresh)")
     )
     return project.source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--source", help="submodule, sdist or the path of a checkout (default: SOURCE, else whatever can be reached)")
+    parser.add_argument(
+        "--source",
+        help="submodule, sdist or the path of a checkout (default: SOURCE, else whatever can be reached)",
+    )
 
 
 def main(project: Project, args: argparse.Namespace) -> int:

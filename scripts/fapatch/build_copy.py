@@ -1,4 +1,7 @@
-"""The folder in which upstream's setup.py runs: the files of the patched tree, without git, beside the objects of earlier builds."""
+"""The folder in which upstream's setup.py runs: the files of the patched tree, without git, beside the
+objects of earlier builds.
+"""
+
 from __future__ import annotations
 
 import json
@@ -14,16 +17,21 @@ CUTLASS_MARK = "csrc/cutlass/include/cutlass/cutlass.h"
 
 
 def verified_tree(project: Project, worktree: Path) -> str:
-    """The git id of the tree committed in ``worktree``. Raises FapError unless it is the patched tree that upstream.toml names.
+    """The git id of the tree committed in ``worktree``. Raises FapError unless it is the patched tree that
+    upstream.toml names.
 
-    Only a checkout of one's own (FA_SRC_DIR) may differ from the lock; it must then be what `apply` made of it.
+    Only a checkout of one's own (FA_SRC_DIR) may differ from the lock; it must then be what `apply` made of
+    it.
     """
     known = state.read(project)
     expected = project.release.patched_tree if known is None or known.pinned else known.tree
     found = git.output("rev-parse", "HEAD^{tree}", cwd=worktree)
     if found != expected:
-        raise FapError(f"the patched tree is {found[:12]}, {project.lock.path.name} says {expected[:12] or 'nothing yet'}",
-                       "`make refresh` exports what was committed and writes the id, `make status` says what differs")
+        raise FapError(
+            f"the patched tree is {found[:12]}, {project.lock.path.name} says "
+            f"{expected[:12] or 'nothing yet'}",
+            "`make refresh` exports what was committed and writes the id, `make status` says what differs",
+        )
     return found
 
 
@@ -48,16 +56,24 @@ def _provide_cutlass(project: Project, with_cutlass: bool) -> None:
 
 
 def sync(project: Project, tree: str, with_cutlass: bool) -> None:
-    """Make ``project.wheel_dir`` hold the files of ``tree``, a git id, and none of an earlier tree; objects stay."""
+    """Make ``project.wheel_dir`` hold the files of ``tree``, a git id, and none of an earlier tree; objects
+    stay.
+    """
     target = project.wheel_dir
     target.mkdir(parents=True, exist_ok=True)
     if (target / ".git").exists():
-        raise FapError(f"{target.relative_to(project.root) / '.git'} exists, and upstream's setup.py would run git there", "remove it")
+        raise FapError(
+            f"{target.relative_to(project.root) / '.git'} exists, and upstream's setup.py would run git "
+            "there",
+            "remove it",
+        )
     # Read from the store and not from the worktree: these are the bytes that the verified id stands for.
     files = dict(git.read_tree(tree, lambda path: True, repo=project.store))
     manifest = target / MANIFEST
     before = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else []
-    manifest.write_text(json.dumps(sorted({*before, *files})), encoding="utf-8")  # both, in case the copy is cut short
+    manifest.write_text(
+        json.dumps(sorted({*before, *files})), encoding="utf-8"
+    )  # both, in case the copy is cut short
     for name, content in files.items():
         _write_if_different(target / name, content)
     for name in set(before) - set(files):

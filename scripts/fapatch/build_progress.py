@@ -1,4 +1,7 @@
-"""What a CUDA build says while it runs: n of m files, the time so far and an estimate of the rest; all of the output goes to a file."""
+"""What a CUDA build says while it runs: n of m files, the time so far and an estimate of the rest; all of the
+output goes to a file.
+"""
+
 from __future__ import annotations
 
 import re
@@ -18,10 +21,16 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Takes the lines of a build; writes them to ``log`` and a progress line to ``screen`` for each file that ninja has finished."""
+    """Takes the lines of a build; writes them to ``log`` and a progress line to ``screen`` for each file that
+    ninja has finished.
+    """
 
     def __init__(
-        self, log: BinaryIO, screen: TextIO = sys.stdout, now: Callable[[], float] = time.monotonic, afterwards: str = "linking"
+        self,
+        log: BinaryIO,
+        screen: TextIO = sys.stdout,
+        now: Callable[[], float] = time.monotonic,
+        afterwards: str = "linking",
     ) -> None:
         self.log, self.screen, self.now, self.afterwards = log, screen, now, afterwards
         self.start = now()

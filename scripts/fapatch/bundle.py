@@ -1,4 +1,6 @@
-"""Write overlay and series as one patch into dist/, which `git apply` takes on a plain checkout of that release."""
+"""Write overlay and series as one patch into dist/, which `git apply` takes on a plain checkout of that
+release.
+"""
 
 from __future__ import annotations
 
@@ -43,15 +45,20 @@ def _check(project: Project, bundle: bytes, base: str, expected: str) -> None:
         git.git("apply", "--cached", "-", repo=project.store, env=index, stdin=bundle)
         found = git.output("write-tree", repo=project.store, env=index)
     if found != expected:
-        raise FapError(f"the bundle gives tree {found[:12]}, the series {expected[:12]}", "make clean apply, and try again")
+        raise FapError(
+            f"the bundle gives tree {found[:12]}, the series {expected[:12]}",
+            "make clean apply, and try again",
+        )
 
 
 def make(project: Project, base: str, folder: Path, tree: str) -> bytes:
-    """The patch that turns the commit ``base`` into what is committed in the worktree ``folder``, whose tree id is
-    ``tree``.
+    """The patch that turns the commit ``base`` into what is committed in the worktree ``folder``, whose tree
+    id is ``tree``.
     """
     diff = git.git("diff", "--no-ext-diff", "--full-index", "--binary", base, "HEAD", cwd=folder).stdout
-    titles = [header.parse(p.data).subject for p in series.load(project) if p.applies_to(project.release.version)]
+    titles = [
+        header.parse(p.data).subject for p in series.load(project) if p.applies_to(project.release.version)
+    ]
     bundle = _text(project, titles).encode() + diff
     _check(project, bundle, base, tree)
     return bundle
@@ -64,7 +71,10 @@ def write(project: Project) -> Path:
     assert made is not None
     bundle = make(project, made.base, folder, made.tree)
     project.dist.mkdir(exist_ok=True)
-    path = project.dist / f"{project.family.package}-{project.release.version}-{project.family.local_label}.patch"
+    path = (
+        project.dist
+        / f"{project.family.package}-{project.release.version}-{project.family.local_label}.patch"
+    )
     write_atomically(path, bundle)
     return path
 
@@ -75,5 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(project: Project, args: argparse.Namespace) -> int:
     path = write(project)
-    print(f"{path.relative_to(project.root)}  {path.stat().st_size / 1e3:.0f} kB  ->  git apply it on a checkout of {_target(project)}")
+    print(
+        f"{path.relative_to(project.root)}  {path.stat().st_size / 1e3:.0f} kB  ->  git apply it on a "
+        f"checkout of {_target(project)}"
+    )
     return 0

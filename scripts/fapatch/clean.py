@@ -32,7 +32,10 @@ def unsaved(project: Project) -> list[str]:
 def refuse_to_lose(project: Project, force: bool, command: str) -> None:
     """Raise FapError when something would be lost and ``force`` is not set."""
     if not force and (found := unsaved(project)):
-        raise FapError(found[0], f"make refresh keeps commits, make rebase-abort ends a rebase; make {command} FORCE=1 drops them")
+        raise FapError(
+            found[0],
+            f"make refresh keeps commits, make rebase-abort ends a rebase; make {command} FORCE=1 drops them",
+        )
 
 
 def clean(project: Project, force: bool = False) -> bool:
@@ -45,7 +48,9 @@ def clean(project: Project, force: bool = False) -> bool:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     forced = os.environ.get("FORCE", "") not in ("", "0")
-    parser.add_argument("--force", action="store_true", default=forced, help="drop unexported work too (FORCE=1)")
+    parser.add_argument(
+        "--force", action="store_true", default=forced, help="drop unexported work too (FORCE=1)"
+    )
 
 
 def main(project: Project, args: argparse.Namespace) -> int:

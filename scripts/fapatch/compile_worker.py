@@ -1,9 +1,12 @@
-"""Compile kernels of flash_attn.cute for Hopper without a GPU. Run by compile_check.py with the tree to compile on PYTHONPATH.
+"""Compile kernels of flash_attn.cute for Hopper without a GPU. Run by compile_check.py with the tree to
+compile on PYTHONPATH.
 
     compile_worker.py FOLDER < cases.json        writes FOLDER/<case>.<fwd|bwd>.cubin, prints a line a case
 
-A case is a dict of the arguments of `compile_case`. softmax=True takes upstream's functions, which a pristine tree has too.
+A case is a dict of the arguments of `compile_case`. softmax=True takes upstream's functions, which a pristine
+tree has too.
 """
+
 from __future__ import annotations
 
 import json
@@ -21,7 +24,7 @@ def cubins(data: bytes) -> Iterator[bytes]:
     """The cubins inside of an object file: ELF files for the machine CUDA, up to the end of their tables."""
     at = data.find(b"\x7fELF")
     while at >= 0:
-        machine, = struct.unpack_from("<H", data, at + 18)
+        (machine,) = struct.unpack_from("<H", data, at + 18)
         if machine == EM_CUDA:
             program, section = struct.unpack_from("<QQ", data, at + 32)
             program_size, programs, section_size, sections = struct.unpack_from("<4H", data, at + 54)
@@ -85,8 +88,15 @@ def compile_case(
         longest = SEQLEN if varlen else None
         if softmax:
             given = dict(
-                causal=causal, window_size_left=window[0], window_size_right=window[1], softcap=softcap, cu_seqlens_q=lengths,
-                cu_seqlens_k=lengths, seqused_k=used, max_seqlen_q=longest, max_seqlen_k=longest,
+                causal=causal,
+                window_size_left=window[0],
+                window_size_right=window[1],
+                softcap=softcap,
+                cu_seqlens_q=lengths,
+                cu_seqlens_k=lengths,
+                seqused_k=used,
+                max_seqlen_q=longest,
+                max_seqlen_k=longest,
             )
             out, lse, *_ = interface._flash_attn_fwd(q, k, v, return_lse=True, page_table=pages, **given)
             if not page_size:
@@ -96,7 +106,9 @@ def compile_case(
         from flash_attn.cute.nosoftmax.score_mods import of_activation
 
         mods = of_activation(activation, bias, softcap, normalization)
-        call = launch.Call(mods, head_dim**-0.5, causal, tuple(window), lengths, lengths, None, used, longest, longest)
+        call = launch.Call(
+            mods, head_dim**-0.5, causal, tuple(window), lengths, lengths, None, used, longest, longest
+        )
         launch.forward(call, q, k, v, page_table=pages)
         if not page_size:
             launch.backward(call, dout, q, k, v)

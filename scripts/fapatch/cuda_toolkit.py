@@ -1,8 +1,10 @@
 """Where the CUDA toolkit is: the folder that a build gets as CUDA_HOME, and what torch's packages add to it.
 
-A toolkit can be used when it has bin/nvcc and include/cuda_runtime.h, both: the nvcc on the PATH may be a wrapper script in a folder
-without headers, and torch takes that folder for the toolkit. It must also be of the major version that torch was built with.
+A toolkit can be used when it has bin/nvcc and include/cuda_runtime.h, both: the nvcc on the PATH may be a
+wrapper script in a folder without headers, and torch takes that folder for the toolkit. It must also be of
+the major version that torch was built with.
 """
+
 from __future__ import annotations
 
 import json
@@ -23,15 +25,17 @@ LIBRARY_HEADERS = ("cublas_v2.h", "cusolverDn.h", "cusparse.h")
 ABOUT = """
 import json, platform, sys, torch
 from torch.utils.cpp_extension import CUDA_HOME
-print(json.dumps({"python": platform.python_version(), "version": torch.__version__, "cuda": torch.version.cuda,
+print(json.dumps({"python": platform.python_version(), "version": torch.__version__,
+    "cuda": torch.version.cuda,
                   "gpu": torch.cuda.is_available(), "home": CUDA_HOME, "packages": sys.path}))
 """
 
 
 @dataclass(frozen=True)
 class Torch:
-    """The torch of a Python: ``cuda`` is the CUDA version it was built with, None for a torch without; ``gpu``: it can use one;
-    ``home``: the toolkit that it would take; ``packages``: the folders that this Python imports from.
+    """The torch of a Python: ``cuda`` is the CUDA version it was built with, None for a torch without;
+    ``gpu``: it can use one; ``home``: the toolkit that it would take; ``packages``: the folders that this
+    Python imports from.
     """
 
     python: str
@@ -67,7 +71,9 @@ class Search:
     refused: tuple[str, ...]
 
     def require(self, what: str, hint: str) -> Toolkit:
-        """The toolkit. Raises FapError, which says that ``what`` needs it and what is wrong with those that are here."""
+        """The toolkit. Raises FapError, which says that ``what`` needs it and what is wrong with those that
+        are here.
+        """
         if self.toolkit is None:
             found = "; ".join(self.refused) or "neither CUDA_HOME nor PATH leads to an nvcc"
             raise FapError(f"{what} needs the CUDA compiler: {found}", hint)
@@ -82,7 +88,11 @@ def toolchain_home(venv: Path) -> Path | None:
 def version(home: Path) -> str:
     """The CUDA version of a toolkit, such as 13.0, read from its headers; "" when they do not say."""
     header = home / "include" / "cuda_runtime_api.h"
-    found = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header.read_text(errors="replace")) if header.is_file() else None
+    found = (
+        re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header.read_text(errors="replace"))
+        if header.is_file()
+        else None
+    )
     return f"{int(found[1]) // 1000}.{int(found[1]) % 1000 // 10}" if found else ""
 
 
@@ -115,7 +125,9 @@ def _fault(home: Path, torch: Torch) -> str:
 
 
 def find(venv: Path, torch: Torch, environ: Mapping[str, str] = os.environ) -> Search:
-    """Look in CUDA_HOME, the toolchain in ``venv``, torch's guess, beside the nvcc on the PATH, and in the usual place."""
+    """Look in CUDA_HOME, the toolchain in ``venv``, torch's guess, beside the nvcc on the PATH, and in the
+    usual place.
+    """
     refused = []
     for origin, home in _candidates(venv, torch, environ):
         fault = _fault(home, torch)
@@ -125,22 +137,36 @@ def find(venv: Path, torch: Torch, environ: Mapping[str, str] = os.environ) -> S
     return Search(None, tuple(refused))
 
 
-def build_environment(toolkit: Toolkit, packages: Sequence[str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variables for a build with ``toolkit``. Library headers that it lacks come from torch's own packages in ``packages``;
-    the compilers look into CPATH and LIBRARY_PATH last, so the toolkit's own files win.
+def build_environment(
+    toolkit: Toolkit, packages: Sequence[str], environ: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The variables for a build with ``toolkit``. Library headers that it lacks come from torch's own
+    packages in ``packages``; the compilers look into CPATH and LIBRARY_PATH last, so the toolkit's own files
+    win.
     """
     lacking = [header for header in LIBRARY_HEADERS if not (toolkit.home / "include" / header).is_file()]
-    found = (path for folder in packages for header in lacking for path in Path(folder).glob(f"nvidia/*/include/{header}"))
+    found = (
+        path
+        for folder in packages
+        for header in lacking
+        for path in Path(folder).glob(f"nvidia/*/include/{header}")
+    )
     include = list(dict.fromkeys(str(path.parent) for path in found))
     variables = {"CPATH": include, "LIBRARY_PATH": [str(Path(folder).parent / "lib") for folder in include]}
     added = {
-        name: os.pathsep.join([*filter(None, [environ.get(name)]), *folders]) for name, folders in variables.items() if folders
+        name: os.pathsep.join([*filter(None, [environ.get(name)]), *folders])
+        for name, folders in variables.items()
+        if folders
     }
     return {"CUDA_HOME": str(toolkit.home), **added}
 
 
-def find_program(name: str, venv: Path, torch: Torch, toolkit: Toolkit | None, environ: Mapping[str, str] = os.environ) -> Path | None:
-    """A program of the toolkit such as cuobjdump, which may also come with a package, as with Triton's, or be on the PATH."""
+def find_program(
+    name: str, venv: Path, torch: Torch, toolkit: Toolkit | None, environ: Mapping[str, str] = os.environ
+) -> Path | None:
+    """A program of the toolkit such as cuobjdump, which may also come with a package, as with Triton's, or be
+    on the PATH.
+    """
     home = toolchain_home(venv)
     folders = [known / "bin" for known in (toolkit and toolkit.home, home) if known]
     for folder in map(Path, torch.packages):

@@ -13,9 +13,13 @@ add_arguments = clean.add_arguments
 
 
 def distclean(project: Project, force: bool = False) -> list[str]:
-    """Delete them and return their names. The cache goes last: the lock that keeps other runs out lies in it."""
+    """Delete them and return their names. The cache goes last: the lock that keeps other runs out
+    lies in it.
+    """
     clean.refuse_to_lose(project, force, "distclean")
-    gone = [folder for folder in (project.build, project.dist, project.venv, project.cache) if folder.exists()]
+    gone = [
+        folder for folder in (project.build, project.dist, project.venv, project.cache) if folder.exists()
+    ]
     for folder in gone:
         shutil.rmtree(folder)
     return [folder.name for folder in gone]

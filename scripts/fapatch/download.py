@@ -29,15 +29,20 @@ def verify(path: Path, sdist: Sdist) -> None:
     """Raise FapError unless ``path`` has the size and the sha256 of ``sdist``."""
     size = path.stat().st_size
     if size != sdist.size:
-        raise FapError(f"{path} has {size} bytes, {sdist.name} has {sdist.size}: cut short or another file", f"rm {path} and fetch again")
+        raise FapError(
+            f"{path} has {size} bytes, {sdist.name} has {sdist.size}: cut short or another file",
+            f"rm {path} and fetch again",
+        )
     found = sha256(path)
     if found != sdist.sha256:
-        raise FapError(f"{path} has sha256 {found}, expected {sdist.sha256}", f"do not use it: rm {path} and fetch again")
+        raise FapError(
+            f"{path} has sha256 {found}, expected {sdist.sha256}", f"do not use it: rm {path} and fetch again"
+        )
 
 
 def python(project: Project) -> Path:
-    """The interpreter whose pip downloads: the project's own environment where it is there, else the one that runs
-    this.
+    """The interpreter whose pip downloads: the project's own environment where it is there, else the one that
+    runs this.
     """
     import sys
 
@@ -46,14 +51,19 @@ def python(project: Project) -> Path:
 
 
 def pip_download(project: Project, requirement: str, into: Path) -> Path:
-    """Download the source distribution that ``requirement`` (a line of a requirements file) names; returns the one new
-    file.
+    """Download the source distribution that ``requirement`` (a line of a requirements file) names; returns
+    the one new file.
 
-    Raises FapError when the environment cannot run upstream's build, or the index cannot be reached, or the hash is
-    wrong.
+    Raises FapError when the environment cannot run upstream's build, or the index cannot be reached, or the
+    hash is wrong.
     """
     interpreter = python(project)
-    run(interpreter, "-c", _NEEDS, hint=f"upstream's build needs these packages: make env ({interpreter} was used)")
+    run(
+        interpreter,
+        "-c",
+        _NEEDS,
+        hint=f"upstream's build needs these packages: make env ({interpreter} was used)",
+    )
     requirements = into / "requirements.txt"
     requirements.write_text(requirement + "\n", encoding="utf-8")
     folder = into / "files"
@@ -79,7 +89,9 @@ def pip_download(project: Project, requirement: str, into: Path) -> Path:
             timeout=PIP_SECONDS,
         )
     except CommandFailed as e:
-        errors = [line for line in e.stderr.decode("utf-8", "replace").splitlines() if line.startswith("ERROR:")]
+        errors = [
+            line for line in e.stderr.decode("utf-8", "replace").splitlines() if line.startswith("ERROR:")
+        ]
         reason = errors[-1].removeprefix("ERROR: ") if errors else e.message
         raise FapError(
             f"pip cannot download {requirement.split()[0]}: {reason}",
@@ -92,7 +104,8 @@ def pip_download(project: Project, requirement: str, into: Path) -> Path:
 def sdist(project: Project, offline: bool = False) -> Path | None:
     """The verified source distribution of the project's release, from the cache or downloaded into it.
 
-    Returns None when ``offline`` and it is not in the cache. Raises FapError when it is there but not the pinned file.
+    Returns None when ``offline`` and it is not in the cache. Raises FapError when it is there but not the
+    pinned file.
     """
     pinned = project.release.sdist
     path = project.downloads / pinned.name

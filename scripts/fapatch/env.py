@@ -1,8 +1,10 @@
 """Make .venv, the project's own Python environment, from the packages that pyproject.toml names.
 
-Standard library only: this is the one command that runs before the environment is there. An interpreter that already has a usable torch
-(a GPU machine without network) shares its packages with .venv, and only what is missing is installed. The second run does nothing.
+Standard library only: this is the one command that runs before the environment is there. An interpreter that
+already has a usable torch (a GPU machine without network) shares its packages with .venv, and only what is
+missing is installed. The second run does nothing.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -53,16 +55,22 @@ def _write_stamp(venv: Path, **facts: str) -> None:
 
 def content_hash(pyproject: Path, base: Path, groups: list[str]) -> str:
     """What the environment is made from: the list of packages, the interpreter, the chosen groups."""
-    return hashlib.sha256(b"\0".join([pyproject.read_bytes(), str(base).encode(), " ".join(groups).encode()])).hexdigest()
+    return hashlib.sha256(
+        b"\0".join([pyproject.read_bytes(), str(base).encode(), " ".join(groups).encode()])
+    ).hexdigest()
 
 
 def _runs(python: Path) -> bool:
-    """Whether .venv's interpreter still works; it does not after its base was upgraded or the checkout was moved."""
+    """Whether .venv's interpreter still works; it does not after its base was upgraded or the checkout was
+    moved.
+    """
     return python.exists() and run(python, "-c", "import pip", check=False).returncode == 0
 
 
 def base_interpreter() -> Path:
-    """The interpreter to make .venv from: PYTHON= when given, else the one that runs this. Raises FapError when there is none."""
+    """The interpreter to make .venv from: PYTHON= when given, else the one that runs this. Raises FapError
+    when there is none.
+    """
     wanted = os.environ.get("PYTHON") or sys.executable
     found = shutil.which(wanted)
     if found is None:
@@ -75,7 +83,9 @@ def about(base: Path) -> dict:
     facts = json.loads(run(base, "-c", ABOUT).stdout)
     if tuple(facts["python"]) < LEAST_PYTHON:
         version = ".".join(map(str, facts["python"]))
-        raise UsageError(f"{base} is Python {version}, 3.10 or newer is needed", "make env PYTHON=/path/to/python3.11")
+        raise UsageError(
+            f"{base} is Python {version}, 3.10 or newer is needed", "make env PYTHON=/path/to/python3.11"
+        )
     return facts
 
 
@@ -90,18 +100,34 @@ def _create(venv: Path, base: Path, shared: bool) -> None:
     try:
         run(base, "-m", "venv", *options, venv)
     except CommandFailed as e:
-        raise FapError(f"{base} cannot make a virtual environment: {e.message}", "install python3-venv, or set PYTHON=") from e
+        raise FapError(
+            f"{base} cannot make a virtual environment: {e.message}", "install python3-venv, or set PYTHON="
+        ) from e
 
 
 def _share_packages(venv: Path, base: Path) -> None:
-    """Let ``venv`` see the packages of ``base`` when that is a virtual environment itself: --system-site-packages goes past it."""
-    folders = json.loads(run(base, "-c", "import json, site; print(json.dumps(site.getsitepackages()))").stdout)
-    own = json.loads(run(venv_python(venv), "-c", "import json, sysconfig; print(json.dumps(sysconfig.get_path('purelib')))").stdout)
-    (Path(own) / "fapatch-shared.pth").write_text("".join(f"{folder}\n" for folder in folders), encoding="utf-8")
+    """Let ``venv`` see the packages of ``base`` when that is a virtual environment itself:
+    --system-site-packages goes past it.
+    """
+    folders = json.loads(
+        run(base, "-c", "import json, site; print(json.dumps(site.getsitepackages()))").stdout
+    )
+    own = json.loads(
+        run(
+            venv_python(venv),
+            "-c",
+            "import json, sysconfig; print(json.dumps(sysconfig.get_path('purelib')))",
+        ).stdout
+    )
+    (Path(own) / "fapatch-shared.pth").write_text(
+        "".join(f"{folder}\n" for folder in folders), encoding="utf-8"
+    )
 
 
 def missing(python: Path, pyproject: Path, groups: list[str]) -> list[str]:
-    """The requirements of ``groups``, or of the project itself without any, that the environment of ``python`` does not meet."""
+    """The requirements of ``groups``, or of the project itself without any, that the environment of
+    ``python`` does not meet.
+    """
     return json.loads(run(python, "-I", Path(__file__).with_name("missing.py"), pyproject, *groups).stdout)
 
 
@@ -110,11 +136,14 @@ def _install(python: Path, requirements: list[str]) -> None:
     try:
         run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements)
     except CommandFailed as e:
-        errors = [line for line in e.stderr.decode("utf-8", "replace").splitlines() if line.startswith("ERROR:")]
+        errors = [
+            line for line in e.stderr.decode("utf-8", "replace").splitlines() if line.startswith("ERROR:")
+        ]
         reason = errors[-1].removeprefix("ERROR: ") if errors else e.message
         raise FapError(
             f".venv lacks {', '.join(requirements)} and pip could not get them: {reason}",
-            "connect to a package index, or put wheels into a folder and set PIP_FIND_LINKS to it, or set PYTHON= to an "
+            "connect to a package index, or put wheels into a folder and set PIP_FIND_LINKS to it, or set "
+            "PYTHON= to an "
             "interpreter that has them; `scripts/fap.py env --groups torch,build` is enough for a wheel",
         ) from e
 
@@ -151,12 +180,18 @@ def ensure(root: Path, venv: Path, groups: list[str]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--groups", default=",".join(GROUPS), help="optional dependencies of pyproject.toml (default: %(default)s)")
+    parser.add_argument(
+        "--groups",
+        default=",".join(GROUPS),
+        help="optional dependencies of pyproject.toml (default: %(default)s)",
+    )
 
 
 def main(project: Project, args: argparse.Namespace) -> int:
     groups = args.groups.split(",")
     if unknown := sorted(set(groups) - set(GROUPS)):
-        raise UsageError(f"--groups {','.join(unknown)} is not in pyproject.toml", f"choose from {','.join(GROUPS)}")
+        raise UsageError(
+            f"--groups {','.join(unknown)} is not in pyproject.toml", f"choose from {','.join(GROUPS)}"
+        )
     print(ensure(project.root, project.venv, groups))
     return 0

@@ -1,11 +1,13 @@
 """One exception for everything that a person can mend, and the exit code that each kind gets."""
+
 from __future__ import annotations
 
 
 class FapError(Exception):
     """A failure to be shown as one line: what was wrong, with the values, and what to do next.
 
-    ``message`` says what happened, ``hint`` the next step. ``fap.py`` prints both and exits with ``exit_code``.
+    ``message`` says what happened, ``hint`` the next step. ``fap.py`` prints both and exits with
+    ``exit_code``.
     """
 
     exit_code = 1

@@ -1,5 +1,5 @@
-"""Turn the commits of a patched tree back into patch files and overlay files. Equal commits give equal bytes on every
-machine.
+"""Turn the commits of a patched tree back into patch files and overlay files. Equal commits give equal bytes
+on every machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _FORMAT = (
 
 @dataclass(frozen=True)
 class Exported:
-    """``patches`` in the order of the commits; ``overlay``: path -> content of every file that upstream does not have."""
+    """``patches`` in the order of the commits; ``overlay``: path -> content of every file that upstream does
+    not have.
+    """
 
     patches: tuple[Patch, ...]
     overlay: dict[str, bytes]
@@ -32,13 +34,15 @@ class Exported:
 
 def _upstream_paths(folder: Path, commit: str, upstream: dict[str, str]) -> list[str]:
     """The files of upstream's that ``commit`` changes; the others are the overlay's."""
-    changed = git.output("diff-tree", "-r", "--name-only", "--no-commit-id", "-z", commit, cwd=folder).split("\0")
+    changed = git.output("diff-tree", "-r", "--name-only", "--no-commit-id", "-z", commit, cwd=folder).split(
+        "\0"
+    )
     return [path for path in changed if path in upstream]
 
 
 def commits(folder: Path, base: str) -> list[str]:
-    """The commits on top of ``base``, oldest first. Raises FapError for what cannot become a patch: merges and open
-    fixups.
+    """The commits on top of ``base``, oldest first. Raises FapError for what cannot become a patch: merges
+    and open fixups.
     """
     listed = git.output("log", "--reverse", "--format=%H %p%x00%s", f"{base}..HEAD", cwd=folder).splitlines()
     found = []
@@ -46,7 +50,9 @@ def commits(folder: Path, base: str) -> list[str]:
         about, _, subject = line.partition("\0")
         commit, *parents = about.split()
         if len(parents) > 1:
-            raise FapError(f"{commit[:12]} ({subject}) is a merge, and a patch is one change", "git rebase it away")
+            raise FapError(
+                f"{commit[:12]} ({subject}) is a merge, and a patch is one change", "git rebase it away"
+            )
         if subject.startswith(("fixup! ", "squash! ", "amend! ")):
             raise FapError(
                 f"{commit[:12]} is still a {subject.partition('!')[0]}: {subject}",
@@ -54,13 +60,16 @@ def commits(folder: Path, base: str) -> list[str]:
             )
         found.append(commit)
     if git.git("merge-base", "--is-ancestor", base, "HEAD", cwd=folder, check=False).returncode != 0:
-        raise FapError(f"the commits in {folder} are not on top of {base[:12]}, upstream's files", "git rebase --onto that commit")
+        raise FapError(
+            f"the commits in {folder} are not on top of {base[:12]}, upstream's files",
+            "git rebase --onto that commit",
+        )
     return found
 
 
 def export(folder: Path, base: str) -> Exported:
-    """Read the commits on top of ``base`` in the worktree ``folder``. A commit that changes only our own files gives no
-    patch.
+    """Read the commits on top of ``base`` in the worktree ``folder``. A commit that changes only our own
+    files gives no patch.
     """
     upstream = git.list_tree(base, cwd=folder)
     patches: list[Patch] = []
@@ -69,12 +78,23 @@ def export(folder: Path, base: str) -> Exported:
         if not paths:
             continue
         raw = git.git(
-            "format-patch", "-1", "--stdout", *_FORMAT, commit, "--", *paths, cwd=folder, env={"GIT_LITERAL_PATHSPECS": "1"}
+            "format-patch",
+            "-1",
+            "--stdout",
+            *_FORMAT,
+            commit,
+            "--",
+            *paths,
+            cwd=folder,
+            env={"GIT_LITERAL_PATHSPECS": "1"},
         ).stdout
         name, data = series.without_name(raw)
         taken = [p.name for p in patches]
         if name in taken:
-            raise FapError(f"two commits have Patch-Name: {name}", "take the line out of one of the messages, or squash them")
+            raise FapError(
+                f"two commits have Patch-Name: {name}",
+                "take the line out of one of the messages, or squash them",
+            )
         subject = git.output("log", "-1", "--format=%s", commit, cwd=folder)
         patches.append(Patch(name or series.name_for(subject, taken), data))
     overlay = dict(git.read_tree("HEAD", lambda path: path not in upstream, cwd=folder))
@@ -82,8 +102,8 @@ def export(folder: Path, base: str) -> Exported:
 
 
 def with_skipped(exported: tuple[Patch, ...], before: tuple[Patch, ...], version: str) -> tuple[Patch, ...]:
-    """``exported`` together with the patches that the release ``version`` does not take, each behind the one it stood
-    behind.
+    """``exported`` together with the patches that the release ``version`` does not take, each behind the one
+    it stood behind.
     """
     result = list(exported)
     for position, patch in enumerate(before):

@@ -1,9 +1,9 @@
 """Bring upstream's source into the store, verified; the second run does nothing and says so.
 
-Tried in this order: FA_SRC_DIR, the submodule as it lies there, the source distribution in .cache/downloads, then what
-needs the network: the submodule by git, the source distribution by pip. SOURCE=submodule, SOURCE=sdist or SOURCE=<path>
-allow one of them only. All of them must give the tree that upstream.toml names; a checkout of one's own may differ,
-with a warning.
+Tried in this order: FA_SRC_DIR, the submodule as it lies there, the source distribution in .cache/downloads,
+then what needs the network: the submodule by git, the source distribution by pip. SOURCE=submodule,
+SOURCE=sdist or SOURCE=<path> allow one of them only. All of them must give the tree that upstream.toml names;
+a checkout of one's own may differ, with a warning.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PINNED_SOURCES = ("submodule", "sdist")
 
 @dataclass(frozen=True)
 class Base:
-    """Upstream's files in the store. ``pinned``: they are what the lock names; ``origin``: where they came from, for
-    people.
+    """Upstream's files in the store. ``pinned``: they are what the lock names; ``origin``: where they came
+    from, for people.
     """
 
     commit: str
@@ -40,13 +40,16 @@ def _subject(project: Project) -> str:
 
 def _own_checkout(project: Project, folder: Path) -> Base:
     """Import ``folder`` anew: nobody can say what was edited in it since the last time."""
-    commit, tree = store.import_files(project, store.local_ref(project), source.from_folder(project, folder), _subject(project))
+    commit, tree = store.import_files(
+        project, store.local_ref(project), source.from_folder(project, folder), _subject(project)
+    )
     if tree == project.release.tree:
         git.git("update-ref", store.upstream_ref(project), commit, repo=project.store)
         return Base(commit, tree, True, str(folder))
     print(
         f"warning: {folder} is not {project.release.version} as released "
-        f"(tree {tree[:12]}, expected {project.release.tree[:12]}); the patched tree will not be compared with the lock",
+        f"(tree {tree[:12]}, expected {project.release.tree[:12]}); the patched tree will not be compared "
+        "with the lock",
         file=sys.stderr,
     )
     return Base(commit, tree, False, str(folder))
@@ -58,13 +61,19 @@ def _pinned_files(project: Project, wanted: str) -> tuple[source.Files, str]:
         if wanted in ("", "submodule"):
             files, reason = source.from_submodule(project, online)
             if files is not None:
-                return files, f"{project.family.submodule} at {project.release.commit[:12] or project.release.tag}"
+                return (
+                    files,
+                    f"{project.family.submodule} at {project.release.commit[:12] or project.release.tag}",
+                )
             reasons.append(reason)
         if wanted in ("", "sdist"):
             files = source.from_sdist(project, online)
             if files is not None:
                 return files, project.release.sdist.name
-    raise FapError(f"no submodule gives {project.release.version}: {reasons[-1]}", "SOURCE=sdist takes the source distribution")
+    raise FapError(
+        f"no submodule gives {project.release.version}: {reasons[-1]}",
+        "SOURCE=sdist takes the source distribution",
+    )
 
 
 def _stored(project: Project) -> Base | None:
@@ -86,8 +95,9 @@ def current(project: Project) -> Base | None:
 
 
 def pinned(project: Project, wanted: str = "", again: bool = False) -> Base:
-    """The files that the lock names, in the store: fetched if they are not there or damaged, or ``again``. ``wanted``:
-    "" or one of PINNED_SOURCES. Raises FapError when no source can be reached or one gives other files.
+    """The files that the lock names, in the store: fetched if they are not there or damaged, or ``again``.
+    ``wanted``: "" or one of PINNED_SOURCES. Raises FapError when no source can be reached or one gives other
+    files.
     """
     stored = _stored(project)
     if stored and not store.is_sound(project, stored.commit):
@@ -97,34 +107,50 @@ def pinned(project: Project, wanted: str = "", again: bool = False) -> Base:
     if stored and not again:
         return stored
     files, origin = _pinned_files(project, wanted)
-    commit, tree = store.import_files(project, store.upstream_ref(project), files, _subject(project), project.release.tree)
+    commit, tree = store.import_files(
+        project, store.upstream_ref(project), files, _subject(project), project.release.tree
+    )
     return Base(commit, tree, True, origin)
 
 
 def ensure(project: Project, wanted: str | None = None, again: bool = False) -> Base:
-    """``pinned``, or the files of somebody's own checkout when ``wanted`` (default: the environment) is a folder."""
+    """``pinned``, or the files of somebody's own checkout when ``wanted`` (default: the environment) is a
+    folder.
+    """
     wanted = chosen_source() if wanted is None else wanted
     if wanted in ("", *PINNED_SOURCES):
         return pinned(project, wanted, again)
     if not Path(wanted).is_dir():
-        raise UsageError(f"SOURCE or FA_SRC_DIR is {wanted}, which is no folder", "give submodule, sdist or the path of a checkout")
+        raise UsageError(
+            f"SOURCE or FA_SRC_DIR is {wanted}, which is no folder",
+            "give submodule, sdist or the path of a checkout",
+        )
     return _own_checkout(project, Path(wanted).resolve())
 
 
 def cutlass(project: Project) -> str:
-    """The commit in the store that holds the CUTLASS headers of the project's release, fetched if it is not there."""
+    """The commit in the store that holds the CUTLASS headers of the project's release, fetched if it is not
+    there.
+    """
     ref = store.cutlass_ref(project)
     if (found := store.lookup(project, ref)) and store.is_sound(project, found[0]):
         return found[0]
     for online in (False, True):
         files = source.cutlass_from_submodule(project, online) or source.cutlass_from_sdist(project, online)
         if files is not None:
-            return store.import_files(project, ref, files, f"CUTLASS headers of {project.family.package} {project.release.version}")[0]
-    raise FapError(f"no source has the CUTLASS headers of {project.release.version}", "make fetch SOURCE=sdist")
+            return store.import_files(
+                project, ref, files, f"CUTLASS headers of {project.family.package} {project.release.version}"
+            )[0]
+    raise FapError(
+        f"no source has the CUTLASS headers of {project.release.version}", "make fetch SOURCE=sdist"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--source", help="submodule, sdist or the path of a checkout (default: SOURCE, else whatever can be reached)")
+    parser.add_argument(
+        "--source",
+        help="submodule, sdist or the path of a checkout (default: SOURCE, else whatever can be reached)",
+    )
 
 
 def main(project: Project, args: argparse.Namespace) -> int:
@@ -135,5 +161,8 @@ def main(project: Project, args: argparse.Namespace) -> int:
     if base.origin == "the store":
         print(f"{name} is in the store already, tree {base.tree[:12]}. Nothing to do.")
     else:
-        print(f"{name} fetched from {base.origin}, tree {base.tree[:12]}" + ("" if project.release.tree else " (not in the lock yet)"))
+        print(
+            f"{name} fetched from {base.origin}, tree {base.tree[:12]}"
+            + ("" if project.release.tree else " (not in the lock yet)")
+        )
     return 0

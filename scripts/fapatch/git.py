@@ -1,4 +1,6 @@
-"""Git, the same on every machine: no user or system settings, fixed identity and language, no prompts, no hooks."""
+"""Git, the same on every machine: no user or system settings, fixed identity and language, no prompts, no
+hooks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ from .errors import FapError
 from .process import run
 
 CONFIG = Path(__file__).with_name("gitconfig")
-LEAST_VERSION = (2, 32)  # the first that reads GIT_CONFIG_GLOBAL, without which a user's diff.noprefix leaks into patches
+LEAST_VERSION = (
+    2,
+    32,
+)  # the first that reads GIT_CONFIG_GLOBAL, without which a user's diff.noprefix leaks into patches
 # A date for commits that nobody made by hand, so that equal content has an equal commit id everywhere.
 FIXED_DATE = "1000000000 +0000"
 _KEPT = ("GIT_EXEC_PATH", "GIT_SSL_", "GIT_PROXY_", "GIT_TRACE")
@@ -23,7 +28,9 @@ _KEPT = ("GIT_EXEC_PATH", "GIT_SSL_", "GIT_PROXY_", "GIT_TRACE")
 
 def environment() -> dict[str, str | None]:
     """What to add to the environment of a git command; None stands for a variable to take away."""
-    scrubbed: dict[str, str | None] = {name: None for name in os.environ if name.startswith("GIT_") and not name.startswith(_KEPT)}
+    scrubbed: dict[str, str | None] = {
+        name: None for name in os.environ if name.startswith("GIT_") and not name.startswith(_KEPT)
+    }
     return {
         **scrubbed,
         "GIT_CONFIG_GLOBAL": str(CONFIG),
@@ -46,7 +53,10 @@ def _check_version() -> None:
     said = run("git", "version", hint="install git").stdout.decode()
     found = re.search(r"(\d+)\.(\d+)", said)
     if not found or tuple(map(int, found.groups())) < LEAST_VERSION:
-        raise FapError(f"{said.strip()} is too old: it would mix your settings into the patches", "install git 2.32 or newer")
+        raise FapError(
+            f"{said.strip()} is too old: it would mix your settings into the patches",
+            "install git 2.32 or newer",
+        )
 
 
 def git(
@@ -62,10 +72,25 @@ def git(
     """Run git in the worktree ``cwd`` or on the bare repository ``repo``. Raises as ``process.run`` does."""
     _check_version()
     where = (f"--git-dir={repo}",) if repo else ()
-    return run("git", *where, *args, cwd=cwd, env={**environment(), **(env or {})}, stdin=stdin, check=check, timeout=timeout, hint=hint)
+    return run(
+        "git",
+        *where,
+        *args,
+        cwd=cwd,
+        env={**environment(), **(env or {})},
+        stdin=stdin,
+        check=check,
+        timeout=timeout,
+        hint=hint,
+    )
 
 
-def output(*args: str | Path, cwd: Path | None = None, repo: Path | None = None, env: Mapping[str, str | None] | None = None) -> str:
+def output(
+    *args: str | Path,
+    cwd: Path | None = None,
+    repo: Path | None = None,
+    env: Mapping[str, str | None] | None = None,
+) -> str:
     """What git prints, without the last line end."""
     return git(*args, cwd=cwd, repo=repo, env=env).stdout.decode("utf-8", "surrogateescape").rstrip("\n")
 
@@ -83,7 +108,11 @@ def blob_id(data: bytes) -> str:
 
 def list_tree(revision: str, *, cwd: Path | None = None, repo: Path | None = None) -> dict[str, str]:
     """Path -> blob id of every plain file of ``revision``; symbolic links and submodules are not listed."""
-    entries = git("ls-tree", "-r", "-z", revision, cwd=cwd, repo=repo).stdout.decode("utf-8", "surrogateescape").split("\0")
+    entries = (
+        git("ls-tree", "-r", "-z", revision, cwd=cwd, repo=repo)
+        .stdout.decode("utf-8", "surrogateescape")
+        .split("\0")
+    )
     split = (entry.split("\t", 1) for entry in entries if entry.startswith("100"))
     return {path: about.split()[2] for about, path in split}
 
@@ -95,20 +124,26 @@ def read_tree(
     conversions.
     """
     chosen = {path: blob for path, blob in list_tree(revision, cwd=cwd, repo=repo).items() if wanted(path)}
-    data = git("cat-file", "--batch", cwd=cwd, repo=repo, stdin="".join(f"{b}\n" for b in chosen.values()).encode()).stdout
+    data = git(
+        "cat-file", "--batch", cwd=cwd, repo=repo, stdin="".join(f"{b}\n" for b in chosen.values()).encode()
+    ).stdout
     position = 0
     for path in chosen:
         end = data.index(b"\n", position)
         head = data[position:end].split()
         if len(head) != 3:
-            raise FapError(f"{path} of {revision} is missing from {repo or cwd}", "fetch that repository again")
+            raise FapError(
+                f"{path} of {revision} is missing from {repo or cwd}", "fetch that repository again"
+            )
         size = int(head[2])
         yield path, data[end + 1 : end + 1 + size]
         position = end + size + 2
 
 
 def tree_with(tree: str, patches: Iterable[bytes], *, repo: Path, hint: str = "") -> str:
-    """The id of ``tree`` with ``patches`` on it, written to ``repo``. Raises CommandFailed, with ``hint``, when one does not apply."""
+    """The id of ``tree`` with ``patches`` on it, written to ``repo``. Raises CommandFailed, with ``hint``,
+    when one does not apply.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
         git("read-tree", tree, repo=repo, env=index)
@@ -118,8 +153,8 @@ def tree_with(tree: str, patches: Iterable[bytes], *, repo: Path, hint: str = ""
 
 
 def tree_of(folder: Path, ignore: str = "") -> str:
-    """The tree id that the files in ``folder`` would have, worked out in a throw-away repository; ``ignore``: lines of
-    a .gitignore.
+    """The tree id that the files in ``folder`` would have, worked out in a throw-away repository; ``ignore``:
+    lines of a .gitignore.
     """
     with tempfile.TemporaryDirectory() as scratch:
         repo = Path(scratch) / "git"

@@ -2,6 +2,7 @@
 
 A patch made with --no-stat has no `---` line, so the message is what stands before the first `diff --git`.
 """
+
 from __future__ import annotations
 
 import email
@@ -25,7 +26,7 @@ class Header:
 def split(raw: bytes) -> tuple[bytes, bytes]:
     """(message, diff) of a patch file; the diff is empty when there is none."""
     start = re.search(rb"^diff --git ", raw, re.MULTILINE)
-    return (raw[:start.start()], raw[start.start():]) if start else (raw, b"")
+    return (raw[: start.start()], raw[start.start() :]) if start else (raw, b"")
 
 
 def parse_fields(body: str) -> dict[str, str]:
@@ -44,7 +45,11 @@ def parse_fields(body: str) -> dict[str, str]:
 
 
 def parse(raw: bytes) -> Header:
-    """Read the message of a patch file as git format-patch --keep-subject writes it. Never fails: what is missing is empty."""
-    message = email.message_from_bytes(re.sub(rb"\AFrom [^\n]*\n", b"", split(raw)[0]), policy=email.policy.default)
+    """Read the message of a patch file as git format-patch --keep-subject writes it. Never fails: what is
+    missing is empty.
+    """
+    message = email.message_from_bytes(
+        re.sub(rb"\AFrom [^\n]*\n", b"", split(raw)[0]), policy=email.policy.default
+    )
     body = message.get_content() if message.get_content_maintype() == "text" else ""
     return Header(str(message["Subject"] or ""), str(message["From"] or ""), parse_fields(body))

@@ -1,8 +1,9 @@
 """Check everything about the patch set that can be checked without upstream's source, in seconds.
 
-Rules: lint_patch.py (each patch) and lint_project.py (series, overlay, lock, submodule, attributes). Every finding is printed as
-`file:line: rule: message`. Exit code 0 when there is none, 1 otherwise.
+Rules: lint_patch.py (each patch) and lint_project.py (series, overlay, lock, submodule, attributes). Every
+finding is printed as `file:line: rule: message`. Exit code 0 when there is none, 1 otherwise.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -24,7 +25,11 @@ class Finding:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.rule}: {self.message}" if self.line else f"{self.file}: {self.rule}: {self.message}"
+        return (
+            f"{self.file}:{self.line}: {self.rule}: {self.message}"
+            if self.line
+            else f"{self.file}: {self.rule}: {self.message}"
+        )
 
 
 def check_patch(path: Path, root: Path, family: Family) -> Iterator[Finding]:
@@ -63,5 +68,8 @@ def main(project: Project, args: argparse.Namespace) -> int:
     for finding in findings:
         print(finding)
     patches = sum(len(checkout.patches(f)) for f in project.lock.families)
-    print(f"lint: {patches} patches, {len(lint_patch.RULES) + len(lint_project.RULES)} rules, {len(findings) or 'no'} findings")
+    print(
+        f"lint: {patches} patches, {len(lint_patch.RULES) + len(lint_project.RULES)} rules, "
+        f"{len(findings) or 'no'} findings"
+    )
     return 1 if findings else 0

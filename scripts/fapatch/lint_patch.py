@@ -1,9 +1,11 @@
-"""Rules for one patch file. A rule is a generator function of (line number, message); line 0 is the file as a whole.
+"""Rules for one patch file. A rule is a generator function of (line number, message); line 0 is the file as a
+whole.
 
-Add a rule: write the function with ``@rule("its-id")``, and put ``its-id.pass.patch`` and ``its-id.fail.patch`` (or folders of that
-name) into tests/unit/fixtures/lint. A rule that needs a patch that can be read at all stays silent when it cannot: `encoding`,
-`header-fields` and `diff-parses` report that.
+Add a rule: write the function with ``@rule("its-id")``, and put ``its-id.pass.patch`` and
+``its-id.fail.patch`` (or folders of that name) into tests/unit/fixtures/lint. A rule that needs a patch that
+can be read at all stays silent when it cannot: `encoding`, `header-fields` and `diff-parses` report that.
 """
+
 from __future__ import annotations
 
 import re
@@ -43,29 +45,37 @@ class PatchFile:
     @cached_property
     def diff_start(self) -> int:
         """Index of the first line of the diff, or the number of lines when there is none."""
-        return next((i for i, line in enumerate(self.lines) if line.startswith("diff --git ")), len(self.lines))
+        return next(
+            (i for i, line in enumerate(self.lines) if line.startswith("diff --git ")), len(self.lines)
+        )
 
     @cached_property
     def diff(self) -> PatchSet | None:
         """The parsed diff; None when it cannot be parsed."""
         try:
-            return PatchSet("\n".join(self.lines[self.diff_start:]))
+            return PatchSet("\n".join(self.lines[self.diff_start :]))
         except UnidiffParseError:
             return None
 
     def line_of(self, start: str) -> int:
-        """Number, counted from 1, of the first header line that begins with ``start``; 0 when there is none."""
-        return next((i for i, line in enumerate(self.lines[:self.diff_start], 1) if line.startswith(start)), 0)
+        """Number, counted from 1, of the first header line that begins with ``start``; 0 when there
+        is none.
+        """
+        return next(
+            (i for i, line in enumerate(self.lines[: self.diff_start], 1) if line.startswith(start)), 0
+        )
 
     def diff_lines(self) -> Iterator[tuple[int, str]]:
-        return enumerate(self.lines[self.diff_start:], self.diff_start + 1)
+        return enumerate(self.lines[self.diff_start :], self.diff_start + 1)
 
 
 RULES: dict[str, Callable[[PatchFile], Iterator[Complaint]]] = {}
 
 
 def rule(name: str) -> Callable:
-    def register(function: Callable[[PatchFile], Iterator[Complaint]]) -> Callable[[PatchFile], Iterator[Complaint]]:
+    def register(
+        function: Callable[[PatchFile], Iterator[Complaint]],
+    ) -> Callable[[PatchFile], Iterator[Complaint]]:
         RULES[name] = function
         return function
 
@@ -74,9 +84,13 @@ def rule(name: str) -> Callable:
 
 @rule("name")
 def name_says_area_and_change(patch: PatchFile) -> Iterator[Complaint]:
-    # No number in front: two branches that append would collide, and an insertion would rename everything after it.
+    # No number in front: two branches that append would collide, and an insertion would rename everything
+    # after it.
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)+\.patch", patch.name):
-        yield 0, "the name must be <area>-<what>.patch, lower case letters, digits and dashes, no number in front"
+        yield (
+            0,
+            "the name must be <area>-<what>.patch, lower case letters, digits and dashes, no number in front",
+        )
 
 
 @rule("encoding")
@@ -84,13 +98,16 @@ def is_utf8(patch: PatchFile) -> Iterator[Complaint]:
     try:
         patch.raw.decode("utf-8")
     except UnicodeDecodeError as e:
-        yield patch.raw[:e.start].count(b"\n") + 1, f"not UTF-8: {e.reason}"
+        yield patch.raw[: e.start].count(b"\n") + 1, f"not UTF-8: {e.reason}"
 
 
 @rule("line-ends")
 def ends_lines_with_lf(patch: PatchFile) -> Iterator[Complaint]:
     if b"\r" in patch.raw:
-        yield patch.raw[:patch.raw.index(b"\r")].count(b"\n") + 1, "carriage return: lines must end with LF alone"
+        yield (
+            patch.raw[: patch.raw.index(b"\r")].count(b"\n") + 1,
+            "carriage return: lines must end with LF alone",
+        )
     if not patch.raw.endswith(b"\n"):
         yield len(patch.lines), "the last line does not end with LF"
 
@@ -117,10 +134,16 @@ def header_is_complete(patch: PatchFile) -> Iterator[Complaint]:
 @rule("upstream-status")
 def upstream_status_is_one_of(patch: PatchFile) -> Iterator[Complaint]:
     status = patch.header.fields.get("Upstream-Status")
-    if status and not re.fullmatch(r"Pending|(Submitted|Denied) \[https?://[^\s\]]+\]|(Backport|Inappropriate) \[[^\]]+\]", status):
-        yield patch.line_of("Upstream-Status:"), (
-            f"Upstream-Status is {status!r}; write Pending, Submitted [url], Backport [version or commit], Denied [url] "
-            "or Inappropriate [reason]"
+    if status and not re.fullmatch(
+        r"Pending|(Submitted|Denied) \[https?://[^\s\]]+\]|(Backport|Inappropriate) \[[^\]]+\]", status
+    ):
+        yield (
+            patch.line_of("Upstream-Status:"),
+            (
+                f"Upstream-Status is {status!r}; write Pending, Submitted [url], Backport [version or "
+                "commit], Denied [url] "
+                "or Inappropriate [reason]"
+            ),
         )
 
 
@@ -155,11 +178,15 @@ def trailer_is_stripped(patch: PatchFile) -> Iterator[Complaint]:
 
 @rule("deterministic")
 def is_exported_deterministically(patch: PatchFile) -> Iterator[Complaint]:
-    """The commit id is zeros (--zero-commit) and blob ids are whole (--full-index), so that a refresh changes nothing by itself."""
+    """The commit id is zeros (--zero-commit) and blob ids are whole (--full-index), so that a refresh changes
+    nothing by itself.
+    """
     if not re.match(r"From 0{40} ", patch.lines[0]):
         yield 1, "the first line must be `From 0000...`: export with `make refresh`"
     for number, line in patch.diff_lines():
-        if line.startswith("index ") and not re.fullmatch(r"index [0-9a-f]{40}\.\.[0-9a-f]{40}( \d{6})?", line):
+        if line.startswith("index ") and not re.fullmatch(
+            r"index [0-9a-f]{40}\.\.[0-9a-f]{40}( \d{6})?", line
+        ):
             yield number, "abbreviated blob ids: export with `make refresh`"
 
 

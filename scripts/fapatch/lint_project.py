@@ -1,4 +1,7 @@
-"""Rules for the project around the patches: the series, the overlay, the lock, the submodule, the attributes of the files."""
+"""Rules for the project around the patches: the series, the overlay, the lock, the submodule, the attributes
+of the files.
+"""
+
 from __future__ import annotations
 
 import re
@@ -47,7 +50,9 @@ RULES: dict[str, Callable[[Checkout], Iterator[Complaint]]] = {}
 
 
 def rule(name: str) -> Callable:
-    def register(function: Callable[[Checkout], Iterator[Complaint]]) -> Callable[[Checkout], Iterator[Complaint]]:
+    def register(
+        function: Callable[[Checkout], Iterator[Complaint]],
+    ) -> Callable[[Checkout], Iterator[Complaint]]:
         RULES[name] = function
         return function
 
@@ -74,13 +79,19 @@ def series_and_files_agree(checkout: Checkout) -> Iterator[Complaint]:
 
 @rule("overlay")
 def overlay_and_patches_are_apart(checkout: Checkout) -> Iterator[Complaint]:
-    """A file is either ours (overlay) or upstream's (patched): a patch over an overlay file would hide code in a diff."""
+    """A file is either ours (overlay) or upstream's (patched): a patch over an overlay file would hide code
+    in a diff.
+    """
     for family in checkout.lock.families:
         overlay = {*checkout.overlay(family), *family.shared}
         for path in checkout.patches(family):
             for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
                 if line.startswith("+++ b/") and line[6:] in overlay:
-                    yield path.relative_to(checkout.root).as_posix(), number, f"{line[6:]} is {home(family, line[6:])}: change it there"
+                    yield (
+                        path.relative_to(checkout.root).as_posix(),
+                        number,
+                        f"{line[6:]} is {home(family, line[6:])}: change it there",
+                    )
         for name in sorted(overlay):
             if matches(name, family.exclude):
                 yield home(family, name), 0, f"{name} is excluded in the lock"
@@ -90,8 +101,16 @@ def overlay_and_patches_are_apart(checkout: Checkout) -> Iterator[Complaint]:
 def shared_files_have_one_home(checkout: Checkout) -> Iterator[Complaint]:
     for family in checkout.lock.families:
         for name, kept in family.shared.items():
-            if not any(kept.startswith(f"{other.overlay}/") for other in checkout.lock.families if other is not family):
-                yield checkout.lock.path.name, 0, f"{family.name} shares {kept}, which is in no other family's overlay"
+            if not any(
+                kept.startswith(f"{other.overlay}/")
+                for other in checkout.lock.families
+                if other is not family
+            ):
+                yield (
+                    checkout.lock.path.name,
+                    0,
+                    f"{family.name} shares {kept}, which is in no other family's overlay",
+                )
             elif not (checkout.root / kept).is_file():
                 yield checkout.lock.path.name, 0, f"{family.name} shares {kept}, and there is no such file"
             if name in checkout.overlay(family):
@@ -119,18 +138,28 @@ def lock_is_well_formed(checkout: Checkout) -> Iterator[Complaint]:
     lines = checkout.lock.path.read_text(encoding="utf-8").splitlines()
 
     def line_of(version: str) -> int:
-        return next((i for i, line in enumerate(lines, 1) if line.startswith("[") and f'"{version}"' in line), 0)
+        return next(
+            (i for i, line in enumerate(lines, 1) if line.startswith("[") and f'"{version}"' in line), 0
+        )
 
     for family in checkout.lock.families:
         if not isinstance(family.revision, int) or family.revision < 1:
-            yield checkout.lock.path.name, 0, f"{family.name}: revision is {family.revision!r}, not a number from 1 on"
+            yield (
+                checkout.lock.path.name,
+                0,
+                f"{family.name}: revision is {family.revision!r}, not a number from 1 on",
+            )
         if family.default not in {r.version for r in family.releases}:
             yield checkout.lock.path.name, 0, f"{family.name}: the default {family.default} has no entry"
         for release in family.releases:
             try:
                 Version(release.version)
             except InvalidVersion:
-                yield checkout.lock.path.name, line_of(release.version), f"{release.version!r} is not a version"
+                yield (
+                    checkout.lock.path.name,
+                    line_of(release.version),
+                    f"{release.version!r} is not a version",
+                )
             for complaint in _release_complaints(release, bool(family.submodule)):
                 yield checkout.lock.path.name, line_of(release.version), f"{release.version}: {complaint}"
 
@@ -141,7 +170,11 @@ def trees_are_pinned(checkout: Checkout) -> Iterator[Complaint]:
     for family in checkout.lock.families:
         for release in family.releases:
             if not release.tree or not release.patched_tree:
-                yield checkout.lock.path.name, 0, f"{release.version} lacks its tree or patched-tree: `make refresh` writes them"
+                yield (
+                    checkout.lock.path.name,
+                    0,
+                    f"{release.version} lacks its tree or patched-tree: `make refresh` writes them",
+                )
 
 
 @rule("submodule")
@@ -151,7 +184,12 @@ def submodule_is_at_the_default(checkout: Checkout) -> Iterator[Complaint]:
         if found is None:
             yield ".gitmodules", 0, f"{family.submodule} is not a submodule in the index"
         elif found != commit:
-            yield ".gitmodules", 0, f"{family.submodule} is at {found[:12]}, the lock's default {family.default} is {commit[:12]}"
+            yield (
+                ".gitmodules",
+                0,
+                f"{family.submodule} is at {found[:12]}, the lock's default {family.default} is "
+                f"{commit[:12]}",
+            )
 
 
 @rule("attributes")
@@ -166,4 +204,3 @@ def attributes_keep_patches_as_they_are(checkout: Checkout) -> Iterator[Complain
             text = next((a for a in reversed(attributes) if a.lstrip("-!").partition("=")[0] == "text"), text)
     if text != "-text":
         yield ".gitattributes", 0, "`*.patch -text` must hold, or a checkout on Windows changes the patches"
-

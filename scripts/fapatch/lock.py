@@ -1,4 +1,7 @@
-"""upstream.toml as frozen dataclasses: which releases are supported, where they come from, what their trees must be."""
+"""upstream.toml as frozen dataclasses: which releases are supported, where they come from, what their trees
+must be.
+"""
+
 from __future__ import annotations
 
 import sys
@@ -30,7 +33,8 @@ class Sdist:
 
 @dataclass(frozen=True)
 class Release:
-    """One upstream release. ``tree`` and ``patched_tree`` are git tree ids, before and after overlay and series.
+    """One upstream release. ``tree`` and ``patched_tree`` are git tree ids, before and after overlay and
+    series.
 
     ``tag`` and the commits are those of the family's submodule, "" without one.
     """
@@ -46,13 +50,15 @@ class Release:
 
 @dataclass(frozen=True)
 class Family:
-    """The releases of one upstream package that one series of patches serves. Paths are relative to the project root.
+    """The releases of one upstream package that one series of patches serves. Paths are relative to the
+    project root.
 
-    ``folder``: where setup.py or pyproject.toml lies in upstream's tree, "" for its top; the source distribution is that folder.
-    ``code``: the folder of upstream's tree whose Python files the wheel holds. ``extension``: the compiled module of a CUDA build,
-    "" when there is nothing to compile. ``submodule``: "" when the source distribution is the only source. ``smoke``: what
-    shows that the wheel works, "run" or "compile" (smoke.py). ``undeclared``: requirements that the wheel does not name.
-    ``shared``: path in upstream's tree -> file of this repository, for overlay files whose home is another family's overlay.
+    ``folder``: where setup.py or pyproject.toml lies in upstream's tree, "" for its top; the source
+    distribution is that folder. ``code``: the folder of upstream's tree whose Python files the wheel holds.
+    ``extension``: the compiled module of a CUDA build, "" when there is nothing to compile. ``submodule``: ""
+    when the source distribution is the only source. ``smoke``: what shows that the wheel works, "run" or
+    "compile" (smoke.py). ``undeclared``: requirements that the wheel does not name. ``shared``: path in
+    upstream's tree -> file of this repository, for overlay files whose home is another family's overlay.
     """
 
     name: str
@@ -80,13 +86,18 @@ class Family:
         return f"nosoftmax.{self.revision}"
 
     def release(self, version: str | None = None) -> Release:
-        """The release called ``version``, or the default one. Raises UsageError for a version that is not in the lock."""
+        """The release called ``version``, or the default one. Raises UsageError for a version that is not in
+        the lock.
+        """
         wanted = version or self.default
         for release in self.releases:
             if release.version == wanted:
                 return release
         known = ", ".join(r.version for r in self.releases)
-        raise UsageError(f"VERSION={wanted} is not a release of {self.name} that this patch set supports", f"choose one of: {known}")
+        raise UsageError(
+            f"VERSION={wanted} is not a release of {self.name} that this patch set supports",
+            f"choose one of: {known}",
+        )
 
 
 @dataclass(frozen=True)
@@ -101,23 +112,43 @@ class Lock:
         for family in self.families:
             if family.name == wanted:
                 return family
-        raise UsageError(f"FAMILY={wanted} is not in {self.path.name}", f"choose one of: {', '.join(f.name for f in self.families)}")
+        raise UsageError(
+            f"FAMILY={wanted} is not in {self.path.name}",
+            f"choose one of: {', '.join(f.name for f in self.families)}",
+        )
 
 
 def _release(version: str, raw: dict[str, Any]) -> Release:
     return Release(
-        version=version, tag=raw.get("tag", ""), sdist=Sdist(**raw["sdist"]), commit=raw.get("commit", ""),
-        cutlass=raw.get("cutlass", ""), tree=raw.get("tree", ""), patched_tree=raw.get("patched-tree", ""),
+        version=version,
+        tag=raw.get("tag", ""),
+        sdist=Sdist(**raw["sdist"]),
+        commit=raw.get("commit", ""),
+        cutlass=raw.get("cutlass", ""),
+        tree=raw.get("tree", ""),
+        patched_tree=raw.get("patched-tree", ""),
     )
 
 
 def _family(name: str, raw: dict[str, Any]) -> Family:
     return Family(
-        name=name, default=raw["default"], url=raw["url"], submodule=raw.get("submodule", ""),
-        cutlass_submodule=raw.get("cutlass-submodule", ""), series=raw["series"], overlay=raw["overlay"], package=raw["package"],
-        folder=raw.get("folder", ""), code=raw.get("code", raw["package"]), extension=raw.get("extension", ""),
-        smoke=raw.get("smoke", "run"), undeclared=tuple(raw.get("undeclared", ())), shared=dict(raw.get("shared", {})),
-        revision=raw["revision"], include=tuple(raw["include"]), exclude=tuple(raw.get("exclude", ())),
+        name=name,
+        default=raw["default"],
+        url=raw["url"],
+        submodule=raw.get("submodule", ""),
+        cutlass_submodule=raw.get("cutlass-submodule", ""),
+        series=raw["series"],
+        overlay=raw["overlay"],
+        package=raw["package"],
+        folder=raw.get("folder", ""),
+        code=raw.get("code", raw["package"]),
+        extension=raw.get("extension", ""),
+        smoke=raw.get("smoke", "run"),
+        undeclared=tuple(raw.get("undeclared", ())),
+        shared=dict(raw.get("shared", {})),
+        revision=raw["revision"],
+        include=tuple(raw["include"]),
+        exclude=tuple(raw.get("exclude", ())),
         releases=tuple(_release(v, r) for v, r in raw["version"].items()),
     )
 
@@ -127,10 +158,18 @@ def load(path: Path) -> Lock:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
         if raw["schema"] != 1:
-            raise FapError(f"{path.name} has schema {raw['schema']}, this tool reads schema 1", "update the scripts or the file")
+            raise FapError(
+                f"{path.name} has schema {raw['schema']}, this tool reads schema 1",
+                "update the scripts or the file",
+            )
         families = tuple(_family(name, f) for name, f in raw["family"].items())
         return Lock(path, raw["default-family"], families)
     except FileNotFoundError as e:
-        raise FapError(f"{path} is missing", "run from a complete checkout, or `git checkout upstream.toml`") from e
+        raise FapError(
+            f"{path} is missing", "run from a complete checkout, or `git checkout upstream.toml`"
+        ) from e
     except (tomllib.TOMLDecodeError, KeyError, TypeError) as e:
-        raise FapError(f"{path.name} cannot be read: {type(e).__name__} {e}", "`git diff upstream.toml` shows what changed") from e
+        raise FapError(
+            f"{path.name} cannot be read: {type(e).__name__} {e}",
+            "`git diff upstream.toml` shows what changed",
+        ) from e

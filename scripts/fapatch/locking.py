@@ -44,8 +44,8 @@ def _holder(path: Path) -> str:
 def exclusive(project: Project, what: str, wait: float | None = None) -> Iterator[None]:
     """Hold the lock of ``project`` while the block runs. ``what`` names the command to whoever has to wait.
 
-    Waits up to ``wait`` seconds (default: FAP_LOCK_WAIT or ten minutes) with a message, then raises FapError naming the
-    holder.
+    Waits up to ``wait`` seconds (default: FAP_LOCK_WAIT or ten minutes) with a message, then raises FapError
+    naming the holder.
     """
     wait = float(os.environ.get("FAP_LOCK_WAIT") or WAIT_SECONDS) if wait is None else wait
     path = project.cache / "lock"

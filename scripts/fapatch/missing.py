@@ -1,10 +1,12 @@
-"""Print as JSON which packages of a pyproject.toml the running Python lacks: those of the optional dependencies GROUP...,
-or without a group those that the project itself depends on. Run by .venv's Python.
+"""Print as JSON which packages of a pyproject.toml the running Python lacks: those of the optional
+dependencies GROUP..., or without a group those that the project itself depends on. Run by .venv's Python.
 
     python missing.py PYPROJECT GROUP...      ->  ["ninja", "torch==2.13.0"]
 
-Needs nothing but the standard library and pip, whose own copies of `packaging` and `tomli` it reads: it runs before anything is installed.
+Needs nothing but the standard library and pip, whose own copies of `packaging` and `tomli` it reads: it runs
+before anything is installed.
 """
+
 from __future__ import annotations
 
 import json

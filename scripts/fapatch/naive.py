@@ -1,12 +1,19 @@
-"""Kernels that are wrong on purpose, on the GPU: what each test says of a softmax that was commented out by hand.
+"""Kernels that are wrong on purpose, on the GPU: what each test says of a softmax that was commented out by
+hand.
 
-  build   puts the patches of tests/naive on the patched tree and compiles the extension of each naive kernel into build/naive/<variant>,
-          alone: the Python package stays the installed one. HEAD_DIMS (32,64), DTYPES (fp16) and ARCHS choose the kernels.
-  test    runs the CUDA tests of tests/attention/test_finite.py and every test that a mutant names in its caught_by, with the installed
-          extension and with each naive one before it on PYTHONPATH; writes docs/results/naive-kernels.json and .md.
+  build   puts the patches of tests/naive on the patched tree and compiles the extension of each naive kernel
+  into build/naive/<variant>,
+          alone: the Python package stays the installed one. HEAD_DIMS (32,64), DTYPES (fp16) and ARCHS choose
+          the kernels.
+  test    runs the CUDA tests of tests/attention/test_finite.py and every test that a mutant names in its
+  caught_by, with the installed
+          extension and with each naive one before it on PYTHONPATH; writes docs/results/naive-kernels.json
+          and .md.
 
-`test` fails when the right kernel fails a test, or when a naive one passes a test and tests/naive/right_anyway.toml does not say why.
+`test` fails when the right kernel fails a test, or when a naive one passes a test and
+tests/naive/right_anyway.toml does not say why.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -27,17 +34,21 @@ from .project import Project
 
 NEEDS_EXTENSION = True
 EXTENSION = "flash_attn_2_cuda"
-# minus-infinity.patch is what the first person does, masked-with-zero.patch what the next one mends on top of it.
+# minus-infinity.patch is what the first person does, masked-with-zero.patch what the next one mends on top of
+# it.
 PATCHES = {"minus-infinity": ("minus-infinity",), "masked-with-zero": ("minus-infinity", "masked-with-zero")}
 OPTIONS = {"HEAD_DIMS": "32,64", "DTYPES": "fp16", "PASSES": ""}
 # Prints the tests that mutants name, one a line.
-CAUGHT_BY = "from mutations import MUTANTS; print(*sorted({mutant.caught_by for mutant in MUTANTS}), sep='\\n')"
+CAUGHT_BY = (
+    "from mutations import MUTANTS; print(*sorted({mutant.caught_by for mutant in MUTANTS}), sep='\\n')"
+)
 ABOUT = f"""
 import json, torch
 if not torch.cuda.is_available():
     raise SystemExit("torch sees no GPU")
 import {EXTENSION} as extension
-print(json.dumps({{"file": extension.__file__, "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+print(json.dumps({{"file": extension.__file__, "device": torch.cuda.get_device_name(),
+    "torch": torch.__version__,
                   "head_dims": list(extension.built_head_dims), "dtypes": list(extension.built_dtypes)}}))
 """
 
@@ -59,10 +70,15 @@ class Variant(Project):
 
 
 def patched(project: Project, tree: str, variant: str) -> str:
-    """The id of ``tree`` with the patches of ``variant`` on it, written to the store. Raises FapError when one does not apply."""
+    """The id of ``tree`` with the patches of ``variant`` on it, written to the store. Raises FapError when
+    one does not apply.
+    """
     folder = project.root / "tests" / "naive"
     patches = [(folder / f"{name}.patch").read_bytes() for name in PATCHES[variant]]
-    hint = f"the kernels have changed: bring the patches of {variant} in {folder.relative_to(project.root)} up to date with them"
+    hint = (
+        f"the kernels have changed: bring the patches of {variant} in {folder.relative_to(project.root)} "
+        "up to date with them"
+    )
     return git.tree_with(tree, patches, repo=project.store, hint=hint)
 
 
@@ -70,7 +86,9 @@ def extension_in(folder: Path) -> Path:
     """The one extension in ``folder``. Raises FapError when there is none, or more than one."""
     found = sorted(folder.glob(f"{EXTENSION}*.so"))
     if len(found) != 1:
-        raise FapError(f"{folder} holds {len(found)} files {EXTENSION}*.so, expected one", "fap.py naive build")
+        raise FapError(
+            f"{folder} holds {len(found)} files {EXTENSION}*.so, expected one", "fap.py naive build"
+        )
     return found[0]
 
 
@@ -80,12 +98,23 @@ def build(project: Project, python: Path) -> None:
     nvcc = cuda_toolkit.find(project.venv, torch)
     wheel.choose_backend("cuda", torch, nvcc)
     variables = cuda_toolkit.build_environment(nvcc.toolkit, torch.packages)
-    options = {**{name: os.environ.get(name) or value for name, value in OPTIONS.items()}, "NO_SOFTMAX_ONLY": "1"}
+    options = {
+        **{name: os.environ.get(name) or value for name, value in OPTIONS.items()},
+        "NO_SOFTMAX_ONLY": "1",
+    }
     tree = build_copy.verified_tree(project, apply.ensure(project))
     for name in VARIANTS:
         variant = Variant(**vars(project), name=name)
         print(f"building {name}: {' '.join(f'{k}={v}' for k, v in options.items() if v)}", flush=True)
-        wheel.run_setup(variant, "cuda", patched(project, tree, name), python, "setup.py", "build_ext", env={**variables, **options})
+        wheel.run_setup(
+            variant,
+            "cuda",
+            patched(project, tree, name),
+            python,
+            "setup.py",
+            "build_ext",
+            env={**variables, **options},
+        )
         (built,) = (variant.wheel_dir / "build").glob(f"lib*/{EXTENSION}*.so")
         for old in variant.folder.glob(f"{EXTENSION}*.so"):
             old.unlink()
@@ -94,33 +123,67 @@ def build(project: Project, python: Path) -> None:
 
 
 def describe(folder: Path | None) -> dict:
-    """What the extension in ``folder`` (None: the installed one) is and where it runs. Raises FapError when it is not the one imported."""
+    """What the extension in ``folder`` (None: the installed one) is and where it runs. Raises FapError when
+    it is not the one imported.
+    """
     said = run(sys.executable, "-c", ABOUT, env={"PYTHONPATH": str(folder or "")}, check=False)
     if said.returncode != 0:
         reason = (said.stderr.decode("utf-8", "replace").splitlines() or ["no output"])[-1]
-        raise FapError(f"the extension in {folder or 'this environment'} cannot be tested: {reason}",
-                       "this needs a GPU, a wheel with the CUDA extension, and naive extensions built for this Python and torch")
+        raise FapError(
+            f"the extension in {folder or 'this environment'} cannot be tested: {reason}",
+            "this needs a GPU, a wheel with the CUDA extension, and naive extensions built for this Python "
+            "and torch",
+        )
     about = json.loads(said.stdout)
     if folder is not None and Path(about["file"]).resolve() != extension_in(folder).resolve():
-        raise FapError(f"python imported {about['file']} and not {extension_in(folder)}", "they are built for different Pythons")
+        raise FapError(
+            f"python imported {about['file']} and not {extension_in(folder)}",
+            "they are built for different Pythons",
+        )
     return about
 
 
 def chosen_tests(project: Project) -> list[str]:
     """What pytest is to run: every finite test, and whatever catches a mutant."""
     folder = project.root / "tests" / "attention"
-    said = run(sys.executable, "-c", CAUGHT_BY, env={"PYTHONPATH": str(folder)}, hint="make env").stdout.decode().split()
-    named = ((folder / module).with_suffix(".py").relative_to(project.root).as_posix() + f"::{function}"
-             for module, _, function in (test.partition(".") for test in said) if module != "test_finite")
+    said = (
+        run(sys.executable, "-c", CAUGHT_BY, env={"PYTHONPATH": str(folder)}, hint="make env")
+        .stdout.decode()
+        .split()
+    )
+    named = (
+        (folder / module).with_suffix(".py").relative_to(project.root).as_posix() + f"::{function}"
+        for module, _, function in (test.partition(".") for test in said)
+        if module != "test_finite"
+    )
     return ["tests/attention/test_finite.py", *named]
 
 
-def run_tests(project: Project, tests: list[str], extension: Path | None, workers: int, report: Path) -> naive_table.Column:
-    """Run the CUDA cases of ``tests`` with the extension in that folder (None: the installed one); linear time does not use it."""
+def run_tests(
+    project: Project, tests: list[str], extension: Path | None, workers: int, report: Path
+) -> naive_table.Column:
+    """Run the CUDA cases of ``tests`` with the extension in that folder (None: the installed one); linear
+    time does not use it.
+    """
     result = run(
-        sys.executable, "-m", "pytest", "-q", "--no-header", "--no-summary", "-p", "no:cacheprovider",
-        "-k", "quadratic and cuda", "-n", str(workers),
-        f"--junitxml={report}", *tests, cwd=project.root, env={"PYTHONPATH": str(extension or "")}, check=False, capture=False,
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--no-header",
+        "--no-summary",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "quadratic and cuda",
+        "-n",
+        str(workers),
+        f"--junitxml={report}",
+        *tests,
+        cwd=project.root,
+        env={"PYTHONPATH": str(extension or "")},
+        check=False,
+        capture=False,
     )
     if result.returncode not in (0, 1):  # 1: some tests failed
         raise FapError(f"pytest stopped with exit code {result.returncode}", "its own message is above")
@@ -146,14 +209,19 @@ def test(project: Project, args: argparse.Namespace) -> int:
     wrong = list(naive_table.complaints(columns, reasons))
     naive = about[VARIANTS[0]]
     facts = {
-        "device": naive["device"], "torch": naive["torch"], "date": date.today().isoformat(),
-        "naive kernels": f"head dimensions {', '.join(map(str, naive['head_dims']))}, {', '.join(naive['dtypes'])}",
+        "device": naive["device"],
+        "torch": naive["torch"],
+        "date": date.today().isoformat(),
+        "naive kernels": f"head dimensions {', '.join(map(str, naive['head_dims']))}, "
+        f"{', '.join(naive['dtypes'])}",
         "commands": "`scripts/fap.py naive build`, `scripts/fap.py naive test`",
     }
     results.mkdir(parents=True, exist_ok=True)
     counts = {name: {function: dict(c) for function, c in column.items()} for name, column in columns.items()}
     record = {**facts, "as_expected": not wrong, "complaints": wrong, "kernels": counts}
-    (results / "naive-kernels.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (results / "naive-kernels.json").write_text(
+        json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+    )
     page = results / "naive-kernels.md"
     page.write_text(naive_table.markdown(columns, reasons, facts), encoding="utf-8")
     print(f"written to {page} and .json")
@@ -163,9 +231,19 @@ def test(project: Project, args: argparse.Namespace) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("step", choices=("build", "test"))
-    parser.add_argument("--extensions", type=Path,
-                        help="test: a folder with one folder a variant that holds its extension, built elsewhere (default: build/naive)")
-    parser.add_argument("--workers", "-n", type=int, default=4, help="test: processes at once on the GPU (default: %(default)s)")
+    parser.add_argument(
+        "--extensions",
+        type=Path,
+        help="test: a folder with one folder a variant that holds its extension, built elsewhere (default: "
+        "build/naive)",
+    )
+    parser.add_argument(
+        "--workers",
+        "-n",
+        type=int,
+        default=4,
+        help="test: processes at once on the GPU (default: %(default)s)",
+    )
     parser.add_argument("--results", type=Path, help="test: where to write (default: docs/results)")
 
 

@@ -1,5 +1,5 @@
-"""Our own files: those in overlay/<family>, and those that the family shares with another one, at the paths that they take in
-upstream's tree.
+"""Our own files: those in overlay/<family>, and those that the family shares with another one, at the paths
+that they take in upstream's tree.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ def others(lock: Lock, family: Family, homes: Iterable[str]) -> list[str]:
     return [
         other.name
         for other in lock.families
-        if other.name != family.name and any(h in other.shared.values() or h.startswith(f"{other.overlay}/") for h in homes)
+        if other.name != family.name
+        and any(h in other.shared.values() or h.startswith(f"{other.overlay}/") for h in homes)
     ]
 
 
 def load(project: Project) -> dict[str, bytes]:
     """Path in upstream's tree -> content.
 
-    Raises FapError for a symbolic link, which a wheel could not hold, and for a shared file that is missing or has a copy.
+    Raises FapError for a symbolic link, which a wheel could not hold, and for a shared file that is missing
+    or has a copy.
     """
     files: dict[str, bytes] = {}
     for path in sorted(project.overlay.rglob("*")):
@@ -40,14 +42,21 @@ def load(project: Project) -> dict[str, bytes]:
         if name.endswith(_JUNK_ENDINGS) or any(part in _JUNK_FOLDERS for part in path.parts):
             continue
         if path.is_symlink():
-            raise FapError(f"{path.relative_to(project.root)} is a symbolic link", "put the file itself there")
+            raise FapError(
+                f"{path.relative_to(project.root)} is a symbolic link", "put the file itself there"
+            )
         if path.is_file():
             files[name] = path.read_bytes()
     for name, kept in project.family.shared.items():
         if name in files:
-            raise FapError(f"{project.family.overlay}/{name} is a copy of {kept}", f"remove it; {project.lock.path.name} shares that file")
+            raise FapError(
+                f"{project.family.overlay}/{name} is a copy of {kept}",
+                f"remove it; {project.lock.path.name} shares that file",
+            )
         try:
             files[name] = (project.root / kept).read_bytes()
         except FileNotFoundError as e:
-            raise FapError(f"{kept} is missing, and {project.lock.path.name} shares it as {name}", f"git checkout {kept}") from e
+            raise FapError(
+                f"{kept} is missing, and {project.lock.path.name} shares it as {name}", f"git checkout {kept}"
+            ) from e
     return dict(sorted(files.items()))

@@ -1,4 +1,5 @@
 """The one way this project starts another program."""
+
 from __future__ import annotations
 
 import logging
@@ -26,17 +27,26 @@ _HINTS = {
 class CommandFailed(FapError):
     """A program exited with an error; ``returncode``, ``stdout`` and ``stderr`` hold what it said."""
 
-    def __init__(self, argv: Sequence[str], result: subprocess.CompletedProcess[bytes], hint: str = "") -> None:
+    def __init__(
+        self, argv: Sequence[str], result: subprocess.CompletedProcess[bytes], hint: str = ""
+    ) -> None:
         self.returncode = result.returncode
         self.stdout = result.stdout or b""
         self.stderr = result.stderr or b""
         said = (self.stderr.strip() or self.stdout.strip()).decode("utf-8", "replace").splitlines()
-        hint = next((h for words, h in _HINTS.items() if words in self.stderr), hint or "fap.py -v shows what was run")
-        super().__init__(f"`{shlex.join(argv)}` exited with {result.returncode}: {said[-1] if said else 'no output'}", hint)
+        hint = next(
+            (h for words, h in _HINTS.items() if words in self.stderr), hint or "fap.py -v shows what was run"
+        )
+        super().__init__(
+            f"`{shlex.join(argv)}` exited with {result.returncode}: {said[-1] if said else 'no output'}", hint
+        )
 
 
 def _wait(
-    process: subprocess.Popen[bytes], stdin: bytes | None, timeout: float | None, on_line: Callable[[bytes], None] | None
+    process: subprocess.Popen[bytes],
+    stdin: bytes | None,
+    timeout: float | None,
+    on_line: Callable[[bytes], None] | None,
 ) -> tuple[bytes, bytes]:
     try:
         if on_line is not None:
@@ -65,13 +75,14 @@ def run(
     hint: str = "",
     on_line: Callable[[bytes], None] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run ``argv`` (never through a shell), log the command, return the result with bytes in stdout and stderr.
+    """Run ``argv`` (never through a shell), log the command, return the result with bytes in stdout and
+    stderr.
 
-    ``env`` is added to this process's environment; None takes a variable away. ``capture=False`` lets the program write to the terminal;
-    ``on_line`` is called with each line of its output, both streams together, as it comes (the result then holds none, and there is no
-    ``stdin`` and no ``timeout``).
-    Raises CommandFailed (with ``hint``) when ``check`` and the exit status is not 0, FapError when the program is
-    missing or runs past ``timeout`` seconds.
+    ``env`` is added to this process's environment; None takes a variable away. ``capture=False`` lets the
+    program write to the terminal; ``on_line`` is called with each line of its output, both streams together,
+    as it comes (the result then holds none, and there is no ``stdin`` and no ``timeout``).
+    Raises CommandFailed (with ``hint``) when ``check`` and the exit status is not 0, FapError when the
+    program is missing or runs past ``timeout`` seconds.
     """
     args = [str(a) for a in argv]
     log.debug("$ %s%s", shlex.join(args), f"   (in {cwd})" if cwd else "")
@@ -80,8 +91,13 @@ def run(
     try:
         # A group of its own only where there is a time limit: else Ctrl-C reaches the program by itself.
         with subprocess.Popen(
-            args, cwd=cwd, env=environment, stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
-            stdout=pipe, stderr=pipe if on_line is None else subprocess.STDOUT, start_new_session=timeout is not None,
+            args,
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            stdout=pipe,
+            stderr=pipe if on_line is None else subprocess.STDOUT,
+            start_new_session=timeout is not None,
         ) as process:
             out, err = _wait(process, stdin, timeout, on_line)
         result = subprocess.CompletedProcess(args, process.returncode, out, err)

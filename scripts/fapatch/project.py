@@ -1,4 +1,5 @@
 """Where things lie. Nothing else in the tools spells out a path of the project."""
+
 from __future__ import annotations
 
 import os
@@ -67,7 +68,9 @@ class Project:
 
     @property
     def wheel_dir(self) -> Path:
-        """Where a wheel is built: a copy of the patched tree, without git, kept so that a build can go on where it stopped."""
+        """Where a wheel is built: a copy of the patched tree, without git, kept so that a build can go on
+        where it stopped.
+        """
         return self.build / "wheel" / self.family.name / self.release.version
 
     @property

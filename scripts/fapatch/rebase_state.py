@@ -12,8 +12,8 @@ from .project import Project
 
 @dataclass(frozen=True)
 class Running:
-    """A rebase that has begun. ``tip``: the commit that is carried over; ``patches``, ``overlay``: name -> blob id of
-    the files that it came from.
+    """A rebase that has begun. ``tip``: the commit that is carried over; ``patches``, ``overlay``: name ->
+    blob id of the files that it came from.
     """
 
     origin: str

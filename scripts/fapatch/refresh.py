@@ -1,8 +1,8 @@
-"""Export the commits of the patched tree to patches/ and overlay/, apply the result to every release, write the tree
-ids.
+"""Export the commits of the patched tree to patches/ and overlay/, apply the result to every release, write
+the tree ids.
 
-What is written is what `apply` would give back: export(apply(series)) is the series, byte for byte. Exit code 1 when a
-release could not be renewed; everything else is written all the same.
+What is written is what `apply` would give back: export(apply(series)) is the series, byte for byte. Exit code
+1 when a release could not be renewed; everything else is written all the same.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def patch_id(patch: Patch) -> str:
 
 
 def compare(old: tuple[Patch, ...], new: tuple[Patch, ...]) -> list[tuple[str, str]]:
-    """(untouched | refreshed | changed | added | dropped, name) for every patch; refreshed: the same change at other
-    lines.
+    """(untouched | refreshed | changed | added | dropped, name) for every patch; refreshed: the same change
+    at other lines.
     """
     before, after = {p.name: p for p in old}, {p.name: p for p in new}
 
@@ -55,14 +55,18 @@ def compare(old: tuple[Patch, ...], new: tuple[Patch, ...]) -> list[tuple[str, s
             return "untouched"
         # Without the first line, which names a commit.
         words = [header.split(patch.data)[0].partition(b"\n")[2] for patch in (before[name], after[name])]
-        return "refreshed" if words[0] == words[1] and patch_id(before[name]) == patch_id(after[name]) else "changed"
+        return (
+            "refreshed"
+            if words[0] == words[1] and patch_id(before[name]) == patch_id(after[name])
+            else "changed"
+        )
 
     return [(verdict(name), name) for name in dict.fromkeys([*after, *before])]
 
 
 def merge(recorded: State, files: Files, exported: Files) -> Files:
-    """What was committed in the tree (``exported``) together with what was edited in overlay/ (``files``) since
-    ``recorded``.
+    """What was committed in the tree (``exported``) together with what was edited in overlay/ (``files``)
+    since ``recorded``.
 
     Raises FapError for a file that was changed in both places.
     """
@@ -84,7 +88,9 @@ def merge(recorded: State, files: Files, exported: Files) -> Files:
         elif blob[id(mine)] in (recorded.overlay.get(path), blob[id(tree)]):
             kept = tree
         else:
-            raise FapError(f"{path} changed in overlay/ and in the patched tree", "make the two equal, then refresh")
+            raise FapError(
+                f"{path} changed in overlay/ and in the patched tree", "make the two equal, then refresh"
+            )
         if kept is not None:
             merged[path] = kept
     return Files(exported.patches, merged)
@@ -116,7 +122,9 @@ def _wanted(project: Project, before: Files) -> tuple[Files, str]:
 
 
 def _settle(project: Project, base: Base, wanted: Files, expected: str) -> tuple[apply.Built, Files]:
-    """Build ``wanted`` and export it again, until both agree: what a hand edited comes out as git writes it."""
+    """Build ``wanted`` and export it again, until both agree: what a hand edited comes out as git
+    writes it.
+    """
     for _ in range(3):
         built = apply.build(project, base, apply.scratch(project), wanted.patches, wanted.overlay)
         again = export_tree(project, built.folder, base.commit, wanted.patches)
@@ -129,7 +137,10 @@ def _settle(project: Project, base: Base, wanted: Files, expected: str) -> tuple
                 "a commit changes what a patch cannot hold, like a mode or a link: take that out",
             )
         wanted = again
-    raise FapError("the export changes each time it is applied", "look for lines in a message that git reads as part of a patch")
+    raise FapError(
+        "the export changes each time it is applied",
+        "look for lines in a message that git reads as part of a patch",
+    )
 
 
 def _write(project: Project, old: Files, new: Files) -> None:
@@ -152,8 +163,8 @@ def _write(project: Project, old: Files, new: Files) -> None:
 
 
 def renew_trees(project: Project, files: Files, known: dict[str, tuple[str, str]]) -> list[str]:
-    """Apply ``files`` to every release and write the tree ids; ``known`` ones are not built again. Returns a complaint
-    a release.
+    """Apply ``files`` to every release and write the tree ids; ``known`` ones are not built again. Returns a
+    complaint a release.
     """
     trees, complaints = dict(known), []
     for release in project.family.releases:
@@ -173,10 +184,14 @@ def renew_trees(project: Project, files: Files, known: dict[str, tuple[str, str]
 
 
 def publish(project: Project, old: Files, wanted: Files, expected: str = "") -> int:
-    """Write ``wanted`` in the place of ``old``, renew all tree ids and put the tree of the project's release in place."""
+    """Write ``wanted`` in the place of ``old``, renew all tree ids and put the tree of the project's release
+    in place.
+    """
     if lost := sorted(project.family.shared.keys() - wanted.overlay.keys()):
-        raise FapError(f"{lost[0]} is gone from the patched tree, and other families have it too",
-                       f"bring it back there, or take it out of `shared` in {project.lock.path.name}")
+        raise FapError(
+            f"{lost[0]} is gone from the patched tree, and other families have it too",
+            f"bring it back there, or take it out of `shared` in {project.lock.path.name}",
+        )
     base, recorded = fetch.pinned(project), state.read(project)
     built, new = _settle(project, base, wanted, expected)
     try:
@@ -190,13 +205,18 @@ def publish(project: Project, old: Files, wanted: Files, expected: str = "") -> 
         print(f"{verdict:<10} {name}")
     changed = sum(old.overlay.get(p) != new.overlay.get(p) for p in old.overlay.keys() | new.overlay.keys())
     print(f"overlay    {changed or 'no'} of {len(new.overlay)} files changed")
-    for before, after in zip(project.family.releases, load(project.lock.path).family(project.family.name).releases, strict=True):
+    for before, after in zip(
+        project.family.releases, load(project.lock.path).family(project.family.name).releases, strict=True
+    ):
         same = (before.tree, before.patched_tree) == (after.tree, after.patched_tree)
         print(f"tree       {after.version:<14} {after.patched_tree[:12]}{'' if same else '  new'}")
     for complaint in complaints:
         print(f"warning: {complaint}")
     made = state.State.of(base, new.patches, new.overlay, built.commit, built.tree)
-    homes = [overlay.home(project.family, path) for path in state.changed(recorded.overlay if recorded else {}, made.overlay)]
+    homes = [
+        overlay.home(project.family, path)
+        for path in state.changed(recorded.overlay if recorded else {}, made.overlay)
+    ]
     for other in overlay.others(project.lock, project.family, homes):
         print(f"{other} has files that changed here  ->  make refresh FAMILY={other}")
     return 1 if complaints else 0

@@ -1,4 +1,5 @@
 """What became of a run of upstream's tests, on one page."""
+
 from __future__ import annotations
 
 import json
@@ -17,7 +18,9 @@ OUTCOMES = ("passed", "failed", "skipped")
 
 @dataclass(frozen=True)
 class Result:
-    """``outcome``: passed, failed or skipped; ``seconds``: how long the call took; ``message``: why it failed or was skipped."""
+    """``outcome``: passed, failed or skipped; ``seconds``: how long the call took; ``message``: why it failed
+    or was skipped.
+    """
 
     id: str
     outcome: str
@@ -37,11 +40,16 @@ class KnownFailure:
     reason: str
 
     def covers(self, result: Result) -> bool:
-        return re.fullmatch(self.id, result.id) is not None and re.search(self.message, result.message) is not None
+        return (
+            re.fullmatch(self.id, result.id) is not None
+            and re.search(self.message, result.message) is not None
+        )
 
 
 def read_journal(path: Path) -> dict[str, Result]:
-    """The latest result of every case in a journal written by tests/upstream/pick.py. A line cut short by a kill is passed over."""
+    """The latest result of every case in a journal written by tests/upstream/pick.py. A line cut short by a
+    kill is passed over.
+    """
     results: dict[str, Result] = {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -54,18 +62,27 @@ def read_journal(path: Path) -> dict[str, Result]:
 
 
 def read_known_failures(path: Path) -> list[KnownFailure]:
-    """The committed list at ``path``, ``[[failure]]`` tables. Raises FapError for an entry that lacks id, message or reason."""
+    """The committed list at ``path``, ``[[failure]]`` tables. Raises FapError for an entry that lacks id,
+    message or reason.
+    """
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8")).get("failure", [])
-        return [KnownFailure(re.compile(e["id"]).pattern, re.compile(e["message"]).pattern, e["reason"]) for e in entries]
+        return [
+            KnownFailure(re.compile(e["id"]).pattern, re.compile(e["message"]).pattern, e["reason"])
+            for e in entries
+        ]
     except (tomllib.TOMLDecodeError, KeyError, re.error) as e:
-        raise FapError(f"{path} cannot be read: {type(e).__name__} {e}",
-                       "each [[failure]] needs id and message (regular expressions) and a reason") from e
+        raise FapError(
+            f"{path} cannot be read: {type(e).__name__} {e}",
+            "each [[failure]] needs id and message (regular expressions) and a reason",
+        ) from e
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The cases that were asked for, sorted by what became of them. ``missing``: chosen, but never finished."""
+    """The cases that were asked for, sorted by what became of them. ``missing``: chosen, but never
+    finished.
+    """
 
     results: Mapping[str, Result]
     failed: tuple[str, ...]
@@ -77,8 +94,12 @@ class Outcome:
         return not self.failed and not self.missing
 
 
-def judge(chosen: Iterable[Case], journal: Mapping[str, Result], known_failures: Sequence[KnownFailure]) -> Outcome:
-    """Sort the results of ``chosen``: a failure is known when an entry covers it, and otherwise counts against us."""
+def judge(
+    chosen: Iterable[Case], journal: Mapping[str, Result], known_failures: Sequence[KnownFailure]
+) -> Outcome:
+    """Sort the results of ``chosen``: a failure is known when an entry covers it, and otherwise counts
+    against us.
+    """
     ids = [case.id for case in chosen]
     results = {i: journal[i] for i in ids if i in journal}
     failed, known = [], []
@@ -118,7 +139,11 @@ def table(chosen: Sequence[Case], outcome: Outcome) -> str:
     functions = sorted({function for function, _ in rows})
     width = max((len(f) for f in functions), default=0)
     head = f"{'':{width}}  {'use_softmax=True':^24}  {'use_softmax=False':^24}\n"
-    head += f"{'test function':{width}}  " + "  ".join(["".join(f"{o:>8}" for o in OUTCOMES)] * 2) + f"{'seconds':>9}"
+    head += (
+        f"{'test function':{width}}  "
+        + "  ".join(["".join(f"{o:>8}" for o in OUTCOMES)] * 2)
+        + f"{'seconds':>9}"
+    )
     lines = [head]
     for name, pick in [(f, [f]) for f in functions] + [("all", functions)]:
         sides = [sum((rows.get((f, on), Counter()) for f in pick), Counter()) for on in (True, False)]
@@ -143,13 +168,23 @@ def failures(outcome: Outcome, limit: int = 20) -> str:
 def document(chosen: Sequence[Case], outcome: Outcome, facts: Mapping[str, object]) -> dict[str, object]:
     """Everything above but the single results, to be written as JSON."""
     by_function = [
-        {"function": f, "use_softmax": on, **{o: row[o] for o in OUTCOMES}, "seconds": round(row["seconds"], 1)}
+        {
+            "function": f,
+            "use_softmax": on,
+            **{o: row[o] for o in OUTCOMES},
+            "seconds": round(row["seconds"], 1),
+        }
         for (f, on), row in sorted(counts(chosen, outcome.results).items())
     ]
     total = {str(on): dict(row) for on, row in totals(chosen, outcome.results).items()}
     return {
-        **facts, "ok": outcome.ok, "total": total, "functions": by_function, "failed": list(outcome.failed),
-        "not_finished": list(outcome.missing), "known_failures": [{"id": i, "reason": r} for i, r in outcome.known],
+        **facts,
+        "ok": outcome.ok,
+        "total": total,
+        "functions": by_function,
+        "failed": list(outcome.failed),
+        "not_finished": list(outcome.missing),
+        "known_failures": [{"id": i, "reason": r} for i, r in outcome.known],
     }
 
 

@@ -1,9 +1,10 @@
 """Which of upstream's million test cases to run: a sample that depends on the seed and the case's name alone.
 
-Cases are ranked by sha256(seed, id), so a seed always gives the same sample, a larger sample holds the smaller one, and a new
-parameter value upstream does not shuffle the rest. The sample is stratified: every test function gets the same number of cases with
-use_softmax True and with False, as far as it has them.
+Cases are ranked by sha256(seed, id), so a seed always gives the same sample, a larger sample holds the
+smaller one, and a new parameter value upstream does not shuffle the rest. The sample is stratified: every
+test function gets the same number of cases with use_softmax True and with False, as far as it has them.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -38,8 +39,8 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Cases not to run: those for which ``applies(function, parameters)`` holds. ``parameters`` are the labels of the parameters ``about``
-    that the function has; ``text`` says in words what is left out."""
+    """Cases not to run: those for which ``applies(function, parameters)`` holds. ``parameters`` are the
+    labels of the parameters ``about`` that the function has; ``text`` says in words what is left out."""
 
     text: str
     about: frozenset[str]
@@ -48,7 +49,9 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The chosen cases in order of rank, how many there were to choose from, and how many each rule left out, by its text."""
+    """The chosen cases in order of rank, how many there were to choose from, and how many each rule left out,
+    by its text.
+    """
 
     cases: tuple[Case, ...]
     eligible: int
@@ -69,8 +72,11 @@ def case_id(function: str, axes: Sequence[Axis], index: Index) -> str:
     return f"{function}[{'-'.join(axis.labels[i] for axis, i in zip(axes, index))}]" if axes else function
 
 
-def eligible(function: str, axes: Sequence[Axis], rules: Sequence[Rule] = (), left_out: Counter[str] | None = None) -> Iterator[Index]:
-    """The index of every case of ``function`` to which none of ``rules`` applies; the others are counted in ``left_out``.
+def eligible(
+    function: str, axes: Sequence[Axis], rules: Sequence[Rule] = (), left_out: Counter[str] | None = None
+) -> Iterator[Index]:
+    """The index of every case of ``function`` to which none of ``rules`` applies; the others are counted in
+    ``left_out``.
 
     A rule is asked once for each combination of what it is about, so that a million cases take seconds.
     """
@@ -107,14 +113,28 @@ def _shares(sizes: Sequence[int], count: int) -> list[int]:
     return shares
 
 
-def choose(functions: Mapping[str, Sequence[Axis]], seed: int, count: int | None, fraction: float, rules: Sequence[Rule] = ()) -> Sample:
-    """Choose ``count`` cases, or ``fraction`` (0 to 1) of each stratum when ``count`` is None, of those that ``rules`` do not leave out."""
+def choose(
+    functions: Mapping[str, Sequence[Axis]],
+    seed: int,
+    count: int | None,
+    fraction: float,
+    rules: Sequence[Rule] = (),
+) -> Sample:
+    """Choose ``count`` cases, or ``fraction`` (0 to 1) of each stratum when ``count`` is None, of those that
+    ``rules`` do not leave out.
+    """
     strata: dict[tuple[str, bool], list[tuple[bytes, Index]]] = {}
     left_out: Counter[str] = Counter()
     for function, axes in functions.items():
         # A test that does not mention use_softmax uses its default, True.
-        off = {(a, i) for a, axis in enumerate(axes) if axis.names == (SOFTMAX,) for i, v in enumerate(axis.labels) if v == "False"}
-        (switch, value), = off or {(0, -1)}
+        off = {
+            (a, i)
+            for a, axis in enumerate(axes)
+            if axis.names == (SOFTMAX,)
+            for i, v in enumerate(axis.labels)
+            if v == "False"
+        }
+        ((switch, value),) = off or {(0, -1)}
         for index in eligible(function, axes, rules, left_out):
             stratum = strata.setdefault((function, not index or index[switch] != value), [])
             stratum.append((rank(seed, case_id(function, axes, index)), index))

@@ -11,7 +11,8 @@ from . import git, header
 from .errors import FapError
 from .project import Project
 
-# In commits only: apply adds it and export takes it away, so that a commit that gets a new subject keeps its file.
+# In commits only: apply adds it and export takes it away, so that a commit that gets a new subject keeps its
+# file.
 _NAME_LINE = re.compile(rb"^Patch-Name: *(\S+) *\n", re.MULTILINE)
 
 
@@ -35,7 +36,10 @@ class Patch:
         try:
             return SpecifierSet(wanted).contains(version, prereleases=True)
         except InvalidSpecifier as e:
-            raise FapError(f"{self.name}: Applies-To: {wanted} is not a version specifier", "write it like `>=2.8.0,<2.9`") from e
+            raise FapError(
+                f"{self.name}: Applies-To: {wanted} is not a version specifier",
+                "write it like `>=2.8.0,<2.9`",
+            ) from e
 
 
 def with_name(patch: Patch) -> bytes:
@@ -45,14 +49,18 @@ def with_name(patch: Patch) -> bytes:
 
 
 def without_name(data: bytes) -> tuple[str, bytes]:
-    """(file name, patch) of what `git format-patch` gives for a commit; the name is "" when the commit has none."""
+    """(file name, patch) of what `git format-patch` gives for a commit; the name is "" when the commit has
+    none.
+    """
     message, diff = header.split(data)
     found = _NAME_LINE.search(message)
     return (found[1].decode() if found else ""), _NAME_LINE.sub(b"", message).rstrip(b"\n") + b"\n\n" + diff
 
 
 def name_for(subject: str, taken: Iterable[str]) -> str:
-    """A file name for a new commit: `[area] Do this` becomes `area-do-this.patch`, told apart from those ``taken``."""
+    """A file name for a new commit: `[area] Do this` becomes `area-do-this.patch`, told apart from those
+    ``taken``.
+    """
     stem = re.sub(r"[^a-z0-9]+", "-", subject.lower())[:60].strip("-") or "patch"
     taken, number, name = set(taken), 1, f"{stem}.patch"
     while name in taken:
@@ -66,8 +74,8 @@ def _name(line: str) -> str:
 
 
 def load(project: Project) -> tuple[Patch, ...]:
-    """The patches in the order of the series. Raises FapError for a missing or twice listed file, or one with changed
-    line ends.
+    """The patches in the order of the series. Raises FapError for a missing or twice listed file, or one with
+    changed line ends.
     """
     try:
         lines = project.series.read_text(encoding="utf-8").splitlines()
@@ -94,8 +102,8 @@ def load(project: Project) -> tuple[Patch, ...]:
 
 
 def rewrite(text: str, names: list[str]) -> str:
-    """The series file ``text`` with ``names`` in place of its own. The lines on top stay there, other comments stay
-    with the name below.
+    """The series file ``text`` with ``names`` in place of its own. The lines on top stay there, other
+    comments stay with the name below.
     """
     blocks: dict[str, list[str]] = {"": []}
     pending = blocks[""]
@@ -106,4 +114,7 @@ def rewrite(text: str, names: list[str]) -> str:
         else:
             pending.append(line)
     tail = [] if pending is blocks[""] else pending
-    return "".join(f"{line}\n" for line in [*blocks[""], *(line for name in names for line in blocks.get(name, [name])), *tail])
+    return "".join(
+        f"{line}\n"
+        for line in [*blocks[""], *(line for name in names for line in blocks.get(name, [name])), *tail]
+    )

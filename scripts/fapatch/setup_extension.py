@@ -1,9 +1,12 @@
-"""Print as JSON what upstream's setup.py in the current folder would compile, without compiling it. Run by .venv's Python.
+"""Print as JSON what upstream's setup.py in the current folder would compile, without compiling it. Run by
+.venv's Python.
 
     python -I setup_extension.py CUDA_HOME  ->  {"sources": [...], "include_dirs": [...], "nvcc_flags": [...]}
 
-setup.py is run up to its call of setup(), in the environment of a build: sources and flags are the build's own, whatever decides on them.
+setup.py is run up to its call of setup(), in the environment of a build: sources and flags are the build's
+own, whatever decides on them.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -25,7 +28,14 @@ def main(argv: list[str]) -> int:
     (extension,) = caught["ext_modules"]
     # torch puts its own flags before those of the extension.
     flags = [*cpp_extension.COMMON_NVCC_FLAGS, *extension.extra_compile_args["nvcc"]]
-    json.dump({"sources": extension.sources, "include_dirs": [*map(str, extension.include_dirs)], "nvcc_flags": flags}, sys.stdout)
+    json.dump(
+        {
+            "sources": extension.sources,
+            "include_dirs": [*map(str, extension.include_dirs)],
+            "nvcc_flags": flags,
+        },
+        sys.stdout,
+    )
     return 0
 
 

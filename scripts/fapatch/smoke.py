@@ -1,8 +1,11 @@
-"""One forward and backward without softmax through the installed package, against the same sum written out in float64.
+"""One forward and backward without softmax through the installed package, against the same sum written out in
+float64.
 
-The shape is causal, bottom-right aligned, with more queries than keys, so that some rows see no key and must come out exactly 0:
-there a kernel that still divides by a softmax sum gives NaN. Two key heads serve four query heads.
+The shape is causal, bottom-right aligned, with more queries than keys, so that some rows see no key and must
+come out exactly 0: there a kernel that still divides by a softmax sum gives NaN. Two key heads serve four
+query heads.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,7 +28,8 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}  # relative; a 
 
 @dataclass(frozen=True)
 class Target:
-    """Where the package runs, what that is called, and with what it is called there: the kernels that the installed build has.
+    """Where the package runs, what that is called, and with what it is called there: the kernels that the
+    installed build has.
 
     ``module`` has the function that is called.
     """
@@ -40,7 +44,9 @@ class Target:
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
         """Without softmax, by what this wheel has for the device and not by another wheel beside it."""
         options = {"backend": "fa2"} if (self.device, self.module) == ("cuda", "flash_attn") else {}
-        out = importlib.import_module(self.module).flash_attn_func(q, k, v, causal=causal, use_softmax=False, **options)
+        out = importlib.import_module(self.module).flash_attn_func(
+            q, k, v, causal=causal, use_softmax=False, **options
+        )
         return out[0] if isinstance(out, tuple) else out  # flash_attn.cute also returns an empty log-sum-exp
 
     @property
@@ -49,7 +55,9 @@ class Target:
 
 
 def in_float64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """out = (M * (scale q k^T)) v. q: (batch, seqlen_q, nheads, head_dim), k, v: (batch, seqlen_k, nheads_k, head_dim), all float64."""
+    """out = (M * (scale q k^T)) v. q: (batch, seqlen_q, nheads, head_dim), k, v: (batch, seqlen_k, nheads_k,
+    head_dim), all float64.
+    """
     import torch
 
     k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
@@ -59,7 +67,9 @@ def in_float64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
 
 
 def measure(target: Target, dtype: torch.dtype) -> tuple[dict[str, float], int, float]:
-    """(relative error of out, dq, dk, dv in the maximum norm; how many NaN or Inf; seconds for the passes of ``target``)."""
+    """(relative error of out, dq, dk, dv in the maximum norm; how many NaN or Inf; seconds for the passes of
+    ``target``).
+    """
     import torch
 
     def passes(attend, q, k, v, dout):
@@ -77,7 +87,9 @@ def measure(target: Target, dtype: torch.dtype) -> tuple[dict[str, float], int, 
     not_finite = sum(int((~t.isfinite()).sum()) for t in results)
     seconds = time.perf_counter() - start
     # Leaves of their own, or their gradients would be rounded too.
-    expected = passes(in_float64, *[t.detach().double().requires_grad_(target.backward) for t in inputs], dout.double())
+    expected = passes(
+        in_float64, *[t.detach().double().requires_grad_(target.backward) for t in inputs], dout.double()
+    )
     errors = [float((r.double() - e).abs().max() / e.abs().max()) for r, e in zip(results, expected)]
     return dict(zip(("out", "dq", "dk", "dv"), errors)), not_finite, seconds
 
@@ -90,7 +102,8 @@ def probe(target: Target, dtype: torch.dtype) -> None:
 
 
 def on_gpu() -> Target:
-    """The GPU, with one of the head dimensions and the dtypes that the extension was built for (kernel_build.py).
+    """The GPU, with one of the head dimensions and the dtypes that the extension was built for
+    (kernel_build.py).
 
     Raises ValueError or RuntimeError, which say why it cannot be the GPU.
     """
@@ -106,7 +119,10 @@ def on_gpu() -> Target:
         built = {"dtypes": tuple(kinds[x] for x in getattr(extension, "built_dtypes", kinds))}
         passes = getattr(extension, "built_passes", ("fwd", "bwd"))
         if "fwd" not in passes:
-            raise RuntimeError(f"this build has no forward kernels (PASSES={','.join(passes)}), and nothing to show without a cache")
+            raise RuntimeError(
+                f"this build has no forward kernels (PASSES={','.join(passes)}), and nothing to show without "
+                "a cache"
+            )
         head_dims = getattr(extension, "built_head_dims", (Target.head_dim,))
         head_dim = Target.head_dim if Target.head_dim in head_dims else head_dims[0]
         built |= {"head_dim": head_dim, "backward": "bwd" in passes}
@@ -133,15 +149,21 @@ def report(target: Target, package: str) -> bool:
     """Print one line a dtype for the installed ``package``; returns whether all of them are right."""
     import torch
 
-    print(f"smoke      {package} {metadata.version(package)}, use_softmax=False, causal, {target.passes} on {target.device} "
-          f"({target.name}) against float64")
+    print(
+        f"smoke      {package} {metadata.version(package)}, use_softmax=False, causal, {target.passes} on "
+        f"{target.device} "
+        f"({target.name}) against float64"
+    )
     good = True
     for kind in target.dtypes:
         errors, not_finite, seconds = measure(target, getattr(torch, kind))
         fine = not_finite == 0 and all(e <= TOLERANCE[kind] for e in errors.values())
         numbers = "  ".join(f"{n} {e:.1e}" for n, e in errors.items())
         verdict = "ok" if fine else "WRONG"
-        print(f"           {kind:<9} relative error {numbers}  NaN or Inf: {not_finite}  {seconds * 1e3:.0f} ms  {verdict}")
+        print(
+            f"           {kind:<9} relative error {numbers}  NaN or Inf: {not_finite}  {seconds * 1e3:.0f} "
+            f"ms  {verdict}"
+        )
         good &= fine
     return good
 

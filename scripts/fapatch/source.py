@@ -1,5 +1,5 @@
-"""The places that upstream's files can come from. Each gives (path, content) of the wanted files, or None when it has
-nothing.
+"""The places that upstream's files can come from. Each gives (path, content) of the wanted files, or None
+when it has nothing.
 """
 
 from __future__ import annotations
@@ -30,11 +30,17 @@ def from_folder(project: Project, folder: Path) -> Files:
     build_files = [Path(family.folder) / name for name in ("setup.py", "pyproject.toml")]
     if not any((folder / name).is_file() for name in build_files) or not (folder / family.code).is_dir():
         raise UsageError(
-            f"{folder} is not a checkout of {family.package}: it lacks {' and '.join(map(str, build_files))}, or {family.code}/",
+            f"{folder} is not a checkout of {family.package}: it lacks "
+            f"{' and '.join(map(str, build_files))}, or {family.code}/",
             "set FA_SRC_DIR (or SOURCE) to the top folder of one",
         )
     wanted = ours(project)
-    found = {p.relative_to(folder).as_posix(): p for pattern in family.include for p in folder.glob(pattern) if p.is_file()}
+    found = {
+        p.relative_to(folder).as_posix(): p
+        for pattern in family.include
+        for p in folder.glob(pattern)
+        if p.is_file()
+    }
     return ((path, found[path].read_bytes()) for path in sorted(found) if wanted(path))
 
 
@@ -57,20 +63,36 @@ def _clone_submodule(project: Project) -> str:
         return "this is not a git checkout"
     if project.release.commit != project.family.release().commit:
         return f"{path} is pinned to {project.family.default}"
-    # The checkout's own setting, which may name a mirror, wins over .gitmodules, as it does for `git submodule`.
-    asked = (git.git("config", *where, f"submodule.{path}.url", cwd=project.root, check=False) for where in ((), ("--file", ".gitmodules")))
+    # The checkout's own setting, which may name a mirror, wins over .gitmodules, as it does for `git
+    # submodule`.
+    asked = (
+        git.git("config", *where, f"submodule.{path}.url", cwd=project.root, check=False)
+        for where in ((), ("--file", ".gitmodules"))
+    )
     url = next((said.stdout.decode().strip() for said in asked if said.returncode == 0), project.family.url)
     try:
         # Fails at once, or in bounded time, where the host cannot be reached; a clone would hang for minutes.
         git.git("ls-remote", "--exit-code", url, "HEAD", timeout=PROBE_SECONDS)
-        git.git("submodule", "update", "--init", "--depth", "1", "--", path, cwd=project.root, timeout=CLONE_SECONDS)
+        git.git(
+            "submodule",
+            "update",
+            "--init",
+            "--depth",
+            "1",
+            "--",
+            path,
+            cwd=project.root,
+            timeout=CLONE_SECONDS,
+        )
     except FapError as e:
         return e.message
     return ""
 
 
 def from_submodule(project: Project, online: bool) -> tuple[Files | None, str]:
-    """(the files of the pinned commit, "") or (None, the reason). ``online``: clone the submodule where it is empty."""
+    """(the files of the pinned commit, "") or (None, the reason). ``online``: clone the submodule where it is
+    empty.
+    """
     if not project.family.submodule:
         return None, f"{project.family.name} has no submodule"
     reason = "the submodule is empty"
@@ -83,12 +105,16 @@ def from_submodule(project: Project, online: bool) -> tuple[Files | None, str]:
 
 
 def from_sdist(project: Project, online: bool) -> Files | None:
-    """The files of the verified source distribution; None when it is not in the cache and ``online`` is not set."""
+    """The files of the verified source distribution; None when it is not in the cache and ``online`` is not
+    set.
+    """
     path = download.sdist(project, offline=not online)
     if path is None:
         return None
     wanted, prefix = ours(project), f"{project.family.folder}/" if project.family.folder else ""
-    return ((prefix + name, content) for name, content in archive.read(path, lambda name: wanted(prefix + name)))
+    return (
+        (prefix + name, content) for name, content in archive.read(path, lambda name: wanted(prefix + name))
+    )
 
 
 def cutlass_from_submodule(project: Project, online: bool) -> Files | None:

@@ -1,4 +1,6 @@
-"""Is the patched tree what the files ask for? Answered by comparing contents, never dates; each answer has a name."""
+"""Is the patched tree what the files ask for? Answered by comparing contents, never dates; each answer has a
+name.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from .series import Patch
 
 
 class Reason(Enum):
-    """(exit code of `status`, whether there is something to lose, message). Codes: 1 out of date or edited, 2 in the
-    middle of something.
+    """(exit code of `status`, whether there is something to lose, message). Codes: 1 out of date or edited, 2
+    in the middle of something.
     """
 
     NOT_APPLIED = 1, False, "the patched tree was not made yet"
@@ -52,7 +54,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class State:
-    """What a patched tree was made from. ``patches``: (name, blob id) in order; ``overlay``: path -> blob id."""
+    """What a patched tree was made from. ``patches``: (name, blob id) in order; ``overlay``: path ->
+    blob id.
+    """
 
     base: str
     base_tree: str
@@ -63,7 +67,9 @@ class State:
     tree: str
 
     @classmethod
-    def of(cls, base: Base, patches: tuple[Patch, ...], files: dict[str, bytes], commit: str, tree: str) -> State:
+    def of(
+        cls, base: Base, patches: tuple[Patch, ...], files: dict[str, bytes], commit: str, tree: str
+    ) -> State:
         return cls(
             base.commit,
             base.tree,
@@ -116,7 +122,10 @@ def compare_inputs(project: Project, state: State, base: Base | None) -> list[Fi
         Finding(Reason.PATCH_ADDED, tuple(n for n in new if n not in old)),
         Finding(Reason.PATCH_REMOVED, tuple(n for n in old if n not in new)),
         Finding(Reason.PATCH_CHANGED, tuple(n for n in common if old[n] != new[n])),
-        Finding(Reason.OVERLAY_CHANGED, changed(state.overlay, {path: git.blob_id(data) for path, data in overlay.load(project).items()})),
+        Finding(
+            Reason.OVERLAY_CHANGED,
+            changed(state.overlay, {path: git.blob_id(data) for path, data in overlay.load(project).items()}),
+        ),
     ]
     found = [f for f in found if f.what]
     if common != [name for name in new if name in old]:
@@ -151,8 +160,8 @@ def look_at_tree(project: Project, state: State | None) -> list[Finding]:
 
 
 def assess(project: Project, base: Base | None) -> list[Finding]:
-    """Every way in which the patched tree is not what the files ask for; empty when it is. ``base``: upstream's files,
-    if known.
+    """Every way in which the patched tree is not what the files ask for; empty when it is. ``base``:
+    upstream's files, if known.
     """
     state = read(project)
     found = look_at_tree(project, state)

@@ -35,5 +35,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
         print(f"{tree}: {finding}")
     code = max(f.reason.code for f in found)
     work = code == 1 and any(f.reason.holds_work for f in found)
-    print(f"  ->  {'make refresh keeps the work in it, make clean FORCE=1 drops it' if work else _NEXT[code]}")
+    print(
+        f"  ->  {'make refresh keeps the work in it, make clean FORCE=1 drops it' if work else _NEXT[code]}"
+    )
     return code

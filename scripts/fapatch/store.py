@@ -1,7 +1,8 @@
-"""The bare git repository in .cache that holds upstream's files: one commit a release, equal on every machine.
+"""The bare git repository in .cache that holds upstream's files: one commit a release, equal on every
+machine.
 
-refs/upstream/<family>/<version>   what the lock pins refs/local/<family>/<version>      what FA_SRC_DIR held when it
-differed from that refs/cutlass/<commit or version>   the CUTLASS headers that a CUDA build needs
+refs/upstream/<family>/<version>   what the lock pins refs/local/<family>/<version>      what FA_SRC_DIR held
+when it differed from that refs/cutlass/<commit or version>   the CUTLASS headers that a CUDA build needs
 refs/heads/<family>/<version>      the patched tree, with whatever was committed on top
 """
 
@@ -54,7 +55,9 @@ def ensure(project: Project) -> None:
 
 
 def set_aside(project: Project) -> Path | None:
-    """Move a store that cannot be used out of the way, never delete it: commits may be in it. Returns its new place."""
+    """Move a store that cannot be used out of the way, never delete it: commits may be in it. Returns its new
+    place.
+    """
     if not project.store.exists():
         return None
     number = 1
@@ -75,15 +78,19 @@ def lookup(project: Project, ref: str) -> tuple[str, str] | None:
 
 def is_sound(project: Project, commit: str) -> bool:
     """Whether every object of ``commit`` can be read and has the content that its id says."""
-    checked = git.git("fsck", "--no-dangling", "--no-reflogs", "--no-progress", commit, repo=project.store, check=False)
+    checked = git.git(
+        "fsck", "--no-dangling", "--no-reflogs", "--no-progress", commit, repo=project.store, check=False
+    )
     return checked.returncode == 0
 
 
-def import_files(project: Project, ref: str, files: Iterable[tuple[str, bytes]], subject: str, expected: str = "") -> tuple[str, str]:
+def import_files(
+    project: Project, ref: str, files: Iterable[tuple[str, bytes]], subject: str, expected: str = ""
+) -> tuple[str, str]:
     """Commit ``files`` (path, content) as plain files under ``ref``; returns (commit, tree).
 
-    Author, date and modes are fixed, so that equal files give an equal commit. Raises FapError, with ``ref`` as it was,
-    when there is no file, or when the tree is not ``expected``.
+    Author, date and modes are fixed, so that equal files give an equal commit. Raises FapError, with ``ref``
+    as it was, when there is no file, or when the tree is not ``expected``.
     """
     ensure(project)
     message = subject.encode()
@@ -93,20 +100,26 @@ def import_files(project: Project, ref: str, files: Iterable[tuple[str, bytes]],
     if len(stream) == 3:
         raise FapError(f"{subject}: no file of it was found", "check the source that was used")
     git.git("fast-import", "--quiet", "--force", repo=project.store, stdin=b"".join(stream))
-    commit, tree = git.resolve(_INCOMING, repo=project.store), git.resolve(f"{_INCOMING}^{{tree}}", repo=project.store)
+    commit, tree = (
+        git.resolve(_INCOMING, repo=project.store),
+        git.resolve(f"{_INCOMING}^{{tree}}", repo=project.store),
+    )
     git.git("update-ref", "-d", _INCOMING, repo=project.store)
     if expected and tree != expected:
         raise FapError(
-            f"{subject}: its tree is {tree}, {project.lock.path.name} says {expected}", "this is not the pinned source; do not use it"
+            f"{subject}: its tree is {tree}, {project.lock.path.name} says {expected}",
+            "this is not the pinned source; do not use it",
         )
     git.git("update-ref", ref, commit, repo=project.store)
     return commit, tree
 
 
 def export_cutlass(project: Project, folder: Path) -> int:
-    """Write the CUTLASS headers that the release was made with to ``folder``/include; returns how many files there are.
+    """Write the CUTLASS headers that the release was made with to ``folder``/include; returns how many files
+    there are.
 
-    ``folder`` stands for upstream's csrc/cutlass. Files that are there with the same bytes keep their time stamps.
+    ``folder`` stands for upstream's csrc/cutlass. Files that are there with the same bytes keep their time
+    stamps.
     """
     from . import fetch  # fetch imports into this store
 

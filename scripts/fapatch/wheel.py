@@ -1,9 +1,11 @@
 """Build the wheel from the patched tree, check what is in it, install it into .venv, and show that it works.
 
-Upstream's own build does it, in a copy of the patched tree that has no .git folder (setup.py would start `git submodule update` in one)
-and with FLASH_ATTENTION_FORCE_BUILD=TRUE (it would otherwise download upstream's own wheel).
-The copy is kept: a CUDA build that was stopped goes on with the objects it has. The second run does nothing and says why.
+Upstream's own build does it, in a copy of the patched tree that has no .git folder (setup.py would start `git
+submodule update` in one) and with FLASH_ATTENTION_FORCE_BUILD=TRUE (it would otherwise download upstream's
+own wheel). The copy is kept: a CUDA build that was stopped goes on with the objects it has. The second run
+does nothing and says why.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -67,31 +69,55 @@ def choose_backend(asked: str, torch: Torch, nvcc: Search) -> Backend:
         raise UsageError(f"BACKEND={asked} is not known", f"choose one of: {', '.join(BACKENDS)}")
     if asked == "cuda":
         if not torch.cuda:
-            raise FapError("BACKEND=cuda needs a torch with CUDA, and .venv has one without",
-                           "make .venv from an interpreter that has it (PYTHON=), or build with BACKEND=cpu")
-        nvcc.require("BACKEND=cuda", f"{TOOLCHAIN_HINT}; or set CUDA_HOME to a CUDA {torch.cuda} toolkit, or build with BACKEND=cpu")
+            raise FapError(
+                "BACKEND=cuda needs a torch with CUDA, and .venv has one without",
+                "make .venv from an interpreter that has it (PYTHON=), or build with BACKEND=cpu",
+            )
+        nvcc.require(
+            "BACKEND=cuda",
+            f"{TOOLCHAIN_HINT}; or set CUDA_HOME to a CUDA {torch.cuda} toolkit, or build with BACKEND=cpu",
+        )
     if asked == "auto":
-        lacking = [what for what, there in (("GPU", torch.gpu), ("torch with CUDA", torch.cuda), ("nvcc", nvcc.toolkit)) if not there]
+        lacking = [
+            what
+            for what, there in (("GPU", torch.gpu), ("torch with CUDA", torch.cuda), ("nvcc", nvcc.toolkit))
+            if not there
+        ]
         found = "; ".join(nvcc.refused) or "no nvcc was found"
-        hint = f"for the GPU of this machine the CUDA compiler is missing ({found}): {TOOLCHAIN_HINT}" if lacking == ["nvcc"] else ""
-        return Backend("cpu", f"no {' and no '.join(lacking)} here", hint) if lacking else Backend("cuda", "GPU and nvcc found")
+        hint = (
+            f"for the GPU of this machine the CUDA compiler is missing ({found}): {TOOLCHAIN_HINT}"
+            if lacking == ["nvcc"]
+            else ""
+        )
+        return (
+            Backend("cpu", f"no {' and no '.join(lacking)} here", hint)
+            if lacking
+            else Backend("cuda", "GPU and nvcc found")
+        )
     return Backend(asked, f"BACKEND={asked}")
 
 
 def without_extension(family: Family, asked: str) -> Backend:
     """The backend of a family that is Python alone. Raises UsageError when another one was asked for."""
     if asked not in ("auto", "python"):
-        raise UsageError(f"BACKEND={asked}: {family.name} is Python alone, there is nothing to compile", "leave BACKEND= out")
+        raise UsageError(
+            f"BACKEND={asked}: {family.name} is Python alone, there is nothing to compile",
+            "leave BACKEND= out",
+        )
     return Backend("python", "its kernels are compiled when they are called")
 
 
 def max_jobs(cores: int, free_bytes: int) -> int:
-    """How many compilers to run at once: one a core, as far as the memory goes (upstream's own rule leaves half of the cores idle)."""
+    """How many compilers to run at once: one a core, as far as the memory goes (upstream's own rule leaves
+    half of the cores idle).
+    """
     return max(1, min(cores, free_bytes // BYTES_PER_COMPILER))
 
 
 def build_environment(project: Project, backend: str) -> dict[str, str]:
-    """The variables that upstream's builds read; MAX_JOBS and NVCC_THREADS from the caller's environment win."""
+    """The variables that upstream's builds read; MAX_JOBS and NVCC_THREADS from the caller's
+    environment win.
+    """
     jobs = max_jobs(len(os.sched_getaffinity(0)), psutil.virtual_memory().available)
     return {
         "MAX_JOBS": os.environ.get("MAX_JOBS") or str(jobs),
@@ -100,7 +126,8 @@ def build_environment(project: Project, backend: str) -> dict[str, str]:
         "FLASH_ATTN_LOCAL_VERSION": project.family.local_label,
         "FLASH_ATTENTION_SKIP_CUDA_BUILD": "FALSE" if backend == "cuda" else "TRUE",
         "FLASH_ATTENTION_TRITON_AMD_ENABLE": "FALSE",
-        "SETUPTOOLS_SCM_PRETEND_VERSION": f"{project.release.version}+{project.family.local_label}",  # there is no git to ask
+        # there is no git to ask
+        "SETUPTOOLS_SCM_PRETEND_VERSION": f"{project.release.version}+{project.family.local_label}",
         "PYTHONPATH": "",  # the build sees .venv alone
         "SOURCE_DATE_EPOCH": git.FIXED_DATE.split()[0],  # equal inputs, equal bytes
     }
@@ -123,7 +150,9 @@ def sha256(path: Path) -> str:
 
 
 def up_to_date(project: Project, inputs: Inputs, state: dict) -> tuple[Path | None, str]:
-    """(the wheel, "") when ``state`` describes a wheel made from ``inputs`` that is still whole, else (None, the reason)."""
+    """(the wheel, "") when ``state`` describes a wheel made from ``inputs`` that is still whole, else (None,
+    the reason).
+    """
     if not state:
         return None, "no wheel was built yet"
     if changed := inputs.changed_from(state["inputs"]):
@@ -136,39 +165,67 @@ def up_to_date(project: Project, inputs: Inputs, state: dict) -> tuple[Path | No
     return path, ""
 
 
-def run_setup(project: Project, backend: str, tree: str, *command: str | Path, env: Mapping[str, str] | None = None) -> None:
-    """Run ``command``, which starts upstream's build, in the build copy of ``tree``, a git id. Raises FapError that names the log.
+def run_setup(
+    project: Project, backend: str, tree: str, *command: str | Path, env: Mapping[str, str] | None = None
+) -> None:
+    """Run ``command``, which starts upstream's build, in the build copy of ``tree``, a git id. Raises
+    FapError that names the log.
 
     ``env`` is added to the variables that ``build_environment`` sets.
     """
     project.wheel_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(project.wheel_dir).free
     if free < FREE_BYTES[backend]:
-        raise FapError(f"{free >> 20} MiB are free in {project.build}, a {backend} build needs {FREE_BYTES[backend] >> 20}",
-                       "free some space, or move the checkout; what was built so far is kept")
+        raise FapError(
+            f"{free >> 20} MiB are free in {project.build}, a {backend} build needs "
+            f"{FREE_BYTES[backend] >> 20}",
+            "free some space, or move the checkout; what was built so far is kept",
+        )
     build_copy.sync(project, tree, with_cutlass=backend == "cuda")
     log = project.wheel_dir.parent / f"{project.release.version}.log"
     environment = {**build_environment(project, backend), **(env or {})}
     if backend == "cuda":
-        print(f"{environment['MAX_JOBS']} compilers at once (MAX_JOBS=); a build that is stopped goes on where it was", flush=True)
+        print(
+            f"{environment['MAX_JOBS']} compilers at once (MAX_JOBS=); a build that is stopped goes on where "
+            "it was",
+            flush=True,
+        )
     try:
         with log.open("wb") as file:
             run(*command, cwd=project.wheel_dir, env=environment, on_line=build_progress.Progress(file))
     except CommandFailed as e:
         print(build_progress.errors_in(log), flush=True)
-        raise FapError(f"upstream's build failed: exit code {e.returncode}",
-                       f"the whole output is in {log.relative_to(project.root)}; what was compiled is kept") from e
+        raise FapError(
+            f"upstream's build failed: exit code {e.returncode}",
+            f"the whole output is in {log.relative_to(project.root)}; what was compiled is kept",
+        ) from e
 
 
-def build(project: Project, backend: str, python: Path, tree: str, env: Mapping[str, str] | None = None) -> Path:
-    """Build ``tree``, a git id, with upstream's own build, and ``env`` beside the variables that ``build_environment`` sets.
+def build(
+    project: Project, backend: str, python: Path, tree: str, env: Mapping[str, str] | None = None
+) -> Path:
+    """Build ``tree``, a git id, with upstream's own build, and ``env`` beside the variables that
+    ``build_environment`` sets.
 
     Returns the checked wheel in dist/. Raises FapError, leaving dist/ as it was.
     """
     fresh = project.wheel_dir / "fresh"
     shutil.rmtree(fresh, ignore_errors=True)
-    run_setup(project, backend, tree, python, "-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check",
-              "--outdir", fresh, project.setup_dir, env=env)
+    run_setup(
+        project,
+        backend,
+        tree,
+        python,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--skip-dependency-check",
+        "--outdir",
+        fresh,
+        project.setup_dir,
+        env=env,
+    )
     (built,) = fresh.glob("*.whl")
     wheel_check.check(built, project, backend, project.wheel_dir)
     project.dist.mkdir(exist_ok=True)
@@ -188,7 +245,9 @@ def install(python: Path, wheel: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = os.environ.get("BACKEND") or "auto"
-    parser.add_argument("--backend", default=default, help="auto, cpu or cuda (default: %(default)s; environment: BACKEND)")
+    parser.add_argument(
+        "--backend", default=default, help="auto, cpu or cuda (default: %(default)s; environment: BACKEND)"
+    )
 
 
 def main(project: Project, args: argparse.Namespace) -> int:
@@ -198,23 +257,39 @@ def main(project: Project, args: argparse.Namespace) -> int:
     torch = Torch.of(python)
     nvcc = cuda_toolkit.find(project.venv, torch)
     family = project.family
-    backend = choose_backend(args.backend, torch, nvcc) if family.extension else without_extension(family, args.backend)
+    backend = (
+        choose_backend(args.backend, torch, nvcc)
+        if family.extension
+        else without_extension(family, args.backend)
+    )
     if backend.hint:
         print(backend.hint, flush=True)
     tree = build_copy.verified_tree(project, apply.ensure(project))
     inputs = Inputs(
-        tree=tree, lock=sha256(project.lock.path), backend=backend.name,
-        python=torch.python, torch=torch.version,
-        options=" ".join(f"{name}={os.environ.get(name, '')}" for name in CUDA_OPTIONS) if backend.name == "cuda" else "",
+        tree=tree,
+        lock=sha256(project.lock.path),
+        backend=backend.name,
+        python=torch.python,
+        torch=torch.version,
+        options=" ".join(f"{name}={os.environ.get(name, '')}" for name in CUDA_OPTIONS)
+        if backend.name == "cuda"
+        else "",
     )
     state = _read_state(project)
     wheel, why = up_to_date(project, inputs, state)
     if wheel and wheel_check.installed(python, wheel):
-        print(f"{wheel.relative_to(project.root)} is up to date and installed in .venv: patched tree {inputs.tree[:12]}, "
-              f"backend {backend.name}, torch {inputs.torch}. Nothing to do.")
+        print(
+            f"{wheel.relative_to(project.root)} is up to date and installed in .venv: patched tree "
+            f"{inputs.tree[:12]}, "
+            f"backend {backend.name}, torch {inputs.torch}. Nothing to do."
+        )
         return 0
     if wheel is None:
-        print(f"building {family.package} {project.release.version}, backend {backend.name} ({backend.reason}): {why}", flush=True)
+        print(
+            f"building {family.package} {project.release.version}, backend {backend.name} "
+            f"({backend.reason}): {why}",
+            flush=True,
+        )
         variables = {}
         if backend.name == "cuda":
             print(f"compiler: {nvcc.toolkit.nvcc} ({nvcc.toolkit.origin})", flush=True)

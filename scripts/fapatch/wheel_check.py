@@ -1,4 +1,5 @@
 """What a wheel must hold before anybody installs it."""
+
 from __future__ import annotations
 
 import hashlib
@@ -14,7 +15,8 @@ from .process import run
 from .project import Project
 
 HINT = "make clean wheel"
-# Prints the sha256 of the wheel that the installed package came from, as pip recorded it (PEP 610), or nothing.
+# Prints the sha256 of the wheel that the installed package came from, as pip recorded it (PEP 610), or
+# nothing.
 ORIGIN = """
 import json, sys
 from importlib import metadata
@@ -27,13 +29,16 @@ except metadata.PackageNotFoundError:
 
 
 def _python_files(tree: Path, code: str) -> dict[str, bytes]:
-    """Path -> content of every Python file in ``code``, but for what setuptools put into its own build folder beside setup.py."""
+    """Path -> content of every Python file in ``code``, but for what setuptools put into its own build folder
+    beside setup.py.
+    """
     files = (p for p in (tree / code).rglob("*.py") if p.relative_to(tree / code).parts[0] != "build")
     return {p.relative_to(tree).as_posix(): p.read_bytes() for p in files}
 
 
 def check(wheel: Path, project: Project, backend: str, tree: Path) -> None:
-    """Raise FapError unless ``wheel`` is the package of the patched ``tree``: name, version, tags, every Python file, the licence.
+    """Raise FapError unless ``wheel`` is the package of the patched ``tree``: name, version, tags, every
+    Python file, the licence.
 
     A cuda wheel must hold the extension; any other must be pure Python for any platform.
     """
@@ -50,10 +55,18 @@ def check(wheel: Path, project: Project, backend: str, tree: Path) -> None:
         licences = [archive.read(n) for n in names if n.startswith(info) and n.endswith("/LICENSE")]
     source = _python_files(tree, project.family.code)
     if differing := sorted(n for n in source.keys() | files.keys() if source.get(n) != files.get(n)):
-        raise FapError(f"{wheel.name} differs from the patched tree in {len(differing)} files, first: {differing[0]}", HINT)
+        raise FapError(
+            f"{wheel.name} differs from the patched tree in {len(differing)} files, first: {differing[0]}",
+            HINT,
+        )
     if not any(b"use_softmax" in content for content in files.values()):
-        raise FapError(f"{wheel.name} knows no use_softmax: the tree it was built from is not patched", "make status")
-    if metadata["Version"] != str(expected) or (tree / project.family.folder / "LICENSE").read_bytes() not in licences:
+        raise FapError(
+            f"{wheel.name} knows no use_softmax: the tree it was built from is not patched", "make status"
+        )
+    if (
+        metadata["Version"] != str(expected)
+        or (tree / project.family.folder / "LICENSE").read_bytes() not in licences
+    ):
         raise FapError(f"{wheel.name} lacks upstream's LICENSE or says version {metadata['Version']}", HINT)
     extension = project.family.extension
     extensions = [n for n in names if n.endswith(".so")]

@@ -30,8 +30,9 @@ def _admin(project: Project, folder: Path) -> Path | None:
 
 
 def _link(project: Project, folder: Path) -> None:
-    """Join ``folder`` and its part of the store. Relative, where git allows it, so that a moved or copied checkout goes
-    on working and never reaches into the one that it was copied from (which `git worktree repair` would do).
+    """Join ``folder`` and its part of the store. Relative, where git allows it, so that a moved or copied
+    checkout goes on working and never reaches into the one that it was copied from (which `git worktree
+    repair` would do).
     """
     admin = _admin(project, folder)
     if admin is None:
@@ -45,8 +46,8 @@ def _link(project: Project, folder: Path) -> None:
 
 
 def _tidy(project: Project) -> None:
-    """Drop the store's entries of worktrees that are gone, or that belong to the checkout that this store was copied
-    from.
+    """Drop the store's entries of worktrees that are gone, or that belong to the checkout that this store was
+    copied from.
     """
     for folder in (*project.build.glob("src/*/*"), *project.build.glob("rebase/*")):
         _link(project, folder)
@@ -72,7 +73,9 @@ def remove(project: Project, folder: Path) -> None:
 
 
 def reconnect(project: Project, folder: Path) -> bool:
-    """Whether ``folder`` is a worktree that git can work in; a checkout that was moved is joined with its store again."""
+    """Whether ``folder`` is a worktree that git can work in; a checkout that was moved is joined with its
+    store again.
+    """
     if not _belongs(project, folder):
         _link(project, folder)
     return _belongs(project, folder)
@@ -81,8 +84,13 @@ def reconnect(project: Project, folder: Path) -> bool:
 def _belongs(project: Project, folder: Path) -> bool:
     if not (folder / ".git").is_file():
         return False
-    found = git.git("rev-parse", "--path-format=absolute", "--git-common-dir", "HEAD^{tree}", cwd=folder, check=False)
-    return found.returncode == 0 and Path(found.stdout.decode().splitlines()[0]).resolve() == project.store.resolve()
+    found = git.git(
+        "rev-parse", "--path-format=absolute", "--git-common-dir", "HEAD^{tree}", cwd=folder, check=False
+    )
+    return (
+        found.returncode == 0
+        and Path(found.stdout.decode().splitlines()[0]).resolve() == project.store.resolve()
+    )
 
 
 def head(folder: Path) -> str:
@@ -91,7 +99,9 @@ def head(folder: Path) -> str:
 
 def edited(folder: Path) -> list[str]:
     """The paths that differ from the last commit, new files included."""
-    entries = git.output("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", cwd=folder).split("\0")
+    entries = git.output(
+        "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", cwd=folder
+    ).split("\0")
     return [entry[3:] for entry in entries if entry]
 
 
@@ -110,8 +120,8 @@ def conflicts(folder: Path) -> list[str]:
 
 
 def put_in_place(project: Project, new: Path, base: str) -> None:
-    """Make the worktree ``new`` the project's patched tree, on its branch, which follows ``base`` (a ref). The old one
-    must hold nothing that is worth keeping.
+    """Make the worktree ``new`` the project's patched tree, on its branch, which follows ``base`` (a ref).
+    The old one must hold nothing that is worth keeping.
     """
     final, branch = project.source, store.branch(project)
     remove(project, final)

@@ -17,12 +17,17 @@ def caches(attention, slots: int = 3, capacity: int = CAPACITY, nheads_k: int = 
 
 def step(attention, seqlen: int = 1, nheads: int = 4, nheads_k: int = 2, head_dim: int = 32, batch: int = 3):
     """q and the new k and v of one decoding step."""
-    return tuple(randn(batch, seqlen, h, head_dim, seed=20 + h, like=attention) for h in (nheads, nheads_k, nheads_k))
+    return tuple(
+        randn(batch, seqlen, h, head_dim, seed=20 + h, like=attention) for h in (nheads, nheads_k, nheads_k)
+    )
 
 
 def rotary(attention, positions: int = CAPACITY, rotary_dim: int = 16) -> dict[str, torch.Tensor]:
     angles = torch.arange(positions)[:, None] / 100 ** (torch.arange(rotary_dim // 2) / 8)
-    return {f"rotary_{f.__name__}": f(angles).to(attention.device, attention.dtype) for f in (torch.cos, torch.sin)}
+    return {
+        f"rotary_{f.__name__}": f(angles).to(attention.device, attention.dtype)
+        for f in (torch.cos, torch.sin)
+    }
 
 
 def check(attention, q, k_cache, v_cache, *new, **arguments) -> None:

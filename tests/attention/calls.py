@@ -1,4 +1,6 @@
-"""One call of each public function that has a gradient: its arguments, its result, and how near two results must be."""
+"""One call of each public function that has a gradient: its arguments, its result, and how near two results
+must be.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,23 @@ LENGTHS = (3, 5)
 def sample(device: str, *shape: int) -> torch.Tensor:
     """Normal numbers in the widest dtype that the device's kernels take."""
     dtype = torch.float64 if device == "cpu" else torch.float16
-    return torch.randn(*shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(sum(shape)))
+    return torch.randn(
+        *shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(sum(shape))
+    )
 
 
-def inputs(name: str, device: str, seqlen: int = sum(LENGTHS), nheads: int = 2, head_dim: int = 8) -> tuple[list, list]:
-    """(tensors, lengths) that a function takes first, all of them cut from one packed qkv; varlen is two sequences."""
+def inputs(
+    name: str, device: str, seqlen: int = sum(LENGTHS), nheads: int = 2, head_dim: int = 8
+) -> tuple[list, list]:
+    """(tensors, lengths) that a function takes first, all of them cut from one packed qkv; varlen is two
+    sequences.
+    """
     qkv = sample(device, 2, seqlen, 3, nheads, head_dim)
     cu_seqlens, longest = [], []
     if "varlen" in name:
         qkv, copies = qkv[0], 1 if "qkvpacked" in name else 2
-        # Two tensors, not one twice: torch.compile does not trace an autograd.Function that gets a tensor twice.
+        # Two tensors, not one twice: torch.compile does not trace an autograd.Function that gets a tensor
+        # twice.
         cu_seqlens, longest = [cumulative(LENGTHS, device) for _ in range(copies)], [max(LENGTHS)] * copies
     if "qkvpacked" in name:
         tensors = [qkv]

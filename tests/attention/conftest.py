@@ -1,7 +1,7 @@
 """Fixtures: the implementation under test, once per device, and the dtypes it takes.
 
-Tests take an implementation and nothing else that depends on the machine, so that ``test_mutations.py`` can call the
-same test with the oracle and with wrong kernels.
+Tests take an implementation and nothing else that depends on the machine, so that ``test_mutations.py`` can
+call the same test with the oracle and with wrong kernels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 from hypothesis import settings
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, and flash_attn imports it where it is
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when triton is imported, and flash_attn imports it where it is
 
 from package import VARIANTS, Package, devices, missing, not_in_this_build, supports
 
@@ -25,16 +27,23 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "scores: tests what happens to the scores, which the linear algorithm does not form")
+    config.addinivalue_line(
+        "markers", "scores: tests what happens to the scores, which the linear algorithm does not form"
+    )
 
 
 def pytest_report_header() -> str:
-    return "\n".join(f"attention {variant} on {device}: {missing(device, variant) or 'tested'}" for device, variant in VARIANTS)
+    return "\n".join(
+        f"attention {variant} on {device}: {missing(device, variant) or 'tested'}"
+        for device, variant in VARIANTS
+    )
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
-    """A test of what the installed CUDA kernels don't have is skipped with their own words; any other error is a failure."""
+    """A test of what the installed CUDA kernels don't have is skipped with their own words; any other error
+    is a failure.
+    """
     try:
         return (yield)
     except (ValueError, RuntimeError) as error:

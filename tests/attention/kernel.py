@@ -1,9 +1,10 @@
-"""A model of the fused kernel: the same attention as the oracle, taken apart into the steps that a kernel has.
+"""A model of the fused kernel: the same attention as the oracle, taken apart into the steps that a kernel
+has.
 
-Unlike the oracle it writes its backward by hand, recomputes scores in tiles padded with rows that don't exist, rounds
-the weights P and their gradient dS to the input dtype and sums in float32. P and the output saturate; dS and gradients
-overflow. Every step is a method, so a wrong kernel is
-this one with one step replaced; ``mutations.py`` lists such kernels.
+Unlike the oracle it writes its backward by hand, recomputes scores in tiles padded with rows that don't
+exist, rounds the weights P and their gradient dS to the input dtype and sums in float32. P and the output
+saturate; dS and gradients overflow. Every step is a method, so a wrong kernel is this one with one step
+replaced; ``mutations.py`` lists such kernels.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 from oracle import FUNCTIONS, ROW_FACTORS, Options, Oracle, distances, sigmoid_bias, visibility
 
 TILE_ROWS = 16
-# relu2 grows with the square of its inputs; far below float32's largest value, so that sums of it stay finite.
+# relu2 grows with the square of its inputs; far below float32's largest value, so that sums of it stay
+# finite.
 WIDE_LIMIT = 2.0**80
 
 
@@ -63,10 +65,16 @@ class Kernel(Oracle):
         q, _, k, v, keep, visible, dtype = self.load(q, q, k, v, h)
         s, _ = self.scores(q, k, h)
         p = self.drop_weights(self.mask_weights(self.function(s, h), visible), keep)
-        out = self.matmul(self.narrow(p, dtype), v) * self.row_factor(visible, keep, h).to(v.dtype) * self.rescale(h)
+        out = (
+            self.matmul(self.narrow(p, dtype), v)
+            * self.row_factor(visible, keep, h).to(v.dtype)
+            * self.rescale(h)
+        )
         return self.narrow_output(out, dtype)[: h.seqlen_q].to(dtype)
 
-    def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, h: Head) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, h: Head
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q, dout, k, v, keep, visible, dtype = self.load(q, dout, k, v, h)
         s, dcap = self.scores(q, k, h)
         factor = self.row_factor(visible, keep, h).to(v.dtype)
@@ -74,11 +82,15 @@ class Kernel(Oracle):
         dv = self.matmul(self.narrow(p, dtype).T, dout * factor) * self.rescale(h)
         ds = (dout @ v.T) * factor * self.derivative(s, h) * dcap
         ds = self.narrow_gradient(self.drop_gradient(self.mask_gradient(ds, visible, p), keep, p), dtype)
-        dq, dk = (x * self.gradient_scale(h) * self.rescale(h) for x in (self.matmul(ds, k), self.matmul(ds.T, q)))
+        dq, dk = (
+            x * self.gradient_scale(h) * self.rescale(h) for x in (self.matmul(ds, k), self.matmul(ds.T, q))
+        )
         return tuple(self.narrow_result(x, dtype).to(dtype) for x in (dq[: h.seqlen_q], dk, dv))
 
     def load(self, q, dout, k, v, h: Head):
-        """Tiles in the accumulator's dtype: rows past the last query are zeros, keys that nobody sees are not read."""
+        """Tiles in the accumulator's dtype: rows past the last query are zeros, keys that nobody sees are not
+        read.
+        """
         rows = -h.seqlen_q % TILE_ROWS
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         visible = F.pad(self.visible(h), (0, 0, 0, rows), value=self.phantom_rows_see_keys())
@@ -133,7 +145,8 @@ class Kernel(Oracle):
             "relu2": 2 * s.relu(),
             "sigmoid": g * (1 - g),
             "silu": g * (1 + s * (1 - g)),
-            "gelu": (1 + torch.erf(s / math.sqrt(2))) / 2 + s * torch.exp(-s * s / 2) / math.sqrt(2 * math.pi),
+            "gelu": (1 + torch.erf(s / math.sqrt(2))) / 2
+            + s * torch.exp(-s * s / 2) / math.sqrt(2 * math.pi),
             "softplus": torch.sigmoid(s),
         }[h.o.activation]
 
@@ -165,14 +178,18 @@ class Kernel(Oracle):
         return ROW_FACTORS[h.o.normalization](max(h.seqlen_k, 1), visible.sum(-1, keepdim=True).double())
 
     def narrow(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """P, rounded to the input dtype as the matrix unit will take it. What is finite stays so; NaN and Inf show."""
+        """P, rounded to the input dtype as the matrix unit will take it. What is finite stays so; NaN and Inf
+        show.
+        """
         return self.saturated(x, min(torch.finfo(dtype).max, WIDE_LIMIT)).to(dtype).to(x.dtype)
 
     def saturated(self, x: Tensor, limit: float) -> Tensor:
         return torch.where(x.isfinite(), x.clamp(-limit, limit), x)
 
     def narrow_gradient(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """dS, rounded to the input dtype: Inf where that can't hold it, so that a loss scale that is too large shows."""
+        """dS, rounded to the input dtype: Inf where that can't hold it, so that a loss scale that is too
+        large shows.
+        """
         return x.to(dtype).to(x.dtype)
 
     def narrow_output(self, x: Tensor, dtype: torch.dtype) -> Tensor:

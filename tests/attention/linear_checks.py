@@ -1,4 +1,6 @@
-"""Checks of the linear algorithm that take an implementation: the installed package, and the wrong ones of linear_mutations.py."""
+"""Checks of the linear algorithm that take an implementation: the installed package, and the wrong ones of
+linear_mutations.py.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +10,34 @@ from torch import Tensor
 from measure import NAMES, assert_close, compare, gradients, poisoned, qkv, randn
 
 # (seqlen_q, seqlen_k) around the edges of chunks of 64, 128 and 512, and far from square.
-LENGTHS = [(127, 127), (128, 128), (129, 129), (300, 300), (70, 300), (300, 70), (1, 200), (200, 1), (260, 132), (513, 600)]
+LENGTHS = [
+    (127, 127),
+    (128, 128),
+    (129, 129),
+    (300, 300),
+    (70, 300),
+    (300, 70),
+    (1, 200),
+    (200, 1),
+    (260, 132),
+    (513, 600),
+]
 PACKED = dict(lengths_q=[130, 0, 64, 5, 200], lengths_k=[130, 7, 0, 133, 100])
 # As near as this to float64, times the error of the quadratic algorithm.
 FACTOR = 1.5
 MANY_TOKENS = 2**16
 
 
-def check_lengths(attention, causal: bool, lengths: tuple[int, int], dtype: torch.dtype | None = None, **options) -> None:
+def check_lengths(
+    attention, causal: bool, lengths: tuple[int, int], dtype: torch.dtype | None = None, **options
+) -> None:
     """Output and gradients against the oracle; grouped heads."""
-    compare(attention, *qkv(attention, 2, *lengths, nheads=4, nheads_k=2, head_dim=16, dtype=dtype), causal=causal, **options)
+    compare(
+        attention,
+        *qkv(attention, 2, *lengths, nheads=4, nheads_k=2, head_dim=16, dtype=dtype),
+        causal=causal,
+        **options,
+    )
 
 
 def packed(attention, nheads_k: int = 2, **keywords) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +58,9 @@ def check_nothing_leaks(attention, causal: bool) -> None:
     results = []
     for value in (0.0, float("nan")):
         q, k, v = (poisoned(x, slice(0, n), value) for x, n in zip(tensors, (first_q, first_k, first_k)))
-        results.append(gradients(lambda *x: attention.varlen(*x, **PACKED, causal=causal), q, k, v, dout=dout))
+        results.append(
+            gradients(lambda *x: attention.varlen(*x, **PACKED, causal=causal), q, k, v, dout=dout)
+        )
     for a, b, n in zip(*results, (first_q, first_q, first_k, first_k)):
         assert torch.isfinite(b[n:]).all() and torch.equal(a[n:], b[n:])
 
@@ -54,8 +76,8 @@ def check_rows_without_keys(attention) -> None:
 
 
 def check_many_tokens(attention, quadratic, dtype: torch.dtype, mean: float) -> None:
-    """The last outputs of a long causal sequence, and the gradients of the first keys of a full one, are as exact as those of
-    the quadratic algorithm, which computes only these."""
+    """The last outputs of a long causal sequence, and the gradients of the first keys of a full one, are as
+    exact as those of the quadratic algorithm, which computes only these."""
     few, size = 64, dict(head_dim=16, nheads=1, dtype=dtype)
     q, k, v = (x + mean for x in qkv(attention, 1, MANY_TOKENS, MANY_TOKENS, **size))
     dout = randn(*q.shape, seed=9, like=attention, dtype=dtype) + mean
@@ -68,7 +90,10 @@ def check_many_tokens(attention, quadratic, dtype: torch.dtype, mean: float) -> 
     _, _, *actual = gradients(attention.dense, q, k, v, dout=dout)
     _, _, *others = gradients(quadratic.dense, q, k[:, :few], v[:, :few], dout=dout)
     expected_dk = torch.einsum("bihd,bihe->bhde", wide[3], wide[0]) / 4
-    expected_dk, expected_dv = wide[2][:, :few, 0] @ expected_dk[:, 0], wide[1][:, :few, 0] @ expected_dk[:, 0].mT
+    expected_dk, expected_dv = (
+        wide[2][:, :few, 0] @ expected_dk[:, 0],
+        wide[1][:, :few, 0] @ expected_dk[:, 0].mT,
+    )
     for name, a, other, e in zip(("dk", "dv"), actual, others, (expected_dk, expected_dv)):
         _as_exact(name, a[:, :few, 0], other[:, :, 0], e)
 
@@ -81,21 +106,28 @@ def _as_exact(name: str, actual: Tensor, other: Tensor, expected: Tensor) -> Non
 
 
 def check_largest(attention, dtype: torch.dtype, largest: float, causal: bool, agree: bool) -> None:
-    """Every input at the largest size that the contract allows, over many chunks: no NaN, no Inf where the dtype has the range, and
-    in float16's output, which saturates; a gradient that it can't hold is not finite."""
+    """Every input at the largest size that the contract allows, over many chunks: no NaN, no Inf where the
+    dtype has the range, and in float16's output, which saturates; a gradient that it can't hold is not
+    finite."""
     tensors = [randn(1, 1000, 2, 64, seed=i, like=attention, dtype=dtype).sign() * largest for i in range(4)]
     if agree:
         tensors = [x.abs() for x in tensors]
     *inputs, dout = tensors
-    for name, result in zip(NAMES, gradients(lambda *x: attention.dense(*x, causal=causal), *inputs, dout=dout)):
+    for name, result in zip(
+        NAMES, gradients(lambda *x: attention.dense(*x, causal=causal), *inputs, dout=dout)
+    ):
         if name == "out" or dtype != torch.float16:
-            assert torch.isfinite(result).all(), f"{name} has {(~torch.isfinite(result)).sum()} of {result.numel()} values NaN or Inf"
+            assert torch.isfinite(result).all(), (
+                f"{name} has {(~torch.isfinite(result)).sum()} of {result.numel()} values NaN or Inf"
+            )
         elif agree:
             assert not torch.isfinite(result).any(), f"{name} has finite values, which can't be right"
 
 
 def check_not_finite(attention) -> None:
-    """Inf in a value shows in its own channel of the queries that see it, across chunks, and in nothing else."""
+    """Inf in a value shows in its own channel of the queries that see it, across chunks, and in
+    nothing else.
+    """
     q, k, v = (x.abs() for x in qkv(attention, 1, 300, 300, nheads=1, head_dim=16, dtype=torch.float16))
     at = 128  # the first of a chunk: within one, a masked product is 0 * Inf
     v[0, at, 0, 3] = float("inf")
@@ -109,7 +141,9 @@ def check_weights_saturate(attention) -> None:
     """float16 weights of a million, of keys beside their query: 65504 in the output and in dv."""
     q = torch.full((1, 2, 1, 16), 250.0, dtype=torch.float16, device=attention.device)
     v = torch.full_like(q, 0.25)
-    out, _, _, dv = gradients(lambda *x: attention.dense(*x, causal=True, softmax_scale=1.0), q, q.clone(), v, dout=v.clone())
+    out, _, _, dv = gradients(
+        lambda *x: attention.dense(*x, causal=True, softmax_scale=1.0), q, q.clone(), v, dout=v.clone()
+    )
     assert out[0, :, 0, 0].tolist() == [16376.0, 32752.0] and dv[0, :, 0, 0].tolist() == [32752.0, 16376.0]
 
 
@@ -126,7 +160,11 @@ def check_pieces(prefill, attention, nheads_k: int, dtype: torch.dtype) -> None:
     for t in (331, 332):
         out, state = linear_attention_step(*(x[:, t] for x in (q, k, v)), state)
         parts.append(out[:, None])
-    exact = attention.dense(*(x.double().cpu() for x in (q, k, v)), causal=True) if attention.device == "cpu" else whole.double()
+    exact = (
+        attention.dense(*(x.double().cpu() for x in (q, k, v)), causal=True)
+        if attention.device == "cpu"
+        else whole.double()
+    )
     expected_state = torch.einsum("bthd,bthe->bhde", k.double(), v.double())
     for name, a, e in (("whole", whole, exact), ("pieces", torch.cat(parts, 1), exact)):
         assert_close(name, a, e, baseline=whole)

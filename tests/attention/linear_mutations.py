@@ -1,4 +1,6 @@
-"""Wrong primitives on purpose: one step of linear time replaced by a mistake, and the check that must notice it."""
+"""Wrong primitives on purpose: one step of linear time replaced by a mistake, and the check that must notice
+it.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Mutant:
 def _later_mask(shift: int) -> Callable:
     def mask(self, scores, span):
         offset = max(span.start, self._from_row) - max(span.start, self._from_key) + shift
-        split = scores.unflatten(2, (self._k.shape[3], -1)).unflatten(1, (self._q.shape[3], -1)).transpose(2, 3)
+        split = (
+            scores.unflatten(2, (self._k.shape[3], -1)).unflatten(1, (self._q.shape[3], -1)).transpose(2, 3)
+        )
         (split.tril_ if self.form.mask == "causal" else split.triu_)(offset)
         return scores
 
@@ -54,7 +58,11 @@ def _ungrouped(self, x, start, stop, first):
 
 def _state_of_the_neighbour(q, k, v, form, cu_q=None, cu_k=None, max_q=0, max_k=0):
     """Packed sequences as one."""
-    return chunked.attend(q[None], k[None], v[None], form)[0][0] if cu_q is not None else chunked.attend(q, k, v, form)[0]
+    return (
+        chunked.attend(q[None], k[None], v[None], form)[0][0]
+        if cu_q is not None
+        else chunked.attend(q, k, v, form)[0]
+    )
 
 
 def _unlimited(self, out, result, span):
@@ -78,20 +86,22 @@ MUTANTS = [
     Mutant("a query sees the next key", _Chunks, "mask", _later_mask(1), _causal),
     Mutant("no mask inside a chunk", _Chunks, "mask", lambda self, scores, span: scores, _causal),
     Mutant("aligned at the first position", _Chunks, "__init__", _top_left, _uneven),
-    Mutant("rows without keys are read", _Chunks, "__init__", _reads_everything, checks.check_rows_without_keys),
-    Mutant("heads of a group interleaved with positions", _Chunks, "_cut", _ungrouped, _causal),
-    Mutant("state runs on into the next sequence", primitive, "attend", _state_of_the_neighbour,
+    Mutant("rows without keys are read", _Chunks, "__init__", _reads_everything,
+    checks.check_rows_without_keys), Mutant("heads of a group interleaved with positions", _Chunks, "_cut",
+    _ungrouped, _causal), Mutant("state runs on into the next sequence", primitive, "attend",
+    _state_of_the_neighbour,
            partial(checks.check_packed, causal=True)),
     Mutant("gradients without the transposed mask", Form, "of_dk", Form.of_dq, _causal),
     Mutant("gradients saturate", Form, "of_dk", lambda self: self._replace(transposed=True),
            partial(checks.check_largest, dtype=torch.float16, largest=65504.0, causal=True, agree=True)),
     Mutant("Inf becomes the largest number", _Chunks, "store", _clamped, checks.check_not_finite),
-    Mutant("weights do not saturate", _Chunks, "limit", lambda self, scores: scores, checks.check_weights_saturate),
-    Mutant("scale forgotten", Form, "constant", lambda self, rows, keys: 1.0, _causal),
-    Mutant("1/n of the other side", Form, "constant", lambda self, rows, keys: _RIGHT_CONSTANT(self, keys, rows),
+    Mutant("weights do not saturate", _Chunks, "limit", lambda self, scores: scores,
+    checks.check_weights_saturate), Mutant("scale forgotten", Form, "constant", lambda self, rows, keys: 1.0,
+    _causal), Mutant("1/n of the other side", Form, "constant", lambda self, rows,
+    keys: _RIGHT_CONSTANT(self, keys, rows),
            partial(_uneven, normalization="1/n")),
-    Mutant("1/visible taken for 1/n", Form, "weighs_positions", False, partial(_causal, normalization="1/visible")),
-    Mutant("last chunk left out", _Chunks, "has_keys", lambda self, span: len(span) == chunked.CHUNK, _causal),
-    Mutant("outputs overflow", _Chunks, "store", _unlimited,
+    Mutant("1/visible taken for 1/n", Form, "weighs_positions", False, partial(_causal,
+    normalization="1/visible")), Mutant("last chunk left out", _Chunks, "has_keys", lambda self,
+    span: len(span) == chunked.CHUNK, _causal), Mutant("outputs overflow", _Chunks, "store", _unlimited,
            partial(checks.check_largest, dtype=torch.float16, largest=65504.0, causal=True, agree=True)),
 ]  # fmt: skip

@@ -1,8 +1,8 @@
 """Inputs, gradients and tolerances that the checks share.
 
-How exact must a kernel be? As exact as its dtype allows: its error against the float64 oracle may be at most ``FACTOR``
-times the error of the oracle itself run in that dtype. That needs no hand-tuned tolerance per option, and it stays fair
-where signed scores cancel.
+How exact must a kernel be? As exact as its dtype allows: its error against the float64 oracle may be at most
+``FACTOR`` times the error of the oracle itself run in that dtype. That needs no hand-tuned tolerance per
+option, and it stays fair where signed scores cancel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 from oracle import Oracle
 
 FACTOR = 3.0
-# Rounding of the largest value that is forgiven on top, in units of the last place; wide types are summed in blocks.
+# Rounding of the largest value that is forgiven on top, in units of the last place; wide types are summed in
+# blocks.
 LAST_PLACES = {torch.float16: 1, torch.bfloat16: 1, torch.float32: 256, torch.float64: 4096}
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -23,7 +24,9 @@ NAMES = ("out", "dq", "dk", "dv")
 def randn(*shape: int, seed: int, like=None, dtype: torch.dtype | None = None, size: float = 1.0) -> Tensor:
     """The same normal numbers on every device and, up to rounding, in every dtype."""
     numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * size
-    return numbers.to(device=like.device if like else "cpu", dtype=dtype or (like.dtype if like else torch.float64))
+    return numbers.to(
+        device=like.device if like else "cpu", dtype=dtype or (like.dtype if like else torch.float64)
+    )
 
 
 def qkv(
@@ -34,18 +37,23 @@ def qkv(
     nheads_k = nheads if nheads_k is None else nheads_k
     shapes = ((seqlen_q, nheads), (seqlen_k, nheads_k), (seqlen_k, nheads_k))
     return tuple(
-        randn(batch, *s, head_dim, seed=3 * seed + i, like=like, dtype=dtype, size=size) for i, s in enumerate(shapes)
+        randn(batch, *s, head_dim, seed=3 * seed + i, like=like, dtype=dtype, size=size)
+        for i, s in enumerate(shapes)
     )
 
 
-def packed(attention, lengths_q, lengths_k, nheads: int = 2, nheads_k: int = 2, head_dim: int = 8, **keywords):
+def packed(
+    attention, lengths_q, lengths_k, nheads: int = 2, nheads_k: int = 2, head_dim: int = 8, **keywords
+):
     """Random q, k, v of sequences of these lengths, one behind the other: (total, heads, head_dim)."""
     sizes = ((sum(lengths_q), nheads), (sum(lengths_k), nheads_k), (sum(lengths_k), nheads_k))
     return tuple(randn(*s, head_dim, seed=i, like=attention, **keywords) for i, s in enumerate(sizes))
 
 
 def single(like) -> torch.dtype:
-    """The widest dtype up to float32: the log-sum-exp is a float32, so with softmax no gradient can be more exact."""
+    """The widest dtype up to float32: the log-sum-exp is a float32, so with softmax no gradient can be more
+    exact.
+    """
     return torch.float32 if like.dtype == torch.float64 else like.dtype
 
 
@@ -59,7 +67,9 @@ def slopes(like, *shape: int, size: float = 0.5) -> Tensor:
     return torch.linspace(0.2, 1.0, torch.Size(shape).numel()).reshape(shape).mul(size).to(like.device)
 
 
-def gradients(function: Callable[..., Tensor], *tensors: Tensor, dout: Tensor | None = None) -> tuple[Tensor, ...]:
+def gradients(
+    function: Callable[..., Tensor], *tensors: Tensor, dout: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """(out, one gradient per tensor); dout is random unless given."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     out = function(*leaves)
@@ -70,7 +80,9 @@ def gradients(function: Callable[..., Tensor], *tensors: Tensor, dout: Tensor | 
 
 def assert_same(name: str, actual: Tensor, expected: Tensor, roundings: int = 2) -> None:
     """Two results of one implementation are equal up to a few roundings of the largest value."""
-    assert_close(name, actual, expected, baseline=expected.double() * (1 + roundings * torch.finfo(actual.dtype).eps))
+    assert_close(
+        name, actual, expected, baseline=expected.double() * (1 + roundings * torch.finfo(actual.dtype).eps)
+    )
 
 
 def on_cpu(value, dtype: torch.dtype | None = None):
@@ -83,15 +95,22 @@ def assert_close(
 ) -> None:
     """``actual`` is as near to ``expected`` (float64) as ``baseline``, the oracle in the dtype of ``actual``.
 
-    ``largest`` is the size of the numbers that were added up, where that is more than the largest number expected.
+    ``largest`` is the size of the numbers that were added up, where that is more than the largest number
+    expected.
     """
-    assert actual.shape == expected.shape, f"{name} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    assert torch.isfinite(actual).all(), f"{name} has {(~torch.isfinite(actual)).sum()} values that are NaN or Inf"
+    assert actual.shape == expected.shape, (
+        f"{name} has shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
+    assert torch.isfinite(actual).all(), (
+        f"{name} has {(~torch.isfinite(actual)).sum()} values that are NaN or Inf"
+    )
     if actual.numel() == 0:
         return
     expected = expected.double().cpu()
     error = (actual.double().cpu() - expected).abs().max().item()
-    allowed = LAST_PLACES[actual.dtype] * torch.finfo(actual.dtype).eps * max(largest, expected.abs().max().item())
+    allowed = (
+        LAST_PLACES[actual.dtype] * torch.finfo(actual.dtype).eps * max(largest, expected.abs().max().item())
+    )
     if baseline is not None:
         allowed += FACTOR * (baseline.double().cpu() - expected).abs().max().item()
     assert error <= allowed, f"{name} is off by {error:.3g}, allowed {allowed:.3g} ({actual.dtype})"
@@ -107,12 +126,25 @@ def compare(
     compare_results(actual, q, k, v, dout, method, **arguments)
 
 
-def compare_results(actual: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, dout: Tensor, method: str = "dense", **arguments) -> None:
+def compare_results(
+    actual: tuple[Tensor, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    method: str = "dense",
+    **arguments,
+) -> None:
     """(out, dq, dk, dv), however they were computed, against the oracle."""
-    expected, baseline = (reference(q, k, v, dout, dtype, method, **arguments) for dtype in (torch.float64, q.dtype))
-    # With softmax dS = P (dP - D), which may cancel to nothing: rounding is then not relative to what is left.
+    expected, baseline = (
+        reference(q, k, v, dout, dtype, method, **arguments) for dtype in (torch.float64, q.dtype)
+    )
+    # With softmax dS = P (dP - D), which may cancel to nothing: rounding is then not relative to what is
+    # left.
     largest = (
-        max(x.abs().max().item() for x in expected if x.numel()) if arguments.get("use_softmax") and q.numel() else 0.0
+        max(x.abs().max().item() for x in expected if x.numel())
+        if arguments.get("use_softmax") and q.numel()
+        else 0.0
     )
     for name, *three in zip(NAMES, actual, expected, baseline):
         assert_close(name, *three, largest)

@@ -1,7 +1,8 @@
 """Wrong kernels on purpose, and the test that must notice each of them.
 
-A mutant is the kernel model with one step replaced by a mistake that a half-converted softmax kernel makes. At the end
-stand two whole implementations of somebody in a hurry: upstream's dense attention with its softmax commented out.
+A mutant is the kernel model with one step replaced by a mistake that a half-converted softmax kernel makes.
+At the end stand two whole implementations of somebody in a hurry: upstream's dense attention with its softmax
+commented out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from oracle import Options, Oracle, distances, rotate, visibility
 
 @dataclass(frozen=True)
 class Mutant:
-    """``steps`` replace methods of the kernel model; ``caught_by`` is ``module.test`` and fails for the result."""
+    """``steps`` replace methods of the kernel model; ``caught_by`` is ``module.test`` and fails for the
+    result.
+    """
 
     name: str
     caught_by: str
@@ -43,7 +46,8 @@ def repeat(times: float, name: str) -> Callable:
     return lambda self, *arguments: times * step(name)(self, *arguments)
 
 
-# --- masks ------------------------------------------------------------------------------------------------------------
+# --- masks
+# ------------------------------------------------------------------------------------------------------------
 
 
 def mask_scores_before_function(self, s, h, filling=0.0):
@@ -60,7 +64,9 @@ def top_left(self, h):
 
 def shifted_window(left: int, right: int) -> Callable:
     def visible(self, h):
-        wide = [size if math.isinf(size) else int(size) + more for size, more in zip(h.o.window, (left, right))]
+        wide = [
+            size if math.isinf(size) else int(size) + more for size, more in zip(h.o.window, (left, right))
+        ]
         distance = distances(h.seqlen_q, h.seqlen_k)
         return (distance >= -wide[0]) & (distance <= wide[1])
 
@@ -74,7 +80,9 @@ def swapped_window(self, h):
 
 
 def ordinary_rows_leak(self, q, dout, k, v, h):
-    """The rows that a tile has beyond the last query hold what lies there in memory, here the last query again."""
+    """The rows that a tile has beyond the last query hold what lies there in memory, here the last query
+    again.
+    """
     q, dout, *rest = step("load")(self, q, dout, k, v, h)
     for x in (q, dout):
         x[h.seqlen_q :] = x[max(h.seqlen_q - 1, 0)]
@@ -119,14 +127,17 @@ MASKS = [
     mutant("window ignored", "test_masks.test_windows",
            visible=lambda self, h: torch.ones(h.seqlen_q, h.seqlen_k, dtype=torch.bool)),
     mutant("rows past the last query leak", "test_scores.test_every_dtype", load=ordinary_rows_leak),
-    mutant("unmasked bias of rows past the last query", "test_alibi.test_bias_that_overflows_past_the_last_query",
+    mutant("unmasked bias of rows past the last query",
+    "test_alibi.test_bias_that_overflows_past_the_last_query",
            phantom_rows_see_keys=lambda self: True,
            add_bias=lambda self, u, dcap, h: (
-               (u - h.slope * distances(len(u), h.seqlen_k).sub(h.seqlen_q - len(u)).abs()).to(u.dtype), dcap),
+               (u - h.slope * distances(len(u), h.seqlen_k).sub(h.seqlen_q - len(u)).abs()).to(u.dtype),
+               dcap),
            narrow=unlimited),
 ]  # fmt: skip
 
-# --- score, scale, softcap, bias --------------------------------------------------------------------------------------
+# --- score, scale, softcap, bias
+# --------------------------------------------------------------------------------------
 
 
 def row_maximum_subtracted(self, q, k, h):
@@ -157,38 +168,44 @@ def unaligned_bias(self, h):
 
 
 SCORES = [
-    mutant("negative scores dropped", "test_scores.test_negative_scores_count", function=lambda self, s, h: s.relu()),
-    mutant("absolute scores", "test_scores.test_negative_scores_count", function=lambda self, s, h: s.abs()),
-    mutant("exp left in place", "test_scores.test_every_dtype", function=lambda self, s, h: s.exp()),
-    mutant("row maximum still subtracted", "test_scores.test_every_dtype",
+    mutant("negative scores dropped", "test_scores.test_negative_scores_count", function=lambda self, s,
+    h: s.relu()), mutant("absolute scores", "test_scores.test_negative_scores_count", function=lambda self,
+    s, h: s.abs()), mutant("exp left in place", "test_scores.test_every_dtype", function=lambda self, s,
+    h: s.exp()), mutant("row maximum still subtracted", "test_scores.test_every_dtype",
            scores=row_maximum_subtracted),
     mutant("scale missing in P", "test_scores.test_scale", score_scale=lambda self, h: 1.0),
-    mutant("scale times log2(e)", "test_scores.test_scale", score_scale=repeat(math.log2(math.e), "score_scale")),
+    mutant("scale times log2(e)", "test_scores.test_scale", score_scale=repeat(math.log2(math.e),
+    "score_scale")),
     mutant("scale missing in dV", "test_scores.test_scale",
            weights_again=lambda self, s, h: step("function")(self, s, h) / h.scale),
     mutant("scale twice in dQ and dK", "test_scores.test_scale", gradient_scale=lambda self, h: h.scale**2),
     mutant("scale missing in dQ and dK", "test_scores.test_scale", gradient_scale=lambda self, h: 1.0),
     mutant("default scale from the padded head size", "test_scores.test_head_dims",
-           score_scale=lambda self, h: (-(-h.head_dim // 8) * 8) ** -0.5 if h.o.softmax_scale is None else h.scale),
+           score_scale=lambda self,
+           h: (-(-h.head_dim // 8) * 8) ** -0.5 if h.o.softmax_scale is None else h.scale),
     mutant("softcap applied twice", "test_scores.test_softcap", cap=cap_again),
     mutant("softcap not multiplied back", "test_scores.test_softcap",
            cap=lambda self, u, h: (lambda t, d: (t / (h.o.softcap or 1), d))(*step("cap")(self, u, h))),
     mutant("softcap without its derivative", "test_scores.test_softcap",
            cap=lambda self, u, h: (step("cap")(self, u, h)[0], torch.ones_like(u))),
     mutant("scale outside the softcap", "test_scores.test_softcap_and_scale",
-           scores=lambda self, q, k, h: (lambda u, d: self.add_bias(u * h.scale, d, h))(*self.cap(q @ k.T, h))),
+           scores=lambda self, q, k, h: (lambda u, d: self.add_bias(u * h.scale, d, h))(*self.cap(q @ k.T,
+           h))),
     mutant("softcap's derivative taken after ALiBi", "test_alibi.test_softcap", add_bias=cap_with_bias),
     mutant("column-only ALiBi when causal", "test_alibi.test_bias", bias=column_bias),
     mutant("ALiBi not aligned to the last key", "test_alibi.test_bias", bias=unaligned_bias),
     mutant("ALiBi without the absolute value", "test_alibi.test_bias",
            bias=lambda self, h: -h.slope * distances(h.seqlen_q, h.seqlen_k)),
     mutant("ALiBi missing in dV", "test_alibi.test_bias_reaches_dv_alone",
-           weights_again=lambda self, s, h: s + F.pad(self.bias(h), (0, 0, 0, len(s) - h.seqlen_q)).to(s.dtype)),
+           weights_again=lambda self, s, h: s + F.pad(self.bias(h), (0, 0, 0,
+           len(s) - h.seqlen_q)).to(s.dtype)),
     mutant("ALiBi slopes of the first sequence for all", "test_alibi.test_slopes_per_batch",
-           sequence=lambda self, q, k, v, o, batch=0, *rest, **x: step("sequence")(self, q, k, v, o, 0, *rest, **x)),
+           sequence=lambda self, q, k, v, o, batch=0, *rest, **x: step("sequence")(self, q, k, v, o, 0,
+           *rest, **x)),
 ]  # fmt: skip
 
-# --- dropout ----------------------------------------------------------------------------------------------------------
+# --- dropout
+# ----------------------------------------------------------------------------------------------------------
 
 
 def sign_bit(self, p, keep):
@@ -208,8 +225,8 @@ DROPOUT = [
            drop_weights_again=lambda self, p, keep: p if keep is None else torch.where(keep, p, 0).relu()),
     mutant("dropout not applied to P in the backward", "test_dropout.test_signed_scores",
            drop_weights_again=lambda self, p, keep: p),
-    mutant("dropout not applied to dS", "test_dropout.test_signed_scores", drop_gradient=lambda self, ds, keep, p: ds),
-    mutant("P > 0 taken for the keep mask of dS", "test_dropout.test_all_scores_negative",
+    mutant("dropout not applied to dS", "test_dropout.test_signed_scores", drop_gradient=lambda self, ds,
+    keep, p: ds), mutant("P > 0 taken for the keep mask of dS", "test_dropout.test_all_scores_negative",
            drop_gradient=lambda self, ds, keep, p: ds if keep is None else torch.where(p > 0, ds, 0)),
     mutant("P != 0 taken for the keep mask of dS", "test_dropout.test_zero_query_with_dropout",
            drop_gradient=lambda self, ds, keep, p: ds if keep is None else torch.where(p != 0, ds, 0)),
@@ -230,7 +247,8 @@ DROPOUT = [
            dropped=lambda self, q, k, v, p, seed, **o: step("dropped")(self, q, k, v, 1 - p, seed, **o)),
 ]  # fmt: skip
 
-# --- functions, normalizations, 16 bit --------------------------------------------------------------------------------
+# --- functions, normalizations, 16 bit
+# --------------------------------------------------------------------------------
 
 
 def hidden_normalization(self, visible, keep, h):
@@ -243,7 +261,9 @@ def padded_to(multiple: int, name: str) -> Callable:
 
     def wrong(self, *arguments):
         *rest, h = arguments
-        return step(name)(self, *rest, type(h)(**{**vars(h), "seqlen_k": -(-h.seqlen_k // multiple) * multiple}))
+        return step(name)(
+            self, *rest, type(h)(**{**vars(h), "seqlen_k": -(-h.seqlen_k // multiple) * multiple})
+        )
 
     return wrong
 
@@ -268,13 +288,15 @@ FUNCTIONS = [
     mutant("1/n with the padded n", "test_varlen.test_options", row_factor=padded_to(16, "row_factor")),
     mutant("-log n with the padded n", "test_varlen.test_options", function=padded_to(16, "function")),
     mutant("1/visible with n", "test_functions.test_every_pair",
-           row_factor=lambda self, visible, keep, h: step("row_factor")(self, torch.ones_like(visible), keep, h)),
+           row_factor=lambda self, visible, keep, h: step("row_factor")(self, torch.ones_like(visible), keep,
+           h)),
     mutant("1/visible without a guard for 0", "test_finite.test_rows_without_keys",
            row_factor=lambda self, visible, keep, h: 1 / visible.sum(-1, keepdim=True).double()
            if h.o.normalization == "1/visible" else step("row_factor")(self, visible, keep, h)),
     mutant("normalization not in the gradients", "test_functions.test_every_pair",
            gradient_scale=lambda self, h: h.scale * (h.seqlen_k if h.o.normalization == "1/n" else 1)),
-    mutant("normalization folded into float16 P", "test_functions.test_normalization_is_not_folded_into_16_bits",
+    mutant("normalization folded into float16 P",
+    "test_functions.test_normalization_is_not_folded_into_16_bits",
            narrow=factor_in_weights),
     mutant("sigmoid without its bias", "test_functions.test_every_pair",
            function=lambda self, s, h: torch.sigmoid(s)
@@ -300,14 +322,15 @@ FUNCTIONS = [
            narrow_output=lambda self, x, dtype: x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)),
     mutant("NaN in P becomes 0", "test_law_nonfinite.test_visible_values_show",
            narrow=lambda self, x, dtype: step("narrow")(self, x, dtype).nan_to_num()),
-    mutant("outputs overflow in float16", "test_finite.test_largest_inputs", narrow_output=lambda self, x, dtype: x),
-    mutant("relu2 unlimited in bfloat16", "test_finite.test_largest_inputs_in_several_blocks",
+    mutant("outputs overflow in float16", "test_finite.test_largest_inputs", narrow_output=lambda self, x,
+    dtype: x), mutant("relu2 unlimited in bfloat16", "test_finite.test_largest_inputs_in_several_blocks",
            narrow=lambda self, x, dtype: step("narrow_output")(self, x, dtype).to(dtype).to(x.dtype)),
     mutant("bfloat16 clamped like float16", "test_finite.test_weights_do_not_saturate_in_bfloat16",
            narrow=lambda self, x, dtype: step("narrow")(self, x.clamp(-65504, 65504), dtype)),
 ]  # fmt: skip
 
-# --- batches, groups, packed sequences, caches ------------------------------------------------------------------------
+# --- batches, groups, packed sequences, caches
+# ------------------------------------------------------------------------
 
 
 def whole_sequence(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None)):
@@ -353,7 +376,9 @@ def kvcache_with(change: Callable) -> Callable:
 
 
 def later_angles(arguments: dict) -> dict:
-    return {name: x.roll(-1, 0) if name in ("rotary_cos", "rotary_sin") else x for name, x in arguments.items()}
+    return {
+        name: x.roll(-1, 0) if name in ("rotary_cos", "rotary_sin") else x for name, x in arguments.items()
+    }
 
 
 def other_layout(arguments: dict) -> dict:
@@ -365,7 +390,8 @@ def all_queries_move(self, q, k_cache, v_cache, *new, rotary_cos=None, **argumen
     right = step("kvcache")
     if (
         rotary_cos is None
-        or Options(**{n: arguments[n] for n in ("causal", "window_size") if n in arguments}).window != (math.inf,) * 2
+        or Options(**{n: arguments[n] for n in ("causal", "window_size") if n in arguments}).window
+        != (math.inf,) * 2
     ):
         return right(self, q, k_cache, v_cache, *new, rotary_cos=rotary_cos, **arguments)
     angles, interleaved = (rotary_cos, arguments["rotary_sin"]), arguments["rotary_interleaved"]
@@ -398,8 +424,9 @@ SEQUENCES = [
            kv_head=lambda self, head, nheads, nheads_k: head % nheads_k),
     mutant("dK and dV not summed over the group", "test_gqa.test_groups", sequence=last_of_group),
     mutant("heads of a one-query group transposed", "test_gqa.test_one_query", dense=swapped_group_order),
-    mutant("averaged splits", "test_kvcache.test_splits_add_up", kvcache=merged_splits(lambda parts: parts.mean(0))),
-    mutant("the last split wins", "test_kvcache.test_splits_add_up", kvcache=merged_splits(lambda parts: parts[-1])),
+    mutant("averaged splits", "test_kvcache.test_splits_add_up",
+    kvcache=merged_splits(lambda parts: parts.mean(0))), mutant("the last split wins",
+    "test_kvcache.test_splits_add_up", kvcache=merged_splits(lambda parts: parts[-1])),
     mutant("empty splits add NaN", "test_kvcache.test_splits_add_up",
            kvcache=merged_splits(lambda parts: parts.where(parts != 0, math.nan).sum(0))),
     mutant("averaged splits under a window", "test_kvcache.test_splits_that_a_window_empties",
@@ -415,15 +442,18 @@ SEQUENCES = [
     mutant("slots ignored", "test_kvcache.test_batch_index",
            kvcache=kvcache_with(lambda a: {**a, "cache_batch_idx": None})),
     mutant("new keys written one too far", "test_kvcache.test_append",
-           write=lambda self, cache, row, slot, at, table: step("write")(self, cache, row, slot, at + 1, table)),
+           write=lambda self, cache, row, slot, at, table: step("write")(self, cache, row, slot, at + 1,
+           table)),
     mutant("new keys not written to the cache", "test_kvcache.test_append",
-           kvcache=lambda self, q, k, v, *new, **o: step("kvcache")(self, q, k.clone(), v.clone(), *new, **o)),
+           kvcache=lambda self, q, k, v, *new, **o: step("kvcache")(self, q, k.clone(), v.clone(), *new,
+           **o)),
     mutant("pages read in memory order", "test_kvcache.test_paged",
            gather=lambda self, pages, blocks: pages[blocks.long().sort().values].flatten(0, 1)),
     mutant("packed pages read in memory order", "test_varlen.test_paged",
            gather=lambda self, pages, blocks: pages[blocks.long().sort().values].flatten(0, 1)),
     mutant("neighbouring sequence read", "test_varlen.test_sequences_do_not_see_each_other",
-           varlen=lambda self, q, k, v, *lengths, **o: step("varlen")(self, q, k.roll(1, 0), v, *lengths, **o)),
+           varlen=lambda self, q, k, v, *lengths, **o: step("varlen")(self, q, k.roll(1, 0), v, *lengths,
+           **o)),
 ]  # fmt: skip
 
 MUTANTS = MASKS + SCORES + DROPOUT + FUNCTIONS + SEQUENCES
@@ -444,19 +474,26 @@ class SoftmaxCommentedOut(Oracle):
         return self.function((scores - bias).to(q.dtype).masked_fill(~visible, self.filling), o) @ v
 
     def function(self, scores, o):
-        return {"silu": F.silu, "relu": F.relu, "sigmoid": torch.sigmoid, "relu2": lambda s: F.relu(s) ** 2}.get(
-            o.activation, lambda s: s
-        )(scores)
+        return {
+            "silu": F.silu,
+            "relu": F.relu,
+            "sigmoid": torch.sigmoid,
+            "relu2": lambda s: F.relu(s) ** 2,
+        }.get(o.activation, lambda s: s)(scores)
 
     def sequence(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None)):
         """Keys that are not used are masked, not cut off."""
-        start, stop, _ = slice(*(None if x is None else int(x) for x in (used.start, used.stop))).indices(len(k))
+        start, stop, _ = slice(*(None if x is None else int(x) for x in (used.start, used.stop))).indices(
+            len(k)
+        )
         visible = torch.zeros(len(q), len(k), dtype=torch.bool)
         visible[:, start:stop] = visibility(len(q), stop - start, o)
         group, out = q.shape[1] // k.shape[1], []
         for head in range(q.shape[1]):
             out.append(
-                self.masked(q[:, head], k[:, head // group], v[:, head // group], o, o.slope(batch, head), visible)
+                self.masked(
+                    q[:, head], k[:, head // group], v[:, head // group], o, o.slope(batch, head), visible
+                )
             )
         return torch.stack(out, 1)
 

@@ -1,10 +1,10 @@
 """What attention with and without softmax means, written once more and as plainly as possible.
 
-``attend`` is the whole of the maths for one sequence and one head. It follows the contract in the module docstring of
-``flash_attn.nosoftmax.score`` and shares no code with the package; autograd differentiates it, so it gives the reference
-gradients too. It computes in the dtype of its inputs: float64 inputs give the reference, 16-bit inputs give the error
-that this precision costs anyhow (see ``measure``). The class around it only cuts batches, heads, packed sequences and
-caches into such single sequences.
+``attend`` is the whole of the maths for one sequence and one head. It follows the contract in the module
+docstring of ``flash_attn.nosoftmax.score`` and shares no code with the package; autograd differentiates it,
+so it gives the reference gradients too. It computes in the dtype of its inputs: float64 inputs give the
+reference, 16-bit inputs give the error that this precision costs anyhow (see ``measure``). The class around
+it only cuts batches, heads, packed sequences and caches into such single sequences.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Options:
-    """The options that every public attention function takes, under the same names and with the same meaning."""
+    """The options that every public attention function takes, under the same names and with the same
+    meaning.
+    """
 
     softmax_scale: float | None = None
     causal: bool = False
@@ -84,7 +86,9 @@ ROW_FACTORS = {
 }
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, o: Options, slope, keep: Tensor | None, dropout_p: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, o: Options, slope, keep: Tensor | None, dropout_p: float
+) -> Tensor:
     """One sequence, one head: q (seqlen_q, d), k and v (seqlen_k, d), keep bool (seqlen_q, seqlen_k)."""
     n, distance, visible = max(len(k), 1), distances(len(q), len(k)), visibility(len(q), len(k), o)
     k, v = (torch.where(visible.any(0)[:, None], x, 0) for x in (k, v))  # what no query may see is never read
@@ -96,11 +100,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, o: Options, slope, keep: Tensor | No
     else:
         p = FUNCTIONS[o.activation](s, sigmoid_bias(o, n))
     p = torch.where(visible if keep is None else visible & keep, p, 0)
-    return p @ v * ROW_FACTORS[o.normalization](n, visible.sum(-1, keepdim=True).to(s.dtype)) / (1 - dropout_p)
+    return (
+        p @ v * ROW_FACTORS[o.normalization](n, visible.sum(-1, keepdim=True).to(s.dtype)) / (1 - dropout_p)
+    )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
-    """Rotary embedding of x (seqlen, nheads, d) at the given positions; cos and sin are (seqlen_ro, rotary_dim / 2)."""
+    """Rotary embedding of x (seqlen, nheads, d) at the given positions; cos and sin are (seqlen_ro,
+    rotary_dim / 2).
+    """
     half = cos.shape[-1]
     cos, sin = cos[positions][:, None].to(x.dtype), sin[positions][:, None].to(x.dtype)
     halves, pairs = (slice(0, half), slice(half, 2 * half)), (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
@@ -118,7 +126,8 @@ def split(x: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
 class Oracle:
     """Batches, packed sequences and key-value caches, one sequence and one head at a time.
 
-    ``dtype`` is the widest dtype that the implementation takes: what the checks use where the dtype is not the point.
+    ``dtype`` is the widest dtype that the implementation takes: what the checks use where the dtype is not
+    the point.
     """
 
     device = "cpu"
@@ -131,18 +140,26 @@ class Oracle:
         return head // (nheads // nheads_k)
 
     def sequence(self, q, k, v, o: Options, batch=0, keep=None, dropout_p=0.0, used=slice(None)) -> Tensor:
-        """One sequence: q (seqlen_q, nheads, d), k and v (seqlen_k, nheads_k, d), of which ``used`` are the keys."""
+        """One sequence: q (seqlen_q, nheads, d), k and v (seqlen_k, nheads_k, d), of which ``used`` are the
+        keys.
+        """
         k, v = k[used], v[used]
         nheads, nheads_k = q.shape[1], k.shape[1]
         heads = []
         for head in range(nheads):
             group = self.kv_head(head, nheads, nheads_k)
             kept = None if keep is None else keep[head]
-            heads.append(self.attend(q[:, head], k[:, group], v[:, group], o, o.slope(batch, head), kept, dropout_p))
+            heads.append(
+                self.attend(q[:, head], k[:, group], v[:, group], o, o.slope(batch, head), kept, dropout_p)
+            )
         return torch.stack(heads, 1)
 
-    def dense(self, q: Tensor, k: Tensor, v: Tensor, *, keep=None, dropout_p: float = 0.0, **options) -> Tensor:
-        """q (batch, seqlen_q, nheads, d); k and v (batch, seqlen_k, nheads_k, d); keep as ``dropped`` returns it."""
+    def dense(
+        self, q: Tensor, k: Tensor, v: Tensor, *, keep=None, dropout_p: float = 0.0, **options
+    ) -> Tensor:
+        """q (batch, seqlen_q, nheads, d); k and v (batch, seqlen_k, nheads_k, d); keep as ``dropped`` returns
+        it.
+        """
         o = Options(**options)
         keep = [None] * len(q) if keep is None else keep
         return torch.stack([self.sequence(q[b], k[b], v[b], o, b, keep[b], dropout_p) for b in range(len(q))])
@@ -153,7 +170,9 @@ class Oracle:
         Packed if ``lengths_q`` and ``lengths_k`` are among the options.
         """
         packed = "lengths_q" in options
-        lengths = (options["lengths_q"], options["lengths_k"]) if packed else ([q.shape[1]] * len(q), [k.shape[1]])
+        lengths = (
+            (options["lengths_q"], options["lengths_k"]) if packed else ([q.shape[1]] * len(q), [k.shape[1]])
+        )
         shape = len(lengths[0]), q.shape[-2], max(lengths[0]), max(lengths[1])
         keep = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) >= dropout_p
         run = self.varlen if packed else self.dense
@@ -163,14 +182,18 @@ class Oracle:
         self, q, k, v, lengths_q, lengths_k, *, seqused_k=None, leftpad_k=None, block_table=None, keep=None,
         dropout_p: float = 0.0, **options,
     ) -> Tensor:  # fmt: skip
-        """Packed: q (total_q, nheads, d); k and v (total_k, nheads_k, d), or pages (blocks, page, nheads_k, d)."""
+        """Packed: q (total_q, nheads, d); k and v (total_k, nheads_k, d), or pages (blocks, page, nheads_k,
+        d).
+        """
         o, out = Options(**options), []
         for b, q_b in enumerate(split(q, lengths_q)):
             if block_table is None:
                 k_b, v_b = (split(x, lengths_k)[b] for x in (k, v))
             else:
                 k_b, v_b = (self.gather(x, block_table[b]) for x in (k, v))
-            used = slice(0 if leftpad_k is None else leftpad_k[b], lengths_k[b] if seqused_k is None else seqused_k[b])
+            used = slice(
+                0 if leftpad_k is None else leftpad_k[b], lengths_k[b] if seqused_k is None else seqused_k[b]
+            )
             kept = None if keep is None else keep[b, :, : lengths_q[b], : lengths_k[b]]
             out.append(self.sequence(q_b, k_b, v_b, o, b, kept, dropout_p, used))
         return torch.cat(out)
@@ -180,24 +203,35 @@ class Oracle:
 
     def kvcache(
         self, q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, rotary_cos=None, rotary_sin=None,
-        rotary_interleaved=True, cache_batch_idx=None, cache_leftpad=None, block_table=None, num_splits=0, **options,
+        rotary_interleaved=True, cache_batch_idx=None, cache_leftpad=None, block_table=None, num_splits=0,
+        **options,
     ) -> Tensor:  # fmt: skip
-        """One decoding step: appends k and v (batch, seqlen_new, nheads_k, d) to the caches in place, then attends."""
+        """One decoding step: appends k and v (batch, seqlen_new, nheads_k, d) to the caches in place, then
+        attends.
+        """
         o, out = Options(**options), []
         for b in range(len(q)):
             length, start = int(cache_seqlens[b]), 0 if cache_leftpad is None else int(cache_leftpad[b])
             slot = b if cache_batch_idx is None else int(cache_batch_idx[b])
             q_b, new = q[b], 0 if k is None else k.shape[1]
             if rotary_cos is not None:
-                moving = torch.arange(len(q_b)) if o.window != (math.inf, math.inf) else torch.zeros(len(q_b)).long()
+                moving = (
+                    torch.arange(len(q_b))
+                    if o.window != (math.inf, math.inf)
+                    else torch.zeros(len(q_b)).long()
+                )
                 q_b = rotate(q_b, rotary_cos, rotary_sin, length + moving, rotary_interleaved)
             for cache, fresh, turn in ((k_cache, k, rotary_cos is not None), (v_cache, v, False)):
                 for t in range(new):
                     row = fresh[b, t : t + 1]
                     if turn:
-                        row = rotate(row, rotary_cos, rotary_sin, torch.tensor([length + t]), rotary_interleaved)
+                        row = rotate(
+                            row, rotary_cos, rotary_sin, torch.tensor([length + t]), rotary_interleaved
+                        )
                     self.write(cache, row[0], slot, length + t, block_table)
-            k_b, v_b = (x[slot] if block_table is None else self.gather(x, block_table[b]) for x in (k_cache, v_cache))
+            k_b, v_b = (
+                x[slot] if block_table is None else self.gather(x, block_table[b]) for x in (k_cache, v_cache)
+            )
             used = slice(start, length + new)
             out.append(self.sequence(q_b, k_b, v_b, o, b, used=used))
         return torch.stack(out)

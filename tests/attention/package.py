@@ -1,4 +1,6 @@
-"""The installed ``flash_attn`` behind the same methods as ``oracle.Oracle``, so that one check runs against both."""
+"""The installed ``flash_attn`` behind the same methods as ``oracle.Oracle``, so that one check runs against
+both.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +50,14 @@ def supports(device: str, dtype: torch.dtype) -> bool:
 
 
 def not_in_this_build(error: BaseException) -> bool:
-    """Whether a call failed because the CUDA build lacks its kernels: another score function than the identity, or what HEAD_DIMS, DTYPES,
-    PASSES or NO_SOFTMAX_ONLY left out. The same test runs on the CPU backend, which has all of it."""
+    """Whether a call failed because the CUDA build lacks its kernels: another score function than the
+    identity, or what HEAD_DIMS, DTYPES, PASSES or NO_SOFTMAX_ONLY left out. The same test runs on the CPU
+    backend, which has all of it."""
     return (
-        isinstance(error, (NotImplementedError, ValueError)) and f"{EXTENSION} has no kernels for activation=" in str(error)
-        or isinstance(error, RuntimeError) and str(error).startswith("This flash attention build has no kernels ")
+        isinstance(error, (NotImplementedError, ValueError)) and f"{EXTENSION} has no kernels for "
+            "activation=" in str(error)
+        or isinstance(error, RuntimeError) and str(error).startswith("This flash attention build has no "
+            "kernels ")
     )  # fmt: skip
 
 
@@ -61,7 +66,8 @@ def cumulative(lengths: Sequence[int], device: str) -> Tensor:
 
 
 class Package:
-    """Public functions of flash_attn on one device, by one of VARIANTS; ``use_softmax`` is False unless given.
+    """Public functions of flash_attn on one device, by one of VARIANTS; ``use_softmax`` is False unless
+    given.
 
     A call that the variant does not take skips the test, with the package's own reason.
     """
@@ -74,7 +80,9 @@ class Package:
         return self._call(flash_attn_func, q, k, v, **options)
 
     def _call(self, function, *arguments, **options):
-        return self._refusable(lambda: function(*arguments, **{**self.forced, "use_softmax": False, **options}))
+        return self._refusable(
+            lambda: function(*arguments, **{**self.forced, "use_softmax": False, **options})
+        )
 
     def _refusable(self, call):
         ((name, value),) = self.forced.items()
@@ -99,27 +107,33 @@ class Package:
         cu_q, cu_k = (cumulative(lengths, self.device) for lengths in (lengths_q, lengths_k))
         longest = max(lengths_q), max(lengths_k)
         if seqused_k is None and leftpad_k is None:
-            return self._call(flash_attn_varlen_func, q, k, v, cu_q, cu_k, *longest, block_table=block_table, **options)
+            return self._call(
+                flash_attn_varlen_func, q, k, v, cu_q, cu_k, *longest, block_table=block_table, **options
+            )
         options = {"use_softmax": False, **options}
         if options.pop("use_softmax"):
-            return self._varlen_op(q, k, v, cu_q, cu_k, *longest, seqused_k, leftpad_k, block_table, **options)
+            return self._varlen_op(
+                q, k, v, cu_q, cu_k, *longest, seqused_k, leftpad_k, block_table, **options
+            )
         # The pair without autograd takes these two.
         return self._refusable(
             lambda: nosoftmax.forward(
-                q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=longest[0], max_seqlen_k=longest[1],
-                block_table=block_table, seqused_k=seqused_k, leftpad_k=leftpad_k, **self.forced, **options,
+                q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=longest[0],
+                max_seqlen_k=longest[1], block_table=block_table, seqused_k=seqused_k, leftpad_k=leftpad_k,
+                **self.forced, **options,
             )[0]
         )  # fmt: skip
 
     def _varlen_op(
-        self, q, k, v, cu_q, cu_k, max_q, max_k, seqused_k, leftpad_k, block_table, *, softmax_scale=None, causal=False,
-        window_size=(-1, -1), softcap=0.0, **options,
+        self, q, k, v, cu_q, cu_k, max_q, max_k, seqused_k, leftpad_k, block_table, *, softmax_scale=None,
+        causal=False, window_size=(-1, -1), softcap=0.0, **options,
     ) -> Tensor:  # fmt: skip
         """With softmax the operator beneath the public function takes the two."""
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         return _flash_attn_varlen_forward(
             q, k, v, cu_q, cu_k, max_q, max_k, 0.0, scale, causal, *window_size, softcap,
-            leftpad_k=leftpad_k, seqused_k=seqused_k, block_table=block_table, **{"alibi_slopes": None, **options},
+            leftpad_k=leftpad_k, seqused_k=seqused_k, block_table=block_table, **{"alibi_slopes": None,
+            **options},
         )[0]  # fmt: skip
 
     def kvcache(self, q, k_cache, v_cache, k=None, v=None, **options) -> Tensor:

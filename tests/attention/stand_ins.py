@@ -1,7 +1,8 @@
 """Stand-ins for the packages that upstream's models import, so that the models run without them.
 
-gpt.py, bert.py and vit.py need transformers, timm, torchvision, safetensors and sentencepiece for configs, checkpoints
-and stochastic depth. None of that has to do with attention, and torchvision's wheel does not load beside a CPU torch.
+gpt.py, bert.py and vit.py need transformers, timm, torchvision, safetensors and sentencepiece for configs,
+checkpoints and stochastic depth. None of that has to do with attention, and torchvision's wheel does not load
+beside a CPU torch.
 """
 
 from __future__ import annotations
@@ -30,11 +31,15 @@ class Config:
 
 @contextmanager
 def models() -> Iterator[SimpleNamespace]:
-    """Upstream's modules ``gpt``, ``bert`` and ``vit``, imported with the stand-ins and forgotten afterwards."""
+    """Upstream's modules ``gpt``, ``bert`` and ``vit``, imported with the stand-ins and forgotten
+    afterwards.
+    """
     fakes = {name: mock.MagicMock() for package in PACKAGES for name in _with_parents(package)}
     transformers = fakes["transformers"]
     transformers.GPT2Config = transformers.BertConfig = transformers.PretrainedConfig = Config
-    fakes["transformers.models.bert.modeling_bert"].BaseModelOutputWithPoolingAndCrossAttentions = SimpleNamespace
+    fakes[
+        "transformers.models.bert.modeling_bert"
+    ].BaseModelOutputWithPoolingAndCrossAttentions = SimpleNamespace
     fakes["torchvision.ops"].StochasticDepth = lambda p, mode: nn.Dropout(p)
     with mock.patch.dict(sys.modules, fakes):  # which also takes the models out of sys.modules again
         yield SimpleNamespace(**{name: _model(name) for name in ("gpt", "bert", "vit")})

@@ -1,4 +1,6 @@
-"""The ALiBi bias: without softmax it must be the whole of -slope * |i + seqlen_k - seqlen_q - j|, also when causal."""
+"""The ALiBi bias: without softmax it must be the whole of -slope * |i + seqlen_k - seqlen_q - j|, also when
+causal.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def test_nonlinear_functions(attention, activation):
 
 
 def test_bias_that_overflows_past_the_last_query(attention):
-    """float16: the bias is in range for all 97 queries; rows that only a padded tile has must not spoil dV."""
+    """float16: the bias is in range for all 97 queries; rows that only a padded tile has must not
+    spoil dV.
+    """
     q, k, v = qkv(attention, 1, 97, 97, nheads=1, head_dim=16, dtype=torch.float16)
     v = v * 1e-3
     slope = torch.full((1,), 670.0, device=attention.device)

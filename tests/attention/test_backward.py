@@ -137,7 +137,9 @@ def test_packed_views(attention):
     dout = randn(*q.shape, seed=99, like=attention)
     expected = gradients(lambda *x: attention.dense(*x, causal=True), q, k, v, dout=dout)
     options = dict(causal=True, use_softmax=False)
-    out, dqkv = gradients(lambda x: flash_attn_qkvpacked_func(x, **options), torch.stack([q, k, v], 2), dout=dout)
+    out, dqkv = gradients(
+        lambda x: flash_attn_qkvpacked_func(x, **options), torch.stack([q, k, v], 2), dout=dout
+    )
     out_kv, dq, dkv = gradients(
         lambda a, b: flash_attn_kvpacked_func(a, b, **options), q, torch.stack([k, v], 2), dout=dout
     )

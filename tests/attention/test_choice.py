@@ -1,7 +1,7 @@
 """Which backend runs a call: the rule, its reasons, how it is forced, and what FA4 is handed.
 
-FA4 is a stand-in here: a package flash_attn.cute that records its calls and computes on the CPU, a GPU that says it is a
-Hopper, and, where something is computed, CPU tensors that pass for CUDA ones.
+FA4 is a stand-in here: a package flash_attn.cute that records its calls and computes on the CPU, a GPU that
+says it is a Hopper, and, where something is computed, CPU tensors that pass for CUDA ones.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from flash_attn.nosoftmax.backends import cpu
 CALLS = []
 
 def obstacle(call):
-    options = dict(softcap=call.options.softcap, dropout_p=call.options.dropout_p, alibi_slopes=call.alibi_slopes is not None)
+    options = dict(softcap=call.options.softcap, dropout_p=call.options.dropout_p,
+        alibi_slopes=call.alibi_slopes is not None)
     return next((f"the stand-in has no {name}" for name, given in options.items() if given), None)
 
 def forward(call):
@@ -42,15 +43,21 @@ def backward(call, dout):
     return cpu.backward(call, dout, None)
 """
 OURS = {
-    "__init__.py": "", "nosoftmax/__init__.py": "", "nosoftmax/revision.py": f"REVISION = {REVISION}", "nosoftmax/hopper.py": HOPPER
+    "__init__.py": "", "nosoftmax/__init__.py": "", "nosoftmax/revision.py": f"REVISION = {REVISION}",
+    "nosoftmax/hopper.py": HOPPER
 }  # fmt: skip
 UPSTREAM = {"__init__.py": "raise AssertionError('imported to find out whose it is')"}
 BROKEN = {**OURS, "__init__.py": "import no_such_requirement"}
 # Of the other revision only the number may be read.
-LATER = {**OURS, "nosoftmax/revision.py": "REVISION = 1000", "nosoftmax/hopper.py": "raise AssertionError('not ours to call')"}
+LATER = {
+    **OURS,
+    "nosoftmax/revision.py": "REVISION = 1000",
+    "nosoftmax/hopper.py": "raise AssertionError('not ours to call')",
+}
 BEFORE_REVISIONS = {name: text for name, text in LATER.items() if name != "nosoftmax/revision.py"}
 BUILT = dict(
-    built_head_dims=(32, 64, 96, 128, 192, 256), built_dtypes=("fp16", "bf16"), built_passes=("fwd", "bwd", "splitkv"), built_archs=(80, 90)
+    built_head_dims=(32, 64, 96, 128, 192, 256), built_dtypes=("fp16", "bf16"), built_passes=("fwd", "bwd",
+    "splitkv"), built_archs=(80, 90)
 )  # fmt: skip
 SILU = dict(use_softmax=False, activation="silu")
 IDENTITY = dict(use_softmax=False)
@@ -60,10 +67,15 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install]:
-    """install(cute, extension, capability): flash_attn.cute made of these files, the extension there or not, a GPU."""
+    """install(cute, extension, capability): flash_attn.cute made of these files, the extension there or not,
+    a GPU.
+    """
 
     def install(
-        cute: dict[str, str] | None = OURS, extension: bool = True, capability: tuple[int, int] = (9, 0), **built: tuple
+        cute: dict[str, str] | None = OURS,
+        extension: bool = True,
+        capability: tuple[int, int] = (9, 0),
+        **built: tuple,
     ) -> None:
         for path, text in (cute or {}).items():
             (tmp_path / "cute" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +90,11 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
 
     monkeypatch.delenv(choice.ENVIRONMENT, raising=False)
     # The real one, where there is one, stays out of sight, and comes back.
-    monkeypatch.setattr(flash_attn, "__path__", [p for p in flash_attn.__path__ if not (Path(p) / "cute").exists()] + [str(tmp_path)])
+    monkeypatch.setattr(
+        flash_attn,
+        "__path__",
+        [p for p in flash_attn.__path__ if not (Path(p) / "cute").exists()] + [str(tmp_path)],
+    )
     monkeypatch.setattr(flash_attn, "cute", None, raising=False)
     hidden = forget_fa4()
     yield install
@@ -131,7 +147,8 @@ def tensors(device: str, seqlen: int = 16, dtype: torch.dtype = torch.float16) -
     return tuple(on_gpu(1, seqlen, 2, 8, dtype=dtype) for _ in range(3))
 
 
-# --- the rule ---------------------------------------------------------------------------------------------------------
+# --- the rule
+# ---------------------------------------------------------------------------------------------------------
 
 NO_FA4 = dict(cute=None)
 PURE_PYTHON = dict(extension=False)
@@ -139,23 +156,27 @@ AMPERE = dict(capability=(8, 0))
 
 
 @pytest.mark.parametrize("device, machine, options, expected, reasons", [
-    ("cuda", {}, IDENTITY, "fa2", {"linear": "not predicted faster", "fa4": "less than the 60 at which it overtakes the extension"}),
+    ("cuda", {}, IDENTITY, "fa2", {"linear": "not predicted faster", "fa4": "less than the 60 at which it "
+        "overtakes the extension"}),
     ("cuda", {}, dict(IDENTITY, backend="fa4"), "fa4", {}),
     ("cuda", {}, SILU, "fa4", {"linear": "activation='silu'"}),
     ("cuda", {}, dict(SILU, algorithm="quadratic"), "fa4", {}),
     ("cuda", {}, dict(IDENTITY, algorithm="linear"), "linear", {}),
     ("cuda", {}, dict(IDENTITY, algorithm="linear", causal=True, normalization="1/visible"), "linear", {}),
     ("cuda", {}, dict(IDENTITY, backend="fa2"), "fa2", {}),
-    ("cuda", {}, dict(IDENTITY, softcap=1.5), "fa2", {"linear": "softcap=1.5", "fa4": "the stand-in has no softcap"}),
+    ("cuda", {}, dict(IDENTITY, softcap=1.5), "fa2", {"linear": "softcap=1.5", "fa4": "the stand-in has no "
+        "softcap"}),
     ("cuda", {}, dict(IDENTITY, dropout_p=0.1), "fa2", {"linear": "dropout_p=0.1", "fa4": "no dropout_p"}),
-    ("cuda", {}, dict(IDENTITY, alibi_slopes=on_gpu(2)), "fa2", {"linear": "alibi_slopes", "fa4": "no alibi_slopes"}),
+    ("cuda", {}, dict(IDENTITY, alibi_slopes=on_gpu(2)), "fa2", {"linear": "alibi_slopes",
+        "fa4": "no alibi_slopes"}),
     ("cuda", {}, dict(IDENTITY, activation="gelu"), "fa4", {"linear": "activation='gelu'"}),
     ("cuda", AMPERE, IDENTITY, "fa2", {"linear": "", "fa4": "compute capability 8.0"}),
     ("cuda", NO_FA4, IDENTITY, "fa2", {"linear": "", "fa4": "flash-attn-4 is not installed"}),
     ("cuda", PURE_PYTHON, SILU, "fa4", {"linear": ""}),
     ("cuda", {}, dict(), "fa2", {}),
     ("cpu", {}, dict(), "cpu", {}),
-    ("cpu", {}, IDENTITY, "cpu", {"linear": "not predicted faster", "fa4": "q is on cpu", "fa2": "q is on cpu"}),
+    ("cpu", {}, IDENTITY, "cpu", {"linear": "not predicted faster", "fa4": "q is on cpu",
+        "fa2": "q is on cpu"}),
     ("cpu", {}, SILU, "cpu", {"linear": "activation='silu'", "fa4": "", "fa2": ""}),
 ], ids=str)  # fmt: skip
 def test_choice(install, device, machine, options, expected, reasons):
@@ -170,9 +191,11 @@ def test_choice(install, device, machine, options, expected, reasons):
 
 
 @pytest.mark.parametrize("machine, options, reasons", [
-    ({}, dict(SILU, dropout_p=0.1), {"linear": "'silu'", "fa4": "no dropout_p", "fa2": "'silu'", "cpu": "q is on cuda"}),
+    ({}, dict(SILU, dropout_p=0.1), {"linear": "'silu'", "fa4": "no dropout_p", "fa2": "'silu'",
+        "cpu": "q is on cuda"}),
     (NO_FA4, SILU, {"linear": "'silu'", "fa4": "not installed", "fa2": "activation='silu'", "cpu": ""}),
-    (PURE_PYTHON, dict(IDENTITY, dropout_p=0.1), {"linear": "dropout_p", "fa4": "", "fa2": "make wheel BACKEND=cuda", "cpu": ""}),
+    (PURE_PYTHON, dict(IDENTITY, dropout_p=0.1), {"linear": "dropout_p", "fa4": "",
+        "fa2": "make wheel BACKEND=cuda", "cpu": ""}),
 ], ids=str)  # fmt: skip
 def test_no_choice(install, machine, options, reasons):
     """The error has the reason of each backend."""
@@ -197,15 +220,26 @@ def test_linear_comes_first_where_it_pays(install):
     assert explain(flash_attn_func, *tensors("cpu", seqlen=8192), **IDENTITY).backend == "linear"
 
 
-@pytest.mark.parametrize("dtype, reason", [(torch.float32, "no kernels for torch.float32"), (torch.float16, "not predicted faster")])
+@pytest.mark.parametrize(
+    "dtype, reason",
+    [(torch.float32, "no kernels for torch.float32"), (torch.float16, "not predicted faster")],
+)
 def test_linear_says_why_it_is_passed_over(install, dtype, reason):
     install()
     assert reason in explain(flash_attn_func, *tensors("cuda", dtype=dtype), **IDENTITY).passed_over["linear"]
 
 
-def shaped(q: tuple[int, ...], k: tuple[int, ...], head_dim_v: int = 0, dtype: torch.dtype = torch.bfloat16, grad: bool = False):
+def shaped(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    head_dim_v: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    grad: bool = False,
+):
     """q, k and v of a GPU."""
-    return tuple(on_gpu(*shape, dtype=dtype, requires_grad=grad) for shape in (q, k, (*k[:-1], head_dim_v or k[-1])))
+    return tuple(
+        on_gpu(*shape, dtype=dtype, requires_grad=grad) for shape in (q, k, (*k[:-1], head_dim_v or k[-1]))
+    )
 
 
 LONG = (1, 16384, 16, 64)  # 550 GFLOP with causal=True
@@ -228,29 +262,45 @@ SHORT = (1, 4096, 16, 64)  # 34
     (((4, 8192, 8, 64), (4, 8192, 1, 64)), dict(causal=True), "fa4"),
 ], ids=str)  # fmt: skip
 def test_fa4_is_for_much_work(install, shapes, options, expected):
-    """4 * batch * nheads * seqlen_q * seqlen_k * head_dim floating-point operations, of visible scores alone: from 60e9 on."""
+    """4 * batch * nheads * seqlen_q * seqlen_k * head_dim floating-point operations, of visible scores alone:
+    from 60e9 on.
+    """
     install()
-    assert explain(flash_attn_func, *shaped(*shapes), **IDENTITY, **options, algorithm="quadratic").backend == expected
+    assert (
+        explain(flash_attn_func, *shaped(*shapes), **IDENTITY, **options, algorithm="quadratic").backend
+        == expected
+    )
 
 
-@pytest.mark.parametrize("sequences, total, expected", [(2, 4096, "fa2"), (2, 24576, "fa4"), (16, 16384, "fa2"), (16, 65536, "fa4")])
+@pytest.mark.parametrize(
+    "sequences, total, expected",
+    [(2, 4096, "fa2"), (2, 24576, "fa4"), (16, 16384, "fa2"), (16, 65536, "fa4")],
+)
 def test_work_of_packed_sequences_is_that_of_mean_lengths(install, sequences, total, expected):
     """Their lengths lie on the GPU, and max_seqlen is of one of them."""
     install()
     lengths = on_gpu(sequences + 1, dtype=torch.int32)
     tokens = (total, 16, 64)
     options = dict(IDENTITY, causal=True, algorithm="quadratic")
-    chosen = explain(flash_attn_varlen_func, *shaped(tokens, tokens), lengths, lengths, total, total, **options)
+    chosen = explain(
+        flash_attn_varlen_func, *shaped(tokens, tokens), lengths, lengths, total, total, **options
+    )
     assert chosen.backend == expected
 
 
-@pytest.mark.parametrize("page_size, longest, expected", [(256, 4096, "fa2"), (256, 65536, "fa4"), (16, 4096, "fa4")])
+@pytest.mark.parametrize(
+    "page_size, longest, expected", [(256, 4096, "fa2"), (256, 65536, "fa4"), (16, 4096, "fa4")]
+)
 def test_work_of_pages_is_that_of_the_longest_sequence(install, page_size, longest, expected):
-    """The pool of pages says nothing. And the extension takes multiples of 256 as pages, so there are other calls for FA4."""
+    """The pool of pages says nothing. And the extension takes multiples of 256 as pages, so there are other
+    calls for FA4.
+    """
     install()
     q, k, v = shaped((1024, 16, 64), (100_000, page_size, 16, 64))
     table, lengths = on_gpu(2, longest // page_size, dtype=torch.int32), on_gpu(3, dtype=torch.int32)
-    chosen = explain(flash_attn_varlen_func, q, k, v, lengths, lengths, 512, longest, block_table=table, **IDENTITY)
+    chosen = explain(
+        flash_attn_varlen_func, q, k, v, lengths, lengths, 512, longest, block_table=table, **IDENTITY
+    )
     assert chosen.backend == expected
 
 
@@ -264,13 +314,20 @@ def test_work_of_pages_is_that_of_the_longest_sequence(install, page_size, longe
 ], ids=str)  # fmt: skip
 def test_little_work_stays_with_fa4_where_nothing_else_runs_it(install, machine, tensors):
     install(**machine)
-    assert explain(flash_attn_func, *shaped(SHORT, SHORT, **tensors), causal=True, algorithm="quadratic", **IDENTITY).backend == "fa4"
+    assert (
+        explain(
+            flash_attn_func, *shaped(SHORT, SHORT, **tensors), causal=True, algorithm="quadratic", **IDENTITY
+        ).backend
+        == "fa4"
+    )
 
 
 def test_a_build_without_gradients_serves_without_them(install):
     install(built_passes=("fwd", "splitkv"))
     with torch.no_grad():
-        call = explain(flash_attn_func, *shaped(SHORT, SHORT, grad=True), causal=True, algorithm="quadratic", **IDENTITY)
+        call = explain(
+            flash_attn_func, *shaped(SHORT, SHORT, grad=True), causal=True, algorithm="quadratic", **IDENTITY
+        )
         assert call.backend == "fa2"
 
 
@@ -290,13 +347,17 @@ def test_tensors_of_a_gpu_that_is_not_there(install, monkeypatch):
 
     install()
     monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
-    assert "not compiled with CUDA" in explain(flash_attn_func, *tensors("cuda"), **IDENTITY).passed_over["fa4"]
+    assert (
+        "not compiled with CUDA" in explain(flash_attn_func, *tensors("cuda"), **IDENTITY).passed_over["fa4"]
+    )
 
 
 def test_a_cache_stays_with_the_extension(install):
     install()
     q, k, v = tensors("cuda")
-    chosen = explain(flash_attn_with_kvcache, q, k, v, k=k, v=v, cache_seqlens=on_gpu(1, dtype=torch.int32), **IDENTITY)
+    chosen = explain(
+        flash_attn_with_kvcache, q, k, v, k=k, v=v, cache_seqlens=on_gpu(1, dtype=torch.int32), **IDENTITY
+    )
     assert chosen.backend == "fa2"
     assert "linear_attention_step" in chosen.passed_over["linear"] and "cache" in chosen.passed_over["fa4"]
 
@@ -306,7 +367,10 @@ def test_nothing_can_run_the_call(install, monkeypatch):
     install(**NO_FA4)
     swap_devices(monkeypatch, "fa4", "fa2", "cpu")
     arguments = tensors("cpu")
-    with pytest.raises(NotImplementedError, match="(?s)not fa4: .*not installed.*not fa2: .*'silu'.*move the tensors to the CPU") as error:
+    with pytest.raises(
+        NotImplementedError,
+        match="(?s)not fa4: .*not installed.*not fa2: .*'silu'.*move the tensors to the CPU",
+    ) as error:
         flash_attn_func(*arguments, **SILU)
     with pytest.raises(NotImplementedError) as explained:
         explain(flash_attn_func, *arguments, **SILU)
@@ -318,16 +382,19 @@ def test_meta_tensors_are_for_the_operators():
     assert flash_attn_func(q, k, v, **SILU).shape == q.shape
 
 
-# --- whose flash_attn.cute it is --------------------------------------------------------------------------------------
+# --- whose flash_attn.cute it is
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cute, reason", [
     (UPSTREAM, "flash-attn-4 4.0.0b36 is installed without this patch set"),
     (BROKEN, "does not import (ModuleNotFoundError: No module named 'no_such_requirement')"),
     ({**BROKEN, "__init__.py": "raise OSError('libcuda.so.1')"}, "does not import (OSError: libcuda.so.1)"),
-    (LATER, f"has revision 1000 of this patch set, flash_attn has revision {REVISION}: install two wheels of one revision"),
+    (LATER, f"has revision 1000 of this patch set, flash_attn has revision {REVISION}: install two wheels "
+        "of one revision"),
     (BEFORE_REVISIONS, f"has revision 1 of this patch set, flash_attn has revision {REVISION}"),
-], ids=["upstream's", "a requirement is missing", "a library is missing", "a later revision", "a revision that does not say"])  # fmt: skip
+], ids=["upstream's", "a requirement is missing", "a library is missing", "a later revision",
+    "a revision that does not say"])  # fmt: skip
 def test_another_backend_serves(install, monkeypatch, cute, reason):
     install(cute)
     monkeypatch.setattr(fa4, "metadata", SimpleNamespace(version=lambda name: "4.0.0b36"))
@@ -348,7 +415,8 @@ def test_fa4_is_imported_when_it_is_needed_alone(install):
     assert "flash_attn.cute" in sys.modules
 
 
-# --- forcing ----------------------------------------------------------------------------------------------------------
+# --- forcing
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options, expected", [
@@ -375,12 +443,18 @@ def test_environment_gives_way_to_the_algorithm_and_to_softmax(install, monkeypa
 
 
 IMPOSSIBLE = {
-    'backend="fa4" is not possible: the stand-in has no dropout_p': dict(IDENTITY, backend="fa4", dropout_p=0.1),
+    'backend="fa4" is not possible: the stand-in has no dropout_p': dict(
+        IDENTITY, backend="fa4", dropout_p=0.1
+    ),
     'backend="fa4" is not possible with use_softmax=True: tensors on cuda': dict(backend="fa4"),
-    'backend="fa2" is not possible: flash_attn_2_cuda has no kernels for activation=\'silu\'': dict(SILU, backend="fa2"),
+    "backend=\"fa2\" is not possible: flash_attn_2_cuda has no kernels for activation='silu'": dict(
+        SILU, backend="fa2"
+    ),
     'backend="cpu" is not possible: q is on cuda': dict(IDENTITY, backend="cpu"),
     'backend="linear" is not possible with use_softmax=True: tensors on cuda': dict(backend="linear"),
-    'backend="linear" is not possible: activation=\'gelu\'': dict(IDENTITY, activation="gelu", backend="linear"),
+    "backend=\"linear\" is not possible: activation='gelu'": dict(
+        IDENTITY, activation="gelu", backend="linear"
+    ),
     "backend='fa5' is not one of ('auto', 'linear', 'fa4', 'fa2', 'cpu')": dict(IDENTITY, backend="fa5"),
     "algorithm='fast' is not one of": dict(IDENTITY, algorithm="fast"),
     'backend="fa4" is quadratic, but algorithm="linear"': dict(IDENTITY, backend="fa4", algorithm="linear"),
@@ -399,7 +473,12 @@ def test_impossible(install, monkeypatch, message):
         swap_devices(monkeypatch, "fa4", "fa2", "cpu")
     with pytest.raises(ValueError) as called:
         flash_attn_func(*tensors("cpu"), **IMPOSSIBLE[message])
-    in_cpu_words = str(error.value).replace("cuda:0", "cpu").replace("takes CPU", "takes CUDA").replace('backend="fa2"', 'backend="cpu"')
+    in_cpu_words = (
+        str(error.value)
+        .replace("cuda:0", "cpu")
+        .replace("takes CPU", "takes CUDA")
+        .replace('backend="fa2"', 'backend="cpu"')
+    )
     assert str(called.value).replace('backend="fa2"', 'backend="cpu"') == in_cpu_words
 
 
@@ -433,7 +512,8 @@ def test_explain_takes_the_attention_functions():
         explain(torch.nn.functional.scaled_dot_product_attention, *tensors("cpu"))
 
 
-# --- what FA4 is handed, and what comes back --------------------------------------------------------------------------
+# --- what FA4 is handed, and what comes back
+# --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -455,10 +535,13 @@ def test_options_as_fa4_is_handed_them(fake_fa4):
     )  # fmt: skip
     (call,) = fake_fa4
     assert call.options == Options(
-        max_seqlen_q=16, max_seqlen_k=16, dropout_p=0.0, softmax_scale=0.3, window_left=5, window_right=0, softcap=0.0,
-        deterministic=True, return_attn_probs=False, activation="sigmoid", sigmoid_bias=None, normalization="1/n",
+        max_seqlen_q=16, max_seqlen_k=16, dropout_p=0.0, softmax_scale=0.3, window_left=5, window_right=0,
+        softcap=0.0, deterministic=True, return_attn_probs=False, activation="sigmoid", sigmoid_bias=None,
+        normalization="1/n",
     )  # fmt: skip
-    assert all(a is b for a, b in zip(call.tensors[:3], (q, k, v), strict=True)) and not any(x is not None for x in call.tensors[3:])
+    assert all(a is b for a, b in zip(call.tensors[:3], (q, k, v), strict=True)) and not any(
+        x is not None for x in call.tensors[3:]
+    )
 
 
 def test_packed_calls_as_fa4_is_handed_them(fake_fa4):
@@ -476,7 +559,8 @@ def test_pages(fake_fa4):
     table = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32)
     arguments = (q, pages, pages.flip(0), cumulative([2, 3], "cpu"), cumulative([300, 200], "cpu"), 3, 300)
     actual, expected = (
-        flash_attn_varlen_func(*arguments, causal=True, block_table=table, **SILU, backend=backend) for backend in ("auto", "cpu")
+        flash_attn_varlen_func(*arguments, causal=True, block_table=table, **SILU, backend=backend)
+        for backend in ("auto", "cpu")
     )
     (call,) = fake_fa4
     assert call.block_table is table and call.cu_seqlens_k is arguments[4]
@@ -487,11 +571,18 @@ def test_pages(fake_fa4):
 def test_attention_probabilities_are_empty(fake_fa4, name):
     arguments, lengths = inputs(name, "cpu")
     out, lse, encoded = getattr(flash_attn, name)(*arguments, *lengths, **SILU, return_attn_probs=True)
-    assert len(fake_fa4) == 1 and out.numel() and lse.numel() == encoded.numel() == 0 and lse.dtype == torch.float32
+    assert (
+        len(fake_fa4) == 1
+        and out.numel()
+        and lse.numel() == encoded.numel() == 0
+        and lse.dtype == torch.float32
+    )
 
 
 def test_compiles_to_one_graph(fake_fa4, monkeypatch):
-    """The choice is not traced: the compiled function takes another backend as soon as FA4 does not take the tensors."""
+    """The choice is not traced: the compiled function takes another backend as soon as FA4 does not take the
+    tensors.
+    """
     for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_varlen_qkvpacked_func"):
         torch._dynamo.reset()
         fake_fa4.clear()
@@ -507,6 +598,11 @@ def test_compiles_to_one_graph(fake_fa4, monkeypatch):
             swap_devices(without_fa4, "fa4")
             expected = compiled(*arguments)
         assert len(fake_fa4) == 1
-        for a, e, by_hand in zip(*((out, *torch.autograd.grad(out.sum(), arguments)) for out in (actual, expected, attend(*arguments)))):
+        for a, e, by_hand in zip(
+            *(
+                (out, *torch.autograd.grad(out.sum(), arguments))
+                for out in (actual, expected, attend(*arguments))
+            )
+        ):
             close(a, e)
             close(a, by_hand)

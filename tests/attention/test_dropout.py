@@ -1,4 +1,6 @@
-"""Dropout of weights that may be negative: the mask can hide neither in their sign nor in their being zero."""
+"""Dropout of weights that may be negative: the mask can hide neither in their sign nor in their
+being zero.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_window_alibi_and_groups(attention):
     compare_dropped(attention, q, k, v, window_size=(9, 4), alibi_slopes=slopes(attention, 4))
 
 
-@pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(activation="silu", normalization="1/n")], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(causal=True), dict(activation="silu", normalization="1/n")], ids=str
+)
 def test_packed_sequences(attention, options):
     """Sequences of unequal lengths, an empty one among them; no two share a mask."""
     lengths = dict(lengths_q=[33, 0, 40, 33], lengths_k=[41, 7, 20, 41])

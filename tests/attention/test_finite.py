@@ -1,4 +1,5 @@
-"""Finite in, finite out. Each test fails for a kernel that keeps softmax's way of masking or of converting to 16 bit.
+"""Finite in, finite out. Each test fails for a kernel that keeps softmax's way of masking or of converting to
+16 bit.
 
 Softmax hides all of this: -inf becomes a weight of 0, weights never exceed 1 and outputs are averages.
 """
@@ -17,11 +18,15 @@ FUNCTIONS = ["identity", "relu", "relu2", "sigmoid", "silu", "gelu", "softplus"]
 
 def assert_finite(*tensors: torch.Tensor) -> None:
     for name, x in zip(NAMES, tensors):
-        assert torch.isfinite(x).all(), f"{name} has {(~torch.isfinite(x)).sum()} of {x.numel()} values NaN or Inf"
+        assert torch.isfinite(x).all(), (
+            f"{name} has {(~torch.isfinite(x)).sum()} of {x.numel()} values NaN or Inf"
+        )
 
 
 def gradients_fit(dtype: torch.dtype, activation: str) -> bool:
-    """Whether gradients of the largest inputs are within the range of the dtype; relu2's derivative grows with the score."""
+    """Whether gradients of the largest inputs are within the range of the dtype; relu2's derivative grows
+    with the score.
+    """
     return dtype != torch.float16 and activation != "relu2"
 
 
@@ -57,7 +62,9 @@ def test_poisoned_padding(attention, seqlen_k, value):
     q, k, v = (randn(40, 2, 8, seed=i, like=attention) for i in range(3))
     hidden = torch.ones(40, dtype=torch.bool)
     hidden[2 : 2 + seqlen_k] = hidden[20 + 3 : 20 + 3 + seqlen_k] = False
-    used = dict(seqused_k=integers(attention, 2 + seqlen_k, 3 + seqlen_k), leftpad_k=integers(attention, 2, 3))
+    used = dict(
+        seqused_k=integers(attention, 2 + seqlen_k, 3 + seqlen_k), leftpad_k=integers(attention, 2, 3)
+    )
     results = [
         attention.varlen(
             q, *(poisoned(x, hidden, filling) for x in (k, v)), lengths_q=[20, 20], lengths_k=[20, 20], **used
@@ -76,7 +83,9 @@ def test_poisoned_outside_every_window(attention, value):
     results = []
     for filling in (0.0, value):
         keys = (poisoned(x, (slice(None), hidden), filling) for x in (k, v))
-        results.append(gradients(lambda *x: attention.dense(*x, window_size=(6, 3), deterministic=True), q, *keys))
+        results.append(
+            gradients(lambda *x: attention.dense(*x, window_size=(6, 3), deterministic=True), q, *keys)
+        )
     assert_finite(*results[1])
     for a, b in zip(*results):
         assert torch.equal(a, b)
@@ -94,7 +103,11 @@ def test_poisoned_queries_that_see_no_key(attention, value, options):
     results = []
     for filling in (0.0, value):
         queries, gradient = (poisoned(x, (slice(None), blind), filling) for x in (q, dout))
-        results.append(gradients(lambda *x: attention.dense(*x, deterministic=True, **options), queries, k, v, dout=gradient))
+        results.append(
+            gradients(
+                lambda *x: attention.dense(*x, deterministic=True, **options), queries, k, v, dout=gradient
+            )
+        )
     assert blind.sum() >= 50 and not results[1][0][:, blind].any()
     for a, b in zip(*results):
         assert torch.equal(a, b)
@@ -125,7 +138,9 @@ def test_poisoned_pages(attention):
     q = randn(2, 3, 2, 8, seed=0, like=attention)
     k, v = (randn(6, 256, 2, 8, seed=i, like=attention) for i in (1, 2))
     arguments = dict(
-        cache_seqlens=integers(attention, 300, 9), block_table=integers(attention, 4, 1, 3, 0).view(2, 2), causal=True
+        cache_seqlens=integers(attention, 300, 9),
+        block_table=integers(attention, 4, 1, 3, 0).view(2, 2),
+        causal=True,
     )
     results = []
     for filling in (0.0, float("nan")):
@@ -146,12 +161,16 @@ def test_weights_saturate_in_float16(attention):
     assert_finite(out)
     p = torch.einsum("bihd,bjhd->bhij", q.double().cpu(), k.double().cpu()).clamp(-65504, 65504).tril()
     expected = torch.einsum("bhij,bjhd->bihd", p, v.double().cpu())
-    assert ((p.abs() == 65504).sum() > 100) and (out.cpu() - expected).abs().max() <= 2e-3 * expected.abs().max()
+    assert ((p.abs() == 65504).sum() > 100) and (
+        out.cpu() - expected
+    ).abs().max() <= 2e-3 * expected.abs().max()
 
 
 @pytest.mark.parametrize("size", [60, 400])
 def test_finite_gradients_are_right_in_float16(attention, size):
-    """Some dS = dO·v are beyond 65504: what comes of them is Inf, NaN or right, so that torch.amp.GradScaler sees it."""
+    """Some dS = dO·v are beyond 65504: what comes of them is Inf, NaN or right, so that torch.amp.GradScaler
+    sees it.
+    """
     q, k, v = qkv(attention, 1, 64, 64, head_dim=64, dtype=torch.float16, size=60)
     k = k * 1e-5
     dout = randn(*q.shape, seed=99, like=attention, dtype=torch.float16, size=size)
@@ -176,7 +195,9 @@ def test_weights_do_not_saturate_in_bfloat16(attention):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(), dict(softcap=50.0), dict(normalization="1/n"), dict(normalization="1/visible")], ids=str
+    "options",
+    [dict(), dict(softcap=50.0), dict(normalization="1/n"), dict(normalization="1/visible")],
+    ids=str,
 )
 @pytest.mark.parametrize("activation", FUNCTIONS)
 @pytest.mark.parametrize(
@@ -198,7 +219,9 @@ def test_largest_inputs(attention, dtype, largest, activation, options):
 )
 def test_largest_inputs_in_several_blocks(attention, dtype, largest, activation):
     """One block's sum of Inf and the next one's of -Inf would be NaN."""
-    q, k, v, dout = (randn(1, 600, 1, 64, seed=i, like=attention, dtype=dtype).sign() * largest for i in range(4))
+    q, k, v, dout = (
+        randn(1, 600, 1, 64, seed=i, like=attention, dtype=dtype).sign() * largest for i in range(4)
+    )
     out, *rest = gradients(lambda *x: attention.dense(*x, activation=activation), q, k, v, dout=dout)
     assert_finite(out, *(rest if gradients_fit(dtype, activation) else ()))
 
@@ -208,9 +231,15 @@ def test_largest_inputs_in_several_blocks(attention, dtype, largest, activation)
 )
 def test_largest_inputs_that_all_agree(attention, dtype, largest):
     """Every input of one sign: outputs saturate at the largest number, gradients beyond it are not finite."""
-    q, k, v = (torch.full_like(x, largest) for x in qkv(attention, 1, 40, 48, nheads=2, head_dim=64, dtype=dtype))
+    q, k, v = (
+        torch.full_like(x, largest) for x in qkv(attention, 1, 40, 48, nheads=2, head_dim=64, dtype=dtype)
+    )
     out, *rest = gradients(
-        lambda *x: attention.dense(*x, alibi_slopes=slopes(attention, 2)), q, k, v, dout=torch.full_like(q, largest)
+        lambda *x: attention.dense(*x, alibi_slopes=slopes(attention, 2)),
+        q,
+        k,
+        v,
+        dout=torch.full_like(q, largest),
     )
     assert_finite(out)
     if dtype == torch.float16:

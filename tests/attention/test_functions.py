@@ -1,4 +1,6 @@
-"""Activations and normalizations: f acts on the score, the mask comes after f, the row factor after the sum."""
+"""Activations and normalizations: f acts on the score, the mask comes after f, the row factor after
+the sum.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def test_scales(attention, function, softmax_scale):
 def test_minus_log_n(attention):
     """n is the number of keys of the sequence; at equal scores the weights then sum to about 1."""
     q, k, v = qkv(attention, 1, 4, 100)
-    out = attention.dense(torch.zeros_like(q), k, torch.ones_like(v), activation="sigmoid", sigmoid_bias="-log n")
+    out = attention.dense(
+        torch.zeros_like(q), k, torch.ones_like(v), activation="sigmoid", sigmoid_bias="-log n"
+    )
     assert torch.allclose(out, torch.full_like(out, 100 / 101), rtol=1e-3)
 
 
@@ -54,14 +58,22 @@ def test_one_over_visible_is_the_mean(attention):
     """With weights of 1/2 everywhere it gives half the mean of the values that a query sees."""
     q, k, v = qkv(attention, 1, 30, 30)
     out = attention.dense(
-        torch.zeros_like(q), k, torch.ones_like(v), causal=True, activation="sigmoid", normalization="1/visible"
+        torch.zeros_like(q),
+        k,
+        torch.ones_like(v),
+        causal=True,
+        activation="sigmoid",
+        normalization="1/visible",
     )
     assert torch.allclose(out, torch.full_like(out, 0.5), rtol=1e-3)
 
 
 def test_normalization_is_not_folded_into_16_bits(attention):
     """Weights of 0.02 / 32768 have two digits in float16; the factor belongs on the float32 sum."""
-    q, k, v = (randn(1, s, 1, 64, seed=i, like=attention, dtype=torch.float16) for i, s in enumerate((4, 32768, 32768)))
+    q, k, v = (
+        randn(1, s, 1, 64, seed=i, like=attention, dtype=torch.float16)
+        for i, s in enumerate((4, 32768, 32768))
+    )
     out, *_, dv = gradients(
         lambda *x: attention.dense(*x, softmax_scale=1 / 512, normalization="1/n"),
         q,

@@ -1,4 +1,6 @@
-"""Grouped key-value heads: query head h reads key head h // group, and a key head sums its group's gradients."""
+"""Grouped key-value heads: query head h reads key head h // group, and a key head sums its group's
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from measure import NAMES, assert_same, compare, compare_output, gradients, qkv,
 
 
 @pytest.mark.parametrize("nheads_k", [1, 2, 6])
-@pytest.mark.parametrize("options", [dict(causal=True), dict(window_size=(4, 3), softcap=3.0), dict(activation="silu")])
+@pytest.mark.parametrize(
+    "options", [dict(causal=True), dict(window_size=(4, 3), softcap=3.0), dict(activation="silu")]
+)
 def test_groups(attention, nheads_k, options):
     """Forward and backward."""
     compare(attention, *qkv(attention, 2, 17, 21, nheads=6, nheads_k=nheads_k), **options)
@@ -55,8 +59,12 @@ def test_one_query_kvcache(attention, causal):
 
 
 def test_group_sum_in_float16(attention):
-    """dV is +90510 from one head and -90510 from the other: out of range, but their sum is 0. What is finite is right."""
-    q, k, v, dout = (torch.ones(1, 16, h, 8, dtype=torch.float16, device=attention.device) for h in (2, 1, 1, 2))
+    """dV is +90510 from one head and -90510 from the other: out of range, but their sum is 0. What is finite
+    is right.
+    """
+    q, k, v, dout = (
+        torch.ones(1, 16, h, 8, dtype=torch.float16, device=attention.device) for h in (2, 1, 1, 2)
+    )
     q[:, :, 0], q[:, :, 1] = 10, -10
     *_, dv = gradients(attention.dense, q, k, v, dout=dout * 200)
     assert all(not math.isfinite(x) or abs(x) < 1 for x in dv.flatten().tolist()), f"dV is {dv.flatten()[0]}"

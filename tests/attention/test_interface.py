@@ -1,4 +1,7 @@
-"""The Python surface: signatures, callers from before this patch set, operators under torch.compile, errors."""
+"""The Python surface: signatures, callers from before this patch set, operators under torch.compile,
+errors.
+"""
+
 from __future__ import annotations
 
 import inspect
@@ -25,11 +28,13 @@ UPSTREAM = {
     "flash_attn_func": f"q k v {DENSE}",
     "flash_attn_kvpacked_func": f"q kv {DENSE}",
     "flash_attn_qkvpacked_func": f"qkv {DENSE}",
-    "flash_attn_varlen_func": f"q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k {DENSE} block_table",
+    "flash_attn_varlen_func": f"q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k {DENSE} "
+    "block_table",
     "flash_attn_varlen_kvpacked_func": f"q kv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k {DENSE}",
     "flash_attn_varlen_qkvpacked_func": f"qkv cu_seqlens max_seqlen {DENSE}",
     "flash_attn_with_kvcache": "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx "
-    "cache_leftpad block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes num_splits "
+    "cache_leftpad block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes "
+    "num_splits "
     "return_softmax_lse",
 }
 CLASSES = {
@@ -47,8 +52,16 @@ EXTENSION_ARGUMENTS = {"fwd": 13, "varlen_fwd": 21, "bwd": 19, "varlen_bwd": 24,
 def test_import_brings_no_compiler():
     """torch._dynamo takes more than a second to import, and FA4's requirements several."""
     heavy = ("torch._dynamo", "triton", "cutlass")
-    program = f"import sys, torch, flash_attn, flash_attn.linear; print([name for name in {heavy} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    program = (
+        f"import sys, torch, flash_attn, flash_attn.linear; print([name for name in {heavy} if name "
+        "in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 MODES = pytest.mark.parametrize("use_softmax", [True, False], ids=["softmax", "no_softmax"])
@@ -76,7 +89,9 @@ def positional(name: str) -> list:
 
 @FUNCTIONS
 def test_old_positional_callers(name, device):
-    """A call as it was written for upstream gives softmax attention: by the function, and by its autograd class."""
+    """A call as it was written for upstream gives softmax attention: by the function, and by its autograd
+    class.
+    """
     tensors, lengths = inputs(name, device)
     expected, lse, _ = getattr(flash_attn, name)(
         *tensors, *lengths, softmax_scale=0.3, causal=True, window_size=(2, 0), deterministic=True,
@@ -93,7 +108,9 @@ def test_old_positional_callers(name, device):
 
 
 def test_old_positional_callers_of_operators_and_extension(device):
-    """The operators and what stands for the extension take upstream's arguments alone, and then mean softmax."""
+    """The operators and what stands for the extension take upstream's arguments alone, and then mean
+    softmax.
+    """
     ops, options = torch.ops.flash_attn, (0.0, 0.3, True, -1, -1, 0.0)
     q, k, v = (t.detach().contiguous() for t in inputs("flash_attn_func", device)[0])
     out, lse, _, rng_state = ops._flash_attn_forward(q, k, v, *options, None, False)
@@ -111,12 +128,37 @@ def test_old_positional_callers_of_operators_and_extension(device):
     packed = (cu, cu, 8, 8)
     varlen_out, lse, _, rng_state = ops._flash_attn_varlen_forward(q, k, v, *packed, 0.0, 0.3, True)
     assert torch.equal(varlen_out, out.flatten(0, 1))
-    varlen_fwd = (q, k, v, None, cu, cu, None, None, None, None, 8, 8, 0.0, 0.3, False, True, -1, -1, 0.0, False, None)
+    varlen_fwd = (
+        q,
+        k,
+        v,
+        None,
+        cu,
+        cu,
+        None,
+        None,
+        None,
+        None,
+        8,
+        8,
+        0.0,
+        0.3,
+        False,
+        True,
+        -1,
+        -1,
+        0.0,
+        False,
+        None,
+    )
     assert len(varlen_fwd) == EXTENSION_ARGUMENTS["varlen_fwd"]
     assert torch.equal(interface.flash_attn_gpu.varlen_fwd(*varlen_fwd)[0], varlen_out)
     flat = [torch.empty_like(x) for x in (q, k, v)]
-    ops._flash_attn_varlen_backward(q, q, k, v, varlen_out, lse, *flat, *packed, *options, None, True, rng_state)
-    varlen_bwd = (q, q, k, v, varlen_out, lse, None, None, None, cu, cu, None, 8, 8, 0.0, 0.3, False, True, -1, -1, 0.0,
+    ops._flash_attn_varlen_backward(
+        q, q, k, v, varlen_out, lse, *flat, *packed, *options, None, True, rng_state
+    )
+    varlen_bwd = (q, q, k, v, varlen_out, lse, None, None, None, cu, cu, None, 8, 8, 0.0, 0.3, False, True,
+    -1, -1, 0.0,
                   True, None, rng_state)  # fmt: skip
     assert len(varlen_bwd) == EXTENSION_ARGUMENTS["varlen_bwd"]
     by_extension = interface.flash_attn_gpu.varlen_bwd(*varlen_bwd)[:3]
@@ -131,12 +173,14 @@ def test_old_positional_callers_of_the_cache(device):
     expected = flash_attn.flash_attn_with_kvcache(
         q, k_cache, v_cache, cache_seqlens=lengths, causal=True, softmax_scale=0.3
     )
-    old = (q, k_cache, v_cache, None, None, None, None, lengths, None, None, None, 0.3, True, (-1, -1), 0.0, True, None,
+    old = (q, k_cache, v_cache, None, None, None, None, lengths, None, None, None, 0.3, True, (-1, -1), 0.0,
+    True, None,
            0, True)  # fmt: skip
     assert len(old) == len(UPSTREAM["flash_attn_with_kvcache"].split())
     out, lse = flash_attn.flash_attn_with_kvcache(*old)
     assert torch.equal(out, expected) and lse.shape == (2, 2, q.shape[1])
-    by_extension = (q, k_cache, v_cache, None, None, lengths, None, None, None, None, None, None, None, 0.3, True, -1,
+    by_extension = (q, k_cache, v_cache, None, None, lengths, None, None, None, None, None, None, None, 0.3,
+    True, -1,
                     -1, 0.0, True, 0)  # fmt: skip
     assert len(by_extension) == EXTENSION_ARGUMENTS["fwd_kvcache"]
     assert torch.equal(interface.flash_attn_gpu.fwd_kvcache(*by_extension)[0], expected)
@@ -168,7 +212,10 @@ def test_varlen_is_one_sequence_after_the_other(use_softmax, device):
     (q, k, v), lengths = inputs("flash_attn_varlen_func", device)
     out = flash_attn.flash_attn_varlen_func(q, k, v, *lengths, causal=True, use_softmax=use_softmax)
     pieces = ([t[None] for t in three] for three in zip(*(t.split(LENGTHS) for t in (q, k, v)), strict=True))
-    close(out, torch.cat([flash_attn.flash_attn_func(*p, causal=True, use_softmax=use_softmax)[0] for p in pieces]))
+    close(
+        out,
+        torch.cat([flash_attn.flash_attn_func(*p, causal=True, use_softmax=use_softmax)[0] for p in pieces]),
+    )
 
 
 @MODES
@@ -182,7 +229,9 @@ def test_strided_dout(name, use_softmax, device):
     for dout in strided:
         assert not dout.is_contiguous()
         actual = run(name, device, dout=dout, use_softmax=use_softmax)
-        for a, expected in zip(actual, run(name, device, dout=dout.contiguous(), use_softmax=use_softmax), strict=True):
+        for a, expected in zip(
+            actual, run(name, device, dout=dout.contiguous(), use_softmax=use_softmax), strict=True
+        ):
             close(a, expected)
 
 
@@ -244,7 +293,10 @@ def softmax_operator_calls(device: str, seqlen_q: int, dropout_p: float):
     yield ops._flash_attn_varlen_forward, varlen
     out, lse, _, rng_state = ops._flash_attn_varlen_forward(*varlen)
     gradients = [torch.empty_like(x) for x in (q, k, v)]
-    yield ops._flash_attn_varlen_backward, (out, q, k, v, out, lse, *gradients, *packed, *options, None, True, rng_state, False)
+    yield (
+        ops._flash_attn_varlen_backward,
+        (out, q, k, v, out, lse, *gradients, *packed, *options, None, True, rng_state, False),
+    )
 
 
 def operator_calls(device: str, seqlen_q: int, dropout_p: float):
@@ -257,7 +309,8 @@ def operator_calls(device: str, seqlen_q: int, dropout_p: float):
     q, k, v = sample(device, 2, seqlen_q, 2, 4, 8)[:, :, 0], *sample(device, 2, 6, 2, 2, 8).unbind(2)
     dense = (q, k, v, *(None,) * 6)
     packed = (
-        *(x.flatten(0, 1) for x in (q, k, v)), cumulative([seqlen_q, seqlen_q], device), cumulative([0, 12], device), *(None,) * 4
+        *(x.flatten(0, 1) for x in (q, k, v)), cumulative([seqlen_q, seqlen_q], device), cumulative([0, 12],
+        device), *(None,) * 4
     )  # fmt: skip
     for tensors, longest in ((dense, (seqlen_q, 6)), (packed, (seqlen_q, 12))):
         yield ops.forward, (*tensors, *options(*longest), name)
@@ -271,31 +324,43 @@ def operator_calls(device: str, seqlen_q: int, dropout_p: float):
         yield ops.forward, (*paged, *options(seqlen_q, 300), name)
         filled = lengths.diff().int()
         new = sample(device, 2, 1, 2, 8)
-        for caches, tables in ((sample(device, 2, 512, 2, 2, 8).unbind(2), None), ((pages, pages.flip(0)), table)):
+        for caches, tables in (
+            (sample(device, 2, 512, 2, 2, 8).unbind(2), None),
+            ((pages, pages.flip(0)), table),
+        ):
             given = (new, new, filled, *(None,) * 4, tables, None, False, 0, True)
             yield ops.kvcache, (q[:, :1], *(x.clone() for x in caches), *given, *options(1, 512), name)
 
 
 @pytest.mark.slow
 @MODES
-@pytest.mark.parametrize("seqlen_q,dropout_p", [(5, 0.0), (1, 0.0), (5, 0.2)], ids=["plain", "decode", "dropout"])
+@pytest.mark.parametrize(
+    "seqlen_q,dropout_p", [(5, 0.0), (1, 0.0), (5, 0.2)], ids=["plain", "decode", "dropout"]
+)
 def test_operators_pass_opcheck(seqlen_q, dropout_p, use_softmax, device):
     """Schema, aliasing and mutation are as declared, and the fake kernels return what the real ones return.
 
-    The last check runs each operator twice and compares. Upstream's CUDA kernels leave memory unwritten where nobody is to
-    look: the generator's state without dropout, and the padding of the encoded weights with softmax.
+    The last check runs each operator twice and compares. Upstream's CUDA kernels leave memory unwritten where
+    nobody is to look: the generator's state without dropout, and the padding of the encoded weights with
+    softmax.
     """
     unwritten = device == "cuda" and (use_softmax or dropout_p == 0)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     operators = set()
-    for operator, arguments in (softmax_operator_calls if use_softmax else operator_calls)(device, seqlen_q, dropout_p):
+    for operator, arguments in (softmax_operator_calls if use_softmax else operator_calls)(
+        device, seqlen_q, dropout_p
+    ):
         operator(*arguments)  # what this build lacks is said here in words that opcheck would wrap
         torch.library.opcheck(operator.default, arguments, test_utils=checks[:-1] if unwritten else checks)
         operators.add(str(operator))
-    family = "_flash_attn_forward _flash_attn_backward _flash_attn_varlen_forward _flash_attn_varlen_backward" if use_softmax else (
-        "forward backward kvcache" if dropout_p == 0.0 else "forward backward"
+    family = (
+        "_flash_attn_forward _flash_attn_backward _flash_attn_varlen_forward _flash_attn_varlen_backward"
+        if use_softmax
+        else ("forward backward kvcache" if dropout_p == 0.0 else "forward backward")
     )
-    assert operators == {f"{'flash_attn' if use_softmax else 'flash_attn_nosoftmax'}.{name}" for name in family.split()}
+    assert operators == {
+        f"{'flash_attn' if use_softmax else 'flash_attn_nosoftmax'}.{name}" for name in family.split()
+    }
 
 
 @MODES
@@ -322,7 +387,9 @@ def test_compiles_to_one_graph(form, use_softmax, device):
 
 @pytest.mark.slow
 def test_the_cache_compiles_to_one_graph(device):
-    """An operator that says which tensors it changes: it appends in place from a compiled function too, with any length."""
+    """An operator that says which tensors it changes: it appends in place from a compiled function too, with
+    any length.
+    """
     torch._dynamo.reset()
     q, k_cache, v_cache = (t.detach() for t in inputs("flash_attn_func", device)[0])
     caches = [(k_cache.clone(), v_cache.clone()) for _ in range(2)]
@@ -346,7 +413,9 @@ def test_the_cache_compiles_to_one_graph(device):
 def test_no_log_sum_exp_to_return(activation, device):
     q = sample(device, 1, 2, 2, 8)
     with pytest.raises(ValueError, match="return_softmax_lse=True.*use_softmax=False"):
-        flash_attn.flash_attn_with_kvcache(q, q, q, return_softmax_lse=True, use_softmax=False, activation=activation)
+        flash_attn.flash_attn_with_kvcache(
+            q, q, q, return_softmax_lse=True, use_softmax=False, activation=activation
+        )
 
 
 @pytest.mark.parametrize("name", UPSTREAM)
@@ -355,7 +424,10 @@ def test_no_log_sum_exp_to_return(activation, device):
     [
         (dict(use_softmax=False, activation="softmax"), "activation='softmax'.*identity.*silu"),
         (dict(use_softmax=False, normalization="1/seqlen"), "normalization='1/seqlen'.*1/n"),
-        (dict(use_softmax=False, activation="sigmoid", sigmoid_bias=float("nan")), "sigmoid_bias=nan.*finite"),
+        (
+            dict(use_softmax=False, activation="sigmoid", sigmoid_bias=float("nan")),
+            "sigmoid_bias=nan.*finite",
+        ),
         (dict(use_softmax=False, activation="sigmoid", sigmoid_bias="log n"), "sigmoid_bias='log n'.*-log n"),
         (dict(use_softmax=False, activation="relu", sigmoid_bias=1.0), "sigmoid_bias=1.0.*activation='relu'"),
         (dict(activation="relu"), "activation='relu'.*use_softmax=False"),
@@ -378,7 +450,8 @@ def test_tensors_on_several_devices(device):
         flash_attn.flash_attn_with_kvcache(q, q.to("meta"), q.to("meta"), use_softmax=False)
 
 
-# --- forward and backward without autograd ----------------------------------------------------------------------------
+# --- forward and backward without autograd
+# ----------------------------------------------------------------------------
 
 
 PAIR = {
@@ -403,7 +476,9 @@ def test_the_pair_gives_what_the_function_and_its_gradient_give(name, options, d
     assert torch.equal(out, expected) and not out.requires_grad
     assert (rng_state is None) == ("dropout_p" not in options)
     torch.manual_seed(6)  # the state says what was dropped
-    for actual, gradient in zip(nosoftmax.backward(dout, q, k, v, rng_state, **packed, **options), gradients, strict=True):
+    for actual, gradient in zip(
+        nosoftmax.backward(dout, q, k, v, rng_state, **packed, **options), gradients, strict=True
+    ):
         assert torch.equal(actual, gradient) and not actual.requires_grad
 
 
@@ -439,7 +514,8 @@ def test_wrong_gradients_of_the_pair(dout, options, message):
         nosoftmax.backward(dout, X, X, X, **options)
 
 
-# --- what the extension is handed -------------------------------------------------------------------------------------
+# --- what the extension is handed
+# -------------------------------------------------------------------------------------
 
 # Which arguments it gets can be seen without a GPU: the tensors are fake, and so is the extension.
 
@@ -483,7 +559,9 @@ def extension(monkeypatch):
 
         return run
 
-    for name, like in dict(fwd=(0,) * 4, varlen_fwd=(0,) * 4, bwd=(1, 2, 3), varlen_bwd=(1, 2, 3), fwd_kvcache=(0, 0)).items():
+    for name, like in dict(
+        fwd=(0,) * 4, varlen_fwd=(0,) * 4, bwd=(1, 2, 3), varlen_bwd=(1, 2, 3), fwd_kvcache=(0, 0)
+    ).items():
         setattr(module, name, function(name, like))
     monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", module)
     return module
@@ -494,7 +572,9 @@ def fake(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-def nosoftmax_call(q, k=None, v=None, *lengths, cache=None, block_table=None, leftpad_k=None, longest=(2, 2), **options) -> Call:
+def nosoftmax_call(
+    q, k=None, v=None, *lengths, cache=None, block_table=None, leftpad_k=None, longest=(2, 2), **options
+) -> Call:
     k = q if k is None else k
     lengths = lengths or (None, None)
     options = Options(*longest, **{**dict(
@@ -537,8 +617,8 @@ WINDOWS = pytest.mark.parametrize("window, handed", [
 
 @WINDOWS
 def test_patched_extension_is_told_of_dense_calls(extension, window, handed):
-    """use_softmax is False, last. It sets the right side of a causal call itself. `out` of its backward, whose shape it
-    checks and in which nothing is kept, is q."""
+    """use_softmax is False, last. It sets the right side of a causal call itself. `out` of its backward,
+    whose shape it checks and in which nothing is kept, is q."""
     q, k = fake(1, 2, 2, 8), fake(1, 5, 1, 8)
     call = nosoftmax_call(q, k, longest=(2, 5), deterministic=True, **window)
     result = fa2.forward(call)
@@ -557,8 +637,14 @@ def test_patched_extension_is_told_of_dense_calls(extension, window, handed):
 
 
 def test_patched_extension_is_told_of_packed_calls(extension):
-    q, k, starts, table, state = fake(9, 2, 8), fake(3, 256, 1, 8), *(fake(*n, dtype=torch.int32) for n in ((3,), (2, 2), (2,)))
-    call = nosoftmax_call(q, k, None, starts, starts, block_table=table, longest=(5, 300), window_right=0, dropout_p=0.1)
+    q, k, starts, table, state = (
+        fake(9, 2, 8),
+        fake(3, 256, 1, 8),
+        *(fake(*n, dtype=torch.int32) for n in ((3,), (2, 2), (2,))),
+    )
+    call = nosoftmax_call(
+        q, k, None, starts, starts, block_table=table, longest=(5, 300), window_right=0, dropout_p=0.1
+    )
     assert fa2.forward(call).rng_state is not None
     dense = nosoftmax_call(q, q, None, starts, starts, longest=(5, 5), window_right=0, dropout_p=0.1)
     fa2.backward(dense, q, state)
@@ -566,12 +652,17 @@ def test_patched_extension_is_told_of_packed_calls(extension):
     assert [name for name, _ in extension.given] == ["varlen_fwd", "varlen_bwd"]
     q_, k_, handed = (9, 2, 8), (3, 256, 1, 8), (True, -1, -1)
     assert without_fakes(forward) == [
-        q_, k_, k_, None, (3,), (3,), None, None, (2, 2), None, 5, 300, 0.1, 0.3, False, *handed, 0.0, False, None, False
+        q_, k_, k_, None, (3,), (3,), None, None, (2, 2), None, 5, 300, 0.1, 0.3, False, *handed, 0.0, False,
+        None, False
     ]  # fmt: skip
     assert without_fakes(backward) == [
-        q_, q_, q_, q_, q_, (0,), None, None, None, (3,), (3,), None, 5, 5, 0.1, 0.3, False, *handed, 0.0, False, None, (2,), False
+        q_, q_, q_, q_, q_, (0,), None, None, None, (3,), (3,), None, 5, 5, 0.1, 0.3, False, *handed, 0.0,
+        False, None, (2,), False
     ]  # fmt: skip
-    assert (len(forward), len(backward)) == (EXTENSION_ARGUMENTS["varlen_fwd"] + 1, EXTENSION_ARGUMENTS["varlen_bwd"] + 1)
+    assert (len(forward), len(backward)) == (
+        EXTENSION_ARGUMENTS["varlen_fwd"] + 1,
+        EXTENSION_ARGUMENTS["varlen_bwd"] + 1,
+    )
 
 
 @pytest.mark.parametrize("left_padded", [False, True])
@@ -581,13 +672,15 @@ def test_patched_extension_is_told_of_caches(extension, left_padded, monkeypatch
     monkeypatch.setattr(torch, "full", lambda *args, **options: full(*args, **{**options, "device": "cpu"}))
     q, cache, pad = fake(1, 2, 2, 8), fake(3, 512, 1, 8), fake(1, dtype=torch.int32) if left_padded else None
     given = Cache(None, None, None, None, None, None, True, 4, True)
-    fa2.forward(nosoftmax_call(q, cache, cache=given, leftpad_k=pad, longest=(2, 512), window_left=7, window_right=0))
+    fa2.forward(
+        nosoftmax_call(q, cache, cache=given, leftpad_k=pad, longest=(2, 512), window_left=7, window_right=0)
+    )
     ((name, args),) = extension.given
     assert name == "fwd_kvcache" and len(args) == EXTENSION_ARGUMENTS["fwd_kvcache"] + 1
     lengths, padding = ((1,), (1,)) if left_padded else (None, None)
     assert without_fakes(args) == [
-        (1, 2, 2, 8), (3, 512, 1, 8), (3, 512, 1, 8), None, None, lengths, None, None, None, padding, None, None, None, 0.3,
-        True, 7, -1, 0.0, True, 4, False,
+        (1, 2, 2, 8), (3, 512, 1, 8), (3, 512, 1, 8), None, None, lengths, None, None, None, padding, None,
+        None, None, 0.3, True, 7, -1, 0.0, True, 4, False,
     ]  # fmt: skip
     assert not left_padded or args[5].tolist() == [512]
 
@@ -605,7 +698,8 @@ def test_extension_gets_padded_head_dims(extension, head_dim, padded):
 
 
 @pytest.mark.parametrize("options", [
-    dict(activation="relu"), dict(activation="gelu"), dict(activation="sigmoid", sigmoid_bias=None), dict(normalization="1/n"),
+    dict(activation="relu"), dict(activation="gelu"), dict(activation="sigmoid", sigmoid_bias=None),
+        dict(normalization="1/n"),
 ], ids=str)  # fmt: skip
 def test_extension_lacks_an_activation(extension, options):
     name, value = next(iter(options.items()))
@@ -618,7 +712,8 @@ def test_extension_lacks_an_activation(extension, options):
     (dict(q=fake(1, 2, 2, 8, dtype=torch.float32)), "q has dtype torch.float32"),
     (dict(q=fake(1, 2, 2, 8), v=fake(1, 2, 2, 16)), "head_dim=8 and head_dim_v=16"),
     (dict(q=fake(1, 2, 2, 264)), "head_dim=264"),
-    (dict(q=fake(2, 2, 8), k=fake(3, 16, 2, 8), block_table=fake(1, 2, dtype=torch.int32)), "pages of 16 keys"),
+    (dict(q=fake(2, 2, 8), k=fake(3, 16, 2, 8), block_table=fake(1, 2, dtype=torch.int32)), "pages of 16 "
+        "keys"),
     (dict(q=fake(1, 2, 2, 256)), None),
 ])  # fmt: skip
 def test_extension_has_limits(extension, tensors, words):
@@ -644,13 +739,37 @@ def test_too_few_arguments(cuda_call):
         stands_for_extension.fwd(*cuda_call[:-2])
 
 
-@pytest.mark.parametrize("error, expected", [
-    (NotImplementedError("flash_attn_2_cuda has no kernels for activation='relu', sigmoid_bias=0.0, normalization=None; ..."), True),
-    (ValueError('backend="fa2" is not possible: flash_attn_2_cuda has no kernels for activation=\'relu\', ...'), True),
-    (RuntimeError("This flash attention build has no kernels for fp16: rebuild with DTYPES=fp16 added"), True),
-    (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-    (NotImplementedError("flash_attn_2_cuda has no kernels for use_softmax=False, it was built from unpatched sources"), False),
-    (AssertionError("This flash attention build has no kernels"), False),
-])
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (
+            NotImplementedError(
+                "flash_attn_2_cuda has no kernels for activation='relu', sigmoid_bias=0.0, "
+                "normalization=None; ..."
+            ),
+            True,
+        ),
+        (
+            ValueError(
+                "backend=\"fa2\" is not possible: flash_attn_2_cuda has no kernels for activation='relu', ..."
+            ),
+            True,
+        ),
+        (
+            RuntimeError(
+                "This flash attention build has no kernels for fp16: rebuild with DTYPES=fp16 added"
+            ),
+            True,
+        ),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (
+            NotImplementedError(
+                "flash_attn_2_cuda has no kernels for use_softmax=False, it was built from unpatched sources"
+            ),
+            False,
+        ),
+        (AssertionError("This flash attention build has no kernels"), False),
+    ],
+)
 def test_only_kernels_that_are_not_built_are_skipped(error, expected):
     assert not_in_this_build(error) is expected

@@ -1,4 +1,6 @@
-"""Decoding from a key-value cache: appending in place, rotary positions, left padding, slots, pages, splits."""
+"""Decoding from a key-value cache: appending in place, rotary positions, left padding, slots, pages,
+splits.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from measure import assert_same, compare_output, integers, poison_allocator, qkv
 
 
 @pytest.mark.parametrize(
-    "options", [dict(), dict(causal=True), dict(window_size=(7, 2)), dict(causal=True, window_size=(5, -1))], ids=str
+    "options",
+    [dict(), dict(causal=True), dict(window_size=(7, 2)), dict(causal=True, window_size=(5, -1))],
+    ids=str,
 )
 @pytest.mark.parametrize("seqlen", [1, 3])
 def test_append(attention, seqlen, options):
@@ -32,10 +36,14 @@ def test_rotary(attention, interleaved, options):
     """Keys turn by their position; queries by theirs when causal or local, else all by the cache's length."""
     q, *new = step(attention, 3)
     turn = dict(rotary(attention), rotary_interleaved=interleaved)
-    check(attention, q, *caches(attention), *new, cache_seqlens=integers(attention, *LENGTHS), **turn, **options)
+    check(
+        attention, q, *caches(attention), *new, cache_seqlens=integers(attention, *LENGTHS), **turn, **options
+    )
 
 
-@pytest.mark.parametrize("options", [dict(causal=True), dict(activation="sigmoid", sigmoid_bias="-log n")], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(causal=True), dict(activation="sigmoid", sigmoid_bias="-log n")], ids=str
+)
 def test_left_padding(attention, options):
     """A sequence begins at cache_leftpad; positions still count from the start of the cache."""
     q, *new = step(attention, 2)
@@ -59,7 +67,9 @@ def test_paged(attention, append):
     table = integers(attention, 5, 0, 3, 1, 2, 6).view(3, 2)
     arguments = dict(cache_seqlens=integers(attention, 254, 0, 400), block_table=table, causal=True)
     turn = rotary(attention, positions=512) if append else {}
-    check(attention, q, *caches(attention, slots=7, capacity=256), *(new if append else ()), **arguments, **turn)
+    check(
+        attention, q, *caches(attention, slots=7, capacity=256), *(new if append else ()), **arguments, **turn
+    )
 
 
 FUNCTIONS = [
@@ -75,7 +85,15 @@ FUNCTIONS = [
 def test_functions(attention, options):
     """n is the length of each sequence with its new keys, not the capacity of the cache."""
     q, *new = step(attention, 2)
-    check(attention, q, *caches(attention), *new, cache_seqlens=integers(attention, *LENGTHS), causal=True, **options)
+    check(
+        attention,
+        q,
+        *caches(attention),
+        *new,
+        cache_seqlens=integers(attention, *LENGTHS),
+        causal=True,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("seqlen", [1, 3])
@@ -83,7 +101,9 @@ def test_alibi(attention, seqlen):
     """Distances count from the end of each sequence; causal stays on for one query, as the bias needs it."""
     q, *new = step(attention, seqlen)
     arguments = dict(
-        cache_seqlens=integers(attention, *LENGTHS), alibi_slopes=slopes(attention, 3, 4, size=0.1), causal=True
+        cache_seqlens=integers(attention, *LENGTHS),
+        alibi_slopes=slopes(attention, 3, 4, size=0.1),
+        causal=True,
     )
     check(attention, q, *caches(attention), *new, **arguments)
 
@@ -97,10 +117,13 @@ def test_int_cache_seqlens(attention, place, use_softmax):
         "cache_batch_idx": dict(cache_batch_idx=integers(attention, 4, 0, 2)),
         "pages": dict(block_table=integers(attention, 5, 0, 3, 1, 2, 6).view(3, 2)),
     }.get(place, {})
-    k_cache, v_cache = caches(attention, 3 if place == "the same rows" else 7, 256 if place == "pages" else CAPACITY)
+    k_cache, v_cache = caches(
+        attention, 3 if place == "the same rows" else 7, 256 if place == "pages" else CAPACITY
+    )
     lengths = 17, integers(attention, 17, 17, 17)
     outputs = (
-        attention.kvcache(q, k_cache, v_cache, cache_seqlens=n, use_softmax=use_softmax, **options) for n in lengths
+        attention.kvcache(q, k_cache, v_cache, cache_seqlens=n, use_softmax=use_softmax, **options)
+        for n in lengths
     )
     assert torch.equal(*outputs)
 
@@ -121,7 +144,9 @@ def test_splits_add_up(attention, num_splits, options):
 def test_splits_that_a_window_empties(attention, num_splits, window_size):
     """Most parts lie outside the window of every query."""
     k_cache, v_cache = caches(attention, capacity=520)
-    arguments = dict(cache_seqlens=integers(attention, 500, 3, 250), num_splits=num_splits, window_size=window_size)
+    arguments = dict(
+        cache_seqlens=integers(attention, 500, 3, 250), num_splits=num_splits, window_size=window_size
+    )
     compare_output(attention, step(attention, 2)[0], k_cache, v_cache, method="kvcache", **arguments)
 
 

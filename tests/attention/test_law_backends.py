@@ -36,7 +36,9 @@ def given(attention, options: dict, nheads: int) -> dict:
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: "-".join(map(str, f.values())))
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_score_function_with_every_option(attention, function, options):
-    """Packed and dense, heads in groups, more and fewer queries than keys: each backend is the oracle's, so all are the same."""
+    """Packed and dense, heads in groups, more and fewer queries than keys: each backend is the oracle's, so
+    all are the same.
+    """
     options = {**given(attention, options, 2), **function}
     compare(attention, *qkv(attention, 1, 45, 30, nheads=2, nheads_k=1, head_dim=16), **options)
     tensors = packed(attention, **LENGTHS, nheads=2, nheads_k=1, head_dim=16)
@@ -96,7 +98,9 @@ DERIVATIVES = {
 @pytest.mark.parametrize("s", [12.0, 17.0, 25.0, 40.0, -12.0, -40.0])
 @pytest.mark.parametrize("activation", DERIVATIVES)
 def test_derivatives_far_out(attention, activation, s):
-    """One query and one key, so that dk is f'(s): 1 - sigmoid(s) is 0 in float32 from 17 on, sigmoid(-s) is not."""
+    """One query and one key, so that dk is f'(s): 1 - sigmoid(s) is 0 in float32 from 17 on, sigmoid(-s) is
+    not.
+    """
     dtype = torch.float32 if attention.device == "cpu" else torch.bfloat16
     one = torch.ones(1, 1, 1, 8, dtype=dtype, device=attention.device) / 8**0.5
     unit = torch.nn.functional.one_hot(torch.zeros(1, 1, 1, dtype=torch.long), 8).to(one)
@@ -130,7 +134,8 @@ def test_values_of_another_head_size(attention, options, head_dim, head_dim_v):
     compare(attention, *(x.flatten(0, 1) for x in (q, k, v, dout)), method="varlen", **lengths, **options)
 
 
-# --- the pair ---------------------------------------------------------------------------------------------------------
+# --- the pair
+# ---------------------------------------------------------------------------------------------------------
 
 PAIR = [
     dict(),
@@ -147,7 +152,9 @@ PAIR = [
 @pytest.mark.parametrize("options", PAIR, ids=str)
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 def test_the_pair_is_the_function_and_its_gradient(attention, options, layout):
-    """flash_attn.nosoftmax.forward and backward, bit for bit; the output of forward has no part in backward."""
+    """flash_attn.nosoftmax.forward and backward, bit for bit; the output of forward has no part in
+    backward.
+    """
     from flash_attn.nosoftmax import backward, forward
 
     options = {**given(attention, options, 4), "deterministic": True}
@@ -178,7 +185,9 @@ def test_the_pair_is_the_function_and_its_gradient(attention, options, layout):
 
 
 def test_the_pair_in_pieces(attention):
-    """What ring attention does: without normalization, partial outputs and gradients over disjoint keys add up."""
+    """What ring attention does: without normalization, partial outputs and gradients over disjoint keys add
+    up.
+    """
     from flash_attn.nosoftmax import backward, forward
 
     q, k, v = qkv(attention, 1, 24, 40, nheads=4, nheads_k=2, head_dim=16)
@@ -214,7 +223,9 @@ def test_the_pair_has_no_backward_of_parts_of_the_keys(attention, name):
 
     q, k, v = packed(attention, **LENGTHS)
     lengths = cumulative(LENGTHS["lengths_k"], attention.device)
-    options = dict(cu_seqlens_q=lengths, cu_seqlens_k=lengths, max_seqlen_q=9, max_seqlen_k=9, **{name: lengths[1:]})
+    options = dict(
+        cu_seqlens_q=lengths, cu_seqlens_k=lengths, max_seqlen_q=9, max_seqlen_k=9, **{name: lengths[1:]}
+    )
     with pytest.raises(ValueError, match=f"{name} has no backward"):
         backward(q, q, k, v, **options)
 

@@ -1,7 +1,7 @@
 """Derivatives of any order are right or an error, never silently zero, whichever backend runs the call.
 
-With the identity, without softcap and dropout, the backward is made of forwards, so that second derivatives are right. Elsewhere a
-second derivative raises, at every length.
+With the identity, without softcap and dropout, the backward is made of forwards, so that second derivatives
+are right. Elsewhere a second derivative raises, at every length.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def test_finite_differences_agree(attention, options):
 
 
 def test_one_number(attention):
-    """q, k, v = 1, 2, 3: out = q k v, l = out², g = dl/dq = 2 out k v = 72; d(l + g²)/dq = 72 + 2 g (2 k² v²) = 10440."""
+    """q, k, v = 1, 2, 3: out = q k v, l = out², g = dl/dq = 2 out k v = 72; d(l + g²)/dq = 72 + 2 g (2 k² v²)
+    = 10440.
+    """
     q, k, v = (
         torch.full((1, 1, 1, 1), x, dtype=torch.float32, device=attention.device) for x in (1.0, 2.0, 3.0)
     )
@@ -159,7 +161,8 @@ def test_whichever_algorithm_is_chosen(device, monkeypatch, seqlen, causal):
         assert_close(name, a, e)
 
 
-# --- torch.func -------------------------------------------------------------------------------------------------------
+# --- torch.func
+# -------------------------------------------------------------------------------------------------------
 
 
 @once
@@ -182,7 +185,9 @@ def test_func_grad_and_vjp(attention, options):
 
 @pytest.mark.parametrize("algorithm", ["quadratic", "linear"])
 def test_backends_meet_plain_tensors(algorithm, monkeypatch):
-    """What torch.func.vjp returns is called when its transform is over, and a kernel can't read its dead wrappers."""
+    """What torch.func.vjp returns is called when its transform is over, and a kernel can't read its dead
+    wrappers.
+    """
     backend = {"quadratic": cpu, "linear": linear}[algorithm]
     met = []
 
@@ -198,7 +203,9 @@ def test_backends_meet_plain_tensors(algorithm, monkeypatch):
     watch("forward")
     watch("backward")
     q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
-    out, pull = torch.func.vjp(lambda *x: flash_attn_func(*x, use_softmax=False, algorithm=algorithm), q, k, v)
+    out, pull = torch.func.vjp(
+        lambda *x: flash_attn_func(*x, use_softmax=False, algorithm=algorithm), q, k, v
+    )
     pull(torch.ones_like(out))
     assert len(met) > 6 and not any(met)
 
@@ -260,7 +267,8 @@ def test_vmap_with_dropout_is_refused(attention):
         torch.func.vmap(lambda *x: attention.dense(*x, dropout_p=0.2))(*wide)
 
 
-# --- forward mode -----------------------------------------------------------------------------------------------------
+# --- forward mode
+# -----------------------------------------------------------------------------------------------------
 
 
 @identity
@@ -278,8 +286,9 @@ def test_jvp(attention, options):
     for subset in ((0, 1, 2), (0,), (1, 2)):
         moved = [t if i in subset else torch.zeros_like(t) for i, t in enumerate(moves)]
         out, tangent = torch.func.jvp(
-            lambda *x: attention.dense(*(x[subset.index(i)] if i in subset else y for i, y in enumerate(inputs)), **options),
-            tuple(inputs[i] for i in subset), tuple(moves[i] for i in subset),
+            lambda *x: attention.dense(*(x[subset.index(i)] if i in subset else y for i,
+            y in enumerate(inputs)), **options), tuple(inputs[i] for i in subset),
+            tuple(moves[i] for i in subset),
         )  # fmt: skip
         references = expected(torch.float64, moved), expected(attention.dtype, moved)
         for name, a, e, b in zip(("out", "tangent"), (out, tangent), *references):

@@ -1,6 +1,8 @@
-"""A wrong call raises the same on every backend and at every length: the class, the words, the public argument and its value.
+"""A wrong call raises the same on every backend and at every length: the class, the words, the public
+argument and its value.
 
-What is read from a tensor of the CPU, as slopes, offsets and pages, raises there alone: the host reads no tensor of a GPU.
+What is read from a tensor of the CPU, as slopes, offsets and pages, raises there alone: the host reads no
+tensor of a GPU.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def with_value(option: str, value) -> tuple:
     return lambda device, n: dense(device, n, **{option: value})
 
 
-# What is wrong: (function, its arguments on a device at a length, the error, words of it). Words are regular expressions.
+# What is wrong: (function, its arguments on a device at a length, the error, words of it). Words are regular
+# expressions.
 OPTIONS = {
     f"{name}={value}": ("flash_attn_func", with_value(name, value), error, words)
     for name, value, error, words in [
@@ -93,8 +96,8 @@ OPTIONS = {
 TENSORS = {
     "softmax_scale is a tensor that requires a gradient": (
         "flash_attn_func",
-        lambda device, n: dense(device, n, softmax_scale=torch.tensor(0.3, device=device, requires_grad=True)),
-        ValueError, "softmax_scale.*gradient",
+        lambda device, n: dense(device, n, softmax_scale=torch.tensor(0.3, device=device,
+        requires_grad=True)), ValueError, "softmax_scale.*gradient",
     ),
     "alibi_slopes requires a gradient": (
         "flash_attn_func",
@@ -102,67 +105,75 @@ TENSORS = {
         ValueError, "alibi_slopes.*gradient",
     ),
     "alibi_slopes of another dtype": (
-        "flash_attn_func", lambda device, n: dense(device, n, alibi_slopes=torch.ones(2, device=device).half()),
-        TypeError, "alibi_slopes has dtype torch.float16",
+        "flash_attn_func", lambda device, n: dense(device, n, alibi_slopes=torch.ones(2,
+        device=device).half()), TypeError, "alibi_slopes has dtype torch.float16",
     ),
     "alibi_slopes of another shape": (
         "flash_attn_func", lambda device, n: dense(device, n, alibi_slopes=torch.ones(3, device=device)),
         ValueError, r"alibi_slopes has shape \(3,\)",
     ),
     "q is numpy": (
-        "flash_attn_func", lambda device, n: dense(device, n, q=numpy.zeros((2, n, 2, 8), "float16")), TypeError, r"q is .*numpy\.ndarray",
+        "flash_attn_func", lambda device, n: dense(device, n, q=numpy.zeros((2, n, 2, 8), "float16")),
+        TypeError, r"q is .*numpy\.ndarray",
     ),
     "k is a list": ("flash_attn_func", lambda device, n: dense(device, n, k=[1.0]), TypeError, "k is .*list"),
     "head_dim 0": (
         "flash_attn_func",
-        lambda device, n: {name: x[..., :0] for name, x in dense(device, n).items()}, ValueError, "head_dim=0",
+        lambda device, n: {name: x[..., :0] for name, x in dense(device, n).items()}, ValueError,
+        "head_dim=0",
     ),
-    "rank 3": ("flash_attn_func", lambda device, n: {name: x[0] for name, x in dense(device, n).items()}, ValueError, "q has shape"),
-    "rank 5": ("flash_attn_func", lambda device, n: {name: x[None] for name, x in dense(device, n).items()}, ValueError, "q has shape"),
+    "rank 3": ("flash_attn_func", lambda device, n: {name: x[0] for name, x in dense(device, n).items()},
+    ValueError, "q has shape"),
+    "rank 5": ("flash_attn_func", lambda device, n: {name: x[None] for name, x in dense(device, n).items()},
+    ValueError, "q has shape"),
     "k of another length than v": (
-        "flash_attn_func", lambda device, n: dense(device, n, v=torch.zeros(2, n + 1, 2, 8, dtype=torch.float16, device=device)),
-        ValueError, "v has shape",
+        "flash_attn_func", lambda device, n: dense(device, n, v=torch.zeros(2, n + 1, 2, 8,
+        dtype=torch.float16, device=device)), ValueError, "v has shape",
     ),
     "k of another head size, as it was given": (
-        "flash_attn_func", lambda device, n: dense(device, n, k=torch.zeros(2, n, 2, 5, dtype=torch.float16, device=device)),
-        ValueError, r"k has shape \(2, N, 2, 5\).* 8\)",
+        "flash_attn_func", lambda device, n: dense(device, n, k=torch.zeros(2, n, 2, 5, dtype=torch.float16,
+        device=device)), ValueError, r"k has shape \(2, N, 2, 5\).* 8\)",
     ),
     "heads that do not divide": (
         "flash_attn_func",
-        lambda device, n: dense(device, n, **{x: torch.zeros(2, n, 3, 8, dtype=torch.float16, device=device) for x in "kv"}),
-        ValueError, "2 heads in q, 3 in k and v",
+        lambda device, n: dense(device, n, **{x: torch.zeros(2, n, 3, 8, dtype=torch.float16,
+        device=device) for x in "kv"}), ValueError, "2 heads in q, 3 in k and v",
     ),
     "k on meta": (
-        "flash_attn_func", lambda device, n: dense(device, n, k=torch.zeros(2, n, 2, 8, dtype=torch.float16, device="meta")),
-        ValueError, "one device.*k on meta",
+        "flash_attn_func", lambda device, n: dense(device, n, k=torch.zeros(2, n, 2, 8, dtype=torch.float16,
+        device="meta")), ValueError, "one device.*k on meta",
     ),
     "alibi_slopes on meta": (
         "flash_attn_func", lambda device, n: dense(device, n, alibi_slopes=torch.ones(2, device="meta")),
         ValueError, "one device.*alibi_slopes on meta",
     ),
     "k of another dtype": (
-        "flash_attn_func", lambda device, n: dense(device, n, k=torch.zeros(2, n, 2, 8, dtype=torch.bfloat16, device=device)),
-        TypeError, "k has dtype torch.bfloat16",
+        "flash_attn_func", lambda device, n: dense(device, n, k=torch.zeros(2, n, 2, 8, dtype=torch.bfloat16,
+        device=device)), TypeError, "k has dtype torch.bfloat16",
     ),
     "q of integers": (
-        "flash_attn_func", lambda device, n: {name: x.long() for name, x in dense(device, n).items()}, TypeError, "q has dtype torch.int64",
+        "flash_attn_func", lambda device, n: {name: x.long() for name, x in dense(device, n).items()},
+        TypeError, "q has dtype torch.int64",
     ),
-    "max_seqlen 7.5": ("flash_attn_varlen_func", lambda device, n: varlen(device, n, max_seqlen_q=7.5), TypeError, r"max_seqlen_q=7\.5"),
-    "max_seqlen negative": ("flash_attn_varlen_func", lambda device, n: varlen(device, n, max_seqlen_k=-1), ValueError, "max_seqlen_k=-1"),
+    "max_seqlen 7.5": ("flash_attn_varlen_func", lambda device, n: varlen(device, n, max_seqlen_q=7.5),
+    TypeError, r"max_seqlen_q=7\.5"),
+    "max_seqlen negative": ("flash_attn_varlen_func", lambda device, n: varlen(device, n, max_seqlen_k=-1),
+    ValueError, "max_seqlen_k=-1"),
     "cu_seqlens on meta": (
-        "flash_attn_varlen_func", lambda device, n: varlen(device, n, cu_seqlens_k=lengths("meta", 0, n, 2 * n)),
-        ValueError, "one device.*cu_seqlens_k on meta",
+        "flash_attn_varlen_func", lambda device, n: varlen(device, n, cu_seqlens_k=lengths("meta", 0, n,
+        2 * n)), ValueError, "one device.*cu_seqlens_k on meta",
     ),
     "cu_seqlens of floats": (
-        "flash_attn_varlen_func", lambda device, n: varlen(device, n, cu_seqlens_q=lengths(device, 0, n, 2 * n).float()),
-        TypeError, "cu_seqlens_q has dtype torch.float32",
+        "flash_attn_varlen_func", lambda device, n: varlen(device, n, cu_seqlens_q=lengths(device, 0, n,
+        2 * n).float()), TypeError, "cu_seqlens_q has dtype torch.float32",
     ),
     "cu_seqlens of two batches": (
         "flash_attn_varlen_func", lambda device, n: varlen(device, n, cu_seqlens_k=lengths(device, 0, n)),
         ValueError, r"cu_seqlens_k has shape \(2,\)",
     ),
     "cu_seqlens empty": (
-        "flash_attn_varlen_func", lambda device, n: varlen(device, n, cu_seqlens_q=lengths(device)), ValueError, "cu_seqlens_q is empty",
+        "flash_attn_varlen_func", lambda device, n: varlen(device, n, cu_seqlens_q=lengths(device)),
+        ValueError, "cu_seqlens_q is empty",
     ),
 }  # fmt: skip
 # On the CPU alone, where tensors are read.
@@ -184,60 +195,73 @@ VALUES = {
         ValueError, r"cu_seqlens_k\[0\]=-1",
     ),
     "cu_seqlens end behind the tensor": (
-        "flash_attn_varlen_func", lambda device, n: varlen(device, n, q=torch.zeros(9, 2, 8, dtype=torch.float16)),
-        ValueError, r"cu_seqlens_q ends at N.*9 rows",
+        "flash_attn_varlen_func", lambda device, n: varlen(device, n, q=torch.zeros(9, 2, 8,
+        dtype=torch.float16)), ValueError, r"cu_seqlens_q ends at N.*9 rows",
     ),
     "a sequence longer than max_seqlen": (
-        "flash_attn_varlen_func", lambda device, n: varlen(device, n, max_seqlen_k=7), ValueError, "cu_seqlens_k.*max_seqlen_k=7",
+        "flash_attn_varlen_func", lambda device, n: varlen(device, n, max_seqlen_k=7), ValueError,
+        "cu_seqlens_k.*max_seqlen_k=7",
     ),
 }  # fmt: skip
 # A cache has no linear algorithm, and the length in question is its capacity.
 CACHES = {
     "cache_seqlens of floats": (
-        lambda device, n: cache(device, n, cache_seqlens=lengths(device, 3, 5).float()), TypeError, "cache_seqlens has dtype",
+        lambda device, n: cache(device, n, cache_seqlens=lengths(device, 3, 5).float()), TypeError,
+        "cache_seqlens has dtype",
     ),
     "cache_seqlens of another batch": (
-        lambda device, n: cache(device, n, cache_seqlens=lengths(device, 3, 5, 7)), ValueError, r"cache_seqlens has shape \(3,\)",
+        lambda device, n: cache(device, n, cache_seqlens=lengths(device, 3, 5, 7)), ValueError,
+        r"cache_seqlens has shape \(3,\)",
     ),
     "k without v": (lambda device, n: cache(device, n, v=None), ValueError, "only one of k and v"),
-    "appending at no length": (lambda device, n: cache(device, n, cache_seqlens=None), ValueError, "cache_seqlens"),
+    "appending at no length": (lambda device, n: cache(device, n, cache_seqlens=None), ValueError,
+    "cache_seqlens"),
     "an expanded cache": (
-        lambda device, n: cache(device, n, k_cache=torch.zeros(1, n, 2, 8, dtype=torch.float16, device=device).expand(2, -1, -1, -1)),
-        ValueError, "k_cache.*expanded",
+        lambda device, n: cache(device, n, k_cache=torch.zeros(1, n, 2, 8, dtype=torch.float16,
+        device=device).expand(2, -1, -1, -1)), ValueError, "k_cache.*expanded",
     ),
     "pages of no key": (
         lambda device, n: paged(
             device, n, [[0], [1]], (0, 0), k=None, v=None,
-            **{name: torch.zeros(4, 0, 2, 8, dtype=torch.float16, device=device) for name in ("k_cache", "v_cache")},
+            **{name: torch.zeros(4, 0, 2, 8, dtype=torch.float16, device=device) for name in ("k_cache",
+            "v_cache")},
         ),
         ValueError, r"k_cache has shape \(4, 0, 2, 8\)",
     ),
-    "return_softmax_lse": (lambda device, n: cache(device, n, return_softmax_lse=True), ValueError, "return_softmax_lse=True"),
+    "return_softmax_lse": (lambda device, n: cache(device, n, return_softmax_lse=True), ValueError,
+    "return_softmax_lse=True"),
     "rotary_cos alone": (
-        lambda device, n: cache(device, n, rotary_cos=torch.zeros(n, 4, dtype=torch.float16, device=device)), ValueError, "rotary_sin",
+        lambda device, n: cache(device, n, rotary_cos=torch.zeros(n, 4, dtype=torch.float16, device=device)),
+        ValueError, "rotary_sin",
     ),
     "v_cache on meta": (
-        lambda device, n: cache(device, n, v_cache=torch.zeros(2, n, 2, 8, dtype=torch.float16, device="meta")),
-        ValueError, "one device.*v_cache on meta",
+        lambda device, n: cache(device, n, v_cache=torch.zeros(2, n, 2, 8, dtype=torch.float16,
+        device="meta")), ValueError, "one device.*v_cache on meta",
     ),
 }  # fmt: skip
 CACHE_VALUES = {
     "appending behind the end": (
-        lambda device, n: cache(device, n, cache_seqlens=lengths(device, 3, n)), ValueError, r"cache_seqlens\[1\]=",
+        lambda device, n: cache(device, n, cache_seqlens=lengths(device, 3, n)), ValueError,
+        r"cache_seqlens\[1\]=",
     ),
     "cache_batch_idx that is not there": (
-        lambda device, n: cache(device, n, cache_batch_idx=lengths(device, 0, 2)), ValueError, r"cache_batch_idx\[1\]=2",
+        lambda device, n: cache(device, n, cache_batch_idx=lengths(device, 0, 2)), ValueError,
+        r"cache_batch_idx\[1\]=2",
     ),
     "two sequences in one row": (
-        lambda device, n: cache(device, n, cache_batch_idx=lengths(device, 1, 1)), ValueError, r"cache_batch_idx=\[1, 1\]",
+        lambda device, n: cache(device, n, cache_batch_idx=lengths(device, 1, 1)), ValueError,
+        r"cache_batch_idx=\[1, 1\]",
     ),
-    "a page that is not there": (lambda device, n: paged(device, n, [[0], [4]], (3, 5)), ValueError, r"block_table\[1\] names page 4"),
-    "a page of two sequences to append to": (lambda device, n: paged(device, n, [[2], [2]], (3, 5)), ValueError, "block_table.*page 2"),
+    "a page that is not there": (lambda device, n: paged(device, n, [[0], [4]], (3, 5)), ValueError,
+    r"block_table\[1\] names page 4"),
+    "a page of two sequences to append to": (lambda device, n: paged(device, n, [[2], [2]], (3, 5)),
+    ValueError, "block_table.*page 2"),
     "a page that one sequence names twice": (
         lambda device, n: paged(device, n, [[3, 3], [1, 2]], (300, 5)), ValueError, "block_table.*page 3",
     ),
     "left padding beyond the length": (
-        lambda device, n: cache(device, n, cache_leftpad=lengths(device, 0, 6)), ValueError, r"cache_leftpad\[1\]=6",
+        lambda device, n: cache(device, n, cache_leftpad=lengths(device, 0, 6)), ValueError,
+        r"cache_leftpad\[1\]=6",
     ),
 }  # fmt: skip
 NS = (60, 4100)

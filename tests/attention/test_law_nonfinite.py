@@ -1,7 +1,7 @@
 """What is not finite shows, finite inputs give a finite output, and a finite gradient is a right one.
 
-NaN or Inf in a visible entry of q, k, v or dO reaches every entry of a result that depends on it and no other. Which entries depend on
-it the oracle tells: those that change when the entry does.
+NaN or Inf in a visible entry of q, k, v or dO reaches every entry of a result that depends on it and no
+other. Which entries depend on it the oracle tells: those that change when the entry does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def tensors(like=None, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 
 def place(name: str, causal: bool) -> tuple[int, int, int, int]:
-    """An entry of the tensor that every query sees, or which sees every key: a tile that also holds others can't be spared."""
+    """An entry of the tensor that every query sees, or which sees every key: a tile that also holds others
+    can't be spared.
+    """
     row = {"q": LENGTH - 1, "dout": LENGTH - 1}.get(name, 0) if causal else 5
     return (0, row, 0, 3)
 
@@ -74,7 +76,8 @@ def test_visible_values_show(attention, activation, causal, dtype):
 
     smooth = "identity" if activation == "identity" else "silu"
     for name in INPUTS:
-        # A score that is NaN makes f and f' NaN on both sides of a kink. Beside a derivative of 0, NaN in v or dO may show or not.
+        # A score that is NaN makes f and f' NaN on both sides of a kink. Beside a derivative of 0, NaN in v
+        # or dO may show or not.
         sure = smooth if name in "qk" else activation
         finite = results(run, name, 0.5, causal, like=attention, dtype=dtype)
         for value in (NAN, INF) if activation in NO_LIMIT else (NAN,):
@@ -123,7 +126,9 @@ def finite_and_wrong(actual: Tensor, expected: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [2.0**6, 2.0**9, 2.0**13])
 @pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "relu2"])
 def test_finite_gradients_are_right(attention, activation, size, nheads_k):
-    """However large the gradient that comes in: what does not fit is NaN or Inf, never the nearest number that fits."""
+    """However large the gradient that comes in: what does not fit is NaN or Inf, never the nearest number
+    that fits.
+    """
     q, k, v = qkv(attention, 1, 40, 48, nheads=4, nheads_k=nheads_k, head_dim=16, dtype=torch.float16)
     v, dout = 16 * v, randn(*q.shape, seed=99, like=attention, dtype=torch.float16, size=size).abs()
     results = gradients(lambda *x: attention.dense(*x, activation=activation), q, k, v, dout=dout)
@@ -143,7 +148,9 @@ def test_sums_over_a_group_of_heads_do_not_saturate(attention):
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
 def test_grad_scaler_backs_off(attention, activation):
-    """A loss scale with which dO still fits and dQ, by its formula, does not: the step is skipped, and taken once the scale is smaller."""
+    """A loss scale with which dO still fits and dQ, by its formula, does not: the step is skipped, and taken
+    once the scale is smaller.
+    """
     weight = torch.nn.Parameter(torch.eye(16, device=attention.device) * 8)
     optimizer = torch.optim.SGD([weight], lr=1e-3)
     x = torch.ones(1, 32, 2, 16, device=attention.device)

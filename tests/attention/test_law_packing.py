@@ -1,4 +1,6 @@
-"""A sequence gives the same alone, packed beside any other, with any max_seqlen that is long enough, and from any cache."""
+"""A sequence gives the same alone, packed beside any other, with any max_seqlen that is long enough, and from
+any cache.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Tensors without memory, torch.compile, torch.export, autocast and nested tensors: each as torch's own attention takes them."""
+"""Tensors without memory, torch.compile, torch.export, autocast and nested tensors: each as torch's own
+attention takes them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ def fresh(monkeypatch):
     torch._dynamo.reset()
 
 
-# --- tensors without memory -------------------------------------------------------------------------------------------
+# --- tensors without memory
+# -------------------------------------------------------------------------------------------
 
 
 def without_memory(kind: str):
@@ -84,7 +87,8 @@ def test_a_cache_looks_as_it_should(options, append, kind):
     assert looks(out) == looks(q)
 
 
-# --- compiled and exported --------------------------------------------------------------------------------------------
+# --- compiled and exported
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [dict(), dict(algorithm="linear"), dict(algorithm="quadratic")], ids=str)
@@ -163,7 +167,8 @@ def test_a_cache_is_traced_and_written(device, options, how):
         assert torch.equal(a, e) and not torch.equal(a, before), name
 
 
-# --- lengths ----------------------------------------------------------------------------------------------------------
+# --- lengths
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -198,7 +203,8 @@ def test_cache_lengths_of_either_integer(attention):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-# --- autocast ---------------------------------------------------------------------------------------------------------
+# --- autocast
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", [
@@ -241,7 +247,8 @@ def test_without_autocast_dtypes_are_not_mixed(device):
         flash_attn_func(q, k.half(), v, use_softmax=False)
 
 
-# --- nested tensors ---------------------------------------------------------------------------------------------------
+# --- nested tensors
+# ---------------------------------------------------------------------------------------------------
 
 
 def nested(x: torch.Tensor, offsets: torch.Tensor, lengths: list[int]) -> torch.Tensor:
@@ -251,7 +258,8 @@ def nested(x: torch.Tensor, offsets: torch.Tensor, lengths: list[int]) -> torch.
 
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(causal=True), dict(activation="silu", normalization="1/n"), dict(window_size=(3, 1)), dict(normalization="1/visible"),
+    dict(), dict(causal=True), dict(activation="silu", normalization="1/n"), dict(window_size=(3, 1)),
+        dict(normalization="1/visible"),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("lengths", [
     dict(lengths_q=[7, 1, 13], lengths_k=[7, 1, 13]), dict(lengths_q=[4, 6, 5], lengths_k=[6, 7, 3]),

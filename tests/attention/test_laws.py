@@ -1,4 +1,6 @@
-"""Laws that attention without softmax obeys by itself: no oracle, so no error in an oracle can hide behind them."""
+"""Laws that attention without softmax obeys by itself: no oracle, so no error in an oracle can hide behind
+them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,11 @@ import torch
 from measure import assert_same, gradients, qkv, randn, slopes
 
 LINEAR = [dict(), dict(causal=True), dict(window_size=(5, 3)), dict(normalization="1/n")]
-NONLINEAR = [dict(activation="sigmoid", sigmoid_bias=-1.0), dict(activation="silu", causal=True), dict(softcap=2.0)]
+NONLINEAR = [
+    dict(activation="sigmoid", sigmoid_bias=-1.0),
+    dict(activation="silu", causal=True),
+    dict(softcap=2.0),
+]
 
 
 @pytest.mark.parametrize("options", LINEAR + NONLINEAR, ids=str)
@@ -17,7 +23,9 @@ def test_linear_in_v(attention, options):
     q, k, v1 = qkv(attention, seqlen_q=17, seqlen_k=21)
     v2 = randn(*v1.shape, seed=50, like=attention)
     combined = attention.dense(q, k, 2 * v1 - v2 / 2, **options)
-    assert_same("out", combined, 2 * attention.dense(q, k, v1, **options) - attention.dense(q, k, v2, **options) / 2)
+    assert_same(
+        "out", combined, 2 * attention.dense(q, k, v1, **options) - attention.dense(q, k, v2, **options) / 2
+    )
 
 
 @pytest.mark.parametrize("factor", [2.0, -0.5])
@@ -54,7 +62,8 @@ def test_disjoint_keys_add_up(attention, options):
     """Attention over all keys is the sum of attention over each part: what split keys and rings rely on."""
     q, k, v = qkv(attention, seqlen_q=17, seqlen_k=40)
     parts = [
-        attention.dense(q, k[:, part], v[:, part], **options) for part in (slice(0, 13), slice(13, 14), slice(14, 40))
+        attention.dense(q, k[:, part], v[:, part], **options)
+        for part in (slice(0, 13), slice(13, 14), slice(14, 40))
     ]
     assert_same("out", sum(parts), attention.dense(q, k, v, **options))
 
@@ -88,7 +97,9 @@ def test_zero_keys_do_not_matter(attention, options):
     """f(0) = 0, so keys of zeros change nothing, whatever their values; softmax would give them weight."""
     q, k, v = qkv(attention, seqlen_q=17, seqlen_k=21)
     noise = randn(2, 10, 2, 8, seed=50, like=attention)
-    longer = attention.dense(q, torch.cat([k, torch.zeros_like(noise)], 1), torch.cat([v, 100 * noise], 1), **options)
+    longer = attention.dense(
+        q, torch.cat([k, torch.zeros_like(noise)], 1), torch.cat([v, 100 * noise], 1), **options
+    )
     assert_same("out", longer, attention.dense(q, k, v, **options))
 
 
@@ -103,7 +114,9 @@ def test_order_of_batch_and_heads_does_not_matter(attention, options):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(), dict(activation="sigmoid"), dict(activation="silu", normalization="1/visible")], ids=str
+    "options",
+    [dict(), dict(activation="sigmoid"), dict(activation="silu", normalization="1/visible")],
+    ids=str,
 )
 def test_later_keys_do_not_matter_when_causal(attention, options):
     """Bit for bit: a query cannot tell what follows it."""
@@ -113,9 +126,13 @@ def test_later_keys_do_not_matter_when_causal(attention, options):
     assert torch.equal(a[:, :12], b[:, :12]) and not torch.equal(a[:, 12:], b[:, 12:])
 
 
-@pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(activation="relu2", window_size=(3, 3))], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(causal=True), dict(activation="relu2", window_size=(3, 3))], ids=str
+)
 def test_gradients_pair_with_their_inputs(attention, options):
-    """Euler: <v, dV> = <out, dO>, as the output is linear in v; and <q, dQ> = <k, dK>, as only products q·k enter."""
+    """Euler: <v, dV> = <out, dO>, as the output is linear in v; and <q, dQ> = <k, dK>, as only products q·k
+    enter.
+    """
     q, k, v = qkv(attention, seqlen_q=17, seqlen_k=21)
     dout = randn(*q.shape, seed=99, like=attention)
     out, dq, dk, dv = gradients(lambda *x: attention.dense(*x, **options), q, k, v, dout=dout)

@@ -1,7 +1,9 @@
-"""Linear time: the primitive and its derivatives, when it is chosen, and that it keeps the contract of use_softmax=False.
+"""Linear time: the primitive and its derivatives, when it is chosen, and that it keeps the contract of
+use_softmax=False.
 
-The other attention tests run with algorithm="linear" too, where it applies (conftest.py). Here is what this path alone can get
-wrong: chunks, the state between them, lengths that no chunk divides, sums over many tokens.
+The other attention tests run with algorithm="linear" too, where it applies (conftest.py). Here is what this
+path alone can get wrong: chunks, the state between them, lengths that no chunk divides, sums over many
+tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def quadratic(device: str) -> Package:
     return Package(device, "quadratic")
 
 
-# --- values -----------------------------------------------------------------------------------------------------------
+# --- values
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -124,7 +127,8 @@ def test_mutant_is_caught(monkeypatch, mutant: Mutant):
         mutant.check(package)
 
 
-# --- the public functions ---------------------------------------------------------------------------------------------
+# --- the public functions
+# ---------------------------------------------------------------------------------------------
 
 
 @MASKS
@@ -132,11 +136,15 @@ def test_mutant_is_caught(monkeypatch, mutant: Mutant):
 def test_public_functions(name, device, causal):
     """Each of the six gives what it gives in quadratic time, and no log-sum-exp."""
     options = dict(use_softmax=False, causal=causal, softmax_scale=0.4)
-    actual, expected = (run(name, device, **options, algorithm=algorithm) for algorithm in ("linear", "quadratic"))
+    actual, expected = (
+        run(name, device, **options, algorithm=algorithm) for algorithm in ("linear", "quadratic")
+    )
     for a, e in zip(actual, expected, strict=True):
         close(a, e)
     tensors, lengths = inputs(name, device)
-    out, lse, encoded = getattr(flash_attn, name)(*tensors, *lengths, **options, algorithm="linear", return_attn_probs=True)
+    out, lse, encoded = getattr(flash_attn, name)(
+        *tensors, *lengths, **options, algorithm="linear", return_attn_probs=True
+    )
     assert torch.equal(out, actual[0]) and lse.numel() == encoded.numel() == 0 and lse.dtype == torch.float32
 
 
@@ -150,7 +158,9 @@ def test_only_inputs_are_saved(name, device):
     assert kept and {x.untyped_storage().data_ptr() for x in kept} <= given
 
 
-@pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_varlen_qkvpacked_func"])
+@pytest.mark.parametrize(
+    "name", ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_varlen_qkvpacked_func"]
+)
 def test_compiles_to_one_graph(name, device):
     torch._dynamo.reset()
     tensors, lengths = inputs(name, device)
@@ -161,7 +171,10 @@ def test_compiles_to_one_graph(name, device):
     expected = attend(*tensors)
     actual = torch.compile(attend, fullgraph=True, backend="aot_eager")(*tensors)
     dout = randn(*expected.shape, seed=0).to(expected)
-    for a, e in zip((actual, *torch.autograd.grad(actual, tensors, dout)), (expected, *torch.autograd.grad(expected, tensors, dout))):
+    for a, e in zip(
+        (actual, *torch.autograd.grad(actual, tensors, dout)),
+        (expected, *torch.autograd.grad(expected, tensors, dout)),
+    ):
         close(a, e)
 
 
@@ -252,7 +265,9 @@ def test_activation_checkpointing(linear):
 
 
 def test_autocast_casts_the_tensors_alone(linear, device):
-    """As scaled_dot_product_attention does it: what is within keeps its precision, and gradients have the leaves' dtype."""
+    """As scaled_dot_product_attention does it: what is within keeps its precision, and gradients have the
+    leaves' dtype.
+    """
     tensors = qkv(linear, 1, 200, 200, dtype=torch.float32 if device == "cpu" else torch.float16)
     dout = randn(*tensors[0].shape, seed=3).to(device, torch.bfloat16)
     expected = gradients(linear.dense, *(x.bfloat16() for x in tensors), dout=dout)
@@ -269,7 +284,8 @@ def test_strides_do_not_matter(linear):
         assert_same(name, a, b)
 
 
-# --- the choice -------------------------------------------------------------------------------------------------------
+# --- the choice
+# -------------------------------------------------------------------------------------------------------
 
 INEXACT = {
     "softcap": dict(softcap=2.0),
@@ -302,7 +318,9 @@ def test_linear_is_refused_with_pages():
 def test_a_window_that_causal_implies_is_none(linear):
     """upstream's callers pass window_size=(-1, 0) for causal."""
     q, k, v = qkv(linear, 1, 9, 9)
-    assert torch.equal(linear.dense(q, k, v, causal=True, window_size=(-1, 0)), linear.dense(q, k, v, causal=True))
+    assert torch.equal(
+        linear.dense(q, k, v, causal=True, window_size=(-1, 0)), linear.dense(q, k, v, causal=True)
+    )
 
 
 def test_unknown_algorithm():
@@ -354,9 +372,12 @@ def test_auto_gives_the_result_of_the_algorithm_it_takes(device, monkeypatch, ca
     monkeypatch.delenv("FLASH_ATTENTION_NOSOFTMAX_BACKEND", raising=False)
     try:
         for seqlen in (64, 6000):
-            q, k, v = qkv(Package(device), 1, seqlen, seqlen, nheads=8 if device == "cuda" else 1, dtype=torch.float16)
+            q, k, v = qkv(
+                Package(device), 1, seqlen, seqlen, nheads=8 if device == "cuda" else 1, dtype=torch.float16
+            )
             auto, quadratic = (
-                flash_attn_func(q, k, v, causal=causal, use_softmax=False, algorithm=a) for a in ("auto", "quadratic")
+                flash_attn_func(q, k, v, causal=causal, use_softmax=False, algorithm=a)
+                for a in ("auto", "quadratic")
             )
             assert_same("out", auto, quadratic)
     except (NotImplementedError, RuntimeError) as error:
@@ -369,7 +390,9 @@ def test_the_cost_rule_is_monotone(device_type, causal):
     """Once linear is faster it stays so for longer sequences; wider heads need longer ones."""
     device = torch.device(device_type)
     for head_dim in (32, 64, 128, 256):
-        chosen = [backend.predicted_faster(device, head_dim, causal, n, n, 16) for n in (2**i for i in range(4, 22))]
+        chosen = [
+            backend.predicted_faster(device, head_dim, causal, n, n, 16) for n in (2**i for i in range(4, 22))
+        ]
         assert chosen == sorted(chosen) and chosen[-1] and not chosen[0]
 
 
@@ -380,7 +403,8 @@ def test_on_a_gpu_sequences_and_heads_count_too(batch, seqlen, expected):
     assert backend.predicted_faster(torch.device("cuda"), 64, True, seqlen, seqlen, 16 * batch) == expected
 
 
-# --- wrong arguments --------------------------------------------------------------------------------------------------
+# --- wrong arguments
+# --------------------------------------------------------------------------------------------------
 
 X = torch.zeros(1, 8, 2, 8)
 WRONG = {
@@ -412,14 +436,17 @@ def test_wrong_cu_seqlens(lengths, message):
     x, lengths = torch.zeros(8, 2, 8), torch.tensor(lengths, dtype=torch.int32)
     longest = 7 if "7" in message else 8
     with pytest.raises(ValueError, match=message):
-        flash_attn_varlen_func(x, x, x, lengths, lengths.clone(), longest, longest, use_softmax=False, algorithm="linear")
+        flash_attn_varlen_func(
+            x, x, x, lengths, lengths.clone(), longest, longest, use_softmax=False, algorithm="linear"
+        )
 
 
 def test_cu_seqlens_of_another_dtype():
     """int64 will do as well."""
     x, lengths = randn(8, 2, 8, seed=0), torch.tensor([0, 3, 8])
     outputs = [
-        flash_attn_varlen_func(x, x, x, cu, cu, 5, 5, use_softmax=False, algorithm="linear") for cu in (lengths, lengths.int())
+        flash_attn_varlen_func(x, x, x, cu, cu, 5, 5, use_softmax=False, algorithm="linear")
+        for cu in (lengths, lengths.int())
     ]
     assert torch.equal(*outputs)
     with pytest.raises(TypeError, match="cu_seqlens_q has dtype torch.float32"):

@@ -1,6 +1,8 @@
-"""The Triton kernels against the primitive in PyTorch, in float64: on a GPU, or interpreted on the CPU where triton is installed.
+"""The Triton kernels against the primitive in PyTorch, in float64: on a GPU, or interpreted on the CPU where
+triton is installed.
 
-triton is no dependency of the project, so that a CPU machine without it skips this file. The interpreter has no bfloat16.
+triton is no dependency of the project, so that a CPU machine without it skips this file. The interpreter has
+no bfloat16.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import linear_checks as checks
 from measure import NAMES
 from package import cumulative
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed"
+)
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float16, *[torch.bfloat16] * ON_GPU]
@@ -62,7 +66,12 @@ def check(kernels, q, k, v, dout, form: Form, lengths_q=None, lengths_k=None) ->
     """Output and gradients, to about the rounding of one 16-bit number of the largest size."""
     options, back = (None, None, 0, 0), (lengths_k, lengths_q)
     if lengths_q is not None:
-        options = (cumulative(lengths_q, DEVICE), cumulative(lengths_k, DEVICE), max(lengths_q), max(lengths_k))
+        options = (
+            cumulative(lengths_q, DEVICE),
+            cumulative(lengths_k, DEVICE),
+            max(lengths_q),
+            max(lengths_k),
+        )
     actual = (kernels.attend(q, k, v, form, *options), *kernels.gradients(dout, q, k, v, form, *options))
     expected = (
         exact(q, k, v, form, lengths_q, lengths_k),
@@ -96,10 +105,16 @@ def test_per_visible(kernels, transposed, dtype, seqlen_q, seqlen_k):
     check(kernels, q, k, v, dout, Form(0.2, True, transposed, "1/visible"))
 
 
-@pytest.mark.parametrize("sizes", [(2**-10, 2**10, 2**10, 2**-10), (2**10, 2**-10, 2**-5, 2**-5), (2**-5, 2**-5, 2**-10, 2**10)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(2**-10, 2**10, 2**10, 2**-10), (2**10, 2**-10, 2**-5, 2**-5), (2**-5, 2**-5, 2**-10, 2**10)],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_per_visible_keeps_what_is_small(kernels, dtype, sizes):
-    """Of small q and dout, small v . dout and small q . k, dk and dv are as exact at the last keys, which 1/700 weighs, as at the first."""
+    """Of small q and dout, small v . dout and small q . k, dk and dv are as exact at the last keys, which
+    1/700 weighs, as at the first.
+    """
     heads = (2, 1, 1, 2)
     q, k, v, dout = (draw(1, 700, heads[i], 16, seed=i, dtype=dtype) * size for i, size in enumerate(sizes))
     form = Form(0.25, causal=True, normalization="1/visible")
@@ -109,7 +124,9 @@ def test_per_visible_keeps_what_is_small(kernels, dtype, sizes):
         for at in range(0, 700, 50):
             a, e = gradient[:, at : at + 50].double().cpu(), right[:, at : at + 50]
             error, size = (a - e).abs().max().item(), e.abs().max().item()
-            assert error <= torch.finfo(dtype).eps * size, f"{name} is off by {error:.3g} of {size:.3g} from key {at} on"
+            assert error <= torch.finfo(dtype).eps * size, (
+                f"{name} is off by {error:.3g} of {size:.3g} from key {at} on"
+            )
 
 
 @MASKS
@@ -141,14 +158,19 @@ def test_rows_without_keys_are_zero(kernels, normalization):
     k, v = (draw(1, 70, 1, 16, seed=i, dtype=torch.float16) for i in (2, 3))
     q[:, :230] = dout[:, :230] = float("nan")
     form = Form(0.25, causal=True, normalization=normalization)
-    out, (dq, dk, dv) = kernels.attend(q, k, v, form, None, None, 0, 0), kernels.gradients(dout, q, k, v, form, None, None, 0, 0)
+    out, (dq, dk, dv) = (
+        kernels.attend(q, k, v, form, None, None, 0, 0),
+        kernels.gradients(dout, q, k, v, form, None, None, 0, 0),
+    )
     assert not out[:, :230].any() and not dq[:, :230].any()
     assert all(torch.isfinite(x).all() for x in (out, dq, dk, dv))
 
 
 @MASKS
 @PER_VISIBLE
-@pytest.mark.parametrize("dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)][: len(DTYPES)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)][: len(DTYPES)], ids=str
+)
 def test_largest_inputs(kernels, causal, normalization, dtype, largest):
     q, k, v, dout = (draw(1, 200, 1, 16, seed=i, dtype=dtype).sign().abs() * largest for i in range(4))
     form = Form(0.25, causal, normalization=normalization)
@@ -169,7 +191,12 @@ def expected_results(x, form: Form) -> tuple[Tensor, ...]:
     q, k, v, dout = (y.cpu() for y in x)
     return tuple(
         chunked.attend(*y, f)[0]
-        for y, f in (((q, k, v), form), ((dout, v, k), form.of_dq()), ((v, dout, q), form.of_dk()), ((k, q, dout), form.of_dv()))
+        for y, f in (
+            ((q, k, v), form),
+            ((dout, v, k), form.of_dq()),
+            ((v, dout, q), form.of_dk()),
+            ((k, q, dout), form.of_dv()),
+        )
     )
 
 
@@ -178,9 +205,18 @@ def expected_results(x, form: Form) -> tuple[Tensor, ...]:
 def test_head_dim_v(kernels, causal, d, d_v):
     """Dense with grouped heads, and packed."""
     dtype = torch.float16
-    q, k, v, dout = (draw(1, 150, h, w, seed=i, dtype=dtype) for i, (h, w) in enumerate(((4, d), (2, d), (2, d_v), (4, d_v))))
+    q, k, v, dout = (
+        draw(1, 150, h, w, seed=i, dtype=dtype)
+        for i, (h, w) in enumerate(((4, d), (2, d), (2, d_v), (4, d_v)))
+    )
     check(kernels, q, k, v, dout, Form(0.2, causal))
-    check(kernels, *(x[0] for x in (q, k, v, dout)), Form(0.2, causal, normalization="1/visible"), [20, 130], [20, 130])
+    check(
+        kernels,
+        *(x[0] for x in (q, k, v, dout)),
+        Form(0.2, causal, normalization="1/visible"),
+        [20, 130],
+        [20, 130],
+    )
 
 
 @MASKS
@@ -191,7 +227,8 @@ def test_head_dim_v(kernels, causal, d, d_v):
 def test_not_finite_shows(kernels, causal, normalization, dtype, value, poisoned):
     """In every entry that depends on it, and in no other, which are what they were.
 
-    The entry is at the edge of a chunk: of two rows in one chunk, where one sees a NaN, products with 0 hand it to the other.
+    The entry is at the edge of a chunk: of two rows in one chunk, where one sees a NaN, products with 0 hand
+    it to the other.
     """
     form = Form(0.25, causal, normalization=normalization)
     x = [draw(1, 200, 1, 16, seed=i, dtype=dtype) for i in range(4)]
@@ -208,12 +245,16 @@ def test_not_finite_shows(kernels, causal, normalization, dtype, value, poisoned
         a, depends = a.double().cpu(), e != other
         assert not torch.isfinite(a[depends]).any(), f"{name} has finite values that depend on {value}"
         error = (a[~depends] - e[~depends]).abs()
-        assert (error <= torch.finfo(dtype).eps * e.abs().max()).all(), f"{name} is off where it does not depend on {value}"
+        assert (error <= torch.finfo(dtype).eps * e.abs().max()).all(), (
+            f"{name} is off where it does not depend on {value}"
+        )
 
 
 @pytest.mark.parametrize("normalization, dv", [(None, (32752.0, 16376.0)), ("1/visible", (24560.0, 8188.0))])
 def test_weights_saturate_and_their_gradients_do_not(kernels, normalization, dv):
-    """Of two tokens with weights of a million: P is 65504 in the output and in dv. Products dO . v of a million are Inf."""
+    """Of two tokens with weights of a million: P is 65504 in the output and in dv. Products dO . v of a
+    million are Inf.
+    """
     q, k = (torch.full((1, 2, 1, 16), 250.0, dtype=torch.float16, device=DEVICE) for _ in range(2))
     v, dout = (torch.full((1, 2, 1, 16), 0.25, dtype=torch.float16, device=DEVICE) for _ in range(2))
     form = Form(1.0, causal=True, normalization=normalization)
@@ -247,8 +288,8 @@ def _shifted(lengths: list[int], before: int) -> Tensor:
 @MASKS
 @pytest.mark.parametrize("max_seqlen", [130, 1000])
 def test_slack_rows_are_zero(kernels, causal, max_seqlen, monkeypatch):
-    """Rows before the first sequence and behind the last hold NaN, as does memory that nobody has written; a max_seqlen that is
-    longer than any sequence changes nothing."""
+    """Rows before the first sequence and behind the last hold NaN, as does memory that nobody has written; a
+    max_seqlen that is longer than any sequence changes nothing."""
     new_empty = torch.Tensor.new_empty
 
     def unwritten(*arguments, **options) -> Tensor:
@@ -263,11 +304,15 @@ def test_slack_rows_are_zero(kernels, causal, max_seqlen, monkeypatch):
     tight = results(kernels, x, form, cumulative(rows, DEVICE), cumulative(keys, DEVICE), 130, 130)
     padded = []
     for y, side in zip(x, (0, 1, 1, 0)):
-        wide = torch.full((before[side] + len(y) + behind[side], *y.shape[1:]), float("nan"), dtype=y.dtype, device=DEVICE)
+        wide = torch.full(
+            (before[side] + len(y) + behind[side], *y.shape[1:]), float("nan"), dtype=y.dtype, device=DEVICE
+        )
         wide[before[side] : before[side] + len(y)] = y
         padded.append(wide)
     starts = _shifted(rows, before[0]), _shifted(keys, before[1])
-    for name, a, e, side in zip(NAMES, results(kernels, padded, form, *starts, max_seqlen, max_seqlen), tight, (0, 0, 1, 1)):
+    for name, a, e, side in zip(
+        NAMES, results(kernels, padded, form, *starts, max_seqlen, max_seqlen), tight, (0, 0, 1, 1)
+    ):
         own = slice(before[side], before[side] + len(e))
         torch.testing.assert_close(a[own], e, msg=lambda m: f"{name}: {m}")
         assert not a[: own.start].any() and not a[own.stop :].any(), f"{name} has slack rows that are not 0"
@@ -287,7 +332,11 @@ def test_more_than_an_axis_of_the_grid(kernels, causal, batch, heads, monkeypatc
         for plan in (kernels._forward_plan, kernels._backward_plan):
             plan.cache_clear()
         dense = results(kernels, x, form)
-        return *dense, *results(kernels, packed, form, starts, starts, 140, 140), *kernels.attend_with_state(*x[:3], causal_form, state)
+        return (
+            *dense,
+            *results(kernels, packed, form, starts, starts, 140, 140),
+            *kernels.attend_with_state(*x[:3], causal_form, state),
+        )
 
     right = everything()
     grids, launch = [], kernels._Launch.__init__
@@ -313,7 +362,13 @@ def test_plans_are_for_what_looks_the_same(kernels, causal):
         check(kernels, *(y.transpose(1, 2).contiguous().transpose(1, 2) for y in x), form)
         check(kernels, *x, Form(0.2, causal, normalization="1/n"))
     for lengths in ([150, 50], [50, 150], [60, 80, 60]):
-        check(kernels, *(draw(200, 2, 16, seed=i, dtype=torch.float16) for i in range(4)), form, lengths, lengths)
+        check(
+            kernels,
+            *(draw(200, 2, 16, seed=i, dtype=torch.float16) for i in range(4)),
+            form,
+            lengths,
+            lengths,
+        )
     for d_v in (16, 32, 16):
         q, k, v = (draw(1, 200, 1, d, seed=d, dtype=torch.float16) for d in (16, 16, d_v))
         out, state = kernels.attend_with_state(q, k, v, Form(0.2, causal=True), None)
@@ -360,7 +415,12 @@ def test_state_in_pieces(kernels, mean):
     for a in (whole, torch.cat(parts, 1)):
         assert (a.double().cpu() - expected).abs().max() <= torch.finfo(a.dtype).eps * expected.abs().max()
     torch.testing.assert_close(state, whole_state, rtol=1e-5, atol=1e-3)
-    torch.testing.assert_close(state.double().cpu(), torch.einsum("bthd,bthe->bhde", k.double(), v.double()).cpu(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(
+        state.double().cpu(),
+        torch.einsum("bthd,bthe->bhde", k.double(), v.double()).cpu(),
+        rtol=1e-5,
+        atol=1e-3,
+    )
 
 
 @pytest.mark.parametrize("limit", [101376, 166912, 232448], ids=["99 KiB", "163 KiB", "227 KiB"])
@@ -368,20 +428,28 @@ def test_tunings_fit_the_shared_memory(kernels, limit):
     """Of compute capability 8.9, 8.0 and 9.0, whose tunings are as they stand in the table."""
     for block_d, tuning in kernels._WALK.items():
         fitted = tuning.within(limit, block_d)
-        assert fitted.shared_memory(block_d) <= limit and fitted.chunk >= 16 and fitted.block_v >= min(block_d, 32)
+        assert (
+            fitted.shared_memory(block_d) <= limit
+            and fitted.chunk >= 16
+            and fitted.block_v >= min(block_d, 32)
+        )
         assert limit < 200_000 or fitted == tuning
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_captured_in_a_cuda_graph(kernels):
-    """No call looks at a tensor on the host: what is captured is replayed on other lengths of other numbers."""
+    """No call looks at a tensor on the host: what is captured is replayed on other lengths of other
+    numbers.
+    """
     from flash_attn import flash_attn_varlen_func
 
     q, k, v = (draw(400, 2, 64, seed=i, dtype=torch.bfloat16) for i in range(3))
     lengths = cumulative([100, 300], DEVICE)
 
     def attend():
-        return flash_attn_varlen_func(q, k, v, lengths, lengths, 300, 300, causal=True, use_softmax=False, algorithm="linear")
+        return flash_attn_varlen_func(
+            q, k, v, lengths, lengths, 300, 300, causal=True, use_softmax=False, algorithm="linear"
+        )
 
     attend()
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,6 @@
-"""The recurrent form: a state that a prefill returns, that the next piece goes on from, and that a step adds one token to."""
+"""The recurrent form: a state that a prefill returns, that the next piece goes on from, and that a step adds
+one token to.
+"""
 
 from __future__ import annotations
 
@@ -69,9 +71,13 @@ def test_scale(linear):
     torch.testing.assert_close(twice, 2 * once)
 
 
-@pytest.mark.parametrize("dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"]
+)
 def test_largest_inputs(linear, dtype, largest):
-    q, k, v = (randn(1, 300, 1, 64, seed=i, like=linear, dtype=dtype).sign().abs() * largest for i in range(3))
+    q, k, v = (
+        randn(1, 300, 1, 64, seed=i, like=linear, dtype=dtype).sign().abs() * largest for i in range(3)
+    )
     out, state = linear_attention_prefill(q, k, v)
     step, state = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], state)
     assert all(torch.isfinite(x).all() for x in (out, step, state))
@@ -87,11 +93,15 @@ def test_steps_equal_causal_attention():
 
 
 def test_agrees_with_flash_linear_attention():
-    """A second oracle: the plain recurrence of fla, where the package fla-core is installed. Its state is ours."""
+    """A second oracle: the plain recurrence of fla, where the package fla-core is installed. Its state is
+    ours.
+    """
     naive = pytest.importorskip("fla.ops.linear_attn.naive", exc_type=ImportError)
     q, k, v = (randn(2, 150, 3, 16, seed=i).float() for i in range(3))
     _, state = linear_attention_prefill(k, v, q)
-    expected, expected_state = naive.naive_recurrent_linear_attn(q, k, v, initial_state=state, output_final_state=True)
+    expected, expected_state = naive.naive_recurrent_linear_attn(
+        q, k, v, initial_state=state, output_final_state=True
+    )
     out, new_state = linear_attention_prefill(q, k, v, state)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(new_state, expected_state, rtol=1e-4, atol=1e-3)

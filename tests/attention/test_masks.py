@@ -1,4 +1,6 @@
-"""Who sees whom: causal masks and windows, aligned to the bottom right, and what must be exactly zero for it."""
+"""Who sees whom: causal masks and windows, aligned to the bottom right, and what must be exactly
+zero for it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ def test_causal_does_not_matter_for_one_query(attention):
     """The last query sees every key, with and without causal."""
     q, k, v = qkv(attention, seqlen_q=1, seqlen_k=37)
     for a, b in zip(
-        *(gradients(lambda *x: attention.dense(*x, causal=c, deterministic=True), q, k, v) for c in (False, True))
+        *(
+            gradients(lambda *x: attention.dense(*x, causal=c, deterministic=True), q, k, v)
+            for c in (False, True)
+        )
     ):
         assert torch.equal(a, b)
 
@@ -96,7 +101,9 @@ def test_keys_outside_every_window_do_not_matter(attention, function):
 
 
 def test_masked_is_zero_not_function_of_zero(attention):
-    """f(0) is 1/2 for sigmoid: a masked entry is 0 after f, so each row is half the sum of the values that it sees."""
+    """f(0) is 1/2 for sigmoid: a masked entry is 0 after f, so each row is half the sum of the values that it
+    sees.
+    """
     q, k, v = qkv(attention, seqlen_q=6, seqlen_k=6)
     out = attention.dense(torch.zeros_like(q), k, v, causal=True, activation="sigmoid")
     assert torch.allclose(out, v.cumsum(1) / 2, rtol=1e-2 if v.dtype == torch.float16 else 1e-12, atol=1e-3)

@@ -1,4 +1,7 @@
-"""Modules and models: every path to attention gives the same, with the same options, in training and in generation."""
+"""Modules and models: every path to attention gives the same, with the same options, in training and in
+generation.
+"""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -47,7 +50,9 @@ def randn(device: str, *shape: int) -> torch.Tensor:
 def twins(cls, device: str, **arguments) -> tuple[nn.Module, nn.Module]:
     """The same module on its flash path and on its fallback, with the same weights."""
     torch.manual_seed(3)
-    flash, fallback = (cls(DIM, NHEADS, use_flash_attn=flash, **exact(device), **arguments) for flash in (True, False))
+    flash, fallback = (
+        cls(DIM, NHEADS, use_flash_attn=flash, **exact(device), **arguments) for flash in (True, False)
+    )
     fallback.load_state_dict(flash.state_dict())
     return flash, fallback
 
@@ -124,7 +129,9 @@ def test_fallback_weights_stay_finite_in_float16(device):
 
 
 def decode(module: nn.Module, x: torch.Tensor, prefill: int = 4) -> torch.Tensor:
-    """The module's output for x, the first tokens at once and the rest one after the other, as in generation."""
+    """The module's output for x, the first tokens at once and the rest one after the other, as in
+    generation.
+    """
     params = InferenceParams(max_seqlen=x.shape[1], max_batch_size=x.shape[0])
     out = []
     for piece in (x[:, :prefill], *x[:, prefill:].split(1, dim=1)):
@@ -180,7 +187,9 @@ def test_kvcache_keeps_the_window(arguments, options, device):
 class Linear(nn.Linear):
     """A tensor-parallel linear layer of one process; upstream's needs a compiled extension of its own."""
 
-    def __init__(self, in_features, out_features, process_group, sequence_parallel=True, multiple_of=1, **arguments):
+    def __init__(
+        self, in_features, out_features, process_group, sequence_parallel=True, multiple_of=1, **arguments
+    ):
         super().__init__(in_features, out_features, **arguments)
 
 
@@ -200,7 +209,9 @@ def parallel_mha(monkeypatch):
 @paths
 @pytest.mark.parametrize("window", [(-1, -1), (2, 0)], ids=["wide", "window"])
 def test_parallel_mha_is_mha(parallel_mha, window, arguments, options, device):
-    arguments = dict(causal=True, layer_idx=0, use_flash_attn=True, window_size=window, **arguments, **options)
+    arguments = dict(
+        causal=True, layer_idx=0, use_flash_attn=True, window_size=window, **arguments, **options
+    )
     module, parallel = (make(DIM, NHEADS, **arguments, **exact(device)) for make in (mha.MHA, parallel_mha))
     parallel.load_state_dict(module.state_dict())
     x = randn(device, 2, SEQLEN, DIM)
@@ -234,7 +245,11 @@ def test_rotary_turns_each_position(packed, offsets, interleaved, device):
 
     def turn(x: torch.Tensor, sign: int) -> torch.Tensor:
         pairs = x[..., : 2 * half].double()
-        pairs = pairs.unflatten(-1, (half, 2)) if interleaved else pairs.unflatten(-1, (2, half)).transpose(-1, -2)
+        pairs = (
+            pairs.unflatten(-1, (half, 2))
+            if interleaved
+            else pairs.unflatten(-1, (2, half)).transpose(-1, -2)
+        )
         phase = torch.polar(torch.ones_like(angle), sign * angle)[position].unsqueeze(-2).to(torch.complex128)
         turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * phase)
         turned = turned.flatten(-2) if interleaved else turned.transpose(-1, -2).flatten(-2)
@@ -275,10 +290,11 @@ def gpt_config(**values) -> Config:
 
 def bert_config(**values) -> Config:
     return Config(**{
-        **dict(hidden_size=DIM, num_attention_heads=NHEADS, num_hidden_layers=2, intermediate_size=DIM, vocab_size=50,
-               hidden_act="gelu", max_position_embeddings=32, type_vocab_size=2, pad_token_id=0, layer_norm_eps=1e-5,
-               hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.5,
-               position_embedding_type="absolute"),
+        **dict(hidden_size=DIM, num_attention_heads=NHEADS, num_hidden_layers=2, intermediate_size=DIM,
+        vocab_size=50,
+               hidden_act="gelu", max_position_embeddings=32, type_vocab_size=2, pad_token_id=0,
+               layer_norm_eps=1e-5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+               initializer_range=0.5, position_embedding_type="absolute"),
         **values,
     })  # fmt: skip
 
@@ -299,14 +315,18 @@ def both_ways(make, device: str) -> list[nn.Module]:
 @pytest.mark.parametrize("rotary", [0.0, 1.0], ids=["absolute", "rotary"])
 def test_gpt(upstream, rotary, options, device):
     def make(flash: bool, **score) -> nn.Module:
-        return upstream.gpt.GPTLMHeadModel(gpt_config(use_flash_attn=flash, rotary_emb_fraction=rotary, **score))
+        return upstream.gpt.GPTLMHeadModel(
+            gpt_config(use_flash_attn=flash, rotary_emb_fraction=rotary, **score)
+        )
 
     flash, fallback = both_ways(lambda f: make(f, **in_config(options)), device)
     with torch.no_grad():
         logits = flash(tokens(device)).logits
         close(logits, fallback(tokens(device)).logits)
         default = both_ways(make, device)[0](tokens(device)).logits
-    assert torch.equal(logits, default) == (not options), "softmax is the default of a config, and only the default"
+    assert torch.equal(logits, default) == (not options), (
+        "softmax is the default of a config, and only the default"
+    )
 
 
 @decodable
@@ -321,7 +341,11 @@ def test_gpt_generates_what_it_learnt(upstream, values, options, device):
     ids = tokens(device)
     with torch.no_grad():
         generated = model.generate(
-            ids[:, :4], max_length=SEQLEN, teacher_outputs=ids, return_dict_in_generate=True, output_scores=True
+            ids[:, :4],
+            max_length=SEQLEN,
+            teacher_outputs=ids,
+            return_dict_in_generate=True,
+            output_scores=True,
         )
         close(torch.stack(generated.scores, dim=1), model(ids).logits[:, 3:-1])
     assert torch.equal(generated.sequences, ids)
@@ -336,7 +360,9 @@ def test_bert(upstream, subset, options, device):
     masked[:, 2:4] = True
 
     def make(flash: bool, **score) -> nn.Module:
-        return upstream.bert.BertModel(bert_config(use_flash_attn=flash, last_layer_subset=subset and flash, **score))
+        return upstream.bert.BertModel(
+            bert_config(use_flash_attn=flash, last_layer_subset=subset and flash, **score)
+        )
 
     def run(model: nn.Module) -> torch.Tensor:
         if model.config.last_layer_subset:
@@ -345,13 +371,17 @@ def test_bert(upstream, subset, options, device):
         return out[masked] if subset else out[keep]
 
     if subset:  # the last layer's projections are one matrix without the subset, two with it
+
         def share(flash: nn.Module, fallback: nn.Module) -> None:
             state = flash.state_dict()
             for kind in ("weight", "bias"):
                 last = "encoder.layers.1.mixer."
-                state[f"{last}Wqkv.{kind}"] = torch.cat([state.pop(f"{last}{w}.{kind}") for w in ("Wq", "Wkv")])
+                state[f"{last}Wqkv.{kind}"] = torch.cat(
+                    [state.pop(f"{last}{w}.{kind}") for w in ("Wq", "Wkv")]
+                )
             fallback.load_state_dict(state)
     else:
+
         def share(flash: nn.Module, fallback: nn.Module) -> None:
             fallback.load_state_dict(flash.state_dict())
 

@@ -1,4 +1,6 @@
-"""The tests are tested: each wrong kernel is caught by the test that the table names, and the right ones pass it."""
+"""The tests are tested: each wrong kernel is caught by the test that the table names, and the right ones pass
+it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ pytestmark = pytest.mark.slow
 
 FINITE_TESTS = every_test_of("test_finite")
 NEED_SATURATION = {
-    mutant.caught_by for mutant in MUTANTS if "in_float16" in mutant.caught_by or "largest" in mutant.caught_by
+    mutant.caught_by
+    for mutant in MUTANTS
+    if "in_float16" in mutant.caught_by or "largest" in mutant.caught_by
 }
 # autograd takes relu'(NaN) for 1.
 NEED_OWN_DERIVATIVE = {"test_law_nonfinite.test_visible_values_show"}
@@ -31,13 +35,19 @@ def test_mutant_is_caught(mutant: Mutant):
 
 @pytest.mark.parametrize("test", sorted({mutant.caught_by for mutant in MUTANTS}))
 def test_right_kernel_passes(test: str):
-    """The model that the mutants are made from passes every test that catches one (the package: the test itself)."""
+    """The model that the mutants are made from passes every test that catches one (the package: the test
+    itself).
+    """
     assert list(failures(named(test), Kernel())) == []
 
 
-@pytest.mark.parametrize("test", sorted({mutant.caught_by for mutant in MUTANTS} - NEED_SATURATION - NEED_OWN_DERIVATIVE))
+@pytest.mark.parametrize(
+    "test", sorted({mutant.caught_by for mutant in MUTANTS} - NEED_SATURATION - NEED_OWN_DERIVATIVE)
+)
 def test_oracle_passes(test: str):
-    """So does the oracle, but where 16-bit overflow is the point: it has no limits of its own, and its derivatives are autograd's."""
+    """So does the oracle, but where 16-bit overflow is the point: it has no limits of its own, and its
+    derivatives are autograd's.
+    """
     assert list(failures(named(test), Oracle())) == []
 
 
@@ -64,5 +74,7 @@ ZERO_IS_ENOUGH = {
 
 @pytest.mark.parametrize("test", FINITE_TESTS, ids=lambda test: test.__name__)
 def test_masking_with_zero_is_not_enough(test: Callable):
-    """Writing 0 for -inf mends masked entries; unwritten memory and 16-bit overflow still spoil the output."""
+    """Writing 0 for -inf mends masked entries; unwritten memory and 16-bit overflow still spoil the
+    output.
+    """
     assert any(failures(test, MaskedWithZero())) == (test.__name__ not in ZERO_IS_ENOUGH)

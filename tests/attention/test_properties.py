@@ -20,7 +20,9 @@ lengths = st.integers(0, 70)
 functions = st.one_of(
     st.just({}),
     st.sampled_from(["relu", "relu2", "silu", "gelu", "softplus"]).map(lambda name: dict(activation=name)),
-    st.one_of(st.just("-log n"), st.floats(-3, 3)).map(lambda bias: dict(activation="sigmoid", sigmoid_bias=bias)),
+    st.one_of(st.just("-log n"), st.floats(-3, 3)).map(
+        lambda bias: dict(activation="sigmoid", sigmoid_bias=bias)
+    ),
 )
 
 
@@ -35,11 +37,13 @@ def masks(draw, seqlen_q: int, seqlen_k: int) -> dict:
 def masks_with_softmax(draw, seqlen_q: int, seqlen_k: int) -> dict:
     """Windows where every release of upstream means the same by them.
 
-    Its host code takes a side of seqlen_k or more for an open one, and an open right side beside a closed left one for
-    seqlen_k keys, which cuts off keys if there are more than seqlen_k + 1 queries.
+    Its host code takes a side of seqlen_k or more for an open one, and an open right side beside a closed
+    left one for seqlen_k keys, which cuts off keys if there are more than seqlen_k + 1 queries.
     """
     left, right = (draw(st.integers(-1, max(seqlen_k - 1, -1))) for _ in range(2))
-    return dict(causal=draw(st.booleans()), window_size=(left, max(right, 0) if seqlen_q > seqlen_k + 1 else right))
+    return dict(
+        causal=draw(st.booleans()), window_size=(left, max(right, 0) if seqlen_q > seqlen_k + 1 else right)
+    )
 
 
 @st.composite
@@ -48,14 +52,17 @@ def options(draw, seqlen_q: int, seqlen_k: int) -> dict:
     chosen["normalization"] = draw(st.sampled_from(list(ROW_FACTORS)))
     chosen["softcap"] = draw(st.sampled_from([0.0, 0.0, 1.0, 20.0]))
     signs = (0.05, 2.0) if chosen["softcap"] else (-1.0, 2.0)
-    # Products with a smaller scale may be subnormal and keep a few bits at best; no tolerance is relative to that.
+    # Products with a smaller scale may be subnormal and keep a few bits at best; no tolerance is relative to
+    # that.
     scales = st.floats(*signs).filter(lambda scale: scale == 0 or abs(scale) > 1e-30)
     chosen["softmax_scale"] = draw(st.one_of(st.none(), scales))
     return chosen
 
 
 def built(attention, chosen: dict) -> dict:
-    """The part of ``chosen`` that the kernels of the device have: other score functions are the CPU backend's alone."""
+    """The part of ``chosen`` that the kernels of the device have: other score functions are the CPU backend's
+    alone.
+    """
     absent = () if attention.device == "cpu" else ("activation", "sigmoid_bias", "normalization")
     return {name: value for name, value in chosen.items() if name not in absent}
 
@@ -70,7 +77,11 @@ def heads(draw) -> dict:
 @given(data=st.data())
 def test_dense(attention, data):
     seqlen_q, seqlen_k = data.draw(lengths, "seqlen_q"), data.draw(lengths, "seqlen_k")
-    batch, sizes, chosen = data.draw(st.integers(1, 3)), data.draw(heads()), data.draw(options(seqlen_q, seqlen_k))
+    batch, sizes, chosen = (
+        data.draw(st.integers(1, 3)),
+        data.draw(heads()),
+        data.draw(options(seqlen_q, seqlen_k)),
+    )
     if data.draw(st.booleans(), "alibi") and chosen["softmax_scale"] != 0:
         chosen["alibi_slopes"] = slopes(
             attention, *data.draw(st.sampled_from([(), (batch,)])), sizes["nheads"], size=0.1
@@ -105,9 +116,13 @@ def test_varlen(attention, data):
 @reuse
 @given(data=st.data())
 def test_linear_algorithm(device, data):
-    """Any lengths, dense and packed, over several chunks, with every option that has an exact algorithm in linear time."""
+    """Any lengths, dense and packed, over several chunks, with every option that has an exact algorithm in
+    linear time.
+    """
     attention = Package(device, "linear")
-    chosen = dict(causal=data.draw(st.booleans()), normalization=data.draw(st.sampled_from(list(ROW_FACTORS))))
+    chosen = dict(
+        causal=data.draw(st.booleans()), normalization=data.draw(st.sampled_from(list(ROW_FACTORS)))
+    )
     sizes, batch, seqlens = data.draw(heads()), data.draw(st.integers(1, 3)), st.integers(0, 300)
     if data.draw(st.booleans(), "packed"):
         lists = [data.draw(st.lists(seqlens, min_size=batch, max_size=batch)) for _ in range(2)]

@@ -1,4 +1,6 @@
-"""flash_attn.nosoftmax.score on its own: f, f', saturation, and the dense weights that models without a kernel use."""
+"""flash_attn.nosoftmax.score on its own: f, f', saturation, and the dense weights that models without a
+kernel use.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,10 @@ def test_saturation():
     """In float16 alone, of what is finite alone."""
     wide = [0.0, -1e9, 7e4, 65504.0, -65504.0, 3e38, math.inf, -math.inf, math.nan]
     narrow = saturate_(torch.tensor(wide), torch.float16).half()
-    assert narrow[:6].tolist() == [0.0, -65504.0, 65504.0, 65504.0, -65504.0, 65504.0] and not narrow[6:].isfinite().any()
+    assert (
+        narrow[:6].tolist() == [0.0, -65504.0, 65504.0, 65504.0, -65504.0, 65504.0]
+        and not narrow[6:].isfinite().any()
+    )
     kept = saturate_(torch.tensor(wide), torch.bfloat16)
     assert torch.equal(kept[:-1], torch.tensor(wide[:-1]))
 
@@ -66,7 +71,9 @@ def test_dense_weights(activation, normalization):
     factor = ROW_FACTORS[normalization](11, visible.sum(-1, keepdim=True).double())
     expected = torch.where(visible, FUNCTIONS[activation](clean, -math.log(11)), 0) * factor
     assert torch.allclose(weights, expected, rtol=1e-14) and not weights[..., 1, :].any()
-    gradients = [torch.autograd.grad(x.sin().sum(), leaf)[0] for x, leaf in ((weights, poisoned), (expected, clean))]
+    gradients = [
+        torch.autograd.grad(x.sin().sum(), leaf)[0] for x, leaf in ((weights, poisoned), (expected, clean))
+    ]
     assert torch.allclose(*gradients, rtol=1e-12)
 
 

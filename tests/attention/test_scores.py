@@ -79,7 +79,9 @@ def test_default_scale(attention):
 
 
 def test_zero_query_has_a_gradient(attention):
-    """All its scores are 0 but visible, so dQ is scale * sum of (dO·v) k and not 0. Likewise for a zero key."""
+    """All its scores are 0 but visible, so dQ is scale * sum of (dO·v) k and not 0. Likewise for a
+    zero key.
+    """
     q, k, v = qkv(attention)
     q[:, 2], k[:, 4] = 0, 0
     compare(attention, q, k, v, causal=True)
@@ -108,9 +110,13 @@ SEVERAL_BLOCKS = [
 @pytest.mark.parametrize("options", SEVERAL_BLOCKS, ids=str)
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(300, 1100), (700, 520)])
 def test_larger_than_any_block(attention, options, seqlen_q, seqlen_k):
-    """Several blocks of queries and of keys, the last of them ragged, and groups of heads over all of them."""
+    """Several blocks of queries and of keys, the last of them ragged, and groups of heads over all
+    of them.
+    """
     options = dict(options)
     if options.pop("alibi", False):
         options["alibi_slopes"] = slopes(attention, 2, size=0.01)
-    q, k, v = qkv(attention, 1, seqlen_q, seqlen_k, nheads=2, nheads_k=1, head_dim=16, dtype=single(attention))
+    q, k, v = qkv(
+        attention, 1, seqlen_q, seqlen_k, nheads=2, nheads_k=1, head_dim=16, dtype=single(attention)
+    )
     compare(attention, q, k, v, **options)

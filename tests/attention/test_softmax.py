@@ -11,7 +11,13 @@ from measure import compare, gradients, integers, packed, qkv, single, slopes
 from oracle import Options, visibility
 from ragged import EMPTY, RAGGED
 
-OPTIONS = [dict(), dict(causal=True), dict(window_size=(4, 3)), dict(softcap=2.0), dict(softmax_scale=0.3, causal=True)]
+OPTIONS = [
+    dict(),
+    dict(causal=True),
+    dict(window_size=(4, 3)),
+    dict(softcap=2.0),
+    dict(softmax_scale=0.3, causal=True),
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -24,7 +30,8 @@ def test_dense(attention, options, seqlen_q, seqlen_k):
 def test_every_dtype(attention, dtype):
     if dtype == torch.float64:
         pytest.skip(
-            "with a float32 log-sum-exp gradients are no more exact than in float32; test_backward.py has the gradcheck"
+            "with a float32 log-sum-exp gradients are no more exact than in float32; test_backward.py has "
+            "the gradcheck"
         )
     compare(attention, *qkv(attention, 2, 65, 130, head_dim=64, dtype=dtype), causal=True, use_softmax=True)
 
@@ -37,7 +44,9 @@ def test_alibi(attention, causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_dropout(attention, causal):
-    compare_dropped(attention, *qkv(attention, 2, 33, 65, dtype=single(attention)), causal=causal, use_softmax=True)
+    compare_dropped(
+        attention, *qkv(attention, 2, 33, 65, dtype=single(attention)), causal=causal, use_softmax=True
+    )
 
 
 @pytest.mark.parametrize("lengths", [RAGGED, EMPTY], ids=["ragged", "empty"])
@@ -63,7 +72,9 @@ def test_is_the_default(attention):
     from flash_attn import flash_attn_func
 
     q, k, v = qkv(attention)
-    assert torch.equal(flash_attn_func(q, k, v, causal=True), attention.dense(q, k, v, causal=True, use_softmax=True))
+    assert torch.equal(
+        flash_attn_func(q, k, v, causal=True), attention.dense(q, k, v, causal=True, use_softmax=True)
+    )
 
 
 def test_rows_without_keys_are_zero(attention):
@@ -80,13 +91,17 @@ def test_log_sum_exp(attention):
     s = torch.einsum("bihd,bjhd->bhij", q.double().cpu(), k.double().cpu()) * 8**-0.5
     expected = s.masked_fill(~visibility(33, 65, Options(causal=True)), -torch.inf).logsumexp(-1)
     assert lse.shape == (2, 2, 33) and lse.dtype == torch.float32 and mask.numel() == 0
-    assert torch.allclose(lse.double().cpu(), expected, rtol=1e-3 if q.dtype == torch.float16 else 1e-6, atol=1e-6)
+    assert torch.allclose(
+        lse.double().cpu(), expected, rtol=1e-3 if q.dtype == torch.float16 else 1e-6, atol=1e-6
+    )
 
 
 def test_encoded_weights(attention, device):
     """S_dmask is exp(s - row maximum) with a minus sign where it was dropped."""
     if device != "cpu":
-        pytest.skip("the CUDA kernels encode relative to the maxima of their blocks, which upstream's own tests undo")
+        pytest.skip(
+            "the CUDA kernels encode relative to the maxima of their blocks, which upstream's own tests undo"
+        )
     q, k, v = qkv(attention, 2, 33, 65)
     _, _, encoded = attention.dense(q, k, v, dropout_p=P, use_softmax=True, return_attn_probs=True)
     s = torch.einsum("bihd,bjhd->bhij", q, k) * 8**-0.5

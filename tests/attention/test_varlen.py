@@ -1,4 +1,6 @@
-"""Packed sequences of unequal lengths, empty ones among them, and sequences cut short by seqused_k and leftpad_k."""
+"""Packed sequences of unequal lengths, empty ones among them, and sequences cut short by seqused_k and
+leftpad_k.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_sequences_do_not_see_each_other(attention):
         options = dict(RAGGED, deterministic=True)
         return gradients(lambda *x: attention.varlen(*x, **options), *tensors, dout=torch.ones_like(q))
 
-    for a, b, middle in zip(run(q, k, v), run(*changed), (slice(7, 8), slice(7, 8), slice(9, 29), slice(9, 29))):
+    for a, b, middle in zip(
+        run(q, k, v), run(*changed), (slice(7, 8), slice(7, 8), slice(9, 29), slice(9, 29))
+    ):
         outside = torch.ones(len(a), dtype=torch.bool, device=a.device)
         outside[middle] = False
         assert torch.equal(a[outside], b[outside])
@@ -82,7 +86,8 @@ def test_sequences_do_not_see_each_other(attention):
 def test_seqused_and_leftpad(attention, seqused, leftpad, options):
     """Keys before leftpad_k and from seqused_k on are not there; n and the alignment go by what is left."""
     used = dict(
-        seqused_k=seqused and integers(attention, *seqused), leftpad_k=leftpad and integers(attention, *leftpad)
+        seqused_k=seqused and integers(attention, *seqused),
+        leftpad_k=leftpad and integers(attention, *leftpad),
     )
     compare_output(attention, *packed(attention, **RAGGED), method="varlen", **RAGGED, **used, **options)
 
@@ -100,9 +105,14 @@ def test_paged(attention, options):
 
 
 def test_pages_have_no_backward(device):
-    """The forward runs for tensors that ask for a gradient, as upstream's own tests want it; the backward says what is missing."""
+    """The forward runs for tensors that ask for a gradient, as upstream's own tests want it; the backward
+    says what is missing.
+    """
     attention = Package(device)
-    pages, q = randn(4, 256, 2, 8, seed=1, like=attention), randn(5, 2, 8, seed=2, like=attention).requires_grad_()
+    pages, q = (
+        randn(4, 256, 2, 8, seed=1, like=attention),
+        randn(5, 2, 8, seed=2, like=attention).requires_grad_(),
+    )
     table = integers(attention, 2, 0, 3, 1).view(2, 2)
     out = attention.varlen(q, pages, pages, [2, 3], [300, 200], block_table=table)
     with pytest.raises(RuntimeError, match="block_table has no backward"):

@@ -1,4 +1,6 @@
-"""The trees of flash-attn-4, pristine and patched, an interpreter that can compile its kernels, and a GPU that runs them."""
+"""The trees of flash-attn-4, pristine and patched, an interpreter that can compile its kernels, and a GPU
+that runs them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from fapatch.project import Project
 
 @pytest.fixture(scope="session")
 def compiler() -> tuple[Path, Path]:
-    """(an interpreter with torch and nvidia-cutlass-dsl, cuobjdump). FA4_PYTHON names another interpreter than this one."""
+    """(an interpreter with torch and nvidia-cutlass-dsl, cuobjdump). FA4_PYTHON names another interpreter
+    than this one.
+    """
     python = Path(os.environ.get("FA4_PYTHON", sys.executable))
     if not compile_check.has_dsl(python):
         pytest.skip(f"{python} has no nvidia-cutlass-dsl (make toolchain FAMILY=flash-attn-4)")

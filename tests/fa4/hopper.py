@@ -26,7 +26,9 @@ def missing() -> str | None:
 
 @dataclass(frozen=True)
 class Hopper:
-    """``options`` go to every call beside its own: what the oracle does not know, as pack_gqa or a score_mod."""
+    """``options`` go to every call beside its own: what the oracle does not know, as pack_gqa or a
+    score_mod.
+    """
 
     options: dict[str, Any] = field(default_factory=dict)
     device: str = "cuda"

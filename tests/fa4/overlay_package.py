@@ -1,4 +1,6 @@
-"""The modules of the overlay that need no compiler, imported without flash_attn.cute, whose __init__ needs it."""
+"""The modules of the overlay that need no compiler, imported without flash_attn.cute, whose __init__ needs
+it.
+"""
 
 import importlib
 import sys
@@ -6,7 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = (ROOT / "overlay/flash-attn-4/flash_attn/cute/nosoftmax", ROOT / "overlay/flash-attn/flash_attn/nosoftmax")
+FOLDERS = (
+    ROOT / "overlay/flash-attn-4/flash_attn/cute/nosoftmax",
+    ROOT / "overlay/flash-attn/flash_attn/nosoftmax",
+)
 PACKAGE = "fa4_overlay"
 
 

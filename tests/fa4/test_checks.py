@@ -8,10 +8,13 @@ call, checks, serves = (module(name) for name in ("call", "checks", "serves"))
 
 
 def refusal(q, k, v, **options):
-    """What is said of a call, by the checks that all backends share or by these kernels; None if it is served."""
+    """What is said of a call, by the checks that all backends share or by these kernels; None if it is
+    served.
+    """
     given = dict(
-        max_seqlen_q=0, max_seqlen_k=0, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0,
-        deterministic=False, return_attn_probs=False, activation="identity", sigmoid_bias=0.0, normalization=None,
+        max_seqlen_q=0, max_seqlen_k=0, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(None,
+        None), softcap=0.0, deterministic=False, return_attn_probs=False, activation="identity",
+        sigmoid_bias=0.0, normalization=None,
     )  # fmt: skip
     given.update((name, options.pop(name)) for name in list(options) if name in given)
     names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "block_table", "alibi_slopes")
@@ -31,7 +34,11 @@ def hopper(monkeypatch):
 
 def tensors(head_dim=64, head_dim_v=None, dtype=torch.bfloat16, nheads=4, nheads_k=4, device="meta", batch=2):
     """As on a GPU: the check looks at the type of the device alone, and `meta` stands for it."""
-    shapes = [(batch, 100, nheads, head_dim), (batch, 90, nheads_k, head_dim), (batch, 90, nheads_k, head_dim_v or head_dim)]
+    shapes = [
+        (batch, 100, nheads, head_dim),
+        (batch, 90, nheads_k, head_dim),
+        (batch, 90, nheads_k, head_dim_v or head_dim),
+    ]
     return [torch.empty(s, dtype=dtype, device=device) for s in shapes]
 
 
@@ -45,40 +52,58 @@ def meta_is_a_gpu(monkeypatch):
     monkeypatch.setattr(serves, "_device_reason", reason)
 
 
-@pytest.mark.parametrize("shape", [
-    {}, {"head_dim": 8}, {"head_dim": 256}, {"head_dim": 192, "head_dim_v": 128}, {"dtype": torch.float16},
-    {"nheads": 8, "nheads_k": 2},
-])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"head_dim": 8},
+        {"head_dim": 256},
+        {"head_dim": 192, "head_dim_v": 128},
+        {"dtype": torch.float16},
+        {"nheads": 8, "nheads_k": 2},
+    ],
+)
 def test_served(shape):
     assert refusal(*tensors(**shape)) is None
 
 
-@pytest.mark.parametrize("shape, options, words", [
-    ({"head_dim": 20}, {}, "head_dim must be a multiple of 8 from 8 to 256, got 20"),
-    ({"head_dim": 264}, {}, "got 264"),
-    ({"head_dim_v": 12}, {}, "head_dim_v"),
-    ({"dtype": torch.float32}, {}, "float32"),
-    ({"dtype": torch.float8_e4m3fn}, {}, "float8"),
-    ({"nheads": 5, "nheads_k": 2}, {}, "5 heads in q, 2 in k and v"),
-    ({"device": "cpu"}, {}, "on cpu"),
-    ({}, {"dropout_p": 0.1}, "dropout_p"),
-    ({}, {"alibi_slopes": torch.ones(4, device="meta")}, "alibi_slopes"),
-    ({}, {"leftpad_k": torch.ones(2, dtype=torch.int32, device="meta")}, "leftpad_k"),
-    ({}, {"learnable_sink": torch.ones(4)}, "learnable_sink"),
-    ({}, {"qv": torch.ones(4)}, "qv"),
-    ({}, {"num_splits": 2}, "num_splits must be 1, got 2"),
-    ({}, {"return_lse": True}, "return_lse"),
-    ({}, {"activation": "tanh"}, "tanh"),
-    ({}, {"softcap": -1.0}, "softcap"),
-    ({}, {"softcap": 5.0, "softmax_scale": -1.0}, "softmax_scale"),
-    ({}, {"softmax_scale": float("nan")}, "softmax_scale=nan"),
-    ({}, {"softmax_scale": float("inf")}, "softmax_scale=inf"),
-    ({}, {"window_size": (1.5, 0)}, "window_size"),
-    ({}, {"normalization": "1/visible", "mask_mod": len}, "mask_mod"),
-    ({}, {"normalization": "1/visible", "block_sparse_tensors": ()}, "sparse blocks"),
-    ({"head_dim": 24}, {"block_table": torch.zeros(2, 3, dtype=torch.int32, device="meta")}, "multiple of 16 with pages"),
-    ({}, {"cu_seqlens_q": torch.zeros(3, dtype=torch.int32, device="meta")}, "q has shape .*expected 3 axes"),
-])
+@pytest.mark.parametrize(
+    "shape, options, words",
+    [
+        ({"head_dim": 20}, {}, "head_dim must be a multiple of 8 from 8 to 256, got 20"),
+        ({"head_dim": 264}, {}, "got 264"),
+        ({"head_dim_v": 12}, {}, "head_dim_v"),
+        ({"dtype": torch.float32}, {}, "float32"),
+        ({"dtype": torch.float8_e4m3fn}, {}, "float8"),
+        ({"nheads": 5, "nheads_k": 2}, {}, "5 heads in q, 2 in k and v"),
+        ({"device": "cpu"}, {}, "on cpu"),
+        ({}, {"dropout_p": 0.1}, "dropout_p"),
+        ({}, {"alibi_slopes": torch.ones(4, device="meta")}, "alibi_slopes"),
+        ({}, {"leftpad_k": torch.ones(2, dtype=torch.int32, device="meta")}, "leftpad_k"),
+        ({}, {"learnable_sink": torch.ones(4)}, "learnable_sink"),
+        ({}, {"qv": torch.ones(4)}, "qv"),
+        ({}, {"num_splits": 2}, "num_splits must be 1, got 2"),
+        ({}, {"return_lse": True}, "return_lse"),
+        ({}, {"activation": "tanh"}, "tanh"),
+        ({}, {"softcap": -1.0}, "softcap"),
+        ({}, {"softcap": 5.0, "softmax_scale": -1.0}, "softmax_scale"),
+        ({}, {"softmax_scale": float("nan")}, "softmax_scale=nan"),
+        ({}, {"softmax_scale": float("inf")}, "softmax_scale=inf"),
+        ({}, {"window_size": (1.5, 0)}, "window_size"),
+        ({}, {"normalization": "1/visible", "mask_mod": len}, "mask_mod"),
+        ({}, {"normalization": "1/visible", "block_sparse_tensors": ()}, "sparse blocks"),
+        (
+            {"head_dim": 24},
+            {"block_table": torch.zeros(2, 3, dtype=torch.int32, device="meta")},
+            "multiple of 16 with pages",
+        ),
+        (
+            {},
+            {"cu_seqlens_q": torch.zeros(3, dtype=torch.int32, device="meta")},
+            "q has shape .*expected 3 axes",
+        ),
+    ],
+)
 def test_refused(shape, options, words):
     import re
 
@@ -102,9 +127,18 @@ def test_backward_with_grouped_heads_needs_one_head_size():
         assert refusal(q, k, v) is None
 
 
-@pytest.mark.parametrize("sizes, differentiable", [
-    ((64, 256), False), ((64, 136), False), ((128, 136), False), ((64, 128), True), ((40, 72), True), ((256, 64), True), ((256, 256), True),
-])
+@pytest.mark.parametrize(
+    "sizes, differentiable",
+    [
+        ((64, 256), False),
+        ((64, 136), False),
+        ((128, 136), False),
+        ((64, 128), True),
+        ((40, 72), True),
+        ((256, 64), True),
+        ((256, 256), True),
+    ],
+)
 def test_backward_with_larger_values_ends_at_128(sizes, differentiable):
     q, k, v = tensors(head_dim=sizes[0], head_dim_v=sizes[1])
     assert refusal(q, k, v) is None
@@ -118,7 +152,9 @@ def test_backward_with_larger_values_ends_at_128(sizes, differentiable):
 def test_no_backward_with_pages():
     q, k, v = tensors()
     q.requires_grad_()
-    assert "pages have no backward" in refusal(q, k, v, block_table=torch.zeros(2, 3, dtype=torch.int32, device="meta"))
+    assert "pages have no backward" in refusal(
+        q, k, v, block_table=torch.zeros(2, 3, dtype=torch.int32, device="meta")
+    )
 
 
 def test_upstreams_variable_names_the_architecture(monkeypatch):

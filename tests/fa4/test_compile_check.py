@@ -30,7 +30,9 @@ def said(python, tree, program, **variables):
     """What a program prints that imports flash_attn.cute from a tree, as JSON."""
     environment = {**FOR_HOPPER, "PYTHONPATH": str(tree), "PATH": "/usr/bin:/bin", **variables}
     environment = {name: value for name, value in environment.items() if value is not None}
-    done = subprocess.run([python, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [python, "-W", "ignore", "-c", program], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -45,7 +47,8 @@ from flash_attn.cute.utils import hash_callable
 def mod(score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors): return score
 keys = [hash_callable(mod), *(hash_callable(marked(mod, NoSoftmax(n))) for n in (None, "1/n"))]
 keys += [hash_callable(of_activation(a, b, c, None).score_mod)
-         for a, b, c in (("silu", 0.0, 0.0), ("silu", 0.0, 5.0), ("sigmoid", 0.0, 0.0), ("sigmoid", None, 0.0))]
+         for a, b, c in (("silu", 0.0, 0.0), ("silu", 0.0, 5.0), ("sigmoid", 0.0, 0.0), ("sigmoid", None,
+             0.0))]
 print(json.dumps([len(keys), len(set(keys))]))
 """
     total, different = said(compiler[0], trees[1], program)
@@ -54,7 +57,10 @@ print(json.dumps([len(keys), len(set(keys))]))
 
 @pytest.mark.source
 def test_cache_is_on_by_default(compiler, trees, tmp_path):
-    program = "import json; from flash_attn.cute.cache_utils import CUTE_DSL_CACHE_ENABLED as on; print(json.dumps(on))"
+    program = (
+        "import json; from flash_attn.cute.cache_utils import CUTE_DSL_CACHE_ENABLED as on; "
+        "print(json.dumps(on))"
+    )
     folder = {"FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(tmp_path)}
     assert said(compiler[0], trees[1], program, **folder, FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=None) is True
     assert said(compiler[0], trees[1], program, **folder, FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED="0") is False
@@ -69,39 +75,57 @@ import flash_attn.cute.cache_utils
 with warnings.catch_warnings(record=True) as caught:
     warnings.filters.remove(("ignore", None, Warning, None, 0))  # that of -W ignore
     for name in ("aux_data", "mQ"):
-        warnings.warn(f"Argument {name} (position 17) cannot be converted to a JitArgument for function 'f'.", UserWarning)
+        warnings.warn(
+            f"Argument {name} (position 17) cannot be converted to a JitArgument for function 'f'.", UserWarning
+        )
 print(json.dumps([str(w.message).split()[1] for w in caught]))
-"""
+"""  # noqa: E501
     assert said(compiler[0], trees[1], program) == ["mQ"]
 
 
 def kernel(**instructions: int) -> Kernel:
-    return Kernel(Counter({"HGMMA.64x64x16.F32.BF16": 8, **{k.replace("_", "."): v for k, v in instructions.items()}}), 168)
+    return Kernel(
+        Counter({"HGMMA.64x64x16.F32.BF16": 8, **{k.replace("_", "."): v for k, v in instructions.items()}}),
+        168,
+    )
 
 
 def test_a_good_kernel_has_no_faults():
     assert compile_check.faults({"head_dim": 128}, kernel(FMUL=9)) == []
     assert compile_check.faults({"head_dim": 128, "activation": "silu"}, kernel(MUFU_TANH=64)) == []
-    assert compile_check.faults({"head_dim": 128, "activation": "sigmoid", "bias": None}, kernel(MUFU_EX2=64)) == []
+    assert (
+        compile_check.faults({"head_dim": 128, "activation": "sigmoid", "bias": None}, kernel(MUFU_EX2=64))
+        == []
+    )
     assert compile_check.faults({"head_dim": 128, "activation": "gelu"}, kernel(MUFU_EX2=64)) == []
 
 
-@pytest.mark.parametrize("case, instructions, words", [
-    ({}, {"MUFU_EX2": 64}, "MUFU.EX2"),
-    ({"activation": "silu"}, {"MUFU_EX2": 64}, "MUFU.EX2"),
-    ({"activation": "relu2"}, {"MUFU_TANH": 64}, "MUFU.TANH"),
-    ({}, {"LDL": 1}, "spill"),
-    ({"activation": "silu"}, {"STL_64": 1}, "spill"),
-])
+@pytest.mark.parametrize(
+    "case, instructions, words",
+    [
+        ({}, {"MUFU_EX2": 64}, "MUFU.EX2"),
+        ({"activation": "silu"}, {"MUFU_EX2": 64}, "MUFU.EX2"),
+        ({"activation": "relu2"}, {"MUFU_TANH": 64}, "MUFU.TANH"),
+        ({}, {"LDL": 1}, "spill"),
+        ({"activation": "silu"}, {"STL_64": 1}, "spill"),
+    ],
+)
 def test_faults(case, instructions, words):
     (fault,) = compile_check.faults({"head_dim": 128, **case}, kernel(**instructions))
     assert words in fault
 
 
-@pytest.mark.parametrize("case, most", [
-    ({"head_dim": 128, "activation": "silu"}, 0), ({"head_dim": 232}, 2), ({"head_dim": 256, "activation": "silu"}, 0),
-    ({"head_dim": 48, "activation": "silu"}, 64), ({"head_dim": 96, "activation": "silu"}, 0), ({"head_dim": 64}, 0),
-])
+@pytest.mark.parametrize(
+    "case, most",
+    [
+        ({"head_dim": 128, "activation": "silu"}, 0),
+        ({"head_dim": 232}, 2),
+        ({"head_dim": 256, "activation": "silu"}, 0),
+        ({"head_dim": 48, "activation": "silu"}, 64),
+        ({"head_dim": 96, "activation": "silu"}, 0),
+        ({"head_dim": 64}, 0),
+    ],
+)
 def test_some_backward_kernels_may_spill(case, most):
     """Head sizes between those of the tiles have the next larger one's."""
     spilling = [kernel(LDL=n) for n in (most, most + 1)]
@@ -117,7 +141,9 @@ def test_one_forward_kernel_may_spill():
 
 
 def test_what_is_no_attention_kernel_is_noticed():
-    assert compile_check.faults({"head_dim": 128}, Kernel(Counter(FMUL=3), 32)) == ["no HGMMA: that is no attention kernel"]
+    assert compile_check.faults({"head_dim": 128}, Kernel(Counter(FMUL=3), 32)) == [
+        "no HGMMA: that is no attention kernel"
+    ]
 
 
 def elf(machine: int, body: bytes) -> bytes:

@@ -1,4 +1,6 @@
-"""The formulas of the kernels against score.py, and a model of the kernels' backward with its normalization."""
+"""The formulas of the kernels against score.py, and a model of the kernels' backward with its
+normalization.
+"""
 
 import itertools
 import math
@@ -10,7 +12,8 @@ from overlay_package import module
 formulas = module("formulas")
 contract = module("score")
 
-# f in float64, beside the formulas: relu2 with its cap, gelu and softplus by functions that have nothing in common with ours.
+# f in float64, beside the formulas: relu2 with its cap, gelu and softplus by functions that have nothing in
+# common with ours.
 EXACT = {
     "identity": lambda s, bias: s,
     "relu": lambda s, bias: s.relu(),
@@ -24,7 +27,12 @@ EXACT = {
 RTOL = {"gelu": 2.0**-14, "softplus": 2.0**-14}
 CASES = [
     (activation, bias, softcap)
-    for activation, bias in [*((a, 0.0) for a in EXACT), ("sigmoid", 1.5), ("sigmoid", -6.0), ("sigmoid", None)]
+    for activation, bias in [
+        *((a, 0.0) for a in EXACT),
+        ("sigmoid", 1.5),
+        ("sigmoid", -6.0),
+        ("sigmoid", None),
+    ]
     for softcap in (0.0, 3.0)
 ]
 N = 50
@@ -66,7 +74,9 @@ def scores() -> torch.Tensor:
 def test_value(scores, activation, bias, softcap):
     f = formulas.formula(activation, bias, softcap)
     want = exact(scores, activation, bias, softcap)
-    torch.testing.assert_close(f.value(Host, scores * f.unit, float(N)), want, rtol=RTOL.get(activation, 1e-9), atol=1e-12)
+    torch.testing.assert_close(
+        f.value(Host, scores * f.unit, float(N)), want, rtol=RTOL.get(activation, 1e-9), atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("activation, bias, softcap", CASES)
@@ -77,7 +87,9 @@ def test_derivative_times_unit_is_that_of_autograd(scores, activation, bias, sof
     f = formulas.formula(activation, bias, softcap)
     got = f.derivative(Host, grad, scores.detach() * f.unit, float(N)) * f.unit
     # gelu' has a zero, beside which its two terms are as large as grad.
-    torch.testing.assert_close(got, want, rtol=RTOL.get(activation, 1e-9), atol=1e-4 if activation == "gelu" else 1e-12)
+    torch.testing.assert_close(
+        got, want, rtol=RTOL.get(activation, 1e-9), atol=1e-4 if activation == "gelu" else 1e-12
+    )
 
 
 @pytest.mark.parametrize("activation", EXACT)
@@ -85,7 +97,9 @@ def test_a_wrong_unit_is_noticed(scores, activation):
     """The test of the values fails on a formula that forgets its factor."""
     f = formulas.formula(activation)
     wrong = f.value(Host, scores * f.unit * 1.01, float(N))
-    assert not torch.allclose(wrong, exact(scores, activation, 0.0, 0.0), rtol=RTOL.get(activation, 1e-9), atol=1e-12)
+    assert not torch.allclose(
+        wrong, exact(scores, activation, 0.0, 0.0), rtol=RTOL.get(activation, 1e-9), atol=1e-12
+    )
 
 
 def test_every_activation_has_a_test():
@@ -94,8 +108,8 @@ def test_every_activation_has_a_test():
 
 @pytest.mark.parametrize("activation, lowest, digits", [("gelu", -12.0, 1e-4), ("softplus", -80.0, 1e-4)])
 def test_tails_keep_their_digits_in_float32(activation, lowest, digits):
-    """Relative to f, which is 1e-31 at the ends: float16 and bfloat16 round by 2^-12 and 2^-9. gelu' is measured by |f'| + |s f''|,
-    for it has a zero near -0.75.
+    """Relative to f, which is 1e-31 at the ends: float16 and bfloat16 round by 2^-12 and 2^-9. gelu' is
+    measured by |f'| + |s f''|, for it has a zero near -0.75.
     """
     s = torch.linspace(lowest, 12.0, 2001, dtype=torch.float64).requires_grad_()
     f = formulas.formula(activation)
@@ -112,14 +126,18 @@ def test_tails_keep_their_digits_in_float32(activation, lowest, digits):
 def test_the_derivative_of_a_sigmoid_keeps_its_digits_in_float32():
     """p - p^2 is off by 1 % at a score of 12, and 0 from 17 on. Far out on the other side 2^-y is Inf."""
     f = formulas.formula("sigmoid", -3.0)
-    s = torch.tensor([-200.0, -90.0, -80.0, -20.0, -3.0, 0.0, 3.0, 15.0, 20.0, 60.0, 80.0], dtype=torch.float64)
+    s = torch.tensor(
+        [-200.0, -90.0, -80.0, -20.0, -3.0, 0.0, 3.0, 15.0, 20.0, 60.0, 80.0], dtype=torch.float64
+    )
     got = f.derivative(Host, torch.ones(len(s)), (s * f.unit).float(), 1.0) * f.unit
     want = torch.sigmoid(s - 3.0) * torch.sigmoid(3.0 - s)
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-36)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-@pytest.mark.parametrize("activation, bias", [*((a, 0.0) for a in EXACT), ("sigmoid", -6.0), ("sigmoid", None)])
+@pytest.mark.parametrize(
+    "activation, bias", [*((a, 0.0) for a in EXACT), ("sigmoid", -6.0), ("sigmoid", None)]
+)
 def test_nan_shows_in_value_and_derivative(activation, bias, softcap):
     f = formulas.formula(activation, bias, softcap)
     y = torch.full((1,), math.nan)
@@ -131,7 +149,9 @@ def test_nan_shows_in_value_and_derivative(activation, bias, softcap):
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-@pytest.mark.parametrize("activation, bias", [*((a, 0.0) for a in EXACT), ("sigmoid", -6.0), ("sigmoid", None)])
+@pytest.mark.parametrize(
+    "activation, bias", [*((a, 0.0) for a in EXACT), ("sigmoid", -6.0), ("sigmoid", None)]
+)
 def test_an_infinite_score_shows_unless_f_ends_it(activation, bias, softcap):
     """And where the kernels look for no Inf, there is none."""
     f = formulas.formula(activation, bias, softcap)
@@ -140,11 +160,16 @@ def test_an_infinite_score_shows_unless_f_ends_it(activation, bias, softcap):
     assert f.inf_seen_in in ("scores", "weights") or not got.isinf().any()
     ended = exact(y.double(), activation, bias, softcap).isfinite()
     right = exact(torch.tensor([1e6, -1e6], dtype=torch.float64), activation, bias, softcap)
-    assert all(not g.isfinite() or (e and torch.isclose(g.double(), r, rtol=1e-4)) for g, e, r in zip(got, ended, right))
+    assert all(
+        not g.isfinite() or (e and torch.isclose(g.double(), r, rtol=1e-4))
+        for g, e, r in zip(got, ended, right)
+    )
 
 
 def test_a_small_sigmoid_keeps_its_digits():
-    """(1 + tanh) / 2 with the error of tanh.approx, 2^-11, has lost a weight of 1/n; the formula by exp2 has not."""
+    """(1 + tanh) / 2 with the error of tanh.approx, 2^-11, has lost a weight of 1/n; the formula by exp2 has
+    not.
+    """
 
     class Rough(Host):
         @staticmethod
@@ -158,7 +183,9 @@ def test_a_small_sigmoid_keeps_its_digits():
         want = torch.sigmoid(s + (-torch.log(torch.tensor(n)) if bias is None else bias))
         torch.testing.assert_close(f.value(Rough, s * f.unit, n), want, rtol=1e-6, atol=0.0)
     by_tanh = formulas._sigmoid_by_tanh(-8.0)
-    assert not torch.allclose(by_tanh.value(Rough, s * by_tanh.unit, n), torch.sigmoid(s - 8.0), rtol=0.1, atol=0.0)
+    assert not torch.allclose(
+        by_tanh.value(Rough, s * by_tanh.unit, n), torch.sigmoid(s - 8.0), rtol=0.1, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("activation", EXACT)
@@ -178,7 +205,9 @@ def test_relu2_caps_its_value_and_not_its_derivative():
 
 
 def model_backward(q, k, v, dout, activation: str, normalization, causal: bool, balance: bool = True):
-    """What flash_bwd_sm90 with the hooks computes: float32 sums, P and dS in float16, norm as row and sequence factors."""
+    """What flash_bwd_sm90 with the hooks computes: float32 sums, P and dS in float16, norm as row and
+    sequence factors.
+    """
     f = formulas.formula(activation)
     n, half = k.shape[0], torch.float16
     scale = q.shape[-1] ** -0.5 * f.unit
@@ -192,14 +221,27 @@ def model_backward(q, k, v, dout, activation: str, normalization, causal: bool, 
         row, of_sequence = row * of_sequence, 1.0
     y = q.float() @ k.float().T * scale
     p = (f.value(Host, y, float(n)).masked_fill(~visible, 0.0) * row).to(half).float()
-    ds = f.derivative(Host, dout.float() @ v.float().T * row, y, float(n)).masked_fill(~visible, 0.0).to(half).float()
-    return ds @ k.float() * of_sequence * scale, ds.T @ q.float() * scale * of_sequence, p.T @ dout.float() * of_sequence
+    ds = (
+        f.derivative(Host, dout.float() @ v.float().T * row, y, float(n))
+        .masked_fill(~visible, 0.0)
+        .to(half)
+        .float()
+    )
+    return (
+        ds @ k.float() * of_sequence * scale,
+        ds.T @ q.float() * scale * of_sequence,
+        p.T @ dout.float() * of_sequence,
+    )
 
 
 def oracle_backward(q, k, v, dout, activation, normalization, causal):
     q, k, v = (t.double().requires_grad_() for t in (q, k, v))
-    visible = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).tril(k.shape[0] - q.shape[0]) if causal else None
-    weights = contract.attention_weights(q @ k.T * q.shape[-1] ** -0.5, visible, activation, 0.0, normalization)
+    visible = (
+        torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).tril(k.shape[0] - q.shape[0]) if causal else None
+    )
+    weights = contract.attention_weights(
+        q @ k.T * q.shape[-1] ** -0.5, visible, activation, 0.0, normalization
+    )
     return torch.autograd.grad(weights @ v, (q, k, v), dout.double())
 
 
@@ -219,7 +261,9 @@ def test_backward_keeps_float16_digits(activation, normalization, causal):
 
 
 def test_a_norm_folded_into_float16_is_noticed():
-    """With small gradients, 1/n on P and dP leaves subnormals of float16; as factor of the sums it costs nothing."""
+    """With small gradients, 1/n on P and dP leaves subnormals of float16; as factor of the sums it costs
+    nothing.
+    """
     generator = torch.Generator().manual_seed(0)
     q, k, v, dout = (torch.randn(400, 32, generator=generator).half() for _ in range(4))
     args = q, k, v, (dout * 2.0**-12).half(), "identity", "1/n", False

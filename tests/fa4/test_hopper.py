@@ -1,5 +1,6 @@
-"""What the Hopper kernels do beyond tests/attention, which runs on them too: memory behind seqused and in free pages, head sizes,
-forced pack_gqa, determinism, the user's own functions and blocks, CUDA graphs, torch.compile, and the ends of tanh.approx.
+"""What the Hopper kernels do beyond tests/attention, which runs on them too: memory behind seqused and in
+free pages, head sizes, forced pack_gqa, determinism, the user's own functions and blocks, CUDA graphs,
+torch.compile, and the ends of tanh.approx.
 
 Formulas and refusals are tested without a GPU, in test_formulas.py, test_checks.py and test_public.py.
 """
@@ -12,11 +13,26 @@ import torch.nn.functional as F
 from mods import causal_with_gaps, even_distance, square, square_bwd
 
 import oracle
-from measure import NAMES, compare, compare_output, compare_results, gradients, packed, poison_allocator, poisoned, qkv, randn
+from measure import (
+    NAMES,
+    compare,
+    compare_output,
+    compare_results,
+    gradients,
+    packed,
+    poison_allocator,
+    poisoned,
+    qkv,
+    randn,
+)
 
 NAN = float("nan")
 LENGTHS = dict(lengths_q=[263, 1, 76, 150], lengths_k=[259, 218, 0, 77])
-MASKED = [dict(activation="sigmoid"), dict(activation="silu", causal=True), dict(window_size=(64, 10), normalization="1/n")]
+MASKED = [
+    dict(activation="sigmoid"),
+    dict(activation="silu", causal=True),
+    dict(window_size=(64, 10), normalization="1/n"),
+]
 
 
 def check(run, q, k, v, **arguments) -> None:
@@ -25,7 +41,8 @@ def check(run, q, k, v, **arguments) -> None:
     compare_results(gradients(run, q, k, v, dout=dout), q, k, v, dout, **arguments)
 
 
-# --- memory that holds nothing ----------------------------------------------------------------------------------------
+# --- memory that holds nothing
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["batch", "packed"])
@@ -35,10 +52,14 @@ def test_nothing_behind_seqused_is_read(hopper, layout, options):
     batch, seqlen = len(LENGTHS["lengths_q"]), 300
     q, k, v = packed(hopper, **LENGTHS, head_dim=64)
     dout = randn(*q.shape, seed=99, like=hopper)
-    used = [LENGTHS[name] for name in ("lengths_q", "lengths_q", "lengths_k", "lengths_k")]  # of out or dout, q, k, v
+    used = [
+        LENGTHS[name] for name in ("lengths_q", "lengths_q", "lengths_k", "lengths_k")
+    ]  # of out or dout, q, k, v
 
     def slots(x, lengths):
-        padded = torch.stack([F.pad(s, (0, 0, 0, 0, 0, seqlen - len(s)), value=NAN) for s in x.split(lengths)])
+        padded = torch.stack(
+            [F.pad(s, (0, 0, 0, 0, 0, seqlen - len(s)), value=NAN) for s in x.split(lengths)]
+        )
         return padded.flatten(0, 1) if layout == "packed" else padded
 
     dout_, *tensors = map(slots, (dout, q, k, v), used)
@@ -59,7 +80,10 @@ def test_neighbours_in_a_packed_batch_are_not_read(hopper, head_dim, options):
     lengths = dict(lengths_q=[200, 150, 333, 64], lengths_k=[190, 77, 333, 130])
     q, k, v = packed(hopper, **lengths, head_dim=head_dim)
     dout = randn(*q.shape, seed=99, like=hopper)
-    queries, keys = (torch.arange(4).repeat_interleave(torch.tensor(n)).to(hopper.device) % 2 == 0 for n in lengths.values())
+    queries, keys = (
+        torch.arange(4).repeat_interleave(torch.tensor(n)).to(hopper.device) % 2 == 0
+        for n in lengths.values()
+    )
     good = queries, queries, keys, keys
     poisoned_dout, *tensors = (poisoned(x, ~rows) for x, rows in zip((dout, q, k, v), good))
     results = gradients(lambda *x: hopper.varlen(*x, **lengths, **options), *tensors, dout=poisoned_dout)
@@ -73,7 +97,9 @@ def test_neighbours_in_a_packed_batch_are_not_read(hopper, head_dim, options):
 def test_free_slots_of_pages_are_not_read(hopper, page_size, lengths_q, nheads):
     lengths_k = [400, 77, page_size]
     pages = -(-max(lengths_k) // page_size)
-    table = hopper.integers(torch.randperm(3 * pages + 3, generator=torch.Generator().manual_seed(0))[: 3 * pages].tolist()).view(3, pages)
+    table = hopper.integers(
+        torch.randperm(3 * pages + 3, generator=torch.Generator().manual_seed(0))[: 3 * pages].tolist()
+    ).view(3, pages)
     k, v = (randn(3 * pages + 3, page_size, 2, 64, seed=i, like=hopper) for i in (1, 2))
     free = torch.ones(3 * pages + 3, page_size, dtype=torch.bool)
     for row, length in zip(table.tolist(), lengths_k):
@@ -81,25 +107,41 @@ def test_free_slots_of_pages_are_not_read(hopper, page_size, lengths_q, nheads):
             free[page, : max(length - i * page_size, 0)] = False
     q = randn(sum(lengths_q), nheads, 64, seed=0, like=hopper)
     lengths = dict(lengths_q=lengths_q, lengths_k=lengths_k, block_table=table)
-    compare_output(hopper, q, *(poisoned(x, free.to(x.device)) for x in (k, v)), method="varlen", **lengths, activation="silu", causal=True)
+    compare_output(
+        hopper,
+        q,
+        *(poisoned(x, free.to(x.device)) for x in (k, v)),
+        method="varlen",
+        **lengths,
+        activation="silu",
+        causal=True,
+    )
 
 
-@pytest.mark.parametrize("options, unseen", [
-    (dict(causal=True, activation="silu"), 230), (dict(causal=True, activation="sigmoid", normalization="1/n"), 230),
-    (dict(window_size=(-1, 10), activation="relu", normalization="1/visible"), 220),
-], ids=str)
+@pytest.mark.parametrize(
+    "options, unseen",
+    [
+        (dict(causal=True, activation="silu"), 230),
+        (dict(causal=True, activation="sigmoid", normalization="1/n"), 230),
+        (dict(window_size=(-1, 10), activation="relu", normalization="1/visible"), 220),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("nheads_k", [1, 2])
 def test_queries_that_see_no_key_reach_no_gradient(hopper, nheads_k, options, unseen):
     """They share a tile with queries that see keys."""
     q, k, v = qkv(hopper, 2, 300, 70, nheads_k=nheads_k, head_dim=64)
     dout = randn(*q.shape, seed=99, like=hopper)
     rows = slice(None), slice(0, unseen)
-    results = gradients(lambda *x: hopper.dense(*x, **options), poisoned(q, rows), k, v, dout=poisoned(dout, rows))
+    results = gradients(
+        lambda *x: hopper.dense(*x, **options), poisoned(q, rows), k, v, dout=poisoned(dout, rows)
+    )
     compare_results(results, q, k, v, dout, **options)
     assert not results[0][rows].any() and not results[1][rows].any()
 
 
-# --- shapes and schedules ---------------------------------------------------------------------------------------------
+# --- shapes and schedules
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -110,8 +152,12 @@ def test_every_head_size_is_rounded_alike_by_all_kernels(hopper, head_dim, causa
 
 @pytest.mark.parametrize("head_dim, head_dim_v", [(64, 128), (128, 64), (192, 128), (256, 64), (40, 72)])
 def test_v_may_have_another_head_size(hopper, head_dim, head_dim_v):
-    q, k, v = (randn(2, 300, 2, size, seed=i, like=hopper) for i, size in enumerate((head_dim, head_dim, head_dim_v)))
-    check(lambda *x: hopper.dense(*x, activation="silu", causal=True), q, k, v, activation="silu", causal=True)
+    q, k, v = (
+        randn(2, 300, 2, size, seed=i, like=hopper) for i, size in enumerate((head_dim, head_dim, head_dim_v))
+    )
+    check(
+        lambda *x: hopper.dense(*x, activation="silu", causal=True), q, k, v, activation="silu", causal=True
+    )
 
 
 def test_forward_takes_a_wider_v_than_the_backward(hopper):
@@ -128,9 +174,14 @@ def test_packing_the_heads_of_a_group_changes_nothing(hopper, nheads, nheads_k, 
 
 
 @pytest.mark.parametrize("nheads_k", [1, 4])
-@pytest.mark.parametrize("method, lengths", [("dense", {}), ("varlen", dict(lengths_q=[200, 500], lengths_k=[190, 510]))])
+@pytest.mark.parametrize(
+    "method, lengths", [("dense", {}), ("varlen", dict(lengths_q=[200, 500], lengths_k=[190, 510]))]
+)
 def test_deterministic_runs_are_equal_bit_for_bit(hopper, method, lengths, nheads_k):
-    tensors = [x.flatten(0, 1) if lengths else x for x in qkv(hopper, 1, 700, 700, nheads=4, nheads_k=nheads_k, head_dim=64)]
+    tensors = [
+        x.flatten(0, 1) if lengths else x
+        for x in qkv(hopper, 1, 700, 700, nheads=4, nheads_k=nheads_k, head_dim=64)
+    ]
     options = dict(activation="silu", causal=True, deterministic=True, **lengths)
     runs = [gradients(lambda *x: getattr(hopper, method)(*x, **options), *tensors) for _ in range(4)]
     compare_results(runs[0], *tensors, randn(*tensors[0].shape, seed=99).to(tensors[0]), method, **options)
@@ -151,15 +202,24 @@ def test_tiles_of_the_backward_that_are_not_upstreams(hopper, head_dim, nheads_k
     compare_results(results, *tensors, dout, "varlen", **LENGTHS, **options)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(causal=True, activation="silu", normalization="1/n"), dict(deterministic=True)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(causal=True, activation="silu", normalization="1/n"), dict(deterministic=True)],
+    ids=str,
+)
 @pytest.mark.parametrize("nheads_k, dtype", [(4, torch.bfloat16), (1, torch.float16)])
 def test_calls_that_look_the_same_use_their_own_tensors(hopper, nheads_k, dtype, options):
     """From the second on they repeat what the first one launched."""
     for seed in range(3):
-        compare(hopper, *qkv(hopper, 2, 300, 290, nheads=4, nheads_k=nheads_k, head_dim=64, dtype=dtype, seed=seed), **options)
+        compare(
+            hopper,
+            *qkv(hopper, 2, 300, 290, nheads=4, nheads_k=nheads_k, head_dim=64, dtype=dtype, seed=seed),
+            **options,
+        )
 
 
-# --- the user's own functions -----------------------------------------------------------------------------------------
+# --- the user's own functions
+# -----------------------------------------------------------------------------------------
 
 
 def seen_by(mask_mod, q, k) -> torch.Tensor:
@@ -168,11 +228,18 @@ def seen_by(mask_mod, q, k) -> torch.Tensor:
     return seen.expand(q.shape[0], q.shape[2], -1, -1)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(causal=True, normalization="1/visible")], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(causal=True), dict(causal=True, normalization="1/visible")], ids=str
+)
 def test_a_score_mod_is_the_weight(hopper, monkeypatch, options):
     monkeypatch.setitem(oracle.FUNCTIONS, "square", lambda s, bias: s.square())
     mods = dict(score_mod=square, score_mod_bwd=square_bwd)
-    check(lambda *x: hopper.dense(*x, **mods, **options), *qkv(hopper, 2, 300, 300, head_dim=64), activation="square", **options)
+    check(
+        lambda *x: hopper.dense(*x, **mods, **options),
+        *qkv(hopper, 2, 300, 300, head_dim=64),
+        activation="square",
+        **options,
+    )
 
 
 @pytest.mark.parametrize("activation", ["identity", "sigmoid"])
@@ -193,14 +260,17 @@ def test_blocks_that_are_not_listed_are_not_read(hopper, activation, hidden):
     k[:, 128:256] = v[:, 128:256] = 0
     dout = randn(*q.shape, seed=99, like=hopper)
     lists = create_block_mask(causal_with_gaps, None, None, 512, 512, hopper.device, 128).as_tuple()[2:10]
-    by_query, by_key = (BlockSparseTensorsTorch(*some, block_size=(128, 128)) for some in (lists[:4], lists[4:]))
+    by_query, by_key = (
+        BlockSparseTensorsTorch(*some, block_size=(128, 128)) for some in (lists[:4], lists[4:])
+    )
     options = dict(mask_mod=causal_with_gaps, block_sparse_tensors=by_query, block_sparse_tensors_bwd=by_key)
     keys = (poisoned(x, (slice(None), slice(128, 256)), hidden) for x in (k, v))
     results = gradients(lambda *x: hopper.dense(*x, activation=activation, **options), q, *keys, dout=dout)
     compare_results(results, q, k, v, dout, activation=activation, keep=seen_by(causal_with_gaps, q, k))
 
 
-# --- torch around the kernels -----------------------------------------------------------------------------------------
+# --- torch around the kernels
+# -----------------------------------------------------------------------------------------
 
 
 def test_a_captured_graph_replays_on_other_numbers(hopper):
@@ -231,7 +301,16 @@ def test_torch_compile_gives_the_eager_result_in_one_graph(hopper):
     from flash_attn.cute import flash_attn_func
 
     def attend(q, k, v):
-        return flash_attn_func(q, k, v, causal=True, deterministic=True, use_softmax=False, activation="silu", normalization="1/n")[0]
+        return flash_attn_func(
+            q,
+            k,
+            v,
+            causal=True,
+            deterministic=True,
+            use_softmax=False,
+            activation="silu",
+            normalization="1/n",
+        )[0]
 
     tensors = qkv(hopper, 2, 300, 300, head_dim=64)
     torch._dynamo.reset()
@@ -256,32 +335,51 @@ def test_softmax_is_upstreams_beside_a_call_without(hopper):
         compare(hopper, *tensors, causal=True, use_softmax=use_softmax)
 
 
-# --- the ends of the range --------------------------------------------------------------------------------------------
+# --- the ends of the range
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ["silu", "sigmoid"])
 def test_tanh_saturates_where_it_must(hopper, activation):
-    """One query and one key a sequence, so that the output is f(s) and dk is f'(s). tanh.approx is off by 2^-11, which counts s times
-    in f and f' of silu; far out it has to be 1, or 1 - tanh^2 times s is anything."""
-    s = torch.tensor([sign * x for x in (3.0, 5.0, 7.0, 9.0, 10.0, 16.0, 100.0, 6e4) for sign in (1, -1)], dtype=torch.float64)
+    """One query and one key a sequence, so that the output is f(s) and dk is f'(s). tanh.approx is off by
+    2^-11, which counts s times in f and f' of silu; far out it has to be 1, or 1 - tanh^2 times s is
+    anything."""
+    s = torch.tensor(
+        [sign * x for x in (3.0, 5.0, 7.0, 9.0, 10.0, 16.0, 100.0, 6e4) for sign in (1, -1)],
+        dtype=torch.float64,
+    )
     unit = F.one_hot(torch.zeros(len(s), 1, 1, dtype=torch.long), 8).to(hopper.device, torch.float16)
     k = unit * s.to(unit)[:, None, None, None]
-    out, _, dk, _ = gradients(lambda *x: hopper.dense(*x, softmax_scale=1.0, activation=activation), unit, k, unit, dout=unit)
+    out, _, dk, _ = gradients(
+        lambda *x: hopper.dense(*x, softmax_scale=1.0, activation=activation), unit, k, unit, dout=unit
+    )
     value, derivative = gradients(lambda s: oracle.FUNCTIONS[activation](s, 0.0), s, dout=torch.ones_like(s))
     for name, actual, expected in (("f", out, value), ("f'", dk, derivative)):
         allowed = 1e-3 * (1 + s.abs().clamp(max=16) + expected.abs())
         error = (actual[:, 0, 0, 0].double().cpu() - expected).abs()
-        assert (error <= allowed).all(), f"{name} at {s[error > allowed].tolist()} is off by {error[error > allowed].tolist()}"
+        assert (error <= allowed).all(), (
+            f"{name} at {s[error > allowed].tolist()} is off by {error[error > allowed].tolist()}"
+        )
 
 
 @pytest.mark.parametrize("activation", list(oracle.FUNCTIONS))
-@pytest.mark.parametrize("dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"]
+)
 def test_largest_inputs_of_grouped_heads(hopper, dtype, largest, activation):
-    """The output stays finite. Of the gradients, whose sums pass through other kernels, what float16 can't hold shows."""
-    q, k, v = (x.sign() * largest for x in qkv(hopper, 1, 300, 300, nheads=8, nheads_k=2, head_dim=64, dtype=dtype))
+    """The output stays finite. Of the gradients, whose sums pass through other kernels, what float16 can't
+    hold shows.
+    """
+    q, k, v = (
+        x.sign() * largest for x in qkv(hopper, 1, 300, 300, nheads=8, nheads_k=2, head_dim=64, dtype=dtype)
+    )
     dout = randn(*q.shape, seed=99).to(q).sign() * largest
-    out, _, _, dv = gradients(lambda *x: hopper.dense(*x, causal=True, activation=activation), q, k, v, dout=dout)
-    assert torch.isfinite(out).all(), f"out has {(~torch.isfinite(out)).sum()} of {out.numel()} values NaN or Inf"
+    out, _, _, dv = gradients(
+        lambda *x: hopper.dense(*x, causal=True, activation=activation), q, k, v, dout=dout
+    )
+    assert torch.isfinite(out).all(), (
+        f"out has {(~torch.isfinite(out)).sum()} of {out.numel()} values NaN or Inf"
+    )
     if dtype == torch.float16:
         assert not torch.isfinite(dv).all()
 
@@ -301,9 +399,13 @@ SCORES = ["identity", "relu", "relu2", "sigmoid", "silu", "gelu", "softplus"]
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", SCORES)
-@pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(causal=True, normalization="1/visible")], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(causal=True), dict(causal=True, normalization="1/visible")], ids=str
+)
 def test_what_is_not_finite_shows(hopper, dtype, activation, options):
-    """In every result of its sequence that depends on it, in tiles with and without masked keys, and nowhere in another sequence."""
+    """In every result of its sequence that depends on it, in tiles with and without masked keys, and nowhere
+    in another sequence.
+    """
     tensors = qkv(hopper, 2, 400, 400, nheads=2, head_dim=64, dtype=dtype)
     dout = randn(*tensors[0].shape, seed=99).to(tensors[0])
     run = lambda *x: hopper.dense(*x, activation=activation, **options)  # noqa: E731
@@ -312,8 +414,14 @@ def test_what_is_not_finite_shows(hopper, dtype, activation, options):
     for value in (NAN, float("inf"), -float("inf")):
         for which, name in enumerate("qkv"):
             place = 1, row, 0, 5
-            out, dq, dk, dv = gradients(run, *(poisoned(x, place, value) if i == which else x for i, x in enumerate(tensors)), dout=dout)
-            assert all(torch.isfinite(x[0]).all() and torch.isfinite(x[1, :, 1]).all() for x in (out, dq, dk, dv))
+            out, dq, dk, dv = gradients(
+                run,
+                *(poisoned(x, place, value) if i == which else x for i, x in enumerate(tensors)),
+                dout=dout,
+            )
+            assert all(
+                torch.isfinite(x[0]).all() and torch.isfinite(x[1, :, 1]).all() for x in (out, dq, dk, dv)
+            )
             nan = value != value
             if name == "q":
                 # relu and softplus end -Inf, sigmoid both; with so many keys a row has +Inf too.
@@ -336,7 +444,8 @@ def test_an_infinite_dout_shows(hopper):
     assert not any(torch.isfinite(x).any() for x in (dq[0, 7, 0], dk[0, :, 0], dv[0, :, 0, 3]))
 
 
-# --- rows of no sequence, and many sequences --------------------------------------------------------------------------
+# --- rows of no sequence, and many sequences
+# --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nheads_k", [1, 2])
@@ -351,21 +460,37 @@ def test_rows_of_no_sequence_are_zero(hopper, nheads_k, first, slack):
     total = int(ends[-1]) + slack
     q, k, v = (randn(total, n, 64, seed=i, like=hopper) for i, n in enumerate((2, nheads_k, nheads_k)))
     dout = randn(*q.shape, seed=99, like=hopper)
-    options = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=130, max_seqlen_k=130, activation="silu", use_softmax=False)
+    options = dict(
+        cu_seqlens_q=cu,
+        cu_seqlens_k=cu,
+        max_seqlen_q=130,
+        max_seqlen_k=130,
+        activation="silu",
+        use_softmax=False,
+    )
     inside = slice(first, int(ends[-1]))
     for _ in range(2):
         poison_allocator(hopper.device)
         results = gradients(lambda *x: flash_attn_varlen_func(*x, **options)[0], q, k, v, dout=dout)
         assert not any(x[:first].any() or x[int(ends[-1]) :].any() for x in results)
         inner = (x[inside] for x in (q, k, v, dout))
-        compare_results(tuple(x[inside] for x in results), *inner, "varlen", lengths_q=lengths, lengths_k=lengths, activation="silu")
+        compare_results(
+            tuple(x[inside] for x in results),
+            *inner,
+            "varlen",
+            lengths_q=lengths,
+            lengths_k=lengths,
+            activation="silu",
+        )
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_more_sequences_than_a_grid_has_blocks(hopper, causal):
     """The last of them come out as they do alone."""
     batch = 65_537
-    tensors = [randn(1, 3, 2, 8, seed=i, like=hopper).expand(batch, -1, -1, -1).contiguous() for i in range(3)]
+    tensors = [
+        randn(1, 3, 2, 8, seed=i, like=hopper).expand(batch, -1, -1, -1).contiguous() for i in range(3)
+    ]
     with torch.no_grad():
         for i, x in enumerate(tensors):
             x[-2:] = randn(2, 3, 2, 8, seed=10 + i, like=hopper)

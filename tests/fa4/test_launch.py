@@ -1,4 +1,6 @@
-"""nosoftmax/launch.py with stand-ins for upstream's host code: plans of packed calls, slack rows, small grids."""
+"""nosoftmax/launch.py with stand-ins for upstream's host code: plans of packed calls, slack rows, small
+grids.
+"""
 
 import json
 import subprocess
@@ -125,13 +127,16 @@ print(json.dumps([len(runs), len(mods.plans)]))
 
 
 def test_pages_are_part_of_a_plan(run):
-    assert run("""
+    assert (
+        run("""
 q, k, v, _ = numbers(5, 16, 2, 8)
 for table in ([[0, 1], [2, 3]], [[3, 2], [1, 0]]):
     table = torch.tensor(table, dtype=torch.int32)
     launch.forward(call(seqused_k=offsets(20, 30)), q[:2], k, v, page_table=table)
 print(json.dumps(len(runs)))
-""") == 1
+""")
+        == 1
+    )
 
 
 def test_rows_of_no_sequence_are_zero(run):
@@ -212,7 +217,8 @@ print(json.dumps([[x.shape == y.shape and not x.any().item() for x, y in zip(res
 
 def test_the_kernel_that_zeroes_slack_rows_compiles(run):
     """For Hopper: with the offsets of queries alone, and with those of keys."""
-    assert run("""
+    assert (
+        run("""
 import importlib
 from torch._subclasses.fake_tensor import FakeTensorMode
 slack = importlib.import_module("flash_attn.cute.nosoftmax.slack")
@@ -224,4 +230,6 @@ with FakeTensorMode():
     slack.zero_slack(x, None, x, x, cu)
     slack.zero_slack(x, None, x, x, None)
 print(json.dumps(len(slack.zero_slack.compile_cache.cache)))
-""") == 2
+""")
+        == 2
+    )

@@ -1,4 +1,6 @@
-"""nosoftmax/plan.py: what repeats the launches of an earlier call, and what must not. Kernels are Python functions here."""
+"""nosoftmax/plan.py: what repeats the launches of an earlier call, and what must not. Kernels are Python
+functions here.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def test_calls_that_look_the_same_run_the_host_code_once():
 
 
 @pytest.mark.parametrize("other", [
-    dict(x=torch.ones(4, 16), y=torch.ones(4, 16)), dict(x=torch.ones(8, 4).t()), dict(factor=3.0), dict(x=torch.ones(4, 8).half()),
+    dict(x=torch.ones(4, 16), y=torch.ones(4, 16)), dict(x=torch.ones(8, 4).t()), dict(factor=3.0),
+        dict(x=torch.ones(4, 8).half()),
 ], ids=["shape", "strides", "option", "dtype"])  # fmt: skip
 def test_other_looks_and_options_have_plans_of_their_own(other):
     upstream = Upstream()
@@ -74,7 +77,9 @@ def test_one_tensor_given_twice_is_no_plan_but_may_use_one():
     assert upstream.runs == 3
 
 
-@pytest.mark.parametrize("before", [torch.clone, lambda x: x.view(8, 4).t().reshape(4, 8)], ids=["clone", "copy"])
+@pytest.mark.parametrize(
+    "before", [torch.clone, lambda x: x.view(8, 4).t().reshape(4, 8)], ids=["clone", "copy"]
+)
 def test_host_code_that_copies_a_tensor_always_runs(before):
     upstream = Upstream()
     x, y = numbers(4, 8)

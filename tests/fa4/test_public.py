@@ -1,4 +1,6 @@
-"""The functions of flash_attn.cute with use_softmax, on fake tensors: signatures, errors, and the upstream path with softmax on."""
+"""The functions of flash_attn.cute with use_softmax, on fake tensors: signatures, errors, and the upstream
+path with softmax on.
+"""
 
 import inspect
 import json
@@ -31,7 +33,12 @@ def error(*args, function=flash_attn_func, **kwargs):
 def run(compiler, trees):
     def said(program: str):
         environment = {**FOR_HOPPER, "PYTHONPATH": str(trees[1]), "PATH": "/usr/bin:/bin"}
-        done = subprocess.run([compiler[0], "-W", "ignore", "-c", BEGIN + program], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [compiler[0], "-W", "ignore", "-c", BEGIN + program],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -41,9 +48,12 @@ def run(compiler, trees):
 def test_signatures_are_upstreams_and_four_more(run):
     more = run("""
 print(json.dumps([
-    [list(inspect.signature(f).parameters)[: len(inspect.signature(u).parameters)] == list(inspect.signature(u).parameters),
-     {n: p.default for n, p in list(inspect.signature(f).parameters.items())[len(inspect.signature(u).parameters):]}]
-    for f, u in ((flash_attn_func, interface.flash_attn_func), (flash_attn_varlen_func, interface.flash_attn_varlen_func))]))
+    [list(inspect.signature(f).parameters)[: len(inspect.signature(u).parameters)]
+        == list(inspect.signature(u).parameters),
+     {n: p.default for n,
+         p in list(inspect.signature(f).parameters.items())[len(inspect.signature(u).parameters):]}]
+    for f, u in ((flash_attn_func, interface.flash_attn_func), (flash_attn_varlen_func,
+        interface.flash_attn_varlen_func))]))
 """)
     four = {"use_softmax": True, "activation": "identity", "sigmoid_bias": 0.0, "normalization": None}
     assert more == [[True, four]] * 2
@@ -85,8 +95,20 @@ with FakeTensorMode():
 """)
     for name, text in found.items():
         assert text is not None, name
-    assert "'tanh'" in found["unknown"] and "score_mod" in found["twice"] and "use_softmax=False" in found["activation"]
-    for name in ("score_mod_bwd", "mask_mod", "num_splits", "return_lse", "gather_bwd_recompute_p", "float32", "page_table"):
+    assert (
+        "'tanh'" in found["unknown"]
+        and "score_mod" in found["twice"]
+        and "use_softmax=False" in found["activation"]
+    )
+    for name in (
+        "score_mod_bwd",
+        "mask_mod",
+        "num_splits",
+        "return_lse",
+        "gather_bwd_recompute_p",
+        "float32",
+        "page_table",
+    ):
         assert name in found[name]
 
 
@@ -94,14 +116,15 @@ def test_shapes_and_the_empty_lse(run):
     out, lse, kind, compiled = run("""
 with FakeTensorMode():
     out, lse = flash_attn_func(*tensors(), use_softmax=False, activation="silu", causal=True)
-print(json.dumps([list(out.shape), list(lse.shape), str(lse.dtype), len(interface._flash_attn_fwd.compile_cache.cache)]))
+print(json.dumps([list(out.shape), list(lse.shape), str(lse.dtype),
+    len(interface._flash_attn_fwd.compile_cache.cache)]))
 """)
     assert (out, lse, kind, compiled) == ([2, 100, 4, 64], [0], "torch.float32", 1)
 
 
 def test_torch_compile_keeps_the_call_as_one_operator(run):
-    """Traced whole, forward and backward. The tensors are fake, so nothing is launched, and on the CPU, because torch asks the driver
-    for the device of a gradient.
+    """Traced whole, forward and backward. The tensors are fake, so nothing is launched, and on the CPU,
+    because torch asks the driver for the device of a gradient.
     """
     forward, backward = run("""
 from torch._dynamo.backends.common import aot_autograd
@@ -112,18 +135,21 @@ def keep(graph, inputs):
     graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
     return graph.forward
 def step(q, k, v):
-    return flash_attn_func(q, k, v, causal=True, use_softmax=False, activation="silu", normalization="1/n")[0].sin()
+    return flash_attn_func(q, k, v, causal=True, use_softmax=False, activation="silu",
+        normalization="1/n")[0].sin()
 with FakeTensorMode(allow_non_fake_inputs=True):
     q, k, v = (torch.empty(2, 100, 4, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(q, k, v).sum().backward()
-print(json.dumps([sum("nosoftmax.forward" in n for n in graphs[0]), sum("nosoftmax.backward" in n for n in graphs[1])]))
+    torch.compile(step, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))(q, k,
+        v).sum().backward()
+print(json.dumps([sum("nosoftmax.forward" in n for n in graphs[0]),
+    sum("nosoftmax.backward" in n for n in graphs[1])]))
 """)
     assert (forward, backward) == (1, 1)
 
 
 def test_eager_calls_need_no_operator(run):
-    """One costs the host several times what the call does. What operators see to holds without: no second derivative that is silently
-    zero, and no backward with other lengths than the forward.
+    """One costs the host several times what the call does. What operators see to holds without: no second
+    derivative that is silently zero, and no backward with other lengths than the forward.
     """
     operators, twice, changed = run("""
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -147,9 +173,11 @@ with Operators():
     out = flash_attn_func(q, k, v, **off)[0]
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
 lengths = torch.tensor([0, 3, 6], dtype=torch.int32)
-packed = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens_q=lengths, cu_seqlens_k=lengths, **off)[0]
+packed = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens_q=lengths,
+    cu_seqlens_k=lengths, **off)[0]
 lengths += 1
-print(json.dumps([[s for s in seen if "mul" in s or "nosoftmax" in s], message(grad.sum().backward), message(packed.sum().backward)]))
+print(json.dumps([[s for s in seen if "mul" in s or "nosoftmax" in s], message(grad.sum().backward),
+    message(packed.sum().backward)]))
 """)
     assert operators and not any("nosoftmax" in name for name in operators)
     assert "once_differentiable" in twice and "modified by an inplace operation" in changed
@@ -164,7 +192,8 @@ seen = []
 def forward(q, k, v, out, **options):
     seen.append("forward")
     lengths = options["cu_seqlens_q"], options["cu_seqlens_k"]
-    plan.recorded(lambda q, k, v, out, scale, *_: out.copy_(q * scale))(q, k, v, out.detach(), options["softmax_scale"], *lengths)
+    plan.recorded(lambda q, k, v, out, scale, *_: out.copy_(q * scale))(q, k, v, out.detach(),
+        options["softmax_scale"], *lengths)
 def backward(q, k, v, dout, *_, dq, dk, dv, **options):
     seen.append("backward")
     lengths = options["cu_seqlens_q"], options["cu_seqlens_k"]
@@ -182,7 +211,8 @@ def step(seed, **options):
 def mod(score, *rest): return score
 lengths = torch.tensor([0, 15, 40], dtype=torch.int32)
 right = [step(seed, **options) for options in (
-    dict(causal=True), dict(score_mod=mod, score_mod_bwd=mod), dict(mask_mod=mod), dict(cu_seqlens_q=lengths, cu_seqlens_k=lengths),
+    dict(causal=True), dict(score_mod=mod, score_mod_bwd=mod), dict(mask_mod=mod), dict(cu_seqlens_q=lengths,
+        cu_seqlens_k=lengths),
 ) for seed in range(3)]
 print(json.dumps([seen, all(right)]))
 """)
@@ -199,8 +229,10 @@ public.obstacle = lambda *args, **options: None
 launch.forward = lambda call, q, k, v, **options: seen.append([k.shape[1], v.shape[1]]) or q
 q, k, v = torch.empty(2, 30, 4, 64), *torch.empty(2, 2, 100, 4, 64)
 for options in (
-    {"window_size": (10, 0)}, {"window_size": (10, None), "normalization": "1/visible"}, {"window_size": (80, 0)}, {"causal": True},
-    {"window_size": (10, 0), "normalization": "1/n"}, {"window_size": (10, 0), "activation": "sigmoid", "sigmoid_bias": "-log n"},
+    {"window_size": (10, 0)}, {"window_size": (10, None), "normalization": "1/visible"}, {"window_size": (80,
+        0)}, {"causal": True},
+    {"window_size": (10, 0), "normalization": "1/n"}, {"window_size": (10, 0), "activation": "sigmoid",
+        "sigmoid_bias": "-log n"},
 ):
     flash_attn_func(q, k, v, use_softmax=False, **options)
 print(json.dumps(seen))
@@ -208,7 +240,9 @@ print(json.dumps(seen))
 
 
 def test_queries_that_see_no_key_are_left_out_of_the_backward(run):
-    """A NaN in them or in their dout would reach dk and dv through a tile that they share with queries that see keys."""
+    """A NaN in them or in their dout would reach dk and dv through a tile that they share with queries that
+    see keys.
+    """
     found = run("""
 from flash_attn.cute.nosoftmax import launch
 public.obstacle = lambda *args, **options: None
@@ -236,13 +270,19 @@ print(json.dumps([
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [
-    "score_mod=square, score_mod_bwd=square_bwd, causal=True",
-    "activation='sigmoid', mask_mod=even_distance",
-    "activation='sigmoid', mask_mod=causal_with_gaps, block_sparse_tensors=blocks, block_sparse_tensors_bwd=blocks",
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "score_mod=square, score_mod_bwd=square_bwd, causal=True",
+        "activation='sigmoid', mask_mod=even_distance",
+        "activation='sigmoid', mask_mod=causal_with_gaps, block_sparse_tensors=blocks, "
+        "block_sparse_tensors_bwd=blocks",
+    ],
+)
 def test_the_users_functions_and_blocks_compile(run, options):
-    """Forward and backward, for those of test_hopper.py. The backward is called by hand: autograd asks the driver for the device."""
+    """Forward and backward, for those of test_hopper.py. The backward is called by hand: autograd asks the
+    driver for the device.
+    """
     functions = "".join(map(inspect.getsource, (square, square_bwd, even_distance, causal_with_gaps)))
     assert run(f"""
 from types import SimpleNamespace
@@ -251,7 +291,8 @@ from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 class Context(SimpleNamespace):
     def save_for_backward(self, *tensors): self.saved_tensors = tensors
 context = Context()
-ops.Attention = SimpleNamespace(apply=lambda *args: real.forward(context, *args)) if (real := ops.Attention) else None
+ops.Attention = SimpleNamespace(apply=lambda *args: real.forward(context,
+    *args)) if (real := ops.Attention) else None
 with FakeTensorMode():
     q, k, v = (torch.empty(2, 512, 4, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
     lists = [torch.empty(1, 1, 4, *more, dtype=torch.int32, device="cuda") for more in ((), (4,)) * 2]

@@ -1,9 +1,10 @@
-"""Calls every family of kernels without softmax (FA2, linear time, FA4) on shapes so small that compute-sanitizer can watch each access.
+"""Calls every family of kernels without softmax (FA2, linear time, FA4) on shapes so small that
+compute-sanitizer can watch each access.
 
     compute-sanitizer --tool memcheck python tests/gpu/small_shapes.py --head-dims 64 --dtypes bf16
 
-Results are compared with the CPU backend in float64, so that a run under a sanitizer also shows that the kernels ran.
-`make sanitize` runs it under all four tools.
+Results are compared with the CPU backend in float64, so that a run under a sanitizer also shows that the
+kernels ran. `make sanitize` runs it under all four tools.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ SEGMENTS = (600, 700)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case runs: numbers are rounded to ``rounded``, then computed with in ``dtype`` on ``device`` by ``backend``."""
+    """Where a case runs: numbers are rounded to ``rounded``, then computed with in ``dtype`` on ``device`` by
+    ``backend``.
+    """
 
     device: str
     backend: str
@@ -66,7 +69,9 @@ def with_gradients(run: Callable[..., Tensor], tensors: list[Tensor]) -> list[Te
     return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
 
-def dense(place: Place, head_dim: int, seqlens=(SEQLEN_Q, SEQLEN_K), uneven=False, alibi=False, **options) -> list[Tensor]:
+def dense(
+    place: Place, head_dim: int, seqlens=(SEQLEN_Q, SEQLEN_K), uneven=False, alibi=False, **options
+) -> list[Tensor]:
     d = head_dim - 8 if uneven else head_dim
     tensors = place.randn((1, seqlens[0], NHEADS, d), *[(1, seqlens[1], NHEADS_K, d)] * 2)
     if alibi:
@@ -81,14 +86,19 @@ def varlen(place: Place, head_dim: int, longest: tuple[int, int] = (70, 70), **o
     cu_q, cu_k = place.int32(starts_q), place.int32(starts_k)
     tensors = place.randn((starts_q[-1], NHEADS, head_dim), *[(starts_k[-1], NHEADS_K, head_dim)] * 2)
     return with_gradients(
-        lambda q, k, v: flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, **{**place.options, **options}), tensors
+        lambda q, k, v: flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, **{**place.options, **options}),
+        tensors,
     )
 
 
 def kvcache(place: Place, head_dim: int, new: bool, paged: bool, **options) -> list[Tensor]:
-    """Decoding with a cache of 512 slots, all of whose unused ones hold NaN; returns the cache as well when it is appended to."""
+    """Decoding with a cache of 512 slots, all of whose unused ones hold NaN; returns the cache as well when
+    it is appended to.
+    """
     slots, page = 512, 256
-    q, k, v, *fresh = place.randn((2, 3, NHEADS, head_dim), *[(2, slots, NHEADS_K, head_dim)] * 2, *[(2, 3, NHEADS_K, head_dim)] * 2)
+    q, k, v, *fresh = place.randn(
+        (2, 3, NHEADS, head_dim), *[(2, slots, NHEADS_K, head_dim)] * 2, *[(2, 3, NHEADS_K, head_dim)] * 2
+    )
     lengths = place.int32([300, 17])
     for cache in (k, v):
         for batch, length in enumerate(lengths.tolist()):
@@ -100,7 +110,9 @@ def kvcache(place: Place, head_dim: int, new: bool, paged: bool, **options) -> l
         options["cache_leftpad"] = place.int32([5, 0])
     if new:
         angles = torch.arange(slots)[:, None] / 10000 ** (torch.arange(8) / 8)
-        options["rotary_cos"], options["rotary_sin"] = (place.numbers(x) for x in (angles.cos(), angles.sin()))
+        options["rotary_cos"], options["rotary_sin"] = (
+            place.numbers(x) for x in (angles.cos(), angles.sin())
+        )
         options["k"], options["v"] = fresh
     out = flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, **place.options, **options)
     return [out, k.nan_to_num(), v.nan_to_num()] if new else [out]
@@ -112,9 +124,17 @@ def pages(place: Place, head_dim: int, **options) -> list[Tensor]:
     for cache in (k, v):
         for page, used in ((0, 44), (2, 0), (3, 17)):
             cache[page, used:] = float("nan")
-    table, starts_q, starts_k = place.int32([[1, 0], [3, 2]]), place.int32([0, 3, 8]), place.int32([0, 300, 317])
+    table, starts_q, starts_k = (
+        place.int32([[1, 0], [3, 2]]),
+        place.int32([0, 3, 8]),
+        place.int32([0, 300, 317]),
+    )
     with torch.no_grad():
-        return [flash_attn_varlen_func(q, k, v, starts_q, starts_k, 5, 300, block_table=table, **{**place.options, **options})]
+        return [
+            flash_attn_varlen_func(
+                q, k, v, starts_q, starts_k, 5, 300, block_table=table, **{**place.options, **options}
+            )
+        ]
 
 
 def fa2_cases() -> Iterator[tuple[str, Case]]:
@@ -133,7 +153,10 @@ def fa2_cases() -> Iterator[tuple[str, Case]]:
     yield "dropout, ALiBi, window", partial(dense, dropout_p=0.2, alibi=True, window_size=(40, 7))
     yield "general", partial(dense, uneven=True)
     yield "general, window", partial(dense, uneven=True, window_size=(40, 7))
-    yield "general, ALiBi and softcap, causal", partial(dense, uneven=True, alibi=True, softcap=5.0, causal=True)
+    yield (
+        "general, ALiBi and softcap, causal",
+        partial(dense, uneven=True, alibi=True, softcap=5.0, causal=True),
+    )
     yield "general, dropout", partial(dense, uneven=True, dropout_p=0.2)
     yield "varlen", varlen
     yield "varlen, causal", partial(varlen, causal=True)
@@ -143,7 +166,10 @@ def fa2_cases() -> Iterator[tuple[str, Case]]:
                 name = f"kvcache{', paged' * paged}{', append and rotary' * new}, {splits} splits"
                 yield name, partial(kvcache, paged=paged, new=new, num_splits=splits, causal=True)
     yield "kvcache, softcap, 3 splits", partial(kvcache, paged=False, new=False, num_splits=3, softcap=5.0)
-    yield "kvcache, window, 3 splits", partial(kvcache, paged=False, new=False, num_splits=3, window_size=(50, 0))
+    yield (
+        "kvcache, window, 3 splits",
+        partial(kvcache, paged=False, new=False, num_splits=3, window_size=(50, 0)),
+    )
 
 
 def linear_cases() -> Iterator[tuple[str, Case]]:
@@ -151,13 +177,19 @@ def linear_cases() -> Iterator[tuple[str, Case]]:
         for normalization in (None, "1/visible"):
             name = f"{', causal' * causal}{normalization and f', {normalization}' or ''}"
             yield f"dense{name}", partial(dense, seqlens=SEGMENTS, causal=causal, normalization=normalization)
-            yield f"varlen{name}", partial(varlen, longest=SEGMENTS, causal=causal, normalization=normalization)
+            yield (
+                f"varlen{name}",
+                partial(varlen, longest=SEGMENTS, causal=causal, normalization=normalization),
+            )
 
 
 def fa4_cases() -> Iterator[tuple[str, Case]]:
     yield "dense", dense
     yield "causal, silu", partial(dense, causal=True, activation="silu")
-    yield "window, sigmoid, 1/visible", partial(dense, window_size=(40, 7), activation="sigmoid", normalization="1/visible")
+    yield (
+        "window, sigmoid, 1/visible",
+        partial(dense, window_size=(40, 7), activation="sigmoid", normalization="1/visible"),
+    )
     yield "softcap, relu2", partial(dense, softcap=5.0, activation="relu2")
     yield "causal, deterministic", partial(dense, causal=True, deterministic=True)
     yield "deterministic", partial(dense, deterministic=True)
@@ -170,10 +202,14 @@ CASES = {"fa2": fa2_cases, "linear": linear_cases, "fa4": fa4_cases}
 
 
 def difference(name: str, actual: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest error of any result, in units of its largest value. Raises AssertionError for NaN or Inf."""
+    """The largest error of any result, in units of its largest value. Raises AssertionError for NaN
+    or Inf.
+    """
     worst = 0.0
     for x, y in zip(actual, expected):
-        assert torch.isfinite(x).all(), f"{name}: {(~torch.isfinite(x)).sum()} of {x.numel()} values NaN or Inf"
+        assert torch.isfinite(x).all(), (
+            f"{name}: {(~torch.isfinite(x)).sum()} of {x.numel()} values NaN or Inf"
+        )
         worst = max(worst, ((x.cpu().double() - y).abs().max() / y.abs().max().clamp(min=1e-30)).item())
     return worst
 
@@ -195,14 +231,18 @@ def check(name: str, case: Case, head_dim: int, dtype: torch.dtype, device: str,
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS, choices=HEAD_DIMS)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--backends", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("error: torch sees no GPU; --device cpu runs the same calls on the CPU backend", file=sys.stderr)
+        print(
+            "error: torch sees no GPU; --device cpu runs the same calls on the CPU backend", file=sys.stderr
+        )
         return 2
     for backend in list(args.backends):
         if args.device == "cuda" and (why := missing(backend)):
@@ -211,9 +251,12 @@ def main(argv: list[str] | None = None) -> int:
     failed = total = 0
     for head_dim, dtype, backend in itertools.product(args.head_dims, args.dtypes, args.backends):
         for name, case in CASES[backend]():
-            # With "forwards" what can be three forward passes is; softcap and dropout take the backward kernel anyway.
+            # With "forwards" what can be three forward passes is; softcap and dropout take the backward
+            # kernel anyway.
             for backward in ("kernel", "forwards"):
-                if backward == "forwards" and (backend != "fa2" or any(one_way in name for one_way in ("softcap", "dropout", "kvcache"))):
+                if backward == "forwards" and (
+                    backend != "fa2" or any(one_way in name for one_way in ("softcap", "dropout", "kvcache"))
+                ):
                     continue
                 os.environ[BACKWARD_ENV] = backward
                 total += 1
@@ -221,7 +264,10 @@ def main(argv: list[str] | None = None) -> int:
                     check(name, case, head_dim, DTYPES[dtype], args.device, backend)
                 except AssertionError as error:
                     failed += 1
-                    print(f"{backend}, head_dim {head_dim}, {dtype}, backward by {backward}: {error}", flush=True)
+                    print(
+                        f"{backend}, head_dim {head_dim}, {dtype}, backward by {backward}: {error}",
+                        flush=True,
+                    )
     print(f"{total} calls, {failed} wrong")
     return 1 if failed else 0
 

@@ -1,5 +1,5 @@
-"""The real series of every family on upstream's real source, in a checkout of its own, so that nothing here touches build/ or waits for
-a lock.
+"""The real series of every family on upstream's real source, in a checkout of its own, so that nothing here
+touches build/ or waits for a lock.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Project:
             fetch.pinned(Project.open(REAL.root, family, version))
     root = tmp_path_factory.mktemp("checkout")
     for folder in (REAL.root / "patches", REAL.root / "overlay", REAL.store):
-        shutil.copytree(folder, root / folder.relative_to(REAL.root), ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            folder, root / folder.relative_to(REAL.root), ignore=shutil.ignore_patterns("__pycache__")
+        )
     shutil.copy(REAL.lock.path, root)
     (root / ".cache" / "downloads").symlink_to(REAL.downloads)
     return Project.open(root, REAL.family.name, REAL.family.default)
@@ -61,7 +63,9 @@ def make(checkout: Project):
         if (version, family) not in made:
             project = Project.open(checkout.root, family, version)
             base, files = fetch.pinned(project), refresh.Files.of(project)
-            built = apply.build(project, base, project.root / "trees" / family / version, files.patches, files.overlay)
+            built = apply.build(
+                project, base, project.root / "trees" / family / version, files.patches, files.overlay
+            )
             made[version, family] = Patched(project, base, files, built)
         return made[version, family]
 

@@ -1,4 +1,5 @@
 """Backported fixes do what they were backported for, before a compiler sees them."""
+
 from __future__ import annotations
 
 import re
@@ -21,8 +22,12 @@ def hunks() -> list[Hunk]:
 
 
 def offset(lines: list[str]) -> int:
-    """row_offset_dq_accum of these lines of C++, with C++'s types: an int is 32 bits wide and wraps (as NumPy's do)."""
-    params = SimpleNamespace(seqlen_q_rounded=np.int32(SEQLEN_Q), h=np.int32(NHEADS), d_rounded=np.int32(HEAD_DIM))
+    """row_offset_dq_accum of these lines of C++, with C++'s types: an int is 32 bits wide and wraps (as
+    NumPy's do).
+    """
+    params = SimpleNamespace(
+        seqlen_q_rounded=np.int32(SEQLEN_Q), h=np.int32(NHEADS), d_rounded=np.int32(HEAD_DIM)
+    )
     names = dict(
         params=params, int64=np.int64, bidb=np.int32(BATCH), bidh=np.int32(HEAD), m_block=np.int32(BLOCK),
         m_block_max=np.int32(BLOCK + 1), kBlockM=np.int32(128),
@@ -30,7 +35,9 @@ def offset(lines: list[str]) -> int:
     )  # fmt: skip
     for name, expression in STATEMENT.findall(re.sub(r"//.*", "", "".join(lines))):
         expression = expression.replace("static_cast<index_t>", "int64")
-        expression = re.sub(r"\([^()?]+ \? 0 :[^()]+\)", "int64(0)", expression)  # neither varlen nor deterministic
+        expression = re.sub(
+            r"\([^()?]+ \? 0 :[^()]+\)", "int64(0)", expression
+        )  # neither varlen nor deterministic
         with np.errstate(over="ignore"):
             names[name] = eval(f"({expression})", names)
     return int(names["row_offset_dq_accum"])

@@ -1,4 +1,6 @@
-"""Every header that the kernels include is in the patched tree: the lock's list of upstream files is complete for a CUDA build."""
+"""Every header that the kernels include is in the patched tree: the lock's list of upstream files is complete
+for a CUDA build.
+"""
 
 from __future__ import annotations
 

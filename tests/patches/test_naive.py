@@ -1,4 +1,5 @@
 """The naive kernels' patches fit the patched tree, and differ in nothing but what the mask writes."""
+
 from __future__ import annotations
 
 import re
@@ -20,7 +21,10 @@ def trees(make):
     made = make(REAL.family.default)
     (made.project.root / "tests").mkdir()
     (made.project.root / "tests" / "naive").symlink_to(REAL.root / "tests" / "naive")
-    return made.project, {"right": made.built.tree, **{v: naive.patched(made.project, made.built.tree, v) for v in VARIANTS}}
+    return made.project, {
+        "right": made.built.tree,
+        **{v: naive.patched(made.project, made.built.tree, v) for v in VARIANTS},
+    }
 
 
 def changes(trees, old: str, new: str) -> tuple[set[str], list[str], list[str]]:
@@ -29,7 +33,11 @@ def changes(trees, old: str, new: str) -> tuple[set[str], list[str], list[str]]:
     said = git.output("diff", "--unified=0", ids[old], ids[new], repo=project.store).splitlines()
     paths = {line.removeprefix("+++ b/") for line in said if line.startswith("+++ ")}
     lines = [line for line in said if re.match(r"[-+] ", line) and not line[1:].strip().startswith("//")]
-    return paths, [line[1:].strip() for line in lines if line[0] == "-"], [line[1:].strip() for line in lines if line[0] == "+"]
+    return (
+        paths,
+        [line[1:].strip() for line in lines if line[0] == "-"],
+        [line[1:].strip() for line in lines if line[0] == "+"],
+    )
 
 
 def test_only_the_extension_changes(trees):
@@ -46,9 +54,13 @@ def test_a_naive_mask_writes_minus_infinity_where_the_right_one_writes_zero(tree
     _, gone, came = changes(trees, "right", "minus-infinity")
     zeros = [line for line in gone if "{ score = 0.f; }" in line]
     assert len(zeros) == 2
-    assert [line.replace("0.f", "-INFINITY") for line in zeros] == [line for line in came if "{ score = -INFINITY; }" in line]
+    assert [line.replace("0.f", "-INFINITY") for line in zeros] == [
+        line for line in came if "{ score = -INFINITY; }" in line
+    ]
 
 
 def test_no_patch_is_left_out():
     """Each file in tests/naive belongs to a variant."""
-    assert {path.stem for path in (REAL.root / "tests" / "naive").glob("*.patch")} == {name for v in naive.PATCHES.values() for name in v}
+    assert {path.stem for path in (REAL.root / "tests" / "naive").glob("*.patch")} == {
+        name for v in naive.PATCHES.values() for name in v
+    }

@@ -1,6 +1,8 @@
-"""With softmax on, the machine code of upstream's kernels is that of pristine upstream: a few kernels, compiled on both sides.
+"""With softmax on, the machine code of upstream's kernels is that of pristine upstream: a few kernels,
+compiled on both sides.
 
-`make sass-identity` compares whole files; here one kernel of each kind is instantiated by hand, which takes a minute or two.
+`make sass-identity` compares whole files; here one kernel of each kind is instantiated by hand, which takes a
+minute or two.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ template __global__ void flash_fwd_splitkv_kernel<Split, true, false, false, fal
     KERNEL_PARAM_MODIFIER const Flash_fwd_params);
 template __global__ void flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Bwd, false, false, false, false, true, true, false>(
     KERNEL_PARAM_MODIFIER const Flash_bwd_params);
-"""
+"""  # noqa: E501
 COMBINE = """
 template __global__ void flash_fwd_splitkv_combine_kernel<Split, /*kBlockM=*/16, /*Log_max_splits=*/1, /*Is_even_K=*/true>(
     KERNEL_PARAM_MODIFIER const Flash_fwd_params);
-"""
+"""  # noqa: E501
 PROGRAM = """
 #include "flash_fwd_launch_template.h"
 #include "flash_bwd_launch_template.h"
@@ -50,8 +52,9 @@ using Split = Flash_fwd_kernel_traits<32, 64, 32, 4, false, false, cutlass::half
 using Bwd = Flash_bwd_kernel_traits<32, 64, 64, 8, 4, 4, 4, true, false, cutlass::half_t>;
 {kernels}
 }}
-"""
-# In place of torch's header, which includes all of ATen: parsing that would take longer than compiling the kernels.
+"""  # noqa: E501
+# In place of torch's header, which includes all of ATen: parsing that would take longer than compiling the
+# kernels.
 GENERATOR_HEADER = "#pragma once\n#include <ATen/cuda/PhiloxCudaState.h>\n"
 
 
@@ -82,9 +85,15 @@ def workshop(make, tmp_path_factory) -> Workshop:
 
 @pytest.fixture(scope="module")
 def compare(tools: tuple[Toolkit, Path], workshop: Workshop):
-    """(name, kernels) -> Comparison of a file with these instantiations, added to both trees and compiled with the wheel's flags."""
+    """(name, kernels) -> Comparison of a file with these instantiations, added to both trees and compiled
+    with the wheel's flags.
+    """
     toolkit, cuobjdump = tools
-    variables = {**wheel.build_environment(REAL, "cuda"), "ARCHS": "90", "MAX_JOBS": str(min(2, len(os.sched_getaffinity(0))))}
+    variables = {
+        **wheel.build_environment(REAL, "cuda"),
+        "ARCHS": "90",
+        "MAX_JOBS": str(min(2, len(os.sched_getaffinity(0)))),
+    }
     stand_in = workshop.folder / "stand-in"
     (stand_in / "ATen" / "cuda").mkdir(parents=True)
     (stand_in / "ATen" / "cuda" / "CUDAGeneratorImpl.h").write_text(GENERATOR_HEADER)
@@ -121,7 +130,12 @@ def test_a_changed_header_is_noticed(compare, workshop):
     finally:
         path.write_text(before)
     ((arch, name, *words),) = found.different
-    assert found.kernels == 1 and arch == "sm_90" and "flash_fwd_splitkv_combine_kernel" in name and min(words) > 0
+    assert (
+        found.kernels == 1
+        and arch == "sm_90"
+        and "flash_fwd_splitkv_combine_kernel" in name
+        and min(words) > 0
+    )
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -136,5 +150,8 @@ def test_backports_are_on_both_sides_and_nothing_else_is(make, version):
 
 
 def test_a_fix_that_upstream_has_by_now_is_no_backport(make):
-    older, newer = ({patch.name for patch in sass_identity.backports(make(v).project)} for v in ("2.8.3.post1", "2.8.3.post2"))
+    older, newer = (
+        {patch.name for patch in sass_identity.backports(make(v).project)}
+        for v in ("2.8.3.post1", "2.8.3.post2")
+    )
     assert older - newer == {"bwd-int64-dq-accum-offsets.patch"}

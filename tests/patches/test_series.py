@@ -1,4 +1,6 @@
-"""The series on every supported release: exact, reversible, the same by another engine, and what the export gives back."""
+"""The series on every supported release: exact, reversible, the same by another engine, and what the export
+gives back.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def test_upstream_is_what_the_lock_names(patched):
 
 
 def test_series_applies_exactly_and_gives_the_tree_in_the_lock(patched):
-    assert patched.built.tree == patched.project.release.patched_tree, "make refresh writes the id, if the change is meant"
+    assert patched.built.tree == patched.project.release.patched_tree, (
+        "make refresh writes the id, if the change is meant"
+    )
     assert [p.name for p in patched.files.patches] == sorted(
         patched.built.applied + patched.built.skipped, key=[p.name for p in patched.files.patches].index
     )
@@ -34,8 +38,12 @@ def test_each_prefix_of_the_series_leaves_python_that_parses(patched):
     commits = git.output("rev-list", "--reverse", f"{patched.base.commit}..HEAD", cwd=folder).splitlines()
     assert len(commits) == len(patched.built.applied) + 1  # and one for the overlay
     for commit in commits:
-        changed = git.output("diff-tree", "-r", "--name-only", "--no-commit-id", commit, cwd=folder).splitlines()
-        for path, content in git.read_tree(commit, lambda p, c=tuple(changed): p in c and p.endswith(".py"), cwd=folder):
+        changed = git.output(
+            "diff-tree", "-r", "--name-only", "--no-commit-id", commit, cwd=folder
+        ).splitlines()
+        for path, content in git.read_tree(
+            commit, lambda p, c=tuple(changed): p in c and p.endswith(".py"), cwd=folder
+        ):
             ast.parse(content, f"{commit[:12]}:{path}")
 
 
@@ -68,12 +76,16 @@ def test_second_engine_gives_the_same_tree(patched, plain):
 
 
 def test_bundle_applies_to_the_whole_source_distribution(patched, tmp_path):
-    """With plain `git apply`, in a checkout that has all of upstream's files and not only those that we take."""
+    """With plain `git apply`, in a checkout that has all of upstream's files and not only those that
+    we take.
+    """
     plain = tmp_path / "plain"
     with tarfile.open(download.sdist(patched.project)) as tar:
         for member in tar:
             path = Path(*Path(member.name).parts[1:])
-            if member.isfile() and not path.as_posix().startswith(("csrc/cutlass", "csrc/composable_kernel", "hopper")):
+            if member.isfile() and not path.as_posix().startswith(
+                ("csrc/cutlass", "csrc/composable_kernel", "hopper")
+            ):
                 path = patched.project.family.folder / path
                 (plain / path).parent.mkdir(parents=True, exist_ok=True)
                 (plain / path).write_bytes(tar.extractfile(member).read())
@@ -81,29 +93,43 @@ def test_bundle_applies_to_the_whole_source_distribution(patched, tmp_path):
     text = bundle.make(patched.project, patched.base.commit, patched.built.folder, patched.built.tree)
     git.git("apply", "-", cwd=plain, stdin=text)
     ours = source.ours(patched.project)
-    found = {p.relative_to(plain).as_posix(): p for p in plain.rglob("*") if p.is_file() and ".git" not in p.parts}
+    found = {
+        p.relative_to(plain).as_posix(): p for p in plain.rglob("*") if p.is_file() and ".git" not in p.parts
+    }
     wanted = {path for path in found if ours(path) or path in patched.files.overlay}
-    assert {path: git.blob_id(found[path].read_bytes()) for path in wanted} == git.list_tree("HEAD", cwd=patched.built.folder)
+    assert {path: git.blob_id(found[path].read_bytes()) for path in wanted} == git.list_tree(
+        "HEAD", cwd=patched.built.folder
+    )
 
 
 def test_patches_only_change_lines_of_shared_files(patched):
     for patch in patched.applied:
         for changed in PatchSet(io.StringIO(patch.data.decode())):
-            assert changed.is_modified_file and not changed.is_rename, f"{patch.name}: {changed.path} is not a plain change"
-            assert changed.path in patched.upstream, f"{patch.name}: {changed.path} is not a file that both sources have"
+            assert changed.is_modified_file and not changed.is_rename, (
+                f"{patch.name}: {changed.path} is not a plain change"
+            )
+            assert changed.path in patched.upstream, (
+                f"{patch.name}: {changed.path} is not a file that both sources have"
+            )
         assert b"\nold mode " not in patch.data and b"\nGIT binary patch" not in patch.data
 
 
 def test_generated_kernels_are_up_to_date(with_extension, tmp_path):
     folder = with_extension.built.folder / "csrc" / "flash_attn" / "src"
-    subprocess.run([sys.executable, folder / "generate_kernels.py", "-o", tmp_path], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, folder / "generate_kernels.py", "-o", tmp_path], check=True, capture_output=True
+    )
     made = {p.name: p.read_bytes() for p in tmp_path.glob("*.cu")}
-    ours = {Path(name).name for name in with_extension.files.overlay}  # their generator is tested in tests/unit/test_kernel_build.py
+    ours = {
+        Path(name).name for name in with_extension.files.overlay
+    }  # their generator is tested in tests/unit/test_kernel_build.py
     assert made and made == {p.name: p.read_bytes() for p in folder.glob("*.cu") if p.name not in ours}
 
 
 def test_export_gives_back_the_committed_files(default):
-    exported = refresh.export_tree(default.project, default.built.folder, default.base.commit, default.files.patches)
+    exported = refresh.export_tree(
+        default.project, default.built.folder, default.base.commit, default.files.patches
+    )
     for committed, found in zip(default.files.patches, exported.patches, strict=True):
         assert found == committed, f"{committed.name} is not as the export writes it: make refresh"
     assert exported.overlay == default.files.overlay

@@ -1,4 +1,7 @@
-"""The wheels of both families in one environment, put there by pip in either order; taking one away leaves the other whole."""
+"""The wheels of both families in one environment, put there by pip in either order; taking one away leaves
+the other whole.
+"""
+
 from __future__ import annotations
 
 import json
@@ -54,7 +57,9 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """The interpreter of an environment of its own, which sees the packages of this one but not flash_attn."""
+    """The interpreter of an environment of its own, which sees the packages of this one but not
+    flash_attn.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     packages = tmp_path / "packages"
     packages.mkdir()
@@ -67,7 +72,11 @@ def python(tmp_path: Path) -> Path:
 
 
 def pip(python: Path, *arguments: str | Path) -> None:
-    subprocess.run([sys.executable, "-m", "pip", "--quiet", "--python", python, *arguments], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--quiet", "--python", python, *arguments],
+        check=True,
+        capture_output=True,
+    )
 
 
 def about(python: Path) -> dict:

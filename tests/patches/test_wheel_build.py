@@ -1,4 +1,7 @@
-"""Upstream's setup.py, run on the patched tree: the traps it holds are real, and the way the wheel is built avoids them."""
+"""Upstream's setup.py, run on the patched tree: the traps it holds are real, and the way the wheel is built
+avoids them.
+"""
+
 from __future__ import annotations
 
 import os
@@ -16,7 +19,8 @@ from fapatch.project import Project
 
 pytestmark = pytest.mark.source
 
-# Loaded by every Python that is started with its folder on PYTHONPATH: a download fails loudly and leaves a note.
+# Loaded by every Python that is started with its folder on PYTHONPATH: a download fails loudly and leaves a
+# note.
 NO_DOWNLOAD = """
 import pathlib, urllib.request
 
@@ -62,8 +66,17 @@ def setup_py(folder: Path, guards: Path, *command: str, **env: str) -> subproces
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FLASH_ATT")}
     path = os.pathsep.join([str(guards), os.environ["PATH"]])
     return subprocess.run(
-        [sys.executable, "setup.py", *command], cwd=folder, capture_output=True, text=True,
-        env={**environment, "PATH": path, "PYTHONPATH": str(guards), "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE", **env},
+        [sys.executable, "setup.py", *command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={
+            **environment,
+            "PATH": path,
+            "PYTHONPATH": str(guards),
+            "FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE",
+            **env,
+        },
     )
 
 
@@ -95,21 +108,33 @@ def test_setup_py_downloads_a_wheel_unless_it_is_told_to_build(patched, elsewher
     assert not (guards / "downloaded").exists()
 
 
-@pytest.mark.parametrize("patched, backend", [("flash-attn", "cpu"), ("flash-attn-4", "python")], indirect=["patched"])
+@pytest.mark.parametrize(
+    "patched, backend", [("flash-attn", "cpu"), ("flash-attn-4", "python")], indirect=["patched"]
+)
 def test_the_wheel_is_the_patched_package_and_the_same_each_time(patched, backend, elsewhere):
     first = wheel.build(elsewhere, backend, Path(sys.executable), patched[1])
-    release, label, package = elsewhere.release.version, elsewhere.family.local_label, elsewhere.family.package
+    release, label, package = (
+        elsewhere.release.version,
+        elsewhere.family.local_label,
+        elsewhere.family.package,
+    )
     assert first == elsewhere.dist / f"{package}-{release}+{label}-py3-none-any.whl"
     digest = wheel.sha256(first)
     with zipfile.ZipFile(first) as archive:
         names = archive.namelist()
         metadata = BytesParser().parsebytes(archive.read(next(n for n in names if n.endswith("/METADATA"))))
-        ours = {n: content for n, content in overlay.load(patched[0]).items() if n.startswith("flash_attn/") and n.endswith(".py")}
+        ours = {
+            n: content
+            for n, content in overlay.load(patched[0]).items()
+            if n.startswith("flash_attn/") and n.endswith(".py")
+        }
         assert ours and {n: archive.read(n) for n in ours} == ours
     assert metadata["Version"] == f"{release}+{label}"
     assert any(n.endswith("/LICENSE") for n in names)
     # One folder each, so that the two can be installed side by side.
-    assert all(n.startswith("flash_attn/cute/") == (package == "flash_attn_4") for n in names if n.endswith(".py"))
+    assert all(
+        n.startswith("flash_attn/cute/") == (package == "flash_attn_4") for n in names if n.endswith(".py")
+    )
 
     assert wheel.sha256(wheel.build(elsewhere, backend, Path(sys.executable), patched[1])) == digest
 
@@ -120,7 +145,9 @@ def test_a_failed_build_leaves_dist_alone_and_says_where_to_look(patched, elsewh
     elsewhere.dist.mkdir()
     old = elsewhere.dist / f"flash_attn-{elsewhere.release.version}+old-py3-none-any.whl"
     old.write_bytes(b"old")
-    monkeypatch.setattr(wheel, "build_environment", lambda project, backend: {"BUILD_TARGET": "no such target"})
+    monkeypatch.setattr(
+        wheel, "build_environment", lambda project, backend: {"BUILD_TARGET": "no such target"}
+    )
     with pytest.raises(FapError, match=r"build failed.*\.log"):
         wheel.build(elsewhere, "cpu", Path(sys.executable), patched[1])
     assert [p.name for p in elsewhere.dist.iterdir()] == [old.name]

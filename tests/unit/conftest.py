@@ -17,8 +17,8 @@ CHOICES = ("VERSION", "FAMILY", "SOURCE", "FA_SRC_DIR", "FORCE")  # what fap.py 
 
 @pytest.fixture(autouse=True)
 def person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder with a name in its git configuration, and no setting of this machine. Returns the configuration
-    file.
+    """A home folder with a name in its git configuration, and no setting of this machine. Returns the
+    configuration file.
     """
     home = tmp_path / "home"
     home.mkdir()
@@ -27,16 +27,23 @@ def person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(home))
     config = home / ".gitconfig"
-    config.write_text("[user]\n name = A Person\n email = person@example.org\n[init]\n defaultBranch = main\n[safe]\n directory = *\n")
+    config.write_text(
+        "[user]\n name = A Person\n email = person@example.org\n[init]\n defaultBranch = main\n[safe]\n "
+        "directory = *\n"
+    )
     return config
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy checkout that every test gets a copy of: two patches and one overlay file, applied and refreshed once."""
+    """The toy checkout that every test gets a copy of: two patches and one overlay file, applied and
+    refreshed once.
+    """
     folder = tmp_path_factory.mktemp("toy")
     config = folder / "gitconfig"
-    config.write_text("[user]\n name = A Person\n email = person@example.org\n[init]\n defaultBranch = main\n")
+    config.write_text(
+        "[user]\n name = A Person\n email = person@example.org\n[init]\n defaultBranch = main\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GIT_CONFIG_GLOBAL", str(config))
         for name in CHOICES:
@@ -54,7 +61,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(ROOT / name, root / name)
         toy = Toy(root)
         toy.fap("apply")
-        toy.commit(MESSAGE.format(area="core", title="Change line eight", applies=">=1.0"), core=("line 8\n", "line eight\n"))
+        toy.commit(
+            MESSAGE.format(area="core", title="Change line eight", applies=">=1.0"),
+            core=("line 8\n", "line eight\n"),
+        )
         toy.commit(
             MESSAGE.format(area="dos", title="Change a file with carriage returns", applies=">=1.0"),
             dos=("second\r\n", "2nd\r\n"),

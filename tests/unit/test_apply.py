@@ -26,7 +26,11 @@ def test_tree_is_upstream_overlay_and_series(fresh):
     assert (fresh.source / "toy" / "ours.py").read_text() == "ours = 1\n"
     assert not (fresh.source / "toy" / "left_out").exists() and not (fresh.source / "csrc").exists()
     subjects = fresh.git("log", "--format=%s", "@{upstream}..").splitlines()
-    assert subjects == ["[dos] Change a file with carriage returns", "[core] Change line eight", "[overlay] Add our own files"]
+    assert subjects == [
+        "[dos] Change a file with carriage returns",
+        "[core] Change line eight",
+        "[overlay] Add our own files",
+    ]
 
 
 def test_git_is_a_file_there(fresh):
@@ -38,7 +42,9 @@ def test_git_is_a_file_there(fresh):
 def test_second_run_does_nothing_and_says_why(toy):
     before = stamps(toy)
     said = toy.fap("apply")
-    assert "is up to date: 2 patches, 1 overlay files, upstream tree" in said and said.rstrip().endswith("Nothing to do.")
+    assert "is up to date: 2 patches, 1 overlay files, upstream tree" in said and said.rstrip().endswith(
+        "Nothing to do."
+    )
     assert stamps(toy) == before
 
 
@@ -86,17 +92,32 @@ def test_no_fuzz(toy):
     assert wrong != patch.read_bytes()
     copy = toy.root / "copy"
     toy.git("worktree", "add", "--quiet", "--detach", copy, "@{upstream}")
-    assert subprocess.run(["patch", "-p1", "--dry-run"], cwd=copy, input=wrong, capture_output=True, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            ["patch", "-p1", "--dry-run"], cwd=copy, input=wrong, capture_output=True, check=False
+        ).returncode
+        == 0
+    )
     patch.write_bytes(wrong)
     assert "hunk 1 of 1" in toy.fap("apply", code=1)
 
 
 def test_zero_context_deletion_is_not_taken_as_applied(toy):
-    """`git apply -R --check --unidiff-zero` says of such a patch that it is applied; only contents can tell."""
-    deletion = b"diff --git a/toy/core.py b/toy/core.py\n--- a/toy/core.py\n+++ b/toy/core.py\n@@ -10 +9,0 @@\n-line 10\n"
+    """`git apply -R --check --unidiff-zero` says of such a patch that it is applied; only contents
+    can tell.
+    """
+    deletion = (
+        b"diff --git a/toy/core.py b/toy/core.py\n--- a/toy/core.py\n+++ b/toy/core.py\n@@ -10 +9,0 "
+        b"@@\n-line 10\n"
+    )
     check = ["git", "apply", "--unidiff-zero", "--check"]
     for args in (check, [*check, "-R"]):
-        assert subprocess.run([*args, "-"], cwd=toy.source, input=deletion, capture_output=True, check=False).returncode == 0
+        assert (
+            subprocess.run(
+                [*args, "-"], cwd=toy.source, input=deletion, capture_output=True, check=False
+            ).returncode
+            == 0
+        )
     message = (toy.patches / CORE_PATCH).read_bytes().partition(b"diff --git")[0]
     (toy.patches / "zero.patch").write_bytes(message + deletion)
     with (toy.patches / "series").open("a") as series:
@@ -109,7 +130,9 @@ def test_git_apply_in_a_nested_folder_is_a_silent_no_op_and_we_do_not_use_it(toy
     nested = toy.root / "build" / "unpacked"
     (nested / "toy").mkdir(parents=True)
     (nested / "toy" / "core.py").write_text("not even the right file\n")
-    trap = subprocess.run(["git", "apply", toy.patches / CORE_PATCH], cwd=nested, capture_output=True, check=False)
+    trap = subprocess.run(
+        ["git", "apply", toy.patches / CORE_PATCH], cwd=nested, capture_output=True, check=False
+    )
     assert trap.returncode == 0 and (nested / "toy" / "core.py").read_text() == "not even the right file\n"
     toy.fap("clean")
     toy.fap("apply")
@@ -174,9 +197,14 @@ def test_release_outside_applies_to_skips_the_patch(toy):
         (lambda t: (t.patches / CORE_PATCH).unlink(), "there is no such file"),
         (lambda t: (t.patches / "series").write_text(f"{CORE_PATCH}\n{CORE_PATCH}\n"), "twice"),
         (lambda t: (t.patches / "series").unlink(), "series is missing"),
-        (lambda t: (t.patches / "series").write_text("../../upstream.toml\n"), "there is no such file beside it"),
         (
-            lambda t: (t.patches / CORE_PATCH).write_bytes((t.patches / CORE_PATCH).read_bytes().replace(b"\n", b"\r\n")),
+            lambda t: (t.patches / "series").write_text("../../upstream.toml\n"),
+            "there is no such file beside it",
+        ),
+        (
+            lambda t: (t.patches / CORE_PATCH).write_bytes(
+                (t.patches / CORE_PATCH).read_bytes().replace(b"\n", b"\r\n")
+            ),
             "Windows line ends",
         ),
         (lambda t: t.replace(t.patches / CORE_PATCH, ">=1.0", "one"), "not a version specifier"),
@@ -191,13 +219,17 @@ def test_bad_input_is_named(toy, damage, told):
 
 def test_crlf_checkout_keeps_the_bytes_of_patches(toy, tmp_path):
     clone = tmp_path / "windows"
-    toy.git("clone", "--quiet", "-c", "core.autocrlf=true", "-c", "core.eol=crlf", toy.root, clone, cwd=tmp_path)
+    toy.git(
+        "clone", "--quiet", "-c", "core.autocrlf=true", "-c", "core.eol=crlf", toy.root, clone, cwd=tmp_path
+    )
     for patch in toy.patches.glob("*.patch"):
         assert (clone / "patches" / "toy" / patch.name).read_bytes() == patch.read_bytes()
 
 
 def test_moved_checkout_keeps_its_work(toy):
-    """Git writes absolute paths into a worktree; ours must survive a move and never reach into a copy's original."""
+    """Git writes absolute paths into a worktree; ours must survive a move and never reach into a copy's
+    original.
+    """
     original = state.read(toy.project()).commit
     toy.commit("mine", core=("line 10\n", "line ten\n"))
     moved = toy.root.with_name("elsewhere")
@@ -210,7 +242,9 @@ def test_moved_checkout_keeps_its_work(toy):
 
 def test_copied_checkout_leaves_its_original_alone(made, toy):
     link = (made / "build" / "src" / "toy" / "1.0" / ".git").read_text()
-    entries = {p: p.read_bytes() for p in (made / ".cache" / "store.git" / "worktrees").rglob("*") if p.is_file()}
+    entries = {
+        p: p.read_bytes() for p in (made / ".cache" / "store.git" / "worktrees").rglob("*") if p.is_file()
+    }
     toy.replace(toy.overlay / "toy" / "ours.py", "1", "2")
     toy.fap("refresh")
     toy.fap("clean")
@@ -232,7 +266,10 @@ def test_cache_of_another_user(toy, person):
 
 
 def test_name_of_a_patch_travels_in_the_message_and_comes_back():
-    patch = Patch("a-b.patch", b"From 0\nSubject: [a] b\n\nWhy: x.\n\ndiff --git a/f b/f\n--- a/f\n+++ b/f\n@@ -1 +1 @@\n-a\n+b\n")
+    patch = Patch(
+        "a-b.patch",
+        b"From 0\nSubject: [a] b\n\nWhy: x.\n\ndiff --git a/f b/f\n--- a/f\n+++ b/f\n@@ -1 +1 @@\n-a\n+b\n",
+    )
     assert b"\n\nPatch-Name: a-b.patch\n\ndiff --git" in with_name(patch)
     assert without_name(with_name(patch)) == ("a-b.patch", patch.data)
     assert without_name(patch.data) == ("", patch.data)
@@ -253,8 +290,12 @@ def test_name_of_a_new_patch(subject, taken, name):
 def test_series_keeps_its_comments():
     text = "# head\na.patch\n# about b\nb.patch  # why\n\n# tail\n"
     assert rewrite(text, ["a.patch", "b.patch"]) == text
-    assert rewrite(text, ["b.patch", "new.patch"]) == "# head\n# about b\nb.patch  # why\nnew.patch\n\n# tail\n"
-    assert rewrite("# head\n", ["a.patch"]) == "# head\na.patch\n" and rewrite(text, []) == "# head\n\n# tail\n"
+    assert (
+        rewrite(text, ["b.patch", "new.patch"]) == "# head\n# about b\nb.patch  # why\nnew.patch\n\n# tail\n"
+    )
+    assert (
+        rewrite("# head\n", ["a.patch"]) == "# head\na.patch\n" and rewrite(text, []) == "# head\n\n# tail\n"
+    )
 
 
 def test_blob_id_is_git_s():

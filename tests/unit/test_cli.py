@@ -1,5 +1,5 @@
-"""The command line: one line for what a person can mend, the right exit code, one run at a time, and no harm from being
-stopped.
+"""The command line: one line for what a person can mend, the right exit code, one run at a time, and no harm
+from being stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def slow_git(tmp_path, verb: str) -> dict[str, str]:
     folder.mkdir()
     script = folder / "git"
     script.write_text(
-        f'#!/bin/sh\ncase " $* " in *" {verb} "*) touch {tmp_path}/reached; sleep 60;; esac\nexec {shutil.which("git")} "$@"\n'
+        f'#!/bin/sh\ncase " $* " in *" {verb} "*) touch {tmp_path}/reached; sleep 60;; esac\nexec '
+        f'{shutil.which("git")} "$@"\n'
     )
     script.chmod(0o755)
     return {"PATH": f"{folder}:{os.environ['PATH']}"}
@@ -84,7 +85,9 @@ def test_second_run_waits_for_the_first(fresh, tmp_path):
     runs = [start(fresh, "apply") for _ in range(3)]
     said = [run.communicate(timeout=120) for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0], said
-    assert sum("is ready" in out for out, _ in said) == 1 and sum("Nothing to do" in out for out, _ in said) == 2
+    assert (
+        sum("is ready" in out for out, _ in said) == 1 and sum("Nothing to do" in out for out, _ in said) == 2
+    )
     assert sum("waiting for process" in err for _, err in said) == 2
 
 
@@ -199,7 +202,10 @@ def test_clean_and_distclean(toy):
     assert "build/ removed" in toy.fap("clean", "--force")
     assert "Nothing to do" in toy.fap("clean")
     # Committed work is still in the store, whatever was forced.
-    assert shell("git", f"--git-dir={toy.project().store}", "cat-file", "-t", commit, cwd=toy.root).strip() == "commit"
+    assert (
+        shell("git", f"--git-dir={toy.project().store}", "cat-file", "-t", commit, cwd=toy.root).strip()
+        == "commit"
+    )
     assert "removed: dist, .cache" in toy.fap("distclean")
     assert toy.exported() == before and not (toy.root / ".cache").exists()
     assert (toy.root / "upstream.toml").exists()

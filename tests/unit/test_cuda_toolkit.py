@@ -1,4 +1,5 @@
 """Finding a CUDA toolkit that a build can use, among those that only look like one."""
+
 from __future__ import annotations
 
 import os
@@ -57,38 +58,52 @@ def test_order_of_the_places(tmp_path, venv, usual):
         found.append(cuda_toolkit.find(venv, torch, environ).toolkit)
         (tmp_path / gone / "bin" / "nvcc").unlink()
     assert [(kit.home.name, kit.origin) for kit in found] == [
-        ("env", "CUDA_HOME"), ("cu13", "make toolchain"), ("guess", "torch's guess"),
-        ("path", "nvcc on the PATH"), ("usual", "the usual place"),
+        ("env", "CUDA_HOME"),
+        ("cu13", "make toolchain"),
+        ("guess", "torch's guess"),
+        ("path", "nvcc on the PATH"),
+        ("usual", "the usual place"),
     ]
     assert cuda_toolkit.find(venv, torch, environ).toolkit is None
 
 
 def test_a_wrapper_script_without_headers_is_passed_over(tmp_path, venv, usual):
-    """torch takes the folder of /usr/local/bin/nvcc for the toolkit, and the build then lacks cuda_runtime.h."""
+    """torch takes the folder of /usr/local/bin/nvcc for the toolkit, and the build then lacks
+    cuda_runtime.h.
+    """
     wrapper = program(tmp_path / "local" / "bin" / "nvcc")
     torch, environ = replace(TORCH, home=str(tmp_path / "local")), {"PATH": str(wrapper.parent)}
     toolkit(usual)
     search = cuda_toolkit.find(venv, torch, environ)
     assert search.toolkit == Toolkit(usual, "the usual place")
-    assert search.refused == (f"{wrapper} has no headers: {tmp_path}/local/include/cuda_runtime.h is missing (torch's guess)",)
+    assert search.refused == (
+        f"{wrapper} has no headers: {tmp_path}/local/include/cuda_runtime.h is missing (torch's guess)",
+    )
     (usual / "bin" / "nvcc").unlink()
     with pytest.raises(FapError) as caught:
         cuda_toolkit.find(venv, torch, environ).require("the wheel", "make toolchain")
     assert f"the wheel needs the CUDA compiler: {wrapper} has no headers" in str(caught.value)
-    assert f"{usual} has no bin/nvcc" in str(caught.value) and str(caught.value).endswith("->  make toolchain")
+    assert f"{usual} has no bin/nvcc" in str(caught.value) and str(caught.value).endswith(
+        "->  make toolchain"
+    )
 
 
 def test_a_link_to_nvcc_leads_to_its_toolkit(tmp_path, venv):
     home = toolkit(tmp_path / "cuda-13.0")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").symlink_to(home / "bin" / "nvcc")
-    assert cuda_toolkit.find(venv, TORCH, {"PATH": str(tmp_path / "bin")}).toolkit == Toolkit(home, "nvcc on the PATH")
+    assert cuda_toolkit.find(venv, TORCH, {"PATH": str(tmp_path / "bin")}).toolkit == Toolkit(
+        home, "nvcc on the PATH"
+    )
 
 
 def test_a_toolkit_of_another_major_version_than_torch_is_passed_over(tmp_path, venv, usual):
     toolkit(usual, version=12080)
     search = cuda_toolkit.find(venv, TORCH, {})
-    assert search.toolkit is None and f"{usual} is CUDA 12.8, and torch was built with CUDA 13.0" in search.refused[0]
+    assert (
+        search.toolkit is None
+        and f"{usual} is CUDA 12.8, and torch was built with CUDA 13.0" in search.refused[0]
+    )
     assert cuda_toolkit.find(venv, replace(TORCH, cuda="12.6"), {}).toolkit.home == usual
     assert cuda_toolkit.find(venv, replace(TORCH, cuda=None), {}).toolkit.home == usual
 
@@ -128,7 +143,9 @@ def test_a_whole_toolkit_adds_nothing(tmp_path):
     for name in cuda_toolkit.LIBRARY_HEADERS:
         header(kit.home / "include" / name)
         header(tmp_path / "site-packages" / "nvidia" / "cu13" / "include" / name)
-    assert cuda_toolkit.build_environment(kit, [str(tmp_path / "site-packages")], {}) == {"CUDA_HOME": str(kit.home)}
+    assert cuda_toolkit.build_environment(kit, [str(tmp_path / "site-packages")], {}) == {
+        "CUDA_HOME": str(kit.home)
+    }
 
 
 def test_programs_that_come_without_a_toolkit(tmp_path, venv):

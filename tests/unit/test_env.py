@@ -1,4 +1,7 @@
-"""The project's environment: made once, mended when it was left half made, and clear about what it cannot get."""
+"""The project's environment: made once, mended when it was left half made, and clear about what it cannot
+get.
+"""
+
 from __future__ import annotations
 
 import json
@@ -71,7 +74,10 @@ def test_what_cannot_be_had_is_named_with_a_way_out(root):
     (root / "pyproject.toml").write_text(PYPROJECT.format(torch="'no-such-package-at-all==3.1', 'pip'"))
     with pytest.raises(FapError) as caught:
         ensure(root)
-    assert "no-such-package-at-all==3.1" in caught.value.message and "pip" not in caught.value.message.split(" and pip could")[0]
+    assert (
+        "no-such-package-at-all==3.1" in caught.value.message
+        and "pip" not in caught.value.message.split(" and pip could")[0]
+    )
     assert "PIP_FIND_LINKS" in caught.value.hint
     assert "\n" not in str(caught.value)
     with pytest.raises(FapError):  # and it does not count as made
@@ -98,28 +104,44 @@ def test_the_packages_of_a_virtual_environment_are_shared_too(root, tmp_path, mo
     assert "torch 9.9.0, shared with" in ensure(root)
 
 
-@pytest.mark.parametrize("version, usable", [
-    ("2.4.0", True), ("2.13.0+cpu", True), ("2.10.1", True), ("2.3.1", False), ("1.13", False), ("", False),
-])
+@pytest.mark.parametrize(
+    "version, usable",
+    [
+        ("2.4.0", True),
+        ("2.13.0+cpu", True),
+        ("2.10.1", True),
+        ("2.3.1", False),
+        ("1.13", False),
+        ("", False),
+    ],
+)
 def test_which_torch_is_usable(version, usable):
     assert env.has_usable_torch(version) is usable
 
 
 def test_a_python_that_is_too_old_is_refused(tmp_path):
     old = tmp_path / "python3"
-    old.write_text("#!/bin/sh\necho '{\"python\": [3, 9, 18], \"torch\": \"\"}'\n")
+    old.write_text('#!/bin/sh\necho \'{"python": [3, 9, 18], "torch": ""}\'\n')
     old.chmod(0o755)
     with pytest.raises(FapError, match="3.9.18"):
         env.about(old)
 
 
 def test_the_list_of_missing_packages_needs_no_package(root):
-    """missing.py runs before anything is installed: -S leaves out all of site-packages but what it is shown."""
-    pip_home = run(sys.executable, "-c", "import pip, pathlib; print(pathlib.Path(pip.__file__).parents[1])").stdout.decode().strip()
+    """missing.py runs before anything is installed: -S leaves out all of site-packages but what it
+    is shown.
+    """
+    pip_home = (
+        run(sys.executable, "-c", "import pip, pathlib; print(pathlib.Path(pip.__file__).parents[1])")
+        .stdout.decode()
+        .strip()
+    )
     only_pip = root / "only"
     only_pip.mkdir()
     (only_pip / "pip").symlink_to(Path(pip_home) / "pip")
     (root / "pyproject.toml").write_text(PYPROJECT.format(torch="'torch==2.13.0'"))
     script = Path(env.__file__).with_name("missing.py")
-    said = run(sys.executable, "-S", script, root / "pyproject.toml", *GROUPS, env={"PYTHONPATH": str(only_pip)}).stdout
+    said = run(
+        sys.executable, "-S", script, root / "pyproject.toml", *GROUPS, env={"PYTHONPATH": str(only_pip)}
+    ).stdout
     assert json.loads(said) == ["torch==2.13.0", "pip>=1"]

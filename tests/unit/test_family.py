@@ -14,15 +14,24 @@ from toy import release_files
 
 @pytest.fixture
 def below(fresh) -> Project:
-    """The toy's release, whose source distribution is the folder a/b of upstream's tree, and the only source."""
+    """The toy's release, whose source distribution is the folder a/b of upstream's tree, and the
+    only source.
+    """
     project = fresh.project()
     include = ("a/b/setup.py", "a/b/toy/**/*.py")
-    return replace(project, family=replace(project.family, folder="a/b", code="a/b", submodule="", include=include, exclude=()))
+    return replace(
+        project,
+        family=replace(project.family, folder="a/b", code="a/b", submodule="", include=include, exclude=()),
+    )
 
 
 def test_the_source_distribution_lies_in_its_folder(below):
     files = dict(source.from_sdist(below, online=False))
-    assert files == {f"a/b/{n}": t.encode() for n, t in release_files("1.0").items() if n == "setup.py" or n.startswith("toy/")}
+    assert files == {
+        f"a/b/{n}": t.encode()
+        for n, t in release_files("1.0").items()
+        if n == "setup.py" or n.startswith("toy/")
+    }
     assert below.setup_dir == below.wheel_dir / "a" / "b"
 
 
@@ -30,7 +39,10 @@ def test_a_checkout_of_ones_own_is_upstreams_whole_tree(below, tmp_path):
     for name in ("setup.py", "toy/core.py"):
         (tmp_path / "own" / "a" / "b" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "own" / "a" / "b" / name).write_text("mine\n")
-    assert [path for path, _ in source.from_folder(below, tmp_path / "own")] == ["a/b/setup.py", "a/b/toy/core.py"]
+    assert [path for path, _ in source.from_folder(below, tmp_path / "own")] == [
+        "a/b/setup.py",
+        "a/b/toy/core.py",
+    ]
     with pytest.raises(UsageError, match="lacks a/b/setup.py and a/b/pyproject.toml, or a/b/"):
         list(source.from_folder(below, tmp_path / "own" / "a" / "b"))
 

@@ -1,5 +1,5 @@
-"""Where upstream's files come from: verified before use, equal from every source, and there without network once they
-were there.
+"""Where upstream's files come from: verified before use, equal from every source, and there without network
+once they were there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from toy import lock_text, make_sdist, release_files, shell
 
 @pytest.fixture
 def index_is_far(monkeypatch, tmp_path):
-    """No package index, as on a machine without network; returns a function that says what pip was asked for."""
+    """No package index, as on a machine without network; returns a function that says what pip was
+    asked for.
+    """
     log = tmp_path / "pip.log"
 
     def pip_download(project, requirement: str, into: Path) -> Path:
@@ -53,7 +55,10 @@ def test_sdist_gives_the_wanted_files_only(fresh):
     said = fresh.fap("fetch")
     assert "toy 1.0 fetched from toy-1.0.tar.gz, tree" in said
     files = release_files("1.0")
-    assert stored(fresh) == {n: files[n].encode() for n in ("setup.py", "toy/__init__.py", "toy/core.py", "toy/dos.py", "toy/ops/deep.py")}
+    assert stored(fresh) == {
+        n: files[n].encode()
+        for n in ("setup.py", "toy/__init__.py", "toy/core.py", "toy/dos.py", "toy/ops/deep.py")
+    }
     modes = git.output("ls-tree", "-r", "refs/upstream/toy/1.0", repo=fresh.project().store).splitlines()
     assert {line.split()[0] for line in modes} == {"100644"}
     assert not fresh.leftovers()
@@ -83,7 +88,10 @@ def test_without_cache_and_network_it_says_what_to_do(fresh, index_is_far):
 
 @pytest.mark.parametrize(
     "damage, told",
-    [(lambda data: data[:-100], "cut short or another file"), (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "has sha256")],
+    [
+        (lambda data: data[:-100], "cut short or another file"),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "has sha256"),
+    ],
 )
 def test_wrong_file_in_the_cache_is_refused_by_name(fresh, damage, told):
     sdist(fresh).write_bytes(damage(sdist(fresh).read_bytes()))
@@ -94,7 +102,10 @@ def test_wrong_file_in_the_cache_is_refused_by_name(fresh, damage, told):
 
 @pytest.mark.parametrize(
     "damage, told",
-    [(lambda data: data[:-100], "cut short or another file"), (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "has sha256")],
+    [
+        (lambda data: data[:-100], "cut short or another file"),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "has sha256"),
+    ],
 )
 def test_wrong_download_never_reaches_the_cache(fresh, monkeypatch, damage, told):
     good = sdist(fresh).read_bytes()
@@ -142,24 +153,33 @@ def test_archive_with_what_does_not_belong_there(fresh, tmp_path, member, told):
 
 
 def test_source_that_is_pinned_but_has_another_tree(fresh):
-    fresh.replace(fresh.root / "upstream.toml", f'tree = "{fresh.project().release.tree}"', f'tree = "{"0" * 40}"')
+    fresh.replace(
+        fresh.root / "upstream.toml", f'tree = "{fresh.project().release.tree}"', f'tree = "{"0" * 40}"'
+    )
     said = fresh.fap("fetch", code=1)
     assert "upstream.toml says 0000" in said and not tree(fresh)
 
 
 def add_submodule(toy, upstream, commit):
     entry = f"160000,{commit},third_party/toy"
-    (toy.root / ".gitmodules").write_text(f'[submodule "third_party/toy"]\n\tpath = third_party/toy\n\turl = {upstream}\n')
+    (toy.root / ".gitmodules").write_text(
+        f'[submodule "third_party/toy"]\n\tpath = third_party/toy\n\turl = {upstream}\n'
+    )
     toy.git("update-index", "--add", "--cacheinfo", entry, cwd=toy.root)
 
 
 def test_submodule_gives_the_same_tree_as_the_sdist(fresh, upstream):
-    """Also where it has files that the sdist lacks, links among them, and attributes that would change line ends."""
+    """Also where it has files that the sdist lacks, links among them, and attributes that would change line
+    ends.
+    """
     expected = fresh.project().release.tree
     add_submodule(fresh, upstream, fresh.project().release.commit)
     said = fresh.fap("fetch", "--source", "submodule")
     assert "fetched from third_party/toy at" in said and tree(fresh) == expected
-    assert shell("git", "rev-parse", "HEAD", cwd=fresh.root / "third_party" / "toy").strip() == fresh.project().release.commit
+    assert (
+        shell("git", "rev-parse", "HEAD", cwd=fresh.root / "third_party" / "toy").strip()
+        == fresh.project().release.commit
+    )
 
 
 def test_submodule_that_is_there_serves_other_releases_by_commit_and_tag(fresh, upstream, index_is_far):
@@ -209,7 +229,9 @@ def test_own_checkout_that_differs_is_used_with_a_warning_and_not_compared(toy, 
     assert "line twenty" not in (toy.source / "toy" / "core.py").read_text()
 
 
-@pytest.mark.parametrize("value, told", [("/nowhere", "which is no folder"), (".", "is not a checkout of toy")])
+@pytest.mark.parametrize(
+    "value, told", [("/nowhere", "which is no folder"), (".", "is not a checkout of toy")]
+)
 def test_own_checkout_that_is_none(toy, monkeypatch, value, told):
     monkeypatch.setenv("FA_SRC_DIR", value)
     assert told in toy.fap("fetch", code=2)

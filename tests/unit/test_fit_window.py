@@ -1,4 +1,6 @@
-"""Windows in the host code of the CUDA extension: fit_window of src/window.h, compiled, against the contract."""
+"""Windows in the host code of the CUDA extension: fit_window of src/window.h, compiled, against the
+contract.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,16 @@ def fit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("window")
     (folder / "window.cpp").write_text(PROGRAM)
     (folder / "namespace_config.h").write_text("#pragma once\n")
-    command = ["g++", "-shared", "-fPIC", f"-I{folder}", f"-I{HEADER.parent}", "window.cpp", "-o", "window.so"]
+    command = [
+        "g++",
+        "-shared",
+        "-fPIC",
+        f"-I{folder}",
+        f"-I{HEADER.parent}",
+        "window.cpp",
+        "-o",
+        "window.so",
+    ]
     subprocess.run(command, cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "window.so"))
 
@@ -53,14 +64,21 @@ def visible(seqlen_q: int, seqlen_k: int, left: int, right: int) -> list[tuple[i
 @pytest.mark.parametrize("stays_windowed", [False, True])
 @pytest.mark.parametrize("longest", [(10, 4), (4, 10), (5, 5), (1, 7), (7, 1)], ids=str)
 def test_the_same_keys_are_visible(fit, longest, stays_windowed):
-    """To every sequence that is packed together, whatever the longest is: more queries than keys, and more keys."""
+    """To every sequence that is packed together, whatever the longest is: more queries than keys, and more
+    keys.
+    """
     for left, right in itertools.product(SIDES, SIDES):
         sides = fit(left, right, *longest, stays_windowed)
         # What set_params_fprop does with them: kernels take both sides or none.
         kernel = (longest[1], sides[1]) if sides[0] < 0 <= sides[1] else sides
         assert (kernel[0] < 0) == (kernel[1] < 0)
         for lengths in itertools.product(range(1, longest[0] + 1), range(1, longest[1] + 1)):
-            assert visible(*lengths, *kernel) == visible(*lengths, left, right), (lengths, left, right, kernel)
+            assert visible(*lengths, *kernel) == visible(*lengths, left, right), (
+                lengths,
+                left,
+                right,
+                kernel,
+            )
 
 
 def test_a_window_that_hides_nothing_is_open(fit):

@@ -1,4 +1,6 @@
-"""The GPU benchmark without a GPU: its arithmetic, tables, plot and errors, and the whole flow on the CPU with made-up times."""
+"""The GPU benchmark without a GPU: its arithmetic, tables, plot and errors, and the whole flow on the CPU
+with made-up times.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,21 @@ pytest.importorskip("matplotlib")
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 MODULES = ("gpu_record", "gpu_device", "gpu_vs_softmax", "gpu_tables", "gpu_cases", "gpu_parts")
-TINY = "--hidden=1024 --tokens=64 --head-dims=64,128,256 --seqlens=32,64 --batches=1,2 --contexts=16,48".split()
-NOT_BUILT = "This flash attention build has no kernels with softmax: pass use_softmax=False, or rebuild without NO_SOFTMAX_ONLY"
+TINY = (
+    "--hidden=1024 --tokens=64 --head-dims=64,128,256 --seqlens=32,64 --batches=1,2 --contexts=16,48".split()
+)
+NOT_BUILT = (
+    "This flash attention build has no kernels with softmax: pass use_softmax=False, or rebuild "
+    "without NO_SOFTMAX_ONLY"
+)
 TIMES = [2.0, 1.6, 1.8]  # ms of the sides of a row, in their order
 MATMUL_TFLOPS, COPY_TB_PER_S = 800.0, 3.0
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The modules of benchmarks/, which import one another as scripts of one folder do; of those that need flash_attn
-    only if it is installed."""
+    """The modules of benchmarks/, which import one another as scripts of one folder do; of those that need
+    flash_attn only if it is installed."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     names = MODULES if importlib.util.find_spec("flash_attn") else MODULES[:-2]
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -55,7 +62,13 @@ def flow(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Si
             return None
 
         def describe(self):
-            return {"device": "a CPU", "driver": "none", "cuda": "none", "torch": torch.__version__, "build": {}}
+            return {
+                "device": "a CPU",
+                "driver": "none",
+                "cuda": "none",
+                "torch": torch.__version__,
+                "build": {},
+            }
 
         def medians(self, functions):
             for function in functions:
@@ -83,7 +96,14 @@ def flow(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Si
     torch.set_num_threads(threads)
 
 
-def case_of(bench: SimpleNamespace, direction: str = "forward", *, causal: bool = False, name: str = "plain", **changes: int):
+def case_of(
+    bench: SimpleNamespace,
+    direction: str = "forward",
+    *,
+    causal: bool = False,
+    name: str = "plain",
+    **changes: int,
+):
     sizes = {"batch": 2, "seqlen": 8, "nheads": 4, "nheads_k": 4, "head_dim": 64, **changes}
     return bench.gpu_record.Case(name, direction, **sizes, causal=causal)
 
@@ -92,7 +112,8 @@ def case_of(bench: SimpleNamespace, direction: str = "forward", *, causal: bool 
 
 
 @pytest.mark.parametrize(
-    "direction, causal, share", [("forward", False, 1), ("forward", True, 0.5), ("backward", False, 2.5), ("backward", True, 1.25)]
+    "direction, causal, share",
+    [("forward", False, 1), ("forward", True, 0.5), ("backward", False, 2.5), ("backward", True, 1.25)],
 )
 def test_flops_by_the_rule_of_the_field(bench, direction, causal, share):
     case = case_of(bench, direction, causal=causal, batch=1, seqlen=16384, nheads=32)
@@ -156,7 +177,9 @@ def test_bad_options_are_named(bench, capsys, option, words):
 
 
 def ones(*shape, **options):
-    """Instead of randn. Scores are then sqrt(head_dim), and an output is 1 with softmax, keys times sqrt(head_dim) without."""
+    """Instead of randn. Scores are then sqrt(head_dim), and an output is 1 with softmax, keys times
+    sqrt(head_dim) without.
+    """
     return torch.ones(*shape, **options)
 
 
@@ -205,8 +228,12 @@ def test_backward_kernel_is_forced_for_its_own_side_alone(flow, monkeypatch):
     switch = flow.gpu_cases.BACKWARD_SWITCH
     monkeypatch.setenv(switch, "what a person set")
     seen, real = [], torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **o: seen.append(os.environ.get(switch)) or real(*a, **o))
-    for side in flow.gpu_cases.attention(flow.gpu_cases.PLAIN, case_of(flow, "backward"), torch.float32, "cpu").values():
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *a, **o: seen.append(os.environ.get(switch)) or real(*a, **o)
+    )
+    for side in flow.gpu_cases.attention(
+        flow.gpu_cases.PLAIN, case_of(flow, "backward"), torch.float32, "cpu"
+    ).values():
         side()
     assert seen == [None, None, "kernel"]
     assert os.environ[switch] == "what a person set"
@@ -228,7 +255,9 @@ def test_decode_walks_over_caches_that_overflow_the_cache_of_the_device(flow, mo
 def test_memory_of_a_training_step_is_counted_from_the_inputs_on(flow):
     gpu = flow.machine(1)
     gradients = 3 * 2 * 8 * 4 * 64 * 4
-    gpu.held = iter([1000, 1500, 1300, 1000 + gradients + 200])  # before, peak of forward, between, peak of backward
+    gpu.held = iter(
+        [1000, 1500, 1300, 1000 + gradients + 200]
+    )  # before, peak of forward, between, peak of backward
     found = flow.gpu_cases.training_step_memory(case_of(flow, causal=True), "softmax", torch.float32, gpu)
     assert found == {"kept_bytes": 300, "gradient_bytes": gradients, "peak_bytes": 200}
 
@@ -240,18 +269,39 @@ def test_all_parts_on_the_cpu_with_made_up_times(flow, tmp_path, capsys):
     target = tmp_path / "results" / "gpu.json"
     assert flow.gpu_vs_softmax.main([*TINY, "--json", str(target), "--min-ratio", "1"], flow.machine) == 0
     record = json.loads(target.read_text())
-    assert {part: len(record[part]) for part in flow.gpu_record.PARTS} == {"dense": 24, "features": 44, "decode": 8, "memory": 6}
+    assert {part: len(record[part]) for part in flow.gpu_record.PARTS} == {
+        "dense": 24,
+        "features": 44,
+        "decode": 8,
+        "memory": 6,
+    }
     assert record["command"].startswith("python benchmarks/gpu_vs_softmax.py --hidden=1024")
-    assert record["device"] == "a CPU" and record["flash_attn"] and record["dtype"] == "bfloat16" and record["date"]
+    assert (
+        record["device"] == "a CPU"
+        and record["flash_attn"]
+        and record["dtype"] == "bfloat16"
+        and record["date"]
+    )
     rows = [row for part in ("dense", "features", "decode") for row in record[part]]
     assert all(row["finite"] and row["skipped"] == {} and row["ratio"] == pytest.approx(1.25) for row in rows)
     backward = [row for row in rows if row["direction"] == "backward"]
     forced = {row["name"]: ("no_softmax_kernel" in row["ms"], row["backward_by"]) for row in backward}
-    by_kernel = {name for name, (has_both, by) in forced.items() if not has_both and by == "the backward kernel"}
+    by_kernel = {
+        name for name, (has_both, by) in forced.items() if not has_both and by == "the backward kernel"
+    }
     assert by_kernel == {"dropout 0.17", "softcap 30"}
-    assert all(has_both and by == "three forwards" for name, (has_both, by) in forced.items() if name not in by_kernel)
+    assert all(
+        has_both and by == "three forwards"
+        for name, (has_both, by) in forced.items()
+        if name not in by_kernel
+    )
     dense = record["dense"][1]
-    assert (dense["direction"], dense["seqlen"], dense["batch"], dense["causal"]) == ("backward", 32, 2, False)
+    assert (dense["direction"], dense["seqlen"], dense["batch"], dense["causal"]) == (
+        "backward",
+        32,
+        2,
+        False,
+    )
     assert dense["tflops"]["no_softmax"] == pytest.approx(2.5 * 4 * 32 * 32 * 1024 * 2 / 1.6e-3 / 1e12)
     small, *_, large = record["decode"]
     assert small["ms"]["no_softmax"] == pytest.approx(1.6 / 2)  # two steps a call
@@ -260,13 +310,21 @@ def test_all_parts_on_the_cpu_with_made_up_times(flow, tmp_path, capsys):
 
 
 def test_a_row_that_is_slower_is_named(flow, tmp_path, capsys):
-    assert flow.gpu_vs_softmax.main([*TINY, "--parts=decode", "--head-dims=64", "--min-ratio=1.3"], flow.machine) == 1
-    assert "kvcache decode, head_dim 64, batch 2, seqlen 48: ratio 1.250 is below 1.3" in capsys.readouterr().out
+    assert (
+        flow.gpu_vs_softmax.main([*TINY, "--parts=decode", "--head-dims=64", "--min-ratio=1.3"], flow.machine)
+        == 1
+    )
+    assert (
+        "kvcache decode, head_dim 64, batch 2, seqlen 48: ratio 1.250 is below 1.3" in capsys.readouterr().out
+    )
 
 
 def test_nan_fails_the_run(flow, monkeypatch, capsys):
     monkeypatch.setattr(torch, "randn", lambda *shape, **options: torch.full(shape, float("nan"), **options))
-    assert flow.gpu_vs_softmax.main([*TINY, "--parts=dense", "--head-dims=64", "--seqlens=32"], flow.machine) == 1
+    assert (
+        flow.gpu_vs_softmax.main([*TINY, "--parts=dense", "--head-dims=64", "--seqlens=32"], flow.machine)
+        == 1
+    )
     assert "plain causal backward, head_dim 64, batch 2, seqlen 32: NaN or Inf" in capsys.readouterr().out
 
 
@@ -284,9 +342,18 @@ def test_what_the_wheel_lacks_is_a_row_with_its_words(flow, monkeypatch, tmp_pat
     assert flow.gpu_vs_softmax.main(options, flow.machine) == 0
     record = json.loads(target.read_text())
     for row in record["dense"]:
-        assert row["skipped"] == {"softmax": NOT_BUILT} and row["ratio"] is None and row["ms"]["no_softmax"] == 2.0
+        assert (
+            row["skipped"] == {"softmax": NOT_BUILT}
+            and row["ratio"] is None
+            and row["ms"]["no_softmax"] == 2.0
+        )
     assert [row["skipped"] for row in record["memory"]] == [NOT_BUILT, "", ""]
-    assert flow.gpu_tables.main(["--json", str(target), "--markdown", str(tmp_path / "t.md"), "--plot", str(tmp_path / "p.png")]) == 0
+    assert (
+        flow.gpu_tables.main(
+            ["--json", str(target), "--markdown", str(tmp_path / "t.md"), "--plot", str(tmp_path / "p.png")]
+        )
+        == 0
+    )
     assert (tmp_path / "t.md").read_text().count(NOT_BUILT) == 1
     assert flow.gpu_vs_softmax.main([*options, "--min-ratio=1"], flow.machine) == 1
     assert "no row of dense or decode has both sides" in capsys.readouterr().out
@@ -303,7 +370,14 @@ def test_any_other_error_is_not_hidden(flow, monkeypatch):
 
 def test_caches_above_the_limit_are_skipped_without_being_made(flow, tmp_path):
     target = tmp_path / "gpu.json"
-    options = [*TINY, "--parts=decode", "--contexts=16,1000000000", "--memory-limit=0.001", "--json", str(target)]
+    options = [
+        *TINY,
+        "--parts=decode",
+        "--contexts=16,1000000000",
+        "--memory-limit=0.001",
+        "--json",
+        str(target),
+    ]
     assert flow.gpu_vs_softmax.main(options, flow.machine) == 0
     for row in json.loads(target.read_text())["decode"]:
         assert bool(row["skipped"]) == (row["seqlen"] > 16)
@@ -317,7 +391,9 @@ def test_a_run_that_is_stopped_keeps_the_parts_that_were_done(flow, monkeypatch,
     monkeypatch.setattr(flow.gpu_parts, "decode", stopped)
     target = tmp_path / "gpu.json"
     with pytest.raises(KeyboardInterrupt):
-        flow.gpu_vs_softmax.main([*TINY, "--parts=dense,decode", "--head-dims=64", "--json", str(target)], flow.machine)
+        flow.gpu_vs_softmax.main(
+            [*TINY, "--parts=dense,decode", "--head-dims=64", "--json", str(target)], flow.machine
+        )
     assert len(json.loads(target.read_text())["dense"]) == 8
 
 
@@ -329,31 +405,46 @@ def small_record(bench) -> dict:
     """A run with one head size, as gpu_vs_softmax.py writes it."""
     common = {"skipped": {}, "finite": True}
     case = {"name": "plain", "batch": 32, "nheads": 32, "nheads_k": 32, "head_dim": 64, "causal": False}
-    forward = {**case, "direction": "forward", "ms": {"softmax": 3.0, "no_softmax": 2.0}, "ratio": 1.5, **common}
+    forward = {
+        **case,
+        "direction": "forward",
+        "ms": {"softmax": 3.0, "no_softmax": 2.0},
+        "ratio": 1.5,
+        **common,
+    }
     backward = {**forward, "direction": "backward", "backward_by": "three forwards", "ratio": 1.25}
     dense = [
         row
         for seqlen in (512, 16384)
         for row in (
             {**forward, "seqlen": seqlen, "tflops": {"softmax": 300.0, "no_softmax": 450.4}},
-            {**backward, "seqlen": seqlen, "tflops": {"softmax": 300.0, "no_softmax": 375.0, "no_softmax_kernel": 333.0}},
+            {
+                **backward,
+                "seqlen": seqlen,
+                "tflops": {"softmax": 300.0, "no_softmax": 375.0, "no_softmax_kernel": 333.0},
+            },
         )
     ]
     step = {**case, "direction": "decode", "seqlen": 1024, "nheads_k": 4, **common}
     memory = {**case, "direction": "forward+backward", "seqlen": 16384, "causal": True, "skipped": ""}
     return {
-        "date": "2026-01-02", "command": "python benchmarks/gpu_vs_softmax.py --json x.json", "device": "A Device", "driver": "1.2.3",
-        "cuda": "13.0", "torch": "2.11.0", "flash_attn": "2.8.3", "dtype": "bfloat16", "tokens": 16384, "hidden": 2048,
+        "date": "2026-01-02", "command": "python benchmarks/gpu_vs_softmax.py --json x.json",
+        "device": "A Device", "driver": "1.2.3",
+        "cuda": "13.0", "torch": "2.11.0", "flash_attn": "2.8.3", "dtype": "bfloat16", "tokens": 16384,
+        "hidden": 2048,
         "yardsticks": {"matmul_tflops": MATMUL_TFLOPS, "copy_tb_per_s": COPY_TB_PER_S},
         "dense": dense,
-        "features": [{**backward, "name": "softcap 30", "seqlen": 8192, "backward_by": "the backward kernel"}],
+        "features": [{**backward, "name": "softcap 30", "seqlen": 8192,
+        "backward_by": "the backward kernel"}],
         "decode": [
-            {**step, "ms": {"softmax": 0.02, "no_softmax": 0.016}, "ratio": 1.25, "bandwidth": {"no_softmax": 0.956}},
-            {**step, "batch": 64, "ms": {}, "ratio": None, "bandwidth": {}, "skipped": {"softmax": "too large", "no_softmax": "too large"}},
+            {**step, "ms": {"softmax": 0.02, "no_softmax": 0.016}, "ratio": 1.25,
+            "bandwidth": {"no_softmax": 0.956}},
+            {**step, "batch": 64, "ms": {}, "ratio": None, "bandwidth": {},
+            "skipped": {"softmax": "too large", "no_softmax": "too large"}},
         ],
         "memory": [
-            {**memory, "side": "softmax", "kept_bytes": 66 * 2**20, "peak_bytes": 200 * 2**20, "gradient_bytes": 192 * 2**20},
-            {**memory, "side": "no_softmax", "skipped": "not built"},
+            {**memory, "side": "softmax", "kept_bytes": 66 * 2**20, "peak_bytes": 200 * 2**20,
+            "gradient_bytes": 192 * 2**20}, {**memory, "side": "no_softmax", "skipped": "not built"},
         ],
     }  # fmt: skip
 
@@ -391,7 +482,9 @@ def test_files_are_written_and_the_plot_fits_a_page(bench, small_record, tmp_pat
     source.write_text(json.dumps(small_record))
     assert bench.gpu_tables.main(["--json", str(source), "--markdown", str(table), "--plot", str(plot)]) == 0
     assert table.read_text() == bench.gpu_tables.markdown(small_record)
-    width, height = (int.from_bytes(plot.read_bytes()[i : i + 4], "big") for i in (16, 20))  # of the PNG's header
+    width, height = (
+        int.from_bytes(plot.read_bytes()[i : i + 4], "big") for i in (16, 20)
+    )  # of the PNG's header
     assert width == 1100 and 500 <= height <= 800
     assert capsys.readouterr().out == f"wrote {table}\nwrote {plot}\n"
 

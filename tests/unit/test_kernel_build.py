@@ -43,27 +43,38 @@ def test_without_options_every_source_is_built():
     assert kept() == STOCK
 
 
-@pytest.mark.parametrize("options, expected", [
-    ({"HEAD_DIMS": "64"}, [0, 1, 2, 4]),
-    ({"DTYPES": "bf16"}, [0, 1, 3, 4]),
-    ({"PASSES": "fwd"}, [0, 1, 2]),
-    ({"PASSES": "bwd,splitkv"}, [0, 3, 4]),
-    ({"NO_SOFTMAX_ONLY": "1"}, [0]),
-])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"HEAD_DIMS": "64"}, [0, 1, 2, 4]),
+        ({"DTYPES": "bf16"}, [0, 1, 3, 4]),
+        ({"PASSES": "fwd"}, [0, 1, 2]),
+        ({"PASSES": "bwd,splitkv"}, [0, 3, 4]),
+        ({"NO_SOFTMAX_ONLY": "1"}, [0]),
+    ],
+)
 def test_subset_of_sources(options, expected):
     assert kept(**options) == [STOCK[i] for i in expected]
 
 
 def test_generated_kernels_follow_the_options():
     names = [file.name for file in generator.kernel_files()]
-    chosen = [name for name in names if name in subset(HEAD_DIMS="64,128", DTYPES="fp16", PASSES="fwd", NO_SOFTMAX_ONLY="1")]
+    chosen = [
+        name
+        for name in names
+        if name in subset(HEAD_DIMS="64,128", DTYPES="fp16", PASSES="fwd", NO_SOFTMAX_ONLY="1")
+    ]
     assert chosen == ["flash_nosoftmax_fwd_hdim64_fp16_sm80.cu", "flash_nosoftmax_fwd_hdim128_fp16_sm80.cu"]
 
 
 def test_macros_list_what_is_built():
     assert subset(HEAD_DIMS="32,64", DTYPES="fp16", PASSES="fwd,splitkv", NO_SOFTMAX_ONLY="1").macros() == [
-        "-DFLASH_BUILT_HEAD_DIMS=32,64", "-DFLASH_BUILT_DTYPES=fp16", "-DFLASH_BUILT_PASSES=fwd,splitkv",
-        "-DFLASH_BUILT_ARCHS=90", "-DFLASH_BUILT_WITH_SOFTMAX=false"]
+        "-DFLASH_BUILT_HEAD_DIMS=32,64",
+        "-DFLASH_BUILT_DTYPES=fp16",
+        "-DFLASH_BUILT_PASSES=fwd,splitkv",
+        "-DFLASH_BUILT_ARCHS=90",
+        "-DFLASH_BUILT_WITH_SOFTMAX=false",
+    ]
 
 
 def test_every_macro_is_one_that_the_extension_reads():
@@ -73,7 +84,9 @@ def test_every_macro_is_one_that_the_extension_reads():
         assert re.search(rf"\b{name}\b", header), flag
 
 
-@pytest.mark.parametrize("option, value", [("HEAD_DIMS", "63"), ("DTYPES", "fp8"), ("PASSES", "forward"), ("ARCHS", "75")])
+@pytest.mark.parametrize(
+    "option, value", [("HEAD_DIMS", "63"), ("DTYPES", "fp8"), ("PASSES", "forward"), ("ARCHS", "75")]
+)
 def test_an_unknown_item_names_option_and_value(option, value):
     with pytest.raises(ValueError, match=f"{option}='{value}'"):
         kernel_build.subset_from({"ARCHS": "90", option: value})
@@ -82,10 +95,17 @@ def test_an_unknown_item_names_option_and_value(option, value):
 def test_architectures_replace_those_of_upstream():
     flags = ["-O3", "-gencode", "arch=compute_80,code=sm_80", "--threads", "4"]
     assert kernel_build.nvcc_flags(flags, ("90",)) == [
-        "-O3", "--threads", "4", "-gencode", "arch=compute_90,code=sm_90"]
+        "-O3",
+        "--threads",
+        "4",
+        "-gencode",
+        "arch=compute_90,code=sm_90",
+    ]
 
 
-@pytest.mark.parametrize("torch_version, standard", [("2.11.0+cu130", "c++17"), ("2.14.0", "c++20"), ("3.0.0a0", "c++20")])
+@pytest.mark.parametrize(
+    "torch_version, standard", [("2.11.0+cu130", "c++17"), ("2.14.0", "c++20"), ("3.0.0a0", "c++20")]
+)
 def test_language_standard_follows_torch(torch_version, standard):
     assert kernel_build.language_standard(["-std=c++17"], torch_version) == [f"-std={standard}"]
 

@@ -1,4 +1,6 @@
-"""How the tests are laid out: a test module is imported by pytest alone, what two of them need is a module of its own."""
+"""How the tests are laid out: a test module is imported by pytest alone, what two of them need is a module of
+its own.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 """Every rule of the linter passes a good example and catches a bad one, and nothing but the bad thing in it.
 
-Fixtures: fixtures/lint/base is a small project without a finding. `<rule>.{pass,fail}.patch`, or a single patch in a folder of that name
-where the name matters, is checked as a patch of that project; `<rule>.{pass,fail}/` with other files is laid over a copy of it.
+Fixtures: fixtures/lint/base is a small project without a finding. `<rule>.{pass,fail}.patch`, or a single
+patch in a folder of that name where the name matters, is checked as a patch of that project;
+`<rule>.{pass,fail}/` with other files is laid over a copy of it.
 """
+
 from __future__ import annotations
 
 import shutil
@@ -75,10 +77,13 @@ def test_a_finding_names_its_line(tmp_path):
     assert str(found).startswith(f"patches/pkg/interface-flag.patch:{found.line}: whitespace: ")
 
 
-@pytest.mark.parametrize("rule, patch, message", [
-    ("series", "patches/pkg/extra-patch.patch", "not listed"),
-    ("series", "patches/pkg/series", "listed twice"),
-])
+@pytest.mark.parametrize(
+    "rule, patch, message",
+    [
+        ("series", "patches/pkg/extra-patch.patch", "not listed"),
+        ("series", "patches/pkg/series", "listed twice"),
+    ],
+)
 def test_series_is_compared_both_ways(rule, patch, message, tmp_path):
     root = tmp_path / "project"
     shutil.copytree(BASE, root)
@@ -90,12 +95,22 @@ def test_series_is_compared_both_ways(rule, patch, message, tmp_path):
     assert found.file == patch and message in found.message
 
 
-@pytest.mark.parametrize("status, good", [
-    ("Pending", True), ("Submitted [https://example.org/1]", True), ("Denied [https://example.org/1]", True),
-    ("Backport [060c9188]", True), ("Inappropriate [reason]", True),
-    ("pending", False), ("Submitted", False), ("Submitted [soon]", False), ("Backport []", False), ("Pending [why]", False),
-    ("Merged", False),
-])
+@pytest.mark.parametrize(
+    "status, good",
+    [
+        ("Pending", True),
+        ("Submitted [https://example.org/1]", True),
+        ("Denied [https://example.org/1]", True),
+        ("Backport [060c9188]", True),
+        ("Inappropriate [reason]", True),
+        ("pending", False),
+        ("Submitted", False),
+        ("Submitted [soon]", False),
+        ("Backport []", False),
+        ("Pending [why]", False),
+        ("Merged", False),
+    ],
+)
 def test_upstream_status_is_strict(status, good, tmp_path):
     patch = tmp_path / "interface-flag.patch"
     text = (BASE / "patches/pkg/interface-flag.patch").read_text()

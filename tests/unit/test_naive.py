@@ -1,4 +1,5 @@
 """The table of the naive kernels says what pytest said, and complains where a test says nothing."""
+
 from __future__ import annotations
 
 import shutil
@@ -19,7 +20,8 @@ pytestmark = pytest.mark.slow
 INF, ZERO = naive_table.VARIANTS
 ROOT = Path(__file__).resolve().parents[2]
 
-# What pytest writes, shortened: an assertion that failed, one with words, a CUDA error, a skip, a fixture that failed.
+# What pytest writes, shortened: an assertion that failed, one with words, a CUDA error, a skip, a fixture
+# that failed.
 JUNIT = """<?xml version="1.0" encoding="utf-8"?>
 <testsuites><testsuite name="pytest" errors="1" failures="3" skipped="1" tests="6">
 <testcase classname="tests.attention.test_masks" name="test_causal[cuda-128-128]" time="0.1" />
@@ -32,12 +34,15 @@ JUNIT = """<?xml version="1.0" encoding="utf-8"?>
 <testcase classname="tests.attention.test_scores" name="test_scale" time="0.1"><skipped message="no kernels" /></testcase>
 <testcase classname="tests.attention.test_scores" name="test_scale[cuda]" time="0.1"><error message="fixture">x</error></testcase>
 </testsuite></testsuites>
-"""
+"""  # noqa: E501
 
 
 def column(**tests: tuple[int, int]) -> dict[str, Counter[str]]:
     """test_module__function=(passed, failed)."""
-    return {name.replace("__", "."): Counter(passed=passed, failed=failed) for name, (passed, failed) in tests.items()}
+    return {
+        name.replace("__", "."): Counter(passed=passed, failed=failed)
+        for name, (passed, failed) in tests.items()
+    }
 
 
 def test_junit_is_counted_by_function(tmp_path: Path):
@@ -63,23 +68,31 @@ def test_it_is_what_pytest_writes(tmp_path: Path, body: str, outcome: str):
 
 
 @pytest.mark.parametrize("counts, text", [
-    (Counter(passed=8), "passes 8"), (Counter(failed=5, passed=1), "fails 5 of 6"), (Counter(skipped=3), "not run"),
-    (Counter(passed=2, broken=1), "passes 2, 1 broke"), (Counter(failed=1, broken=1), "fails 1 of 2, 1 broke"),
+    (Counter(passed=8), "passes 8"), (Counter(failed=5, passed=1), "fails 5 of 6"), (Counter(skipped=3),
+        "not run"),
+    (Counter(passed=2, broken=1), "passes 2, 1 broke"), (Counter(failed=1, broken=1), "fails 1 of 2, 1 "
+        "broke"),
 ])  # fmt: skip
 def test_cell(counts: Counter[str], text: str):
     assert naive_table.cell(counts) == text
 
 
 def test_nothing_to_complain_of():
-    columns = {RIGHT: column(t__a=(3, 0), t__b=(2, 0)), INF: column(t__a=(0, 3), t__b=(1, 1)), ZERO: column(t__a=(1, 2), t__b=(2, 0))}
+    columns = {
+        RIGHT: column(t__a=(3, 0), t__b=(2, 0)),
+        INF: column(t__a=(0, 3), t__b=(1, 1)),
+        ZERO: column(t__a=(1, 2), t__b=(2, 0)),
+    }
     assert list(naive_table.complaints(columns, {(ZERO, "t.b"): "it is right"})) == []
 
 
 @pytest.mark.parametrize("columns, reasons, words", [
     ({RIGHT: column(t__a=(2, 1))}, {}, "t.a with right kernel: fails 1 of 3, and should pass"),
     ({INF: column(t__a=(3, 0))}, {}, "t.a with masked with -inf: passes 3, and no reason is given for it"),
-    ({ZERO: column(t__a=(0, 3))}, {(ZERO, "t.a"): "because"}, "t.a with masked with 0: fails 3 of 3, and should pass"),
-    ({ZERO: {"t.a": Counter(broken=2, failed=1)}}, {}, "t.a with masked with 0: 2 cases ended without an assertion that failed"),
+    ({ZERO: column(t__a=(0, 3))}, {(ZERO, "t.a"): "because"}, "t.a with masked with 0: fails 3 of 3, and "
+        "should pass"),
+    ({ZERO: {"t.a": Counter(broken=2, failed=1)}}, {}, "t.a with masked with 0: 2 cases ended without an "
+        "assertion that failed"),
 ])  # fmt: skip
 def test_complaints(columns, reasons, words: str):
     assert list(naive_table.complaints(columns, reasons)) == [words]
@@ -95,7 +108,10 @@ def test_page():
     page = naive_table.markdown(columns, reasons, {"device": "some GPU", "date": "2026-11-24"})
     assert "- device: some GPU\n- date: 2026-11-24\n" in page
     assert "| test | right kernel | masked with -inf | masked with 0 |\n| --- | --- | --- | --- |\n" in page
-    assert "| t.a | passes 3 | fails 3 of 3 | fails 2 of 3 |\n| t.b | passes 2 | fails 2 of 2 | passes 2 |\n" in page
+    assert (
+        "| t.a | passes 3 | fails 3 of 3 | fails 2 of 3 |\n| t.b | passes 2 | fails 2 of 2 | passes 2 |\n"
+        in page
+    )
     assert "- masked with 0: t.b: it asks for no more." in page and "elsewhere" not in page
     assert "| t.c |" not in page and "t.c: no build here has kernels" in page
 
@@ -107,8 +123,13 @@ def test_reasons_are_for_tests_that_run():
     for _, test in reasons:
         module, function = test.split(".")
         assert f"tests/attention/{module}.py::{function}" in chosen or module == "test_finite", test
-        assert f"def {function}(" in (ROOT / "tests" / "attention" / f"{module}.py").read_text(encoding="utf-8")
-    assert chosen[0] == "tests/attention/test_finite.py" and "tests/attention/test_masks.py::test_causal" in chosen
+        assert f"def {function}(" in (ROOT / "tests" / "attention" / f"{module}.py").read_text(
+            encoding="utf-8"
+        )
+    assert (
+        chosen[0] == "tests/attention/test_finite.py"
+        and "tests/attention/test_masks.py::test_causal" in chosen
+    )
 
 
 @pytest.mark.parametrize("text, words", [
@@ -146,4 +167,6 @@ def test_patch_that_no_longer_fits_is_named(toy):
 def test_build_copies_are_apart(toy):
     project = Project.open(toy.root)
     copies = [naive.Variant(**vars(project), name=name).wheel_dir for name in naive_table.VARIANTS]
-    assert len({project.wheel_dir, *copies}) == 3 and all(copy.is_relative_to(project.build / "naive") for copy in copies)
+    assert len({project.wheel_dir, *copies}) == 3 and all(
+        copy.is_relative_to(project.build / "naive") for copy in copies
+    )

@@ -1,4 +1,7 @@
-"""The plugins that run a planned subset of a test file: the names are pytest's own, only the plan is made, the journal is complete."""
+"""The plugins that run a planned subset of a test file: the names are pytest's own, only the plan is made,
+the journal is complete.
+"""
+
 from __future__ import annotations
 
 import json
@@ -12,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 PLUGINS = Path(__file__).resolve().parents[1] / "upstream"
-TEST_FILE = '''
+TEST_FILE = """
 import pytest
 
 class Thing:
@@ -32,14 +35,14 @@ def test_single(d):
 
 def test_plain():
     pass
-'''
-NO_GPU = '''
+"""
+NO_GPU = """
 def activate():
     pass
 
 def on_gpu():
     return False
-'''
+"""
 
 
 @pytest.fixture
@@ -58,21 +61,44 @@ def python(folder: Path, *argv: object) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": ""}
     # A worker of an outer pytest-xdist must not be mistaken for one of the run under test.
     env = {k: v for k, v in env.items() if not k.startswith("PYTEST_XDIST")}
-    return subprocess.run([sys.executable, *map(str, argv)], cwd=folder, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *map(str, argv)], cwd=folder, env=env, capture_output=True, text=True
+    )
 
 
 def axes(folder: Path) -> dict:
-    script = f"import sys; sys.path[:0] = ['stand_in', {str(PLUGINS)!r}]; import axes; sys.exit(axes.main(['test_file.py']))"
+    script = (
+        f"import sys; sys.path[:0] = ['stand_in', {str(PLUGINS)!r}]; import axes; "
+        "sys.exit(axes.main(['test_file.py']))"
+    )
     done = python(folder, "-c", script)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)["functions"]
 
 
-def run_picked(folder: Path, plan: dict, *options: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
+def run_picked(
+    folder: Path, plan: dict, *options: str
+) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
     (folder / "plan.json").write_text(json.dumps(plan))
     journal = folder / "journal.jsonl"
-    done = python(folder, "-m", "pytest", "-q", "-c", "pytest.ini", "-p", "no:cacheprovider", "-p", "pick", "--pick", "plan.json",
-                  "--journal", journal, *options, "test_file.py")
+    done = python(
+        folder,
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        "pytest.ini",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "pick",
+        "--pick",
+        "plan.json",
+        "--journal",
+        journal,
+        *options,
+        "test_file.py",
+    )
     lines = journal.read_text().splitlines() if journal.exists() else []
     return done, [json.loads(line) for line in lines]
 
@@ -80,7 +106,9 @@ def run_picked(folder: Path, plan: dict, *options: str) -> tuple[subprocess.Comp
 def test_labels_are_those_of_pytest(folder):
     from fapatch.sample import Axis, case_id, eligible
 
-    collected = python(folder, "-m", "pytest", "--collect-only", "-q", "-c", "pytest.ini", "test_file.py").stdout
+    collected = python(
+        folder, "-m", "pytest", "--collect-only", "-q", "-c", "pytest.ini", "test_file.py"
+    ).stdout
     by_pytest = {line.partition("::")[2] for line in collected.splitlines() if "::" in line}
     ours = set()
     for name, described in axes(folder).items():
@@ -96,7 +124,9 @@ def test_only_the_plan_runs_and_everything_is_in_the_journal(folder, options):
     done, journal = run_picked(folder, {"test_many": [[1, 0, 3], [0, 1, 0]], "test_single": [[1]]}, *options)
     assert done.returncode == 1, done.stdout
     assert {(line["id"], line["outcome"]) for line in journal} == {
-        ("test_many[64-2048-False-0.5]", "passed"), ("test_many[1-128-True-kind0]", "failed"), ("test_single[64]", "skipped"),
+        ("test_many[64-2048-False-0.5]", "passed"),
+        ("test_many[1-128-True-kind0]", "failed"),
+        ("test_single[64]", "skipped"),
     }
     assert len(journal) == 3
     assert "flag was set" in next(line["message"] for line in journal if line["outcome"] == "failed")

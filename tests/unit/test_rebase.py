@@ -1,4 +1,6 @@
-"""To another release: replayed, stopped at a conflict with the list of files, gone on or dropped without loss."""
+"""To another release: replayed, stopped at a conflict with the list of files, gone on or dropped without
+loss.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ def clash(toy, monkeypatch):
     monkeypatch.setitem(
         RELEASES,
         "1.2",
-        {"toy/core.py": release_files("1.0")["toy/core.py"].replace("line 8\n", "line VIII\n"), "toy/__init__.py": "VERSION = '1.2'\n"},
+        {
+            "toy/core.py": release_files("1.0")["toy/core.py"].replace("line 8\n", "line VIII\n"),
+            "toy/__init__.py": "VERSION = '1.2'\n",
+        },
     )
     make_sdist(toy.root / ".cache" / "downloads" / "toy-1.2.tar.gz", "1.2")
     toy.fap("lock", "add", "1.2")
@@ -40,22 +45,34 @@ def test_without_conflict(toy):
         f"patches/toy/{CORE_PATCH}",
         "patches/toy/dos-change-a-file-with-carriage-returns.patch",
     }
-    assert b"@@ -28,7 +28,7 @@" in (toy.patches / "dos-change-a-file-with-carriage-returns.patch").read_bytes()
-    assert "clean" in toy.fap("status", version="1.1") and not (toy.root / "build" / "rebase" / "toy").exists()
+    assert (
+        b"@@ -28,7 +28,7 @@" in (toy.patches / "dos-change-a-file-with-carriage-returns.patch").read_bytes()
+    )
+    assert (
+        "clean" in toy.fap("status", version="1.1") and not (toy.root / "build" / "rebase" / "toy").exists()
+    )
     toy.fap("refresh")
     assert toy.exported() == before
 
 
 def test_conflict_then_continue(clash):
     said = clash.fap("rebase", code=1, version="1.2")
-    assert "stopped at: [core] Change line eight" in said and "conflict in toy/core.py" in said and "rebase-continue" in said
+    assert (
+        "stopped at: [core] Change line eight" in said
+        and "conflict in toy/core.py" in said
+        and "rebase-continue" in said
+    )
     assert "a rebase is in progress in build/rebase/toy" in clash.fap("status", code=2)
     assert "is going on" in clash.fap("rebase", code=1, version="1.2")
     assert "not mended yet: toy/core.py" in clash.fap("rebase", "--continue", code=1)
     assert "a rebase is in progress" in clash.fap("clean", code=1)
     mend(clash)
     said = clash.fap("rebase", "--continue", code=1)
-    assert "! 2:" in said and "changed    core-change-line-eight.patch" in said and "1.0: tree ids not renewed" in said
+    assert (
+        "! 2:" in said
+        and "changed    core-change-line-eight.patch" in said
+        and "1.0: tree ids not renewed" in said
+    )
     assert b"+line eight of 1.2" in (clash.patches / CORE_PATCH).read_bytes()
     assert "clean" in clash.fap("status", version="1.2")
     assert "line eight of 1.2" in (clash.project("1.2").source / "toy" / "core.py").read_text()
@@ -103,7 +120,12 @@ def test_lock_add_fills_in_the_entry(clash, monkeypatch):
     text = (clash.root / "upstream.toml").read_text()
     assert text.startswith("# A comment that must stay.") and "revision = 3  # and this one too" in text
     release = clash.project("1.2").release
-    assert release.tag == "v1.2" and len(release.sdist.sha256) == 64 and len(release.tree) == 40 and release.patched_tree == ""
+    assert (
+        release.tag == "v1.2"
+        and len(release.sdist.sha256) == 64
+        and len(release.tree) == 40
+        and release.patched_tree == ""
+    )
     monkeypatch.setenv("VERSION", "7.7")
     assert "in upstream.toml already" in clash.fap("lock", "add", "1.2", code=2)
     assert "is not a version" in clash.fap("lock", "add", "one", code=2)
@@ -115,7 +137,9 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "file"
     path.parent.mkdir()
     path.write_text("old")
-    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        "os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError):
         lock_edit.write_atomically(path, b"new")
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]

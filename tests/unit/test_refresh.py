@@ -1,5 +1,5 @@
-"""Export: what was committed in the patched tree becomes patches and overlay, the same bytes every time, and nothing
-gets lost.
+"""Export: what was committed in the patched tree becomes patches and overlay, the same bytes every time, and
+nothing gets lost.
 """
 
 from __future__ import annotations
@@ -30,14 +30,22 @@ def head_tree(toy):
 def test_export_of_apply_is_what_is_committed(toy):
     before, lock = toy.exported(), (toy.root / "upstream.toml").read_bytes()
     said = toy.fap("refresh")
-    assert verdicts(said) == {CORE_PATCH: "untouched", DOS_PATCH: "untouched"} and "overlay    no of 1 files" in said
+    assert (
+        verdicts(said) == {CORE_PATCH: "untouched", DOS_PATCH: "untouched"}
+        and "overlay    no of 1 files" in said
+    )
     assert toy.exported() == before and (toy.root / "upstream.toml").read_bytes() == lock
 
 
 def test_patch_files_carry_nothing_that_churns(toy):
     text = (toy.patches / CORE_PATCH).read_bytes().decode()
     assert text.startswith("From " + "0" * 40) and "Subject: [core] Change line eight\n" in text
-    assert "Patch-Name" not in text and "\n---\n" not in text and "\n-- \n" not in text and "file changed" not in text
+    assert (
+        "Patch-Name" not in text
+        and "\n---\n" not in text
+        and "\n-- \n" not in text
+        and "file changed" not in text
+    )
     index = next(line for line in text.splitlines() if line.startswith("index "))
     assert len(index.split()[1]) == 82  # two full ids and two dots
 
@@ -55,7 +63,13 @@ def test_fixup_changes_its_patch_only(toy):
 
 
 def test_new_title_keeps_the_file(toy):
-    toy.git("commit", "--quiet", "--amend", "-m", toy.git("log", "-1", "--format=%B").replace("[dos] Change", "[dos] Rewrite"))
+    toy.git(
+        "commit",
+        "--quiet",
+        "--amend",
+        "-m",
+        toy.git("log", "-1", "--format=%B").replace("[dos] Change", "[dos] Rewrite"),
+    )
     assert verdicts(toy.fap("refresh")) == {CORE_PATCH: "untouched", DOS_PATCH: "changed"}
     assert b"Subject: [dos] Rewrite" in (toy.patches / DOS_PATCH).read_bytes()
 
@@ -89,7 +103,9 @@ def test_overlay_files_are_exported_too(toy):
     toy.git("commit", "--quiet", "-m", "our own files")
     said = toy.fap("refresh")
     assert "overlay    2 of 2 files changed" in said and set(verdicts(said).values()) == {"untouched"}
-    assert (toy.overlay / "toy" / "ours.py").read_text() == "ours = 2\n" and (toy.overlay / "toy" / "more.py").exists()
+    assert (toy.overlay / "toy" / "ours.py").read_text() == "ours = 2\n" and (
+        toy.overlay / "toy" / "more.py"
+    ).exists()
     toy.git("rm", "--quiet", "toy/more.py")
     toy.git("commit", "--quiet", "-m", "no more")
     toy.fap("refresh")
@@ -98,7 +114,10 @@ def test_overlay_files_are_exported_too(toy):
 
 def test_commit_over_both_is_taken_apart(toy):
     toy.replace(toy.source / "toy" / "ours.py", "1", "2")
-    toy.commit(MESSAGE.format(area="core", title="Hook ours in", applies=">=1.0"), core=("line 20\n", "import ours\n"))
+    toy.commit(
+        MESSAGE.format(area="core", title="Hook ours in", applies=">=1.0"),
+        core=("line 20\n", "import ours\n"),
+    )
     toy.fap("refresh")
     assert b"ours.py" not in (toy.patches / "core-hook-ours-in.patch").read_bytes()
     assert (toy.overlay / "toy" / "ours.py").read_text() == "ours = 2\n"
@@ -127,8 +146,14 @@ def test_overlay_edited_in_the_checkout_and_other_files_in_the_tree_are_merged(t
 @pytest.mark.parametrize(
     "change, told",
     [
-        (lambda t: t.replace(t.overlay / "toy" / "ours.py", "1", "7"), "toy/ours.py changed in overlay/ and in the patched tree"),
-        (lambda t: t.replace(t.patches / CORE_PATCH, "Why:", "Why: indeed,"), f"{CORE_PATCH} changed in patches/"),
+        (
+            lambda t: t.replace(t.overlay / "toy" / "ours.py", "1", "7"),
+            "toy/ours.py changed in overlay/ and in the patched tree",
+        ),
+        (
+            lambda t: t.replace(t.patches / CORE_PATCH, "Why:", "Why: indeed,"),
+            f"{CORE_PATCH} changed in patches/",
+        ),
     ],
 )
 def test_changed_in_both_places_is_refused_and_nothing_is_written(toy, change, told):
@@ -194,8 +219,8 @@ def test_release_that_cannot_be_renewed_is_named_and_the_rest_is_written(toy, mo
 
 
 def test_interrupted_while_writing_goes_on(toy, monkeypatch):
-    """Killed after some files were written: the tree still has the commits, and what was written is no conflict with
-    them.
+    """Killed after some files were written: the tree still has the commits, and what was written is no
+    conflict with them.
     """
     commit = toy.git("log", "--format=%H", "--grep=Change line eight")
     toy.commit(f"fixup! {commit}", core=("line 20\n", "line twenty\n"))
@@ -209,4 +234,6 @@ def test_interrupted_while_writing_goes_on(toy, monkeypatch):
         toy.fap("refresh", code=130)
     assert b"line twenty" in (toy.patches / CORE_PATCH).read_bytes() and not toy.leftovers()
     toy.fap("refresh")
-    assert "clean" in toy.fap("status") and state.read(toy.project()).tree == toy.project().release.patched_tree
+    assert (
+        "clean" in toy.fap("status") and state.read(toy.project()).tree == toy.project().release.patched_tree
+    )

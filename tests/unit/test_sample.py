@@ -1,4 +1,7 @@
-"""Which of upstream's cases are chosen: the same for a seed, every stratum represented, nothing left out silently."""
+"""Which of upstream's cases are chosen: the same for a seed, every stratum represented, nothing left out
+silently.
+"""
+
 from __future__ import annotations
 
 import pytest
@@ -37,8 +40,12 @@ def test_every_function_with_and_without_softmax_is_represented():
     sample = choose(FUNCTIONS, 0, 20, 0)
     assert len(sample.cases) == 20
     assert {(c.function, c.use_softmax) for c in sample.cases} == {
-        ("test_large", True), ("test_large", False), ("test_small", True), ("test_small", False),
-        ("test_softmax_only", True), ("test_plain", True),
+        ("test_large", True),
+        ("test_large", False),
+        ("test_small", True),
+        ("test_small", False),
+        ("test_softmax_only", True),
+        ("test_plain", True),
     }
 
 
@@ -70,7 +77,9 @@ def test_fraction_takes_its_share_of_every_stratum():
 
 def test_what_a_rule_leaves_out_is_counted():
     long = Rule("too long", frozenset({"seqlen_k"}), lambda function, p: int(p.get("seqlen_k", 0)) > 256)
-    half = Rule("of the other dtype", frozenset({"dtype", "d"}), lambda function, p: p.get("dtype") == "dtype1")
+    half = Rule(
+        "of the other dtype", frozenset({"dtype", "d"}), lambda function, p: p.get("dtype") == "dtype1"
+    )
     everything, sample = choose(FUNCTIONS, 0, None, 1.0), choose(FUNCTIONS, 0, None, 1.0, [long, half])
     assert sample.left_out == {"too long": 2 * 64 * 2 + 1, "of the other dtype": 2 * 64 * 2 + 2}
     assert sample.eligible + sum(sample.left_out.values()) == everything.eligible and not everything.left_out

@@ -1,4 +1,7 @@
-"""Reading what compute-sanitizer says; running it needs a GPU (`make sanitize`), its calls run here on the CPU backend."""
+"""Reading what compute-sanitizer says; running it needs a GPU (`make sanitize`), its calls run here on the
+CPU backend.
+"""
+
 from __future__ import annotations
 
 import argparse
@@ -16,11 +19,14 @@ from fapatch.errors import FapError, UsageError
 SHAPES = Path(__file__).parents[1] / "gpu" / "small_shapes.py"
 
 
-@pytest.mark.parametrize("summary, errors", [
-    ("========= ERROR SUMMARY: 0 errors", 0),
-    ("========= ERROR SUMMARY: 1 error", 1),
-    ("========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)", 3),
-])
+@pytest.mark.parametrize(
+    "summary, errors",
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0),
+        ("========= ERROR SUMMARY: 1 error", 1),
+        ("========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)", 3),
+    ],
+)
 def test_summaries(summary, errors):
     finding = sanitize.parse("memcheck", "64", f"========= COMPUTE-SANITIZER\n66 calls, 2 wrong\n{summary}\n")
     assert (finding.errors, finding.calls, finding.wrong) == (errors, 66, 2)
@@ -34,7 +40,12 @@ def test_a_run_that_ended_early_is_no_clean_run(output):
 
 def test_findings_of_several_runs_are_kept_in_order(tmp_path):
     path = tmp_path / "findings.json"
-    for tool, head_dim, errors in [("racecheck", "64", 0), ("memcheck", "256", 0), ("racecheck", "64", 7), ("memcheck", "32", 0)]:
+    for tool, head_dim, errors in [
+        ("racecheck", "64", 0),
+        ("memcheck", "256", 0),
+        ("racecheck", "64", 7),
+        ("memcheck", "32", 0),
+    ]:
         sanitize.keep(path, {"tool": tool, "head_dim": head_dim, "errors": errors})
     found = [(f["tool"], f["head_dim"], f["errors"]) for f in json.loads(path.read_text())]
     assert found == [("memcheck", "32", 0), ("memcheck", "256", 0), ("racecheck", "64", 7)]
@@ -54,7 +65,10 @@ def test_a_run_that_ended_early_does_not_lose_the_others(tmp_path, monkeypatch, 
     args = argparse.Namespace(tools="racecheck", head_dims="32,96,64", dtypes="fp16", jobs=1, json=path)
     assert sanitize.main(project, args) == 1
     assert [f["head_dim"] for f in json.loads(path.read_text())] == ["32", "64"]
-    assert capsys.readouterr().out.splitlines()[-1] == "a GPU: 132 calls under 1 tools, 1 ended early: see build/sanitize"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == "a GPU: 132 calls under 1 tools, 1 ended early: see build/sanitize"
+    )
     args.head_dims = "64"
     assert sanitize.main(project, args) == 0
 

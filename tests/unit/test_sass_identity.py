@@ -1,4 +1,7 @@
-"""Comparison of machine code: encodings by architecture and mangled name, whatever the columns of the listing; what is compared."""
+"""Comparison of machine code: encodings by architecture and mangled name, whatever the columns of the
+listing; what is compared.
+"""
+
 from __future__ import annotations
 
 import sys
@@ -52,10 +55,16 @@ def test_a_kernel_that_one_side_lacks_is_different():
     assert Comparison.of({F: pristine[F]}, pristine) == Comparison(2, ((*G, 0, 2),))
 
 
-@pytest.mark.parametrize("environ, full, expected", [
-    ({}, False, sass_identity.SMALL_SET), ({}, True, {}), ({"HEAD_DIMS": "", "ARCHS": "90"}, False, sass_identity.SMALL_SET),
-    ({"HEAD_DIMS": "64"}, False, {"HEAD_DIMS": "64"}), ({"PASSES": "bwd"}, True, {"PASSES": "bwd"}),
-])
+@pytest.mark.parametrize(
+    "environ, full, expected",
+    [
+        ({}, False, sass_identity.SMALL_SET),
+        ({}, True, {}),
+        ({"HEAD_DIMS": "", "ARCHS": "90"}, False, sass_identity.SMALL_SET),
+        ({"HEAD_DIMS": "64"}, False, {"HEAD_DIMS": "64"}),
+        ({"PASSES": "bwd"}, True, {"PASSES": "bwd"}),
+    ],
+)
 def test_what_is_compared(environ, full, expected):
     assert sass_identity.options(environ, full) == expected
 
@@ -65,14 +74,21 @@ class Listings(Workshop):
 
     def compare(self, source, cuobjdump):
         pristine = parse_listing(LISTING)
-        return Comparison.of(*{"same": (pristine, pristine), "other": (pristine, {F: pristine[F]}), "empty": ({}, {})}[Path(source).stem])
+        return Comparison.of(
+            *{"same": (pristine, pristine), "other": (pristine, {F: pristine[F]}), "empty": ({}, {})}[
+                Path(source).stem
+            ]
+        )
 
 
-@pytest.mark.parametrize("sources, good, sums", [
-    (["a/same.cu", "b/same.cu"], True, "files 2, kernels 4, identical 4, different 0"),
-    (["same.cu", "other.cu"], False, "files 2, kernels 4, identical 3, different 1"),
-    (["empty.cu"], False, "files 1, kernels 0, identical 0, different 0"),
-])
+@pytest.mark.parametrize(
+    "sources, good, sums",
+    [
+        (["a/same.cu", "b/same.cu"], True, "files 2, kernels 4, identical 4, different 0"),
+        (["same.cu", "other.cu"], False, "files 2, kernels 4, identical 3, different 1"),
+        (["empty.cu"], False, "files 1, kernels 0, identical 0, different 0"),
+    ],
+)
 def test_the_report_fails_where_a_kernel_differs_or_there_is_none(tmp_path, capsys, sources, good, sums):
     assert sass_identity.report(Listings(tmp_path), sources, Path("cuobjdump")) is good
     lines = capsys.readouterr().out.splitlines()
@@ -92,7 +108,10 @@ def test_include_folders_are_those_of_the_side_and_a_torch_without_cuda_gets_its
     assert (Path(made) / sass_identity.GENERATED_HEADER).is_file()
     (torch / sass_identity.GENERATED_HEADER).parent.mkdir(parents=True)
     (torch / sass_identity.GENERATED_HEADER).touch()
-    assert Workshop(tmp_path).include_dirs(extension, "patched") == [str(tmp_path / "patched" / "src"), str(torch)]
+    assert Workshop(tmp_path).include_dirs(extension, "patched") == [
+        str(tmp_path / "patched" / "src"),
+        str(torch),
+    ]
 
 
 def test_without_cuobjdump_the_error_says_where_it_comes_from(tmp_path, monkeypatch):

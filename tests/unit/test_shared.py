@@ -29,7 +29,9 @@ sdist = { name = "other-7.tar.gz", size = 1, sha256 = "" }
 def sharing(toy):
     """A toy whose overlay has a file of another family's, applied."""
     path = toy.root / "upstream.toml"
-    path.write_text(path.read_text().replace("revision = 3", f'shared = {{ "{HERE}" = "{HOME}" }}\nrevision = 3') + OTHER)
+    path.write_text(
+        path.read_text().replace("revision = 3", f'shared = {{ "{HERE}" = "{HOME}" }}\nrevision = 3') + OTHER
+    )
     home(toy).parent.mkdir(parents=True)
     home(toy).write_text("meaning = 1\n")
     toy.fap("refresh")

@@ -1,4 +1,6 @@
-"""The smoke test runs with what the installed extension was built for; on the GPU itself it is the end of `make wheel`."""
+"""The smoke test runs with what the installed extension was built for; on the GPU itself it is the end of
+`make wheel`.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,18 @@ def gpu(monkeypatch):
         monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", extension)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-        monkeypatch.setattr(smoke, "probe", lambda target, dtype: calls.append((target.device, dtype, target.head_dim)))
+        monkeypatch.setattr(
+            smoke, "probe", lambda target, dtype: calls.append((target.device, dtype, target.head_dim))
+        )
         return calls
 
     return make
 
 
 def test_everything_built(gpu):
-    calls = gpu(built_head_dims=(32, 64, 128), built_dtypes=("fp16", "bf16"), built_passes=("fwd", "bwd", "splitkv"))
+    calls = gpu(
+        built_head_dims=(32, 64, 128), built_dtypes=("fp16", "bf16"), built_passes=("fwd", "bwd", "splitkv")
+    )
     assert smoke.best_target() == smoke.Target("cuda", "a GPU", ("float16", "bfloat16"), 64, True)
     assert calls == [("cuda", torch.float16, 64)]
 
@@ -56,11 +62,16 @@ def test_a_gpu_of_another_architecture_is_passed_over(gpu, monkeypatch, capsys):
     gpu(built_head_dims=(64,), built_dtypes=("fp16",), built_passes=("fwd", "bwd"))
 
     def refuse(*arguments):
-        raise RuntimeError("This flash attention build is for compute capabilities 80 and this GPU has 9.0: rebuild with ARCHS=90")
+        raise RuntimeError(
+            "This flash attention build is for compute capabilities 80 and this GPU has 9.0: rebuild with "
+            "ARCHS=90"
+        )
 
     monkeypatch.setattr(smoke, "probe", refuse)
     assert smoke.best_target().device == "cpu"
-    assert "not on the GPU: This flash attention build is for compute capabilities 80" in capsys.readouterr().out
+    assert (
+        "not on the GPU: This flash attention build is for compute capabilities 80" in capsys.readouterr().out
+    )
 
 
 def test_forward_alone(package):

@@ -23,7 +23,9 @@ class Installed:
         self.file.parent.mkdir(parents=True)
         self.info.mkdir()
         (folder / "triton-3.dist-info").mkdir()  # what the lock adds to the requirements
-        (folder / "triton-3.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 3\n")
+        (folder / "triton-3.dist-info" / "METADATA").write_text(
+            "Metadata-Version: 2.1\nName: triton\nVersion: 3\n"
+        )
         (folder / "flash_attn" / "__init__.py").touch()
         self.file.write_text("raise RuntimeError('imported')\n")
         (self.info / "RECORD").write_text("flash_attn/cute/__init__.py,,\n")
@@ -32,7 +34,9 @@ class Installed:
         """(exit code, what is printed) of the smoke test, with the package requiring that."""
         (self.info / "METADATA").write_text(METADATA.format(requires))
         command = [sys.executable, FAP, "--family", "flash-attn-4", "smoke"]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(self.folder)})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(self.folder)}
+        )
         return done.returncode, done.stdout + done.stderr
 
 
@@ -45,7 +49,10 @@ def test_without_the_compiler_it_says_what_was_not_checked(installed):
     code, said = installed.smoke()
     assert code == 0
     assert "flash_attn_4 4.0.0b36+nosoftmax.1: 1 Python files are installed and parse" in said
-    assert "not compiled and not run: .venv lacks no-such-compiler>=4 (make toolchain FAMILY=flash-attn-4" in said
+    assert (
+        "not compiled and not run: .venv lacks no-such-compiler>=4 (make toolchain FAMILY=flash-attn-4"
+        in said
+    )
 
 
 def test_with_the_compiler_the_package_is_called_and_its_error_not_swallowed(installed):

@@ -1,5 +1,5 @@
-"""`status` names what is out of step, and its exit code says how bad it is: 0 clean, 1 out of date or edited, 2 in the
-middle of something.
+"""`status` names what is out of step, and its exit code says how bad it is: 0 clean, 1 out of date or edited,
+2 in the middle of something.
 """
 
 from __future__ import annotations
@@ -39,22 +39,45 @@ def conflict(toy, *command):
     [
         (lambda t: None, 0, "clean, patched tree"),
         (lambda t: t.fap("clean"), 1, "the patched tree was not made yet"),
-        (lambda t: t.replace(t.patches / CORE_PATCH, "Why: ", "Why: indeed "), 1, f"patch changed: {CORE_PATCH}"),
+        (
+            lambda t: t.replace(t.patches / CORE_PATCH, "Why: ", "Why: indeed "),
+            1,
+            f"patch changed: {CORE_PATCH}",
+        ),
         (add_patch, 1, "patch added: new.patch"),
         (lambda t: t.replace(t.patches / "series", CORE_PATCH + "\n", ""), 1, f"patch removed: {CORE_PATCH}"),
         (reorder, 1, "the series has another order"),
         (lambda t: t.replace(t.overlay / "toy" / "ours.py", "1", "2"), 1, "overlay changed: toy/ours.py"),
         (lambda t: (t.overlay / "toy" / "more.py").write_text(""), 1, "overlay changed: toy/more.py"),
         (lambda t: (t.overlay / "toy" / "ours.py").unlink(), 1, "overlay changed: toy/ours.py"),
-        (lambda t: t.replace(t.root / "upstream.toml", t.project().release.patched_tree, "1" * 40), 1, "names another patched tree: 1111"),
-        (lambda t: t.replace(t.source / "toy" / "core.py", "line 9\n", "line nine\n"), 1, "source changed, not committed: toy/core.py"),
-        (lambda t: (t.source / "toy" / "mine.py").write_text(""), 1, "source changed, not committed: toy/mine.py"),
+        (
+            lambda t: t.replace(t.root / "upstream.toml", t.project().release.patched_tree, "1" * 40),
+            1,
+            "names another patched tree: 1111",
+        ),
+        (
+            lambda t: t.replace(t.source / "toy" / "core.py", "line 9\n", "line nine\n"),
+            1,
+            "source changed, not committed: toy/core.py",
+        ),
+        (
+            lambda t: (t.source / "toy" / "mine.py").write_text(""),
+            1,
+            "source changed, not committed: toy/mine.py",
+        ),
         (lambda t: t.commit("my own", core=("line 9\n", "nine\n")), 1, "my own"),
         (lambda t: t.git("reset", "--quiet", "--hard", "HEAD~1"), 1, "commits were dropped"),
         (lambda t: conflict(t, "am"), 2, "`git am` is in progress"),
-        (lambda t: conflict(t, "rebase", "--exec", "false", "HEAD~1"), 2, "a rebase is in progress in build/src/toy/1.0"),
         (
-            lambda t: (t.source / ".git").write_text("gitdir: nowhere\n") and t.replace(t.source / "setup.py", "own", "mine"),
+            lambda t: conflict(t, "rebase", "--exec", "false", "HEAD~1"),
+            2,
+            "a rebase is in progress in build/src/toy/1.0",
+        ),
+        (
+            lambda t: (
+                (t.source / ".git").write_text("gitdir: nowhere\n")
+                and t.replace(t.source / "setup.py", "own", "mine")
+            ),
             2,
             "not as they were made",
         ),

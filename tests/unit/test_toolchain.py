@@ -1,4 +1,7 @@
-"""The compiler packages: which ones a torch gets, and how they become a toolkit. Without network: pip and nvcc are stand-ins."""
+"""The compiler packages: which ones a torch gets, and how they become a toolkit. Without network: pip and
+nvcc are stand-ins.
+"""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,7 +13,8 @@ from fapatch.cuda_toolkit import Torch
 from fapatch.errors import FapError
 
 TORCH = Torch(python="3.12.1", version="2.11.0+cu130", cuda="13.0", gpu=True, home=None, packages=())
-# In place of .venv's Python: `python -m pip install ... --target FOLDER ...` makes what the packages of CUDA 13 hold, and notes the call.
+# In place of .venv's Python: `python -m pip install ... --target FOLDER ...` makes what the packages of CUDA
+# 13 hold, and notes the call.
 PIP = """#!/bin/sh
 echo "$@" >> "$(dirname "$0")/calls"
 {before}
@@ -34,7 +38,10 @@ def make_venv(folder: Path, nvcc: str = "exit 0", before: str = "") -> Path:
 
 def test_packages_are_pinned_to_the_cuda_version_of_torch():
     assert toolchain.requirements("13.0") == [
-        "cuda-toolkit[cccl,nvcc]==13.0.*", "nvidia-cuda-cuobjdump==13.*", "nvidia-cuda-nvdisasm==13.*"]
+        "cuda-toolkit[cccl,nvcc]==13.0.*",
+        "nvidia-cuda-cuobjdump==13.*",
+        "nvidia-cuda-nvdisasm==13.*",
+    ]
     assert toolchain.requirements("13.2.1")[0] == "cuda-toolkit[cccl,nvcc]==13.2.*"
 
 
@@ -47,7 +54,10 @@ def test_a_torch_without_cuda_and_one_whose_compiler_is_not_on_the_index_are_ref
 
 def test_the_packages_become_a_toolkit_that_is_found(tmp_path, capsys):
     venv = make_venv(tmp_path)
-    assert toolchain.ensure(venv, TORCH) == f".venv/{cuda_toolkit.TOOLCHAIN}/nvidia/cu13 is ready: CUDA 13.0; `make wheel` builds with it"
+    assert (
+        toolchain.ensure(venv, TORCH)
+        == f".venv/{cuda_toolkit.TOOLCHAIN}/nvidia/cu13 is ready: CUDA 13.0; `make wheel` builds with it"
+    )
     home = venv / cuda_toolkit.TOOLCHAIN / "nvidia" / "cu13"
     assert cuda_toolkit.find(venv, TORCH, {}).toolkit == cuda_toolkit.Toolkit(home, "make toolchain")
     # What `-L$CUDA_HOME/lib64 -lcudart` needs.

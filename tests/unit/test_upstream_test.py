@@ -1,4 +1,5 @@
 """Which of upstream's cases are left out, and what a result is tied to."""
+
 from __future__ import annotations
 
 import pytest
@@ -7,25 +8,35 @@ from fapatch import upstream_test
 from fapatch.errors import UsageError
 
 
-@pytest.mark.parametrize("function, parameters, too_much", [
-    ("test_flash_attn_output", {"seqlen_q": "113", "seqlen_k": "203"}, False),
-    ("test_flash_attn_output", {"seqlen_q": "1024", "seqlen_k": "1024"}, True),
-    ("test_flash_attn_qkvpacked", {"seqlen": "200"}, False),
-    ("test_flash_attn_kvcache", {"seqlen_q": "1", "seqlen_k": "131072"}, True),
-    ("test_flash_attn_race_condition", {"seqlen_q": "1", "seqlen_k": "239"}, True),
-    ("test_flash_attn_bwd_varlen_overflow", {}, False),
-    ("test_of_a_later_release", {"seqlen_q": "64", "seqlen_k": "64"}, False),
-])
+@pytest.mark.parametrize(
+    "function, parameters, too_much",
+    [
+        ("test_flash_attn_output", {"seqlen_q": "113", "seqlen_k": "203"}, False),
+        ("test_flash_attn_output", {"seqlen_q": "1024", "seqlen_k": "1024"}, True),
+        ("test_flash_attn_qkvpacked", {"seqlen": "200"}, False),
+        ("test_flash_attn_kvcache", {"seqlen_q": "1", "seqlen_k": "131072"}, True),
+        ("test_flash_attn_race_condition", {"seqlen_q": "1", "seqlen_k": "239"}, True),
+        ("test_flash_attn_bwd_varlen_overflow", {}, False),
+        ("test_of_a_later_release", {"seqlen_q": "64", "seqlen_k": "64"}, False),
+    ],
+)
 def test_what_is_too_long_for_the_cpu(function, parameters, too_much):
     assert upstream_test.costs_too_much(function, parameters) is too_much
 
 
-@pytest.mark.parametrize("parameters, skips", [
-    ({}, False), ({"softcap": "50.0", "dropout_p": "0.0"}, False), ({"softcap": "50.0", "dropout_p": "0.17"}, True),
-    ({"new_kv": "False", "rotary_fraction": "0.0"}, False), ({"new_kv": "False", "rotary_fraction": "0.5"}, True),
-    ({"has_leftpad": "True", "paged_kv_block_size": "None"}, False), ({"has_leftpad": "True", "paged_kv_block_size": "256"}, True),
-    ({"has_leftpad": "False", "paged_kv_block_size": "256"}, False),
-])
+@pytest.mark.parametrize(
+    "parameters, skips",
+    [
+        ({}, False),
+        ({"softcap": "50.0", "dropout_p": "0.0"}, False),
+        ({"softcap": "50.0", "dropout_p": "0.17"}, True),
+        ({"new_kv": "False", "rotary_fraction": "0.0"}, False),
+        ({"new_kv": "False", "rotary_fraction": "0.5"}, True),
+        ({"has_leftpad": "True", "paged_kv_block_size": "None"}, False),
+        ({"has_leftpad": "True", "paged_kv_block_size": "256"}, True),
+        ({"has_leftpad": "False", "paged_kv_block_size": "256"}, False),
+    ],
+)
 def test_what_upstream_skips_itself(parameters, skips):
     assert upstream_test.skips_itself("test_x", parameters) is skips
 

@@ -1,4 +1,7 @@
-"""Deciding what to build and whether to build at all, and refusing a wheel that is not the patched package."""
+"""Deciding what to build and whether to build at all, and refusing a wheel that is not the patched
+package.
+"""
+
 from __future__ import annotations
 
 import io
@@ -29,10 +32,15 @@ def torch(gpu: bool, cuda: str | None) -> Torch:
     return Torch(python="3.11.7", version="2.13.0", cuda=cuda, gpu=gpu, home=None, packages=())
 
 
-@pytest.mark.parametrize("gpu, torch_cuda, nvcc, expected, why", [
-    (True, "12.8", FOUND, "cuda", "GPU and nvcc found"), (False, "12.8", FOUND, "cpu", "no GPU here"),
-    (True, "12.8", NONE, "cpu", "no nvcc here"), (False, None, NONE, "cpu", "no GPU and no torch with CUDA and no nvcc here"),
-])
+@pytest.mark.parametrize(
+    "gpu, torch_cuda, nvcc, expected, why",
+    [
+        (True, "12.8", FOUND, "cuda", "GPU and nvcc found"),
+        (False, "12.8", FOUND, "cpu", "no GPU here"),
+        (True, "12.8", NONE, "cpu", "no nvcc here"),
+        (False, None, NONE, "cpu", "no GPU and no torch with CUDA and no nvcc here"),
+    ],
+)
 def test_auto_takes_cuda_only_where_it_can_be_built_and_run(gpu, torch_cuda, nvcc, expected, why):
     chosen = wheel.choose_backend("auto", torch(gpu, torch_cuda), nvcc)
     assert (chosen.name, chosen.reason) == (expected, why)
@@ -50,7 +58,9 @@ def test_a_gpu_that_waits_for_a_compiler_alone_gets_a_hint():
 def test_a_backend_that_is_asked_for_is_taken_or_refused():
     assert wheel.choose_backend("cpu", torch(True, "12.8"), FOUND).name == "cpu"
     assert wheel.choose_backend("cuda", torch(False, "12.8"), FOUND).name == "cuda"
-    with pytest.raises(FapError, match="/usr/local/bin/nvcc has no headers.*->.*make toolchain.*CUDA 12.8.*BACKEND=cpu"):
+    with pytest.raises(
+        FapError, match="/usr/local/bin/nvcc has no headers.*->.*make toolchain.*CUDA 12.8.*BACKEND=cpu"
+    ):
         wheel.choose_backend("cuda", torch(True, "12.8"), NONE)
     with pytest.raises(FapError, match="torch with CUDA"):
         wheel.choose_backend("cuda", torch(True, None), FOUND)
@@ -78,7 +88,8 @@ def test_a_wheel_that_is_there_is_not_built_again_and_a_damaged_one_is(project):
 
 
 FILES = {
-    "flash_attn/__init__.py": b"__version__ = '2.8.3.post1'\n", "flash_attn/flash_attn_interface.py": b"use_softmax = True\n",
+    "flash_attn/__init__.py": b"__version__ = '2.8.3.post1'\n",
+    "flash_attn/flash_attn_interface.py": b"use_softmax = True\n",
     "LICENSE": b"BSD\n",
 }
 LABEL = Project.open().family.local_label
@@ -94,7 +105,12 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path / "tree"
 
 
-def make(folder: Path, name: str = GOOD, changes: dict[str, bytes | None] | None = None, version: str = f"2.8.3.post1+{LABEL}") -> Path:
+def make(
+    folder: Path,
+    name: str = GOOD,
+    changes: dict[str, bytes | None] | None = None,
+    version: str = f"2.8.3.post1+{LABEL}",
+) -> Path:
     info = f"flash_attn-{version}.dist-info"
     metadata = f"Name: flash_attn\nVersion: {version}\n".encode()
     members = {**FILES, f"{info}/METADATA": metadata, f"{info}/licenses/LICENSE": FILES["LICENSE"]}
@@ -108,21 +124,28 @@ def make(folder: Path, name: str = GOOD, changes: dict[str, bytes | None] | None
 
 def test_a_good_wheel_passes(project, tree, tmp_path):
     wheel_check.check(make(tmp_path), project, "cpu", tree)
-    compiled = make(tmp_path, GOOD.replace("py3-none-any", "cp311-cp311-linux_x86_64"), {"flash_attn_2_cuda.cpython-311.so": b""})
+    compiled = make(
+        tmp_path,
+        GOOD.replace("py3-none-any", "cp311-cp311-linux_x86_64"),
+        {"flash_attn_2_cuda.cpython-311.so": b""},
+    )
     wheel_check.check(compiled, project, "cuda", tree)
 
 
-@pytest.mark.parametrize("name, changes, backend, message", [
-    (GOOD.replace(LABEL, "nosoftmax.7"), {}, "cpu", "expected flash_attn 2.8.3.post1"),
-    (GOOD.replace(f"+{LABEL}", ""), {}, "cpu", "expected flash_attn 2.8.3.post1"),
-    (GOOD, {"flash_attn/flash_attn_interface.py": b"tampered"}, "cpu", "differs from the patched tree"),
-    (GOOD, {"flash_attn/flash_attn_interface.py": None}, "cpu", "differs from the patched tree"),
-    (GOOD, {"flash_attn/cute/interface.py": b""}, "cpu", "first: flash_attn/cute/interface.py"),
-    (GOOD, {f"flash_attn-2.8.3.post1+{LABEL}.dist-info/licenses/LICENSE": b"MIT"}, "cpu", "LICENSE"),
-    (GOOD, {"flash_attn_2_cuda.cpython-311.so": b""}, "cpu", "not a pure Python wheel"),
-    (GOOD.replace("py3-none-any", "cp311-cp311-linux_x86_64"), {}, "cpu", "not a pure Python wheel"),
-    (GOOD, {}, "cuda", "lacks the compiled extension"),
-])
+@pytest.mark.parametrize(
+    "name, changes, backend, message",
+    [
+        (GOOD.replace(LABEL, "nosoftmax.7"), {}, "cpu", "expected flash_attn 2.8.3.post1"),
+        (GOOD.replace(f"+{LABEL}", ""), {}, "cpu", "expected flash_attn 2.8.3.post1"),
+        (GOOD, {"flash_attn/flash_attn_interface.py": b"tampered"}, "cpu", "differs from the patched tree"),
+        (GOOD, {"flash_attn/flash_attn_interface.py": None}, "cpu", "differs from the patched tree"),
+        (GOOD, {"flash_attn/cute/interface.py": b""}, "cpu", "first: flash_attn/cute/interface.py"),
+        (GOOD, {f"flash_attn-2.8.3.post1+{LABEL}.dist-info/licenses/LICENSE": b"MIT"}, "cpu", "LICENSE"),
+        (GOOD, {"flash_attn_2_cuda.cpython-311.so": b""}, "cpu", "not a pure Python wheel"),
+        (GOOD.replace("py3-none-any", "cp311-cp311-linux_x86_64"), {}, "cpu", "not a pure Python wheel"),
+        (GOOD, {}, "cuda", "lacks the compiled extension"),
+    ],
+)
 def test_a_wrong_wheel_is_refused(project, tree, tmp_path, name, changes, backend, message):
     with pytest.raises(FapError) as caught:
         wheel_check.check(make(tmp_path, name, changes), project, backend, tree)
@@ -202,7 +225,9 @@ def test_a_tree_that_the_lock_does_not_name_is_refused(project, worktree):
     with pytest.raises(FapError, match="the patched tree is .* says .*make refresh"):
         build_copy.verified_tree(pinned, worktree)
     with pytest.raises(FapError, match="nothing yet"):
-        build_copy.verified_tree(replace(project, release=replace(project.release, patched_tree="")), worktree)
+        build_copy.verified_tree(
+            replace(project, release=replace(project.release, patched_tree="")), worktree
+        )
 
 
 @pytest.mark.parametrize("cores, gib, jobs", [(16, 128, 16), (16, 20, 4), (2, 4, 1), (1, 64, 1)])
@@ -219,12 +244,18 @@ def test_a_build_says_how_far_it_is_and_keeps_its_output():
     log, screen, times = io.BytesIO(), io.StringIO(), iter([0, 30, 31, 60, 90])
     progress = build_progress.Progress(log, screen, lambda: next(times))
     lines = [
-        b"running build_ext\n", b"[1/4] nvcc a.cu\n", b"[2/4] nvcc b.cu\n", b"warning: b\n", b"[3/4] nvcc c.cu\n", b"[4/4] nvcc d.cu\n",
+        b"running build_ext\n",
+        b"[1/4] nvcc a.cu\n",
+        b"[2/4] nvcc b.cu\n",
+        b"warning: b\n",
+        b"[3/4] nvcc c.cu\n",
+        b"[4/4] nvcc d.cu\n",
     ]
     for line in lines:
         progress(line)
     assert log.getvalue() == b"".join(lines)
-    # The second file came a second after the first: not every line is worth printing where nothing overwrites it.
+    # The second file came a second after the first: not every line is worth printing where nothing overwrites
+    # it.
     assert screen.getvalue().splitlines() == [
         "compiled 1 of 4 files, 0:30 elapsed, about 1:30 left",
         "compiled 3 of 4 files, 1:00 elapsed, about 0:20 left",

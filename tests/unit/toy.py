@@ -1,5 +1,5 @@
-"""The toy patch set that the tests of the tools work on: its upstream, its lock, and what a person does in a checkout
-of it.
+"""The toy patch set that the tests of the tools work on: its upstream, its lock, and what a person does in a
+checkout of it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def lock_text(sdists: dict[str, bytes], commits: dict[str, str], url: str) -> st
             f'[family.toy.version."{version}"]',
             f'tag = "v{version}"',
             f'commit = "{commits[version]}"',
-            f'sdist = {{ name = "toy-{version}.tar.gz", size = {len(data)}, sha256 = "{hashlib.sha256(data).hexdigest()}" }}',
+            f'sdist = {{ name = "toy-{version}.tar.gz", size = {len(data)}, sha256 = '
+            f'"{hashlib.sha256(data).hexdigest()}" }}',
             'tree = ""',
             'patched-tree = ""',
         ]
@@ -93,7 +94,9 @@ def lock_text(sdists: dict[str, bytes], commits: dict[str, str], url: str) -> st
 
 def shell(*argv: str | Path, cwd: Path, check: bool = True, env: dict[str, str] | None = None) -> str:
     """Run a program as a user would, with whatever configuration that user has."""
-    result = subprocess.run([str(a) for a in argv], cwd=cwd, check=False, capture_output=True, env={**os.environ, **(env or {})})
+    result = subprocess.run(
+        [str(a) for a in argv], cwd=cwd, check=False, capture_output=True, env={**os.environ, **(env or {})}
+    )
     assert not check or result.returncode == 0, result.stderr.decode()
     return result.stdout.decode()
 
@@ -149,7 +152,9 @@ class Toy:
 
     def exported(self) -> dict[str, bytes]:
         """Every file that `refresh` may write."""
-        files = [p for folder in (self.patches, self.overlay) for p in sorted(folder.rglob("*")) if p.is_file()]
+        files = [
+            p for folder in (self.patches, self.overlay) for p in sorted(folder.rglob("*")) if p.is_file()
+        ]
         return {p.relative_to(self.root).as_posix(): p.read_bytes() for p in files}
 
     def leftovers(self) -> list[str]:
@@ -165,8 +170,8 @@ class Toy:
 
 
 def make_upstream(folder: Path) -> dict[str, str]:
-    """The toy's git repository: what the sdist has without its vendored folders, and files that no sdist has. Version
-    -> commit.
+    """The toy's git repository: what the sdist has without its vendored folders, and files that no sdist has.
+    Version -> commit.
     """
     shell("git", "init", "--quiet", folder, cwd=folder.parent)
     commits = {}
@@ -178,7 +183,8 @@ def make_upstream(folder: Path) -> dict[str, str]:
                 (folder / name).write_bytes(text.encode())
         (folder / "AGENTS.md").unlink()
         (folder / "AGENTS.md").symlink_to("docs/readme.md")
-        # The bytes as they are, whatever .gitattributes says: that is how such a file looks like in many a repository.
+        # The bytes as they are, whatever .gitattributes says: that is how such a file looks like in many a
+        # repository.
         blobs = [
             line
             for p in sorted(folder.rglob("*"))
@@ -186,9 +192,27 @@ def make_upstream(folder: Path) -> dict[str, str]:
             for line in [(p, shell("git", "hash-object", "-w", "--no-filters", p, cwd=folder).strip())]
         ]
         for path, blob in blobs:
-            shell("git", "update-index", "--add", "--cacheinfo", f"100644,{blob},{path.relative_to(folder)}", cwd=folder)
+            shell(
+                "git",
+                "update-index",
+                "--add",
+                "--cacheinfo",
+                f"100644,{blob},{path.relative_to(folder)}",
+                cwd=folder,
+            )
         shell("git", "add", "AGENTS.md", cwd=folder)
-        shell("git", "-c", "user.name=up", "-c", "user.email=up@example.org", "commit", "--quiet", "-m", version, cwd=folder)
+        shell(
+            "git",
+            "-c",
+            "user.name=up",
+            "-c",
+            "user.email=up@example.org",
+            "commit",
+            "--quiet",
+            "-m",
+            version,
+            cwd=folder,
+        )
         shell("git", "tag", f"v{version}", cwd=folder)
         commits[version] = shell("git", "rev-parse", "HEAD", cwd=folder).strip()
     return commits

@@ -1,11 +1,14 @@
-"""Print the parameters of a test file as JSON, without making its test cases (upstream's file has a million of them).
+"""Print the parameters of a test file as JSON, without making its test cases (upstream's file has a million
+of them).
 
     python axes.py TEST_FILE
     {"gpus": 0, "with_softmax": true, "package": ".../flash_attn",
      "functions": {"test_x": [{"names": ["seqlen_q", "seqlen_k"], "labels": ["1-128", ...]}, ...]}}
 
-The axes of a function stand in pytest's order, so that joining one label of each with "-" gives the id that pytest would give.
+The axes of a function stand in pytest's order, so that joining one label of each with "-" gives the id that
+pytest would give.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -22,7 +25,9 @@ import torch
 
 
 def _label(name: str, value: Any, index: int) -> str:
-    """What pytest calls one parameter value in a test's id (pytest's documented rule for ids that are not given)."""
+    """What pytest calls one parameter value in a test's id (pytest's documented rule for ids that are not
+    given).
+    """
     if value is None or isinstance(value, (str, bool, int, float, complex)):
         return str(value)
     return getattr(value, "__name__", None) or f"{name}{index}"
@@ -34,11 +39,17 @@ def axes_of(function: Any) -> list[tuple[tuple[str, ...], list[tuple[Any, ...]],
     for mark in getattr(function, "pytestmark", []):
         if mark.name != "parametrize":
             continue
-        names = tuple(n.strip() for n in mark.args[0].split(",")) if isinstance(mark.args[0], str) else tuple(mark.args[0])
+        names = (
+            tuple(n.strip() for n in mark.args[0].split(","))
+            if isinstance(mark.args[0], str)
+            else tuple(mark.args[0])
+        )
         values = [tuple(v) if len(names) > 1 else (v,) for v in mark.args[1]]
         labels = ["-".join(_label(n, v, i) for n, v in zip(names, value)) for i, value in enumerate(values)]
         if len(set(labels)) != len(labels):
-            raise ValueError(f"{function.__name__}: two values of {','.join(names)} have the same label: {labels}")
+            raise ValueError(
+                f"{function.__name__}: two values of {','.join(names)} have the same label: {labels}"
+            )
         axes.append((names, values, labels))
     return axes
 
@@ -64,7 +75,8 @@ def main(argv: list[str]) -> int:
     module = load(Path(argv[0]))
     functions = {
         name: [{"names": names, "labels": labels} for names, _, labels in axes_of(value)]
-        for name, value in vars(module).items() if name.startswith("test_") and callable(value)
+        for name, value in vars(module).items()
+        if name.startswith("test_") and callable(value)
     }
     described = {
         "gpus": torch.cuda.device_count() if cpu_as_cuda.on_gpu() else 0,

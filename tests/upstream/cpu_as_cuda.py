@@ -1,16 +1,18 @@
 """Pytest plugin: lets upstream's own tests, written for a GPU, run on the CPU backend.
 
-Upstream's test files say ``device="cuda"`` and ask for the compute capability while they are imported, so without a GPU they
-cannot even be collected. This plugin
+Upstream's test files say ``device="cuda"`` and ask for the compute capability while they are imported, so
+without a GPU they cannot even be collected. This plugin
 
 - sends every ``"cuda"`` that a torch function is given to the CPU,
 - answers what the files ask of ``torch.cuda`` (capability, properties, synchronize, memory counters),
-- says that a block of the kernel is a whole row: the CPU backend returns exp(s - row maximum) where the GPU kernels return
-  exp(s - maximum so far), which is the same thing for one block (see ``normalize_flash_attn_S`` in upstream's file).
+- says that a block of the kernel is a whole row: the CPU backend returns exp(s - row maximum) where the GPU
+  kernels return exp(s - maximum so far), which is the same thing for one block (see
+  ``normalize_flash_attn_S`` in upstream's file).
 
 On a machine with GPUs and the compiled extension it only spreads the test processes over the GPUs.
 Use: ``pytest -p cpu_as_cuda`` with this folder on PYTHONPATH.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -54,11 +56,21 @@ def _memory() -> int:
 
 def _answer_for_torch_cuda() -> None:
     properties = types.SimpleNamespace(
-        name="cpu", major=A100[0], minor=A100[1], total_memory=_memory(), multi_processor_count=os.cpu_count() or 1
+        name="cpu",
+        major=A100[0],
+        minor=A100[1],
+        total_memory=_memory(),
+        multi_processor_count=os.cpu_count() or 1,
     )
     answers = {
-        "get_device_capability": A100, "get_device_properties": properties, "get_device_name": "cpu", "current_device": 0,
-        "synchronize": None, "empty_cache": None, "memory_allocated": 0, "max_memory_allocated": 0,
+        "get_device_capability": A100,
+        "get_device_properties": properties,
+        "get_device_name": "cpu",
+        "current_device": 0,
+        "synchronize": None,
+        "empty_cache": None,
+        "memory_allocated": 0,
+        "max_memory_allocated": 0,
         "reset_peak_memory_stats": None,
     }
     for name, answer in answers.items():
@@ -66,7 +78,9 @@ def _answer_for_torch_cuda() -> None:
 
 
 def activate() -> None:
-    """From here on this process sees a CPU where upstream's tests look for a GPU; nothing happens on a machine with one."""
+    """From here on this process sees a CPU where upstream's tests look for a GPU; nothing happens on a
+    machine with one.
+    """
     if on_gpu():
         return
     _answer_for_torch_cuda()

@@ -2,9 +2,11 @@
 
     pytest -p pick --pick PLAN --journal FILE TEST_FILE
 
-PLAN is JSON, ``{test function: [[index into axis 0, index into axis 1, ...], ...]}`` with the axes of axes.py. A function that is
-not in the plan makes no cases. Pytest itself would first make every combination, a million objects and many minutes for upstream's file.
+PLAN is JSON, ``{test function: [[index into axis 0, index into axis 1, ...], ...]}`` with the axes of
+axes.py. A function that is not in the plan makes no cases. Pytest itself would first make every combination,
+a million objects and many minutes for upstream's file.
 """
+
 from __future__ import annotations
 
 import json
@@ -17,7 +19,9 @@ from axes import axes_of
 def pytest_addoption(parser) -> None:
     group = parser.getgroup("pick", "run a planned subset of the parameter combinations")
     group.addoption("--pick", metavar="PLAN", type=Path, help="JSON file with the combinations to run")
-    group.addoption("--journal", metavar="FILE", type=Path, help="append one JSON line for each finished test")
+    group.addoption(
+        "--journal", metavar="FILE", type=Path, help="append one JSON line for each finished test"
+    )
 
 
 class Picker:
@@ -49,17 +53,28 @@ class Journal:
         self.file = path.open("a", encoding="utf-8", buffering=1)
 
     def pytest_runtest_logreport(self, report) -> None:
-        # A test that passes or fails is reported from its call phase; setup and teardown count when they fail or skip.
+        # A test that passes or fails is reported from its call phase; setup and teardown count when they fail
+        # or skip.
         if report.when == "call" or report.outcome != "passed":
             name = report.nodeid.rpartition("::")[2]
-            message = "" if report.passed else str(getattr(report.longrepr, "reprcrash", None) or report.longrepr or "").strip()
-            line = {"id": name, "outcome": report.outcome, "seconds": round(report.duration, 3), "message": message[-500:]}
+            message = (
+                ""
+                if report.passed
+                else str(getattr(report.longrepr, "reprcrash", None) or report.longrepr or "").strip()
+            )
+            line = {
+                "id": name,
+                "outcome": report.outcome,
+                "seconds": round(report.duration, 3),
+                "message": message[-500:],
+            }
             self.file.write(json.dumps(line) + "\n")
 
 
 def pytest_configure(config) -> None:
     if plan := config.getoption("--pick"):
         config.pluginmanager.register(Picker(json.loads(plan.read_text(encoding="utf-8"))))
-    # With pytest-xdist every report comes by the controlling process, so the workers keep no journal of their own.
+    # With pytest-xdist every report comes by the controlling process, so the workers keep no journal of their
+    # own.
     if (journal := config.getoption("--journal")) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Journal(journal))

@@ -1,4 +1,5 @@
 """Tier 4: a sample of upstream's own tests passes on the installed wheel, with softmax and without."""
+
 from __future__ import annotations
 
 import json
@@ -11,7 +12,9 @@ LEAST = 300
 
 
 def test_upstream_sample():
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "fap.py", "upstream-test"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "fap.py", "upstream-test"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((ROOT / "build" / "upstream-test" / "results.json").read_text(encoding="utf-8"))
     total = results["total"]

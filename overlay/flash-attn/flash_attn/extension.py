@@ -1,8 +1,9 @@
-"""Stands where upstream imports its compiled extension: with softmax, each call goes to the extension (CUDA) or to the CPU.
+"""Stands where upstream imports its compiled extension: with softmax, each call goes to the extension (CUDA)
+or to the CPU.
 
-It has the extension's five functions with the extension's positional arguments (csrc/flash_attn/flash_api.cpp). Calls without
-softmax don't come here (flash_attn/nosoftmax). A machine without the extension imports this module like any other: only a
-call with CUDA tensors fails.
+It has the extension's five functions with the extension's positional arguments
+(csrc/flash_attn/flash_api.cpp). Calls without softmax don't come here (flash_attn/nosoftmax). A machine
+without the extension imports this module like any other: only a call with CUDA tensors fails.
 """
 
 import os
@@ -17,7 +18,8 @@ USE_TRITON_ROCM = os.getenv("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE") == "TR
 _SIGNATURES = {
     "fwd": "q k v out alibi_slopes dropout_p softmax_scale causal window_size_left window_size_right softcap "
     "return_softmax gen",
-    "varlen_fwd": "q k v out cu_seqlens_q cu_seqlens_k seqused_k leftpad_k block_table alibi_slopes max_seqlen_q "
+    "varlen_fwd": "q k v out cu_seqlens_q cu_seqlens_k seqused_k leftpad_k block_table alibi_slopes "
+    "max_seqlen_q "
     "max_seqlen_k dropout_p softmax_scale zero_tensors causal window_size_left window_size_right softcap "
     "return_softmax gen",
     "bwd": "dout q k v out softmax_lse dq dk dv alibi_slopes dropout_p softmax_scale causal window_size_left "
@@ -25,8 +27,10 @@ _SIGNATURES = {
     "varlen_bwd": "dout q k v out softmax_lse dq dk dv cu_seqlens_q cu_seqlens_k alibi_slopes max_seqlen_q "
     "max_seqlen_k dropout_p softmax_scale zero_tensors causal window_size_left window_size_right softcap "
     "deterministic gen rng_state",
-    "fwd_kvcache": "q kcache vcache k v seqlens_k rotary_cos rotary_sin cache_batch_idx leftpad_k block_table "
-    "alibi_slopes out softmax_scale causal window_size_left window_size_right softcap rotary_interleaved num_splits",
+    "fwd_kvcache": "q kcache vcache k v seqlens_k rotary_cos rotary_sin cache_batch_idx leftpad_k "
+    "block_table "
+    "alibi_slopes out softmax_scale causal window_size_left window_size_right softcap rotary_interleaved "
+    "num_splits",
 }
 _BUILD = "build the CUDA wheel with `make wheel BACKEND=cuda` on a machine with nvcc and install it"
 
@@ -58,7 +62,9 @@ def _found() -> tuple[Any, Optional[ImportError]]:
 
 @cache
 def obstacle() -> Optional[str]:
-    """What this installation lacks to run calls without softmax on CUDA tensors, with a way out; None if nothing."""
+    """What this installation lacks to run calls without softmax on CUDA tensors, with a way out; None if
+    nothing.
+    """
     try:
         extension = load()
     except ImportError as error:
@@ -67,18 +73,23 @@ def obstacle() -> Optional[str]:
         return "use_softmax=False has no ROCm kernels: run it on an NVIDIA GPU or on CPU tensors"
     if not getattr(extension, "has_use_softmax", False):
         return (
-            f"{extension.__name__} has no kernels for use_softmax=False, it was built from unpatched sources; "
+            f"{extension.__name__} has no kernels for use_softmax=False, it was built from unpatched "
+            "sources; "
             f"{_BUILD}, or move the tensors to the CPU"
         )
     return None
 
 
 def _device(names: list[str], args: tuple[Any, ...]) -> torch.device:
-    """The one device of all tensors. A tensor without dimensions is a number, which any device can be given."""
+    """The one device of all tensors. A tensor without dimensions is a number, which any device can
+    be given.
+    """
     devices = {n: a.device for n, a in zip(names, args) if isinstance(a, torch.Tensor) and a.dim() > 0}
     if len(set(devices.values())) > 1:
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"the tensors of one attention call must be on one device, got {listed}: move them with .to()")
+        raise ValueError(
+            f"the tensors of one attention call must be on one device, got {listed}: move them with .to()"
+        )
     return devices["q"]
 
 
@@ -87,16 +98,21 @@ def _entry(function: str) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         if len(args) < len(names):
-            raise TypeError(f"{function}() lacks its last arguments: {', '.join(names[len(args):])}")
+            raise TypeError(f"{function}() lacks its last arguments: {', '.join(names[len(args) :])}")
         if len(args) > len(names):
-            raise TypeError(f"{function}() takes {len(names)} arguments and got {len(args)}: calls without softmax go to nosoftmax")
+            raise TypeError(
+                f"{function}() takes {len(names)} arguments and got {len(args)}: calls without softmax go to "
+                "nosoftmax"
+            )
         device = _device(names, args)
         if device.type == "cpu":
             from .nosoftmax.backends.cpu import softmax
 
             return getattr(softmax, function)(*args)
         if device.type != "cuda":
-            raise NotImplementedError(f"q is on {device}: attention runs on CUDA and CPU tensors, move them with .to()")
+            raise NotImplementedError(
+                f"q is on {device}: attention runs on CUDA and CPU tensors, move them with .to()"
+            )
         return getattr(load(), function)(*args)
 
     call.__name__ = call.__qualname__ = function

@@ -1,11 +1,13 @@
-"""Which kernels the extension is built with. setup.py calls `configure` on the extension that it has put together.
+"""Which kernels the extension is built with. setup.py calls `configure` on the extension that it has put
+together.
 
 Options, from the environment; each one left out means everything:
     HEAD_DIMS         head dimensions of the kernels, such as "64,128" (32, 64, 96, 128, 192, 256)
     DTYPES            "fp16", "bf16" or both
     PASSES            "fwd", "bwd", "splitkv" (KV cache, decoding), or several
     NO_SOFTMAX_ONLY   1: only the kernels for use_softmax=False
-    ARCHS             compute capabilities, such as "80,90" (80, 90, 100, 120); by default those of the GPUs present,
+    ARCHS             compute capabilities, such as "80,90" (80, 90, 100, 120); by default those of the GPUs
+    present,
                       else FLASH_ATTN_CUDA_ARCHS, else 80 and 90
 A call that needs a kernel outside the build raises an error that names the option (src/built_kernels.h).
 """
@@ -22,8 +24,10 @@ PASSES = ("fwd", "bwd", "splitkv")
 ARCHS = ("80", "90", "100", "120")
 
 PASS_OF_FILE = {"fwd": "fwd", "bwd": "bwd", "split": "splitkv"}
-KERNEL_FILE = re.compile(r"flash_(?P<nosoftmax>nosoftmax_)?(?:fwd_(?=split))?(?P<kind>fwd|bwd|split)_"
-                         r"hdim(?P<head_dim>\d+)_(?P<dtype>fp16|bf16)_(?:causal_)?sm80\.cu")
+KERNEL_FILE = re.compile(
+    r"flash_(?P<nosoftmax>nosoftmax_)?(?:fwd_(?=split))?(?P<kind>fwd|bwd|split)_"
+    r"hdim(?P<head_dim>\d+)_(?P<dtype>fp16|bf16)_(?:causal_)?sm80\.cu"
+)
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,19 @@ class KernelSubset:
 
     def macros(self) -> list[str]:
         """The same lists for src/built_kernels.h, as compiler flags."""
-        lists = {"HEAD_DIMS": self.head_dims, "DTYPES": self.dtypes, "PASSES": self.passes, "ARCHS": self.archs}
+        lists = {
+            "HEAD_DIMS": self.head_dims,
+            "DTYPES": self.dtypes,
+            "PASSES": self.passes,
+            "ARCHS": self.archs,
+        }
         flags = [f"-DFLASH_BUILT_{name}={','.join(items)}" for name, items in lists.items()]
         return [*flags, f"-DFLASH_BUILT_WITH_SOFTMAX={str(self.with_softmax).lower()}"]
 
 
-def chosen(environ: Mapping[str, str], option: str, choices: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
+def chosen(
+    environ: Mapping[str, str], option: str, choices: Sequence[str], default: Sequence[str]
+) -> tuple[str, ...]:
     """The items of a list option, in the order of `choices`.
 
     Raises:
@@ -62,7 +73,9 @@ def chosen(environ: Mapping[str, str], option: str, choices: Sequence[str], defa
     items = [item for item in re.split(r"[,;\s]+", environ.get(option, "")) if item]
     unknown = [item for item in items if item not in choices]
     if unknown:
-        raise ValueError(f"{option}={environ[option]!r}: {', '.join(unknown)} is not among {', '.join(choices)}")
+        raise ValueError(
+            f"{option}={environ[option]!r}: {', '.join(unknown)} is not among {', '.join(choices)}"
+        )
     return tuple(choice for choice in choices if choice in (items or default))
 
 
@@ -71,7 +84,9 @@ def default_archs(environ: Mapping[str, str]) -> tuple[str, ...]:
     import torch
 
     present = {str(torch.cuda.get_device_capability(i)[0] * 10) for i in range(torch.cuda.device_count())}
-    return tuple(sorted(present & set(ARCHS), key=int)) or chosen(environ, "FLASH_ATTN_CUDA_ARCHS", ARCHS, ("80", "90"))
+    return tuple(sorted(present & set(ARCHS), key=int)) or chosen(
+        environ, "FLASH_ATTN_CUDA_ARCHS", ARCHS, ("80", "90")
+    )
 
 
 def subset_from(environ: Mapping[str, str]) -> KernelSubset:

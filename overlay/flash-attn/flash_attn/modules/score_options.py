@@ -1,8 +1,9 @@
-"""What the modules need of the score function: its options from a model config, and the weights of the non-flash paths.
+"""What the modules need of the score function: its options from a model config, and the weights of the
+non-flash paths.
 
-The options travel through the modules as one dict of keyword arguments: use_softmax, activation, sigmoid_bias and
-normalization, as in the public functions; one that is missing has its default there. flash_attn/nosoftmax/score.py says
-what they mean.
+The options travel through the modules as one dict of keyword arguments: use_softmax, activation, sigmoid_bias
+and normalization, as in the public functions; one that is missing has its default there.
+flash_attn/nosoftmax/score.py says what they mean.
 """
 
 from typing import Any, Optional, Union
@@ -12,7 +13,9 @@ from flash_attn.nosoftmax.score import attention_weights, resolve
 
 
 def checked(options: dict[str, Any]) -> dict[str, Any]:
-    """The same options with use_softmax filled in. Raises ValueError or TypeError: a typo fails at construction."""
+    """The same options with use_softmax filled in. Raises ValueError or TypeError: a typo fails at
+    construction.
+    """
     options = {"use_softmax": True, **options}
     resolve(**options)
     return options
@@ -42,8 +45,9 @@ def dense_weights(
     """The attention weights of the non-flash paths, (batch, nheads, seqlen_q, seqlen_k) in `dtype`.
 
     scores: (batch, nheads, seqlen_q, seqlen_k), scaled; what softmax must not see already has -10000 added.
-    key_padding_mask: (batch, seqlen_k) bool, True means to keep. align_last_key: causal aligns the last query with the
-    last key that is kept (cross-attention), and not query i with key i (self-attention). options: see the module.
+    key_padding_mask: (batch, seqlen_k) bool, True means to keep. align_last_key: causal aligns the last query
+    with the last key that is kept (cross-attention), and not query i with key i (self-attention). options:
+    see the module.
     """
     resolve(**options)
     if options.pop("use_softmax"):
@@ -58,7 +62,8 @@ def dense_weights(
         rows = torch.arange(seqlen_q, device=scores.device)[:, None]
         last_key = rows + (n - seqlen_q if align_last_key else 0)
         visible = visible & (torch.arange(seqlen_k, device=scores.device) <= last_key)
-    # In float32, since without softmax a weight can be too large for float16: there it saturates, as in the kernels.
+    # In float32, since without softmax a weight can be too large for float16: there it saturates, as in the
+    # kernels.
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     weights = attention_weights(wide, visible, n=n, **options)
     if dtype == torch.float16:

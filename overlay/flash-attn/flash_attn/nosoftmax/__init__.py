@@ -8,7 +8,8 @@
     ops.py        a call with its derivatives
     backends/     linear, fa4, fa2, cpu
 
-`forward` and `backward` are attention without autograd. REVISION says that the package is patched, and with what.
+`forward` and `backward` are attention without autograd. REVISION says that the package is patched, and with
+what.
 """
 
 from .interface import backward, explain, forward

@@ -1,4 +1,5 @@
-"""One call without softmax, whatever function it came through: its tensors and its options under one set of names.
+"""One call without softmax, whatever function it came through: its tensors and its options under one set of
+names.
 
 Imports torch and its neighbours alone: both wheels have a copy, and nothing may ask for the class of a Call.
 """
@@ -11,10 +12,10 @@ import torch
 class Options(NamedTuple):
     """What a call is told beside its tensors; checked, with no default left to fill in. Hashable.
 
-    max_seqlen_q, max_seqlen_k: the longest sequence of a packed call; seqlen_q and seqlen_k of a dense one; the capacity
-    of a cache. window_left, window_right: how many keys a query sees on each side of its own, -1 is no limit; causal is
-    window_right = 0 and stands for nothing else. sigmoid_bias: None is -log n. return_attn_probs: whether S_dmask is asked for.
-    The rest as in the public functions.
+    max_seqlen_q, max_seqlen_k: the longest sequence of a packed call; seqlen_q and seqlen_k of a dense one;
+    the capacity of a cache. window_left, window_right: how many keys a query sees on each side of its own, -1
+    is no limit; causal is window_right = 0 and stands for nothing else. sigmoid_bias: None is -log n.
+    return_attn_probs: whether S_dmask is asked for. The rest as in the public functions.
     """
 
     max_seqlen_q: int
@@ -36,12 +37,13 @@ class Options(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What flash_attn_with_kvcache has beside a Call, whose k and v are the caches and whose max_seqlen_k is their capacity.
+    """What flash_attn_with_kvcache has beside a Call, whose k and v are the caches and whose max_seqlen_k is
+    their capacity.
 
-    k, v: (batch, seqlen_new, nheads_k, head_dim), what is appended, or None. cache_seqlens: int32 (batch,), the filled
-    lengths, None for all of the capacity. cache_batch_idx: int32 (batch,). rotary_cos, rotary_sin: (seqlen_ro,
-    rotary_dim / 2). steps: whether the positions of the queries go up from cache_seqlens (causal, or with a window as the caller
-    gave it), or all of them have that one.
+    k, v: (batch, seqlen_new, nheads_k, head_dim), what is appended, or None. cache_seqlens: int32 (batch,),
+    the filled lengths, None for all of the capacity. cache_batch_idx: int32 (batch,). rotary_cos, rotary_sin:
+    (seqlen_ro, rotary_dim / 2). steps: whether the positions of the queries go up from cache_seqlens (causal,
+    or with a window as the caller gave it), or all of them have that one.
     """
 
     k: Optional[torch.Tensor]
@@ -58,11 +60,12 @@ class Cache(NamedTuple):
 class Call(NamedTuple):
     """A call, checked. Nobody changes it.
 
-    q: (batch, seqlen_q, nheads, head_dim); k: (batch, seqlen_k, nheads_k, head_dim); v: (batch, seqlen_k, nheads_k, head_dim_v).
-    With cu_seqlens_q and cu_seqlens_k, int32 (batch + 1,): (total_q, nheads, head_dim), (total_k, nheads_k, head_dim) and
-    (total_k, nheads_k, head_dim_v), or with block_table, int32 (batch, pages), k and v are (num_pages, page_size, nheads_k, …).
-    seqused_k, leftpad_k: int32 (batch,), the end and the beginning of the keys that count in a sequence, or None.
-    alibi_slopes: float32 (nheads,) or (batch, nheads). Of packed qkv and kv the tensors are views, through which gradients go.
+    q: (batch, seqlen_q, nheads, head_dim); k: (batch, seqlen_k, nheads_k, head_dim); v: (batch, seqlen_k,
+    nheads_k, head_dim_v). With cu_seqlens_q and cu_seqlens_k, int32 (batch + 1,): (total_q, nheads,
+    head_dim), (total_k, nheads_k, head_dim) and (total_k, nheads_k, head_dim_v), or with block_table, int32
+    (batch, pages), k and v are (num_pages, page_size, nheads_k, …). seqused_k, leftpad_k: int32 (batch,), the
+    end and the beginning of the keys that count in a sequence, or None. alibi_slopes: float32 (nheads,) or
+    (batch, nheads). Of packed qkv and kv the tensors are views, through which gradients go.
     """
 
     q: torch.Tensor
@@ -94,10 +97,12 @@ class Call(NamedTuple):
         """All that a check or a choice may depend on, hashable: everything but what lies in the tensors."""
         q, k, v = self.q, self.k, self.v
         # A list and not a generator: this is run for every call.
-        more = tuple([None if x is None else (x.shape, x.dtype, x.device, x.requires_grad) for x in self[3:TENSORS]])
+        more = tuple(
+            [None if x is None else (x.shape, x.dtype, x.device, x.requires_grad) for x in self[3:TENSORS]]
+        )
         looks = (
-            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, needs_grad(self), more,
-            self.options,
+            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+            needs_grad(self), more, self.options,
         )  # fmt: skip
         return looks if self.cache is None else (*looks, k.stride(), v.stride(), *map(_look, self.cache))
 
@@ -117,10 +122,15 @@ def needs_grad(call: Any) -> bool:
 def forward_work(call: Any) -> float:
     """Floating-point operations of the two matrix products of a forward, of visible scores alone.
 
-    With cu_seqlens all sequences are taken to have the mean length, and with pages the longest: reading lengths would stop a GPU.
+    With cu_seqlens all sequences are taken to have the mean length, and with pages the longest: reading
+    lengths would stop a GPU.
     """
     q, k, options = call.q, call.k, call.options
-    seqlen_q, seqlen_k, queries = q.shape[-3], k.shape[-3], q.shape[0] if call.varlen else q.shape[0] * q.shape[1]
+    seqlen_q, seqlen_k, queries = (
+        q.shape[-3],
+        k.shape[-3],
+        q.shape[0] if call.varlen else q.shape[0] * q.shape[1],
+    )
     if call.varlen:
         sequences = max(call.batch, 1)
         seqlen_q /= sequences

@@ -1,9 +1,10 @@
-"""All checks of arguments, for every backend and for the functions with a state: one rule, one wording, one place.
+"""All checks of arguments, for every backend and for the functions with a state: one rule, one wording, one
+place.
 
-`options` checks what is no tensor, `tensors` what can be seen of tensors without reading them, and `values` what lies in
-tensors on the CPU. What lies in a tensor on another device is never read: a NaN there shows as NaN, and a wrong length or
-index is the caller's. Errors name the public argument, its value and what to do: TypeError for a wrong kind of thing,
-ValueError for a wrong one of its kind.
+`options` checks what is no tensor, `tensors` what can be seen of tensors without reading them, and `values`
+what lies in tensors on the CPU. What lies in a tensor on another device is never read: a NaN there shows as
+NaN, and a wrong length or index is the caller's. Errors name the public argument, its value and what to do:
+TypeError for a wrong kind of thing, ValueError for a wrong one of its kind.
 
 Imports torch and its neighbours alone: both wheels have a copy.
 """
@@ -23,10 +24,18 @@ _LARGEST_SCALE = 1e9
 _SOFTCAPS = (1e-9, 1e9)
 _LARGEST = torch.finfo(torch.float64).max
 
-DENSE = ("batch, seqlen_q, nheads, head_dim", "batch, seqlen_k, nheads_k, head_dim", "batch, seqlen_k, nheads_k, head_dim_v")
+DENSE = (
+    "batch, seqlen_q, nheads, head_dim",
+    "batch, seqlen_k, nheads_k, head_dim",
+    "batch, seqlen_k, nheads_k, head_dim_v",
+)
 PACKED = ("total_q, nheads, head_dim", "total_k, nheads_k, head_dim", "total_k, nheads_k, head_dim_v")
 PAGED = ("", "num_pages, page_size, nheads_k, head_dim", "num_pages, page_size, nheads_k, head_dim_v")
-CACHED = ("", "batch_cache, seqlen_cache, nheads_k, head_dim", "batch_cache, seqlen_cache, nheads_k, head_dim_v")
+CACHED = (
+    "",
+    "batch_cache, seqlen_cache, nheads_k, head_dim",
+    "batch_cache, seqlen_cache, nheads_k, head_dim_v",
+)
 NEW = ("", "batch, seqlen_new, nheads_k, head_dim", "batch, seqlen_new, nheads_k, head_dim_v")
 
 
@@ -34,12 +43,17 @@ NEW = ("", "batch, seqlen_new, nheads_k, head_dim", "batch, seqlen_new, nheads_k
 
 
 def number(name: str, x: Any) -> float:
-    """x as a float or a symbolic one; a tensor without dimensions is read. Raises TypeError for anything else."""
+    """x as a float or a symbolic one; a tensor without dimensions is read. Raises TypeError for anything
+    else.
+    """
     if type(x) is float:
         return x
     if isinstance(x, torch.Tensor):
         if x.requires_grad:
-            raise ValueError(f"{name} is a tensor that requires a gradient, and gets none: pass float({name}), or multiply q by it")
+            raise ValueError(
+                f"{name} is a tensor that requires a gradient, and gets none: pass float({name}), or "
+                "multiply q by it"
+            )
         if x.dim() == 0:
             return float(x)
     elif isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
@@ -50,7 +64,9 @@ def number(name: str, x: Any) -> float:
 
 
 def integer(name: str, x: Any) -> int:
-    """x as an int or a symbolic one; an integer tensor without dimensions is read. Raises TypeError for anything else."""
+    """x as an int or a symbolic one; an integer tensor without dimensions is read. Raises TypeError for
+    anything else.
+    """
     if type(x) is int or isinstance(x, torch.SymInt):
         return x
     if isinstance(x, torch.Tensor):
@@ -64,7 +80,10 @@ def integer(name: str, x: Any) -> int:
 def flag(name: str, x: Any) -> bool:
     if x is True or x is False:
         return x
-    if isinstance(x, (int, torch.SymBool)) or type(x).__name__ in ("bool_", "bool"):  # 0 and 1, and NumPy's bools
+    if isinstance(x, (int, torch.SymBool)) or type(x).__name__ in (
+        "bool_",
+        "bool",
+    ):  # 0 and 1, and NumPy's bools
         return bool(x)
     raise TypeError(f"{name}={x!r}: give True or False")
 
@@ -87,21 +106,26 @@ def options(
 ) -> Options:
     """The options of a call, checked alone and against each other."""
     try:
-        left, right = () if isinstance(window_size, str) else window_size  # upstream's own tests pass a tensor
+        left, right = (
+            () if isinstance(window_size, str) else window_size
+        )  # upstream's own tests pass a tensor
     except (TypeError, ValueError):
-        raise TypeError(f"window_size={window_size!r}: give a pair (left, right) of integers, -1 for no limit") from None
+        raise TypeError(
+            f"window_size={window_size!r}: give a pair (left, right) of integers, -1 for no limit"
+        ) from None
     given = (
-        head_dim, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap, deterministic,
-        return_attn_probs, activation, sigmoid_bias, normalization, use_softmax,
+        head_dim, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap,
+        deterministic, return_attn_probs, activation, sigmoid_bias, normalization, use_softmax,
     )  # fmt: skip
-    # Equal numbers give equal options. What is no number, such as a tensor, may change; torch.compile looks into no cache.
+    # Equal numbers give equal options. What is no number, such as a tensor, may change; torch.compile looks
+    # into no cache.
     plain = _PLAIN.issuperset(map(type, given)) and not torch.compiler.is_compiling()
     return (_options_again if plain else _options)(*given)
 
 
 def _options(
-    head_dim, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap, deterministic,
-    return_attn_probs, activation, sigmoid_bias, normalization, use_softmax,
+    head_dim, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap,
+    deterministic, return_attn_probs, activation, sigmoid_bias, normalization, use_softmax,
 ) -> Options:  # fmt: skip
     dropout_p, softcap = number("dropout_p", dropout_p), number("softcap", softcap)
     scale = head_dim**-0.5 if softmax_scale is None else number("softmax_scale", softmax_scale)
@@ -112,7 +136,8 @@ def _options(
     # Comparisons that NaN does not pass, and that torch.compile can trace, which math.isfinite is not.
     if not abs(scale) <= (_LARGEST if use_softmax else _LARGEST_SCALE):
         raise ValueError(
-            f"softmax_scale={softmax_scale}: give a number of at most {_LARGEST_SCALE:g} in size, or None for 1/sqrt(head_dim)"
+            f"softmax_scale={softmax_scale}: give a number of at most {_LARGEST_SCALE:g} in size, or None "
+            "for 1/sqrt(head_dim)"
         )
     low, high = (0.0, _LARGEST) if use_softmax else _SOFTCAPS
     if not (softcap == 0.0 or low <= softcap <= high):
@@ -120,9 +145,13 @@ def _options(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p={dropout_p}: give a probability in [0, 1)")
     if softcap > 0.0 and dropout_p > 0.0:
-        raise ValueError(f"softcap={softcap} with dropout_p={dropout_p} is not supported: leave one of them out")
+        raise ValueError(
+            f"softcap={softcap} with dropout_p={dropout_p} is not supported: leave one of them out"
+        )
     if softcap > 0.0 and scale <= 0.0:
-        raise ValueError(f"softmax_scale={softmax_scale} with softcap={softcap}: softcap needs a positive scale")
+        raise ValueError(
+            f"softmax_scale={softmax_scale} with softcap={softcap}: softcap needs a positive scale"
+        )
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         # A length that a compiler does not know yet can't be compared.
         if not torch.compiler.is_compiling() and longest < 0:
@@ -158,11 +187,15 @@ def shape(name: str, x: Optional[torch.Tensor], *expected: int, axes: str) -> No
 
 
 def one_device(**given: Optional[torch.Tensor]) -> None:
-    """All tensors are on one device. A tensor without dimensions is a number, which any device can be given."""
+    """All tensors are on one device. A tensor without dimensions is a number, which any device can
+    be given.
+    """
     devices = {name: x.device for name, x in given.items() if x is not None and x.dim() > 0}
     if len(set(devices.values())) > 1:
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"the tensors of one attention call must be on one device, got {listed}: move them with .to()")
+        raise ValueError(
+            f"the tensors of one attention call must be on one device, got {listed}: move them with .to()"
+        )
 
 
 def one_dtype(q: torch.Tensor, **others: Optional[torch.Tensor]) -> None:
@@ -181,8 +214,12 @@ def heads(nheads: int, nheads_k: int, head_dim: int, head_dim_v: int) -> None:
         raise ValueError(f"{name}={size}: q, k and v need at least one channel")
 
 
-def qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, axes: tuple, names: tuple = ("q", "k", "v")) -> None:
-    """Ranks and shapes; axes: those of the three tensors. The batch, where k's first axis is not that of q, is the caller's."""
+def qkv(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, axes: tuple, names: tuple = ("q", "k", "v")
+) -> None:
+    """Ranks and shapes; axes: those of the three tensors. The batch, where k's first axis is not that of q,
+    is the caller's.
+    """
     for name, x, of_x in zip(names, (q, k, v), axes):
         rank(name, x, of_x)
     expected = (*k.shape[:-1], q.shape[-1])
@@ -206,24 +243,42 @@ def alibi_slopes(slopes: Optional[torch.Tensor], batch: int, nheads: int) -> Non
     if slopes.dtype != torch.float32:
         raise TypeError(f"alibi_slopes has dtype {slopes.dtype}, expected torch.float32")
     if slopes.shape not in ((nheads,), (batch, nheads)):
-        raise ValueError(f"alibi_slopes has shape {tuple(slopes.shape)}, expected ({nheads},) or ({batch}, {nheads})")
+        raise ValueError(
+            f"alibi_slopes has shape {tuple(slopes.shape)}, expected ({nheads},) or ({batch}, {nheads})"
+        )
     if slopes.requires_grad:
         raise ValueError("alibi_slopes requires a gradient, and gets none: pass alibi_slopes.detach()")
 
 
 def tensors(call: Call, **more: Optional[torch.Tensor]) -> None:
-    """The tensors of a call that is not a cache's fit together. more: other lengths of its sequences, int32 (batch,)."""
+    """The tensors of a call that is not a cache's fit together. more: other lengths of its sequences, int32
+    (batch,).
+    """
     q, k, v = call.q, call.k, call.v
-    packed_q, packed_k, paged = call.cu_seqlens_q is not None, call.cu_seqlens_k is not None, call.block_table is not None
+    packed_q, packed_k, paged = (
+        call.cu_seqlens_q is not None,
+        call.cu_seqlens_k is not None,
+        call.block_table is not None,
+    )
     one_device(
-        q=q, k=k, v=v, cu_seqlens_q=call.cu_seqlens_q, cu_seqlens_k=call.cu_seqlens_k, seqused_k=call.seqused_k,
-        leftpad_k=call.leftpad_k, block_table=call.block_table, alibi_slopes=call.alibi_slopes, **more,
+        q=q, k=k, v=v, cu_seqlens_q=call.cu_seqlens_q, cu_seqlens_k=call.cu_seqlens_k,
+        seqused_k=call.seqused_k, leftpad_k=call.leftpad_k, block_table=call.block_table,
+        alibi_slopes=call.alibi_slopes, **more,
     )  # fmt: skip
     one_dtype(q, k=k, v=v)
-    qkv(q, k, v, ((PACKED if packed_q else DENSE)[0], *(PAGED if paged else PACKED if packed_k else DENSE)[1:]))
+    qkv(
+        q,
+        k,
+        v,
+        ((PACKED if packed_q else DENSE)[0], *(PAGED if paged else PACKED if packed_k else DENSE)[1:]),
+    )
     if not (packed_q or packed_k or paged) and k.shape[0] != q.shape[0]:
         shape("k", k, q.shape[0], *k.shape[1:], axes=DENSE[1])
-    given = [(name, x) for name, x in (("cu_seqlens_q", call.cu_seqlens_q), ("cu_seqlens_k", call.cu_seqlens_k)) if x is not None]
+    given = [
+        (name, x)
+        for name, x in (("cu_seqlens_q", call.cu_seqlens_q), ("cu_seqlens_k", call.cu_seqlens_k))
+        if x is not None
+    ]
     for name, x in given:
         rank(name, x, "batch + 1")
         if x.shape[0] == 0:
@@ -236,7 +291,9 @@ def tensors(call: Call, **more: Optional[torch.Tensor]) -> None:
     _keys(call, batch)
     alibi_slopes(call.alibi_slopes, batch, nheads)
     if call.alibi_slopes is not None and call.options.softmax_scale == 0.0:
-        raise ValueError("softmax_scale=0 with alibi_slopes: give another softmax_scale, or leave the slopes out")
+        raise ValueError(
+            "softmax_scale=0 with alibi_slopes: give another softmax_scale, or leave the slopes out"
+        )
 
 
 def _keys(call: Call, batch: int) -> None:
@@ -251,7 +308,10 @@ def _keys(call: Call, batch: int) -> None:
     rank("block_table", call.block_table, "batch, pages")
     integers("block_table", call.block_table, batch, call.block_table.shape[1], axes="batch, pages")
     if call.k.shape[1] < 1:
-        raise ValueError(f"{'k' if call.cache is None else 'k_cache'} has shape {tuple(call.k.shape)}: a page holds at least one key")
+        raise ValueError(
+            f"{'k' if call.cache is None else 'k_cache'} has shape {tuple(call.k.shape)}: a page holds at "
+            "least one key"
+        )
 
 
 def cache(call: Call) -> None:
@@ -259,12 +319,13 @@ def cache(call: Call) -> None:
     q, k, v, given = call.q, call.k, call.v, call.cache
     paged = call.block_table is not None
     one_device(
-        q=q, k_cache=k, v_cache=v, k=given.k, v=given.v, cache_seqlens=given.cache_seqlens, rotary_cos=given.rotary_cos,
-        rotary_sin=given.rotary_sin, cache_batch_idx=given.cache_batch_idx, cache_leftpad=call.leftpad_k,
-        block_table=call.block_table, alibi_slopes=call.alibi_slopes,
+        q=q, k_cache=k, v_cache=v, k=given.k, v=given.v, cache_seqlens=given.cache_seqlens,
+        rotary_cos=given.rotary_cos, rotary_sin=given.rotary_sin, cache_batch_idx=given.cache_batch_idx,
+        cache_leftpad=call.leftpad_k, block_table=call.block_table, alibi_slopes=call.alibi_slopes,
     )  # fmt: skip
     one_dtype(
-        q, k_cache=k, v_cache=v, k=given.k, v=given.v, rotary_cos=given.rotary_cos, rotary_sin=given.rotary_sin
+        q, k_cache=k, v_cache=v, k=given.k, v=given.v, rotary_cos=given.rotary_cos,
+        rotary_sin=given.rotary_sin
     )  # fmt: skip
     names = ("q", "k_cache", "v_cache")
     qkv(q, k, v, (DENSE[0], *(PAGED if paged else CACHED)[1:]), names)
@@ -276,14 +337,18 @@ def cache(call: Call) -> None:
     integers("cache_batch_idx", given.cache_batch_idx, batch, axes="batch")
     _keys(call, batch)
     if paged and given.cache_batch_idx is not None:
-        raise ValueError("cache_batch_idx with block_table: the table already says where each sequence is, pass one")
+        raise ValueError(
+            "cache_batch_idx with block_table: the table already says where each sequence is, pass one"
+        )
     if not paged and given.cache_batch_idx is None and batch > k.shape[0]:
         raise ValueError(f"{batch} sequences in q, but only {k.shape[0]} in k_cache")
     alibi_slopes(call.alibi_slopes, batch, q.shape[2])
     _appended(call, names)
     _rotary(call)
     if call.alibi_slopes is not None and call.options.softmax_scale == 0.0:
-        raise ValueError("softmax_scale=0 with alibi_slopes: give another softmax_scale, or leave the slopes out")
+        raise ValueError(
+            "softmax_scale=0 with alibi_slopes: give another softmax_scale, or leave the slopes out"
+        )
 
 
 def _appended(call: Call, names: tuple) -> None:
@@ -293,14 +358,19 @@ def _appended(call: Call, names: tuple) -> None:
     if given.k is None:
         return
     if given.cache_seqlens is None:
-        raise ValueError("k and v are given without cache_seqlens: pass the lengths at which they are appended")
+        raise ValueError(
+            "k and v are given without cache_seqlens: pass the lengths at which they are appended"
+        )
     rank("k", given.k, NEW[1])
     nheads_k, seqlen_new = call.k.shape[2], given.k.shape[1]
     shape("k", given.k, q.shape[0], seqlen_new, nheads_k, q.shape[3], axes=NEW[1])
     shape("v", given.v, q.shape[0], seqlen_new, nheads_k, call.v.shape[3], axes=NEW[2])
     for name, x in zip(names[1:], (call.k, call.v)):
         if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
-            raise ValueError(f"{name} is an expanded tensor (strides {x.stride()}): several of its rows are one, give its .clone()")
+            raise ValueError(
+                f"{name} is an expanded tensor (strides {x.stride()}): several of its rows are one, give its "
+                ".clone()"
+            )
 
 
 def _rotary(call: Call) -> None:
@@ -311,14 +381,19 @@ def _rotary(call: Call) -> None:
     if cos is None:
         return
     if given.k is None:
-        raise ValueError("rotary_cos and rotary_sin without new k and v: pass the keys and values to append as well")
+        raise ValueError(
+            "rotary_cos and rotary_sin without new k and v: pass the keys and values to append as well"
+        )
     rank("rotary_cos", cos, "seqlen_ro, rotary_dim / 2")
     shape("rotary_sin", sin, *cos.shape, axes="seqlen_ro, rotary_dim / 2")
     if 2 * cos.shape[1] > head_dim:
-        raise ValueError(f"rotary_dim={2 * cos.shape[1]} (twice the columns of rotary_cos) exceeds head_dim={head_dim}")
+        raise ValueError(
+            f"rotary_dim={2 * cos.shape[1]} (twice the columns of rotary_cos) exceeds head_dim={head_dim}"
+        )
     if cos.shape[0] < call.options.max_seqlen_k:
         raise ValueError(
-            f"rotary_cos has {cos.shape[0]} rows, but positions up to {call.options.max_seqlen_k - 1} may be used"
+            f"rotary_cos has {cos.shape[0]} rows, but positions up to {call.options.max_seqlen_k - 1} may be "
+            "used"
         )
 
 
@@ -335,16 +410,28 @@ def rng_state(x: Optional[torch.Tensor], call: Call) -> None:
     if call.options.dropout_p == 0.0:
         return
     if x is None:
-        raise ValueError(f"dropout_p={call.options.dropout_p} without rng_state: pass the rng_state that the forward pass returned")
+        raise ValueError(
+            f"dropout_p={call.options.dropout_p} without rng_state: pass the rng_state that the forward pass "
+            "returned"
+        )
     is_tensor("rng_state", x)
     if x.dtype != torch.int64 or x.numel() != 2:
-        raise TypeError(f"rng_state has dtype {x.dtype} and shape {tuple(x.shape)}, expected torch.int64 and (2,)")
+        raise TypeError(
+            f"rng_state has dtype {x.dtype} and shape {tuple(x.shape)}, expected torch.int64 and (2,)"
+        )
 
 
 def state(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, given: Optional[torch.Tensor], axes: tuple, softmax_scale: Any
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    given: Optional[torch.Tensor],
+    axes: tuple,
+    softmax_scale: Any,
 ) -> float:
-    """The tensors of a function with a state fit together; returns softmax_scale. axes: those of q, k and v."""
+    """The tensors of a function with a state fit together; returns softmax_scale. axes: those of q,
+    k and v.
+    """
     for name, x in (("q", q), ("k", k), ("v", v)):
         is_tensor(name, x)
     for name, x, of_x in zip("qkv", (q, k, v), axes):
@@ -359,15 +446,22 @@ def state(
         if given.dtype != torch.float32:
             raise TypeError(f"state has dtype {given.dtype}, expected torch.float32")
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, given)):
-        raise ValueError("the functions with a state have no gradient: call them under torch.no_grad(), or detach the tensors")
-    return options(q.shape[-1], 0, 0, 0.0, softmax_scale, False, (-1, -1), 0.0, False, False, "identity", 0.0, None).softmax_scale
+        raise ValueError(
+            "the functions with a state have no gradient: call them under torch.no_grad(), or detach the "
+            "tensors"
+        )
+    return options(
+        q.shape[-1], 0, 0, 0.0, softmax_scale, False, (-1, -1), 0.0, False, False, "identity", 0.0, None
+    ).softmax_scale
 
 
 # ---- What lies in tensors on the CPU ----
 
 
 def values(call: Call) -> None:
-    """Offsets, lengths, indices and slopes, before anything is read or written by them. The call's tensors are on the CPU."""
+    """Offsets, lengths, indices and slopes, before anything is read or written by them. The call's tensors
+    are on the CPU.
+    """
     if call.alibi_slopes is not None and not torch.isfinite(call.alibi_slopes).all():
         raise ValueError(f"alibi_slopes={call.alibi_slopes.tolist()}: give finite numbers")
     if call.cache is not None:
@@ -396,15 +490,23 @@ def _packed_values(call: Call) -> None:
         _pages(call.block_table, used, call.k.shape[1], call.k.shape[0])
 
 
-def _offsets(name: str, offsets: Sequence[int], total: Optional[int], longest_name: str, longest: Optional[int]) -> None:
-    """Offsets start at 0 or later, do not descend, end within `total` rows, and no sequence exceeds the longest."""
+def _offsets(
+    name: str, offsets: Sequence[int], total: Optional[int], longest_name: str, longest: Optional[int]
+) -> None:
+    """Offsets start at 0 or later, do not descend, end within `total` rows, and no sequence exceeds the
+    longest.
+    """
     if offsets[0] < 0:
         raise ValueError(f"{name}[0]={offsets[0]}: offsets start at 0")
     for i, (start, stop) in enumerate(zip(offsets, offsets[1:])):
         if stop < start:
-            raise ValueError(f"{name} descends from {start} to {stop} at entry {i + 1}: give cumulative lengths")
+            raise ValueError(
+                f"{name} descends from {start} to {stop} at entry {i + 1}: give cumulative lengths"
+            )
         if longest is not None and stop - start > longest:
-            raise ValueError(f"{name}: sequence {i} has length {stop - start}, more than {longest_name}={longest}")
+            raise ValueError(
+                f"{name}: sequence {i} has length {stop - start}, more than {longest_name}={longest}"
+            )
     if total is not None and offsets[-1] > total:
         raise ValueError(f"{name} ends at {offsets[-1]}, but the tensor has only {total} rows")
 
@@ -419,7 +521,9 @@ def _leftpad(name: str, leftpad: Optional[torch.Tensor], used: list) -> list:
 
 
 def _pages(block_table: torch.Tensor, used: Sequence[int], page_size: int, num_pages: int) -> None:
-    """The pages that the used lengths need are in the table and in the cache; entries beyond them are not looked at."""
+    """The pages that the used lengths need are in the table and in the cache; entries beyond them are not
+    looked at.
+    """
     for i, length in enumerate(used):
         needed = -(-length // page_size)
         if needed > block_table.shape[1]:
@@ -451,7 +555,10 @@ def _cache_values(call: Call) -> None:
     if given.rotary_cos is not None:
         needed = max([0, *(length + (call.q.shape[1] if given.steps else 1) for length in filled)])
         if given.rotary_cos.shape[0] < needed:
-            raise ValueError(f"rotary_cos has {given.rotary_cos.shape[0]} rows, but positions up to {needed - 1} may be used")
+            raise ValueError(
+                f"rotary_cos has {given.rotary_cos.shape[0]} rows, but positions up to {needed - 1} may be "
+                "used"
+            )
 
 
 def _cache_rows(entries: list, rows: int, seqlen_new: int) -> None:

@@ -1,4 +1,6 @@
-"""Which backend runs a call: the first without an obstacle and a disadvantage, or the one that was asked for."""
+"""Which backend runs a call: the first without an obstacle and a disadvantage, or the one that was
+asked for.
+"""
 
 import os
 from types import ModuleType
@@ -12,7 +14,9 @@ ALGORITHMS = ("auto", "quadratic", "linear")
 
 
 class _Backend(NamedTuple):
-    """module: with obstacle, disadvantage, forward and backward. device_types: of the tensors that it takes."""
+    """module: with obstacle, disadvantage, forward and backward. device_types: of the tensors that
+    it takes.
+    """
 
     module: ModuleType
     algorithm: str
@@ -37,8 +41,9 @@ _NAMES = {
 class Choice(NamedTuple):
     """What runs a call: the backend and its algorithm.
 
-    passed_over: each backend that was considered before and the reason why it does not run the call. forced: the argument or
-    the environment variable, with its value, that left one backend to choose from; None without. str() says all of it.
+    passed_over: each backend that was considered before and the reason why it does not run the call. forced:
+    the argument or the environment variable, with its value, that left one backend to choose from; None
+    without. str() says all of it.
     """
 
     backend: Optional[str]
@@ -47,7 +52,11 @@ class Choice(NamedTuple):
     forced: Optional[str] = None
 
     def __str__(self) -> str:
-        first = "no backend can run this call" if self.backend is None else f"{self.backend}, {self.algorithm} algorithm"
+        first = (
+            "no backend can run this call"
+            if self.backend is None
+            else f"{self.backend}, {self.algorithm} algorithm"
+        )
         if self.forced is not None:
             first += f", forced by {self.forced}"
         return "\n".join([first, *(f"  not {name}: {reason}" for name, reason in self.passed_over.items())])
@@ -61,7 +70,9 @@ class Wanted(NamedTuple):
 
 
 def wanted(algorithm: str, backend: str) -> Wanted:
-    """What the two arguments and the environment leave. Raises ValueError if one does not exist or if they contradict."""
+    """What the two arguments and the environment leave. Raises ValueError if one does not exist or if they
+    contradict.
+    """
     if algorithm == backend == "auto" and not os.environ.get(ENVIRONMENT):
         return _ANY
     if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
@@ -72,7 +83,8 @@ def wanted(algorithm: str, backend: str) -> Wanted:
     if backend != "auto":
         if backend not in names:
             raise ValueError(
-                f'backend="{backend}" is {_BACKENDS[backend].algorithm}, but algorithm="{algorithm}": leave one of them out'
+                f'backend="{backend}" is {_BACKENDS[backend].algorithm}, but algorithm="{algorithm}": leave '
+                "one of them out"
             )
         return Wanted([backend], f'backend="{backend}"')
     if algorithm == "linear":
@@ -98,7 +110,10 @@ def choose(call: Call, among: Wanted = _ANY) -> Choice:
     for name in among.names:
         backend = _BACKENDS[name]
         if device.type not in backend.device_types:
-            reason = f"q is on {device}, it takes {' and '.join(kind.upper() for kind in backend.device_types)} tensors"
+            reason = (
+                f"q is on {device}, it takes "
+                f"{' and '.join(kind.upper() for kind in backend.device_types)} tensors"
+            )
         else:
             reason = backend.module.obstacle(call)
             if reason is None and forced is None:
@@ -108,4 +123,6 @@ def choose(call: Call, among: Wanted = _ANY) -> Choice:
         passed_over[name] = reason
     if forced is None:
         raise NotImplementedError(str(Choice(None, None, passed_over)))
-    raise ValueError(f"{forced} is not possible: {reason}; leave it out, and the call gets a backend that takes it")
+    raise ValueError(
+        f"{forced} is not possible: {reason}; leave it out, and the call gets a backend that takes it"
+    )

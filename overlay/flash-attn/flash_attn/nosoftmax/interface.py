@@ -14,23 +14,33 @@ from .choice import Choice, Wanted, choose, wanted
 from .score import resolve
 
 _DOC = """\
-        use_softmax: bool. False: O = norm * dropout(mask * f(softmax_scale * Q K^T)) V, masked entries 0, no row maximum, no
-            normalisation by the row; the docstring of flash_attn.nosoftmax.score says it in full. The arguments below are
-            for use_softmax=False.
+        use_softmax: bool. False: O = norm * dropout(mask * f(softmax_scale * Q K^T)) V, masked entries 0, no
+            row maximum, no normalisation by the row; the docstring of flash_attn.nosoftmax.score says it in
+            full. The arguments below are for use_softmax=False.
         activation: f: "identity", "relu", "relu2", "sigmoid", "silu", "gelu" or "softplus".
-        sigmoid_bias: a float, or "-log n" with n the keys of the sequence: added to the scores for activation="sigmoid".
+        sigmoid_bias: a float, or "-log n" with n the keys of the sequence: added to the scores for
+            activation="sigmoid".
         normalization: None, "1/n", "1/visible" or "1/sqrt(n)": the factor on each row of the output.
-        algorithm: "auto" takes linear time where that is exact and predicted faster; "quadratic" and "linear" choose.
-        backend: "auto" takes the first of "linear" (linear time), "fa4" (flash-attn-4 of this patch set, on Hopper; not for
-            little work that "fa2" can do), "fa2" (this package's CUDA extension) and "cpu" that can run the call; a name forces
-            that one, and so does the environment variable FLASH_ATTENTION_NOSOFTMAX_BACKEND where this is "auto". A KV
-            cache is for "fa2" and "cpu" alone. flash_attn.explain says which would run, and why.
-            Without softmax softmax_lse is empty, and S_dmask is 1 where dropout kept and -1 where it dropped. head_dim_v may
-            differ from head_dim. q, k and v may be nested tensors of the jagged layout where the function is not a packed one.
-            Raises TypeError or ValueError for arguments that are wrong or do not fit together, and for a forced backend that
-            can't run the call, NotImplementedError if none can.
+        algorithm: "auto" takes linear time where that is exact and predicted faster; "quadratic" and "linear"
+            choose.
+        backend: "auto" takes the first of "linear" (linear time), "fa4" (flash-attn-4 of this patch set, on
+            Hopper; not for little work that "fa2" can do), "fa2" (this package's CUDA extension) and "cpu"
+            that can run the call; a name forces that one, and so does the environment variable
+            FLASH_ATTENTION_NOSOFTMAX_BACKEND where this is "auto". A KV cache is for "fa2" and "cpu" alone.
+            flash_attn.explain says which would run, and why.
+            Without softmax softmax_lse is empty, and S_dmask is 1 where dropout kept and -1 where it dropped.
+            head_dim_v may differ from head_dim. q, k and v may be nested tensors of the jagged layout where
+            the function is not a packed one.
+            Raises TypeError or ValueError for arguments that are wrong or do not fit together, and for a
+            forced backend that can't run the call, NotImplementedError if none can.
 """
-_KEYWORDS = {"activation": "identity", "sigmoid_bias": 0.0, "normalization": None, "algorithm": "auto", "backend": "auto"}
+_KEYWORDS = {
+    "activation": "identity",
+    "sigmoid_bias": 0.0,
+    "normalization": None,
+    "algorithm": "auto",
+    "backend": "auto",
+}
 _SOFTMAX_BACKENDS = {"cpu": "cpu", "cuda": "fa2"}
 # The backend of calls that look the same. What is checked and chosen once is not checked and chosen again.
 _MOST_LOOKS = 4096
@@ -54,7 +64,11 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
         given = {**dict(zip(names, args)), **kwargs}
         arguments = {**defaults, **given}
         # One argument too many, given twice, unknown (then one that is known may be missing), or missing.
-        if len(given) < len(args) + len(kwargs) or len(arguments) != len(names) or not known.issuperset(kwargs):
+        if (
+            len(given) < len(args) + len(kwargs)
+            or len(arguments) != len(names)
+            or not known.issuperset(kwargs)
+        ):
             _raise_of_binding(function, signature, args, kwargs)
         return arguments
 
@@ -66,12 +80,15 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(
-        *args, activation="identity", sigmoid_bias=0.0, normalization=None, algorithm="auto", backend="auto", **kwargs
+        *args, activation="identity", sigmoid_bias=0.0, normalization=None, algorithm="auto", backend="auto",
+        **kwargs
     ):  # fmt: skip
         use_softmax, args, kwargs = split(args, kwargs)
         if use_softmax is True:
             if (activation, sigmoid_bias, normalization, algorithm, backend) != _PLAIN:
-                _check_softmax(bind(args, kwargs), activation, sigmoid_bias, normalization, algorithm, backend)
+                _check_softmax(
+                    bind(args, kwargs), activation, sigmoid_bias, normalization, algorithm, backend
+                )
             return function(*args, **kwargs)
         score = use_softmax, activation, sigmoid_bias, normalization
         return _attend(bind(args, kwargs), score, algorithm, backend)
@@ -99,7 +116,10 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
     run.question = question
     run.__doc__ = (function.__doc__ or "").replace("\n    Return:\n", f"\n{_DOC}    Return:\n", 1)
     more = [inspect.Parameter("use_softmax", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=True)]
-    more += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in _KEYWORDS.items()]
+    more += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
+        for name, value in _KEYWORDS.items()
+    ]
     run.__signature__ = signature.replace(parameters=[*parameters, *more])
     return run
 
@@ -107,7 +127,9 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
 _PLAIN = tuple(_KEYWORDS.values())
 
 
-def _raise_of_binding(function: Callable, signature: inspect.Signature, args: tuple, kwargs: dict) -> NoReturn:
+def _raise_of_binding(
+    function: Callable, signature: inspect.Signature, args: tuple, kwargs: dict
+) -> NoReturn:
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -118,33 +140,37 @@ def _raise_of_binding(function: Callable, signature: inspect.Signature, args: tu
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     """Which backend would run function(*args, **kwargs), and why not those before it.
 
-    function: one of the attention functions of flash_attn, such as flash_attn_func; the other arguments are those of the
-    call. Nothing is computed. print() the result, or read its attributes: see Choice. Raises TypeError for another
-    function, and what the call raises.
+    function: one of the attention functions of flash_attn, such as flash_attn_func; the other arguments are
+    those of the call. Nothing is computed. print() the result, or read its attributes: see Choice. Raises
+    TypeError for another function, and what the call raises.
 
-        >>> print(flash_attn.explain(flash_attn_func, q, k, v, causal=True, use_softmax=False, activation="silu"))
-        cpu, quadratic algorithm
+        >>> print(flash_attn.explain(flash_attn_func, q, k, v, causal=True, use_softmax=False,
+        activation="silu")) cpu, quadratic algorithm
           not linear: activation='silu' has no exact algorithm in linear time
           not fa4: q is on cpu, it takes CUDA tensors
           not fa2: q is on cpu, it takes CUDA tensors
     """
     question = getattr(function, "question", None)
     if question is None:
-        raise TypeError(f"{function!r} is none of the attention functions of flash_attn, such as flash_attn.flash_attn_func")
+        raise TypeError(
+            f"{function!r} is none of the attention functions of flash_attn, such as "
+            "flash_attn.flash_attn_func"
+        )
     return question(args, kwargs)
 
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """Attention without softmax outside of autograd: the first half of a pair for ring attention and own autograd.Functions.
+    """Attention without softmax outside of autograd: the first half of a pair for ring attention and own
+    autograd.Functions.
 
-    q: (batch, seqlen_q, nheads, head_dim); k: (batch, seqlen_k, nheads_k, head_dim); v: (batch, seqlen_k, nheads_k,
-    head_dim_v). options, by keyword: those of flash_attn_func, or with cu_seqlens_q those of flash_attn_varlen_func, whose
-    shapes q, k and v then have, and seqused_k and leftpad_k, int32 (batch,): the end and the beginning of the keys of each
-    sequence that count. return_attn_probs has no place here.
-    Returns out, as q with head_dim_v, and rng_state, int64 (2,), which `backward` needs to drop the same entries again;
-    None without dropout. Raises as the public functions do.
+    q: (batch, seqlen_q, nheads, head_dim); k: (batch, seqlen_k, nheads_k, head_dim); v: (batch, seqlen_k,
+    nheads_k, head_dim_v). options, by keyword: those of flash_attn_func, or with cu_seqlens_q those of
+    flash_attn_varlen_func, whose shapes q, k and v then have, and seqused_k and leftpad_k, int32 (batch,):
+    the end and the beginning of the keys of each sequence that count. return_attn_probs has no place here.
+    Returns out, as q with head_dim_v, and rng_state, int64 (2,), which `backward` needs to drop the same
+    entries again; None without dropout. Raises as the public functions do.
     """
     with torch.no_grad():
         call, backend = _prepared(q, k, v, options)
@@ -162,13 +188,15 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of `forward`, outside of autograd: (dq, dk, dv), shaped as q, k and v.
 
-    dout: shaped as the output, in its dtype. rng_state: what `forward` returned, needed with dropout. The other arguments are
-    those of `forward`, without seqused_k, leftpad_k and block_table, which have no backward: ValueError. Neither the output nor a
-    log-sum-exp is needed.
+    dout: shaped as the output, in its dtype. rng_state: what `forward` returned, needed with dropout. The
+    other arguments are those of `forward`, without seqused_k, leftpad_k and block_table, which have no
+    backward: ValueError. Neither the output nor a log-sum-exp is needed.
     """
     for name in ("seqused_k", "leftpad_k", "block_table"):
         if options.get(name) is not None:
-            raise ValueError(f"{name} has no backward: give packed keys and values, with cu_seqlens_k of those that count")
+            raise ValueError(
+                f"{name} has no backward: give packed keys and values, with cu_seqlens_k of those that count"
+            )
     with torch.no_grad():
         call, backend = _prepared(q, k, v, options)
         checks.dout(dout, call)
@@ -179,12 +207,15 @@ def backward(
 
 
 _PAIR = {
-    "dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0, "alibi_slopes": None,
-    "deterministic": False, "activation": "identity", "sigmoid_bias": 0.0, "normalization": None, "algorithm": "auto",
+    "dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0,
+    "alibi_slopes": None,
+    "deterministic": False, "activation": "identity", "sigmoid_bias": 0.0, "normalization": None,
+    "algorithm": "auto",
     "backend": "auto",
 }  # fmt: skip
 _PAIR_PACKED = {
-    "cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": None, "max_seqlen_k": None, "block_table": None,
+    "cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": None, "max_seqlen_k": None,
+    "block_table": None,
     "seqused_k": None, "leftpad_k": None,
 }  # fmt: skip
 
@@ -194,7 +225,9 @@ def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) 
     if unknown := sorted(options.keys() - known.keys()):
         raise TypeError(f"{unknown[0]} is no argument here: give {', '.join(known)}, by keyword")
     given = {**known, **options, "q": q, "k": k, "v": v, "return_attn_probs": False}
-    for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k") if "cu_seqlens_q" in options else ():
+    for name in (
+        ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k") if "cu_seqlens_q" in options else ()
+    ):
         if given[name] is None:
             raise TypeError(f"{name} is missing: packed sequences need it beside cu_seqlens_q")
     score = False, given.pop("activation"), given.pop("sigmoid_bias"), given.pop("normalization")
@@ -254,7 +287,8 @@ def _check_softmax(arguments: dict, activation, sigmoid_bias, normalization, alg
     name = _SOFTMAX_BACKENDS.get(q.device.type)
     if asked and name not in among.names:
         raise ValueError(
-            f"{among.forced or f'algorithm={algorithm!r}'} is not possible with use_softmax=True: tensors on {q.device} have "
+            f"{among.forced or f'algorithm={algorithm!r}'} is not possible with use_softmax=True: tensors on "
+            f"{q.device} have "
             + (f'backend="{name}" and algorithm="quadratic"' if name else "no backend")
             + "; leave it out, or pass use_softmax=False"
         )
@@ -262,7 +296,9 @@ def _check_softmax(arguments: dict, activation, sigmoid_bias, normalization, alg
 
 
 def _call_of(a: dict, score: tuple) -> Call:
-    """The call with these arguments, by the names that the public function gives them; its options are checked."""
+    """The call with these arguments, by the names that the public function gives them; its options are
+    checked.
+    """
     if "k_cache" in a:
         return _cached_call(a, score)
     q, k, v = _autocast(*_qkv(a))
@@ -275,8 +311,8 @@ def _call_of(a: dict, score: tuple) -> Call:
         checks.rank("q", q, (checks.DENSE if lengths[0] is None else checks.PACKED)[0])
         checks.heads(1, 1, 0, 1)
     options = checks.options(
-        q.shape[-1], *longest, a["dropout_p"], a["softmax_scale"], a["causal"], a["window_size"], a["softcap"],
-        a["deterministic"], a["return_attn_probs"], *rest, use_softmax=use_softmax,
+        q.shape[-1], *longest, a["dropout_p"], a["softmax_scale"], a["causal"], a["window_size"],
+        a["softcap"], a["deterministic"], a["return_attn_probs"], *rest, use_softmax=use_softmax,
     )  # fmt: skip
     return Call(q, k, v, *lengths, _slopes(a["alibi_slopes"]), options)
 
@@ -295,14 +331,16 @@ def _lengths(a: dict) -> tuple[tuple, tuple]:
         converted,
         # One tensor for both stays one.
         converted if of_k is None or of_k is of_q else _int32("cu_seqlens_k", of_k),
-        _int32("seqused_k", a.get("seqused_k")), _int32("leftpad_k", a.get("leftpad_k")), _int32("block_table", a.get("block_table")),
+        _int32("seqused_k", a.get("seqused_k")), _int32("leftpad_k", a.get("leftpad_k")),
+        _int32("block_table", a.get("block_table")),
     )  # fmt: skip
 
 
 def _cached_call(a: dict, score: tuple) -> Call:
     if a["return_softmax_lse"]:
         raise ValueError(
-            "return_softmax_lse=True, but there is no log-sum-exp with use_softmax=False: leave it out; outputs over disjoint "
+            "return_softmax_lse=True, but there is no log-sum-exp with use_softmax=False: leave it out; "
+            "outputs over disjoint "
             "keys are merged by adding them"
         )
     q, k_cache, v_cache, k, v = (a[name] for name in ("q", "k_cache", "v_cache", "k", "v"))
@@ -315,19 +353,24 @@ def _cached_call(a: dict, score: tuple) -> Call:
     q, k, v = _autocast(q, k, v)
     block_table, lengths = _int32("block_table", a["block_table"]), a["cache_seqlens"]
     checks.rank("k_cache", k_cache, (checks.CACHED if block_table is None else checks.PAGED)[1])
-    capacity = k_cache.shape[1] * (1 if block_table is None or block_table.dim() != 2 else block_table.shape[1])
+    capacity = k_cache.shape[1] * (
+        1 if block_table is None or block_table.dim() != 2 else block_table.shape[1]
+    )
     use_softmax, *rest = score
     if q.shape[-1] == 0:
         checks.heads(1, 1, 0, 1)
     options = checks.options(
-        q.shape[-1], q.shape[1], capacity, 0.0, a["softmax_scale"], a["causal"], a["window_size"], a["softcap"], False,
-        False, *rest, use_softmax=use_softmax,
+        q.shape[-1], q.shape[1], capacity, 0.0, a["softmax_scale"], a["causal"], a["window_size"],
+        a["softcap"], False, False, *rest, use_softmax=use_softmax,
     )  # fmt: skip
     if lengths is not None and not (isinstance(lengths, torch.Tensor) and lengths.dim() > 0):
-        lengths = torch.full((q.shape[0],), checks.integer("cache_seqlens", lengths), dtype=torch.int32, device=q.device)
+        lengths = torch.full(
+            (q.shape[0],), checks.integer("cache_seqlens", lengths), dtype=torch.int32, device=q.device
+        )
     cache = Cache(
-        k, v, _int32("cache_seqlens", lengths), a["rotary_cos"], a["rotary_sin"], _int32("cache_batch_idx", a["cache_batch_idx"]),
-        checks.flag("rotary_interleaved", a["rotary_interleaved"]), checks.integer("num_splits", a["num_splits"]),
+        k, v, _int32("cache_seqlens", lengths), a["rotary_cos"], a["rotary_sin"], _int32("cache_batch_idx",
+        a["cache_batch_idx"]), checks.flag("rotary_interleaved", a["rotary_interleaved"]),
+        checks.integer("num_splits", a["num_splits"]),
         options.window_left >= 0 or options.window_right >= 0,
     )  # fmt: skip
     return Call(
@@ -352,12 +395,16 @@ def _qkv(a: dict) -> tuple:
 def _parts(name: str, packed: torch.Tensor, count: int) -> tuple:
     checks.is_tensor(name, packed)
     if packed.dim() < 3 or packed.shape[-3] != count:
-        raise ValueError(f"{name} has shape {tuple(packed.shape)}, expected {count} as its third axis from the end")
+        raise ValueError(
+            f"{name} has shape {tuple(packed.shape)}, expected {count} as its third axis from the end"
+        )
     return packed.unbind(-3)
 
 
 def _autocast(*tensors: Optional[torch.Tensor]) -> tuple:
-    """What torch.nn.functional.scaled_dot_product_attention does: under autocast all but float64 get its dtype."""
+    """What torch.nn.functional.scaled_dot_product_attention does: under autocast all but float64 get its
+    dtype.
+    """
     kind = tensors[0].device.type
     if kind not in _SOFTMAX_BACKENDS or not _HAS_AUTOCAST or not torch.is_autocast_enabled(kind):
         return tensors
@@ -384,7 +431,9 @@ def _slopes(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
 
 
 def _packed(a: dict) -> tuple[dict, Callable]:
-    """A dense call of nested tensors (batch, ragged, nheads, head_dim) as a packed one, and what makes its output nested."""
+    """A dense call of nested tensors (batch, ragged, nheads, head_dim) as a packed one, and what makes its
+    output nested.
+    """
     first = a.get("q", a.get("qkv"))
     if first.layout != torch.jagged or "cu_seqlens_q" in a or "cu_seqlens" in a or "k_cache" in a:
         raise ValueError("nested tensors: pass them in the jagged layout to a function that takes dense ones")
@@ -393,7 +442,9 @@ def _packed(a: dict) -> tuple[dict, Callable]:
         if name in a:
             x = a[name]
             if not isinstance(x, torch.Tensor) or not x.is_nested or x.lengths() is not None:
-                raise ValueError(f"{name}: if one tensor is nested all are, in the jagged layout without holes")
+                raise ValueError(
+                    f"{name}: if one tensor is nested all are, in the jagged layout without holes"
+                )
             packed[name], offsets[name] = x.values(), x.offsets()
     of_q, of_k = offsets.get("q", offsets.get("qkv")), offsets.get("k", offsets.get("kv", offsets.get("qkv")))
     longest_q = int(of_q.diff().max()) if of_q.numel() > 1 else 0

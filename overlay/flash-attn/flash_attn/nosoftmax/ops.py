@@ -1,12 +1,15 @@
-"""A call with its derivatives: one autograd.Function, and one pair of operators for whatever follows operators.
+"""A call with its derivatives: one autograd.Function, and one pair of operators for whatever follows
+operators.
 
-A call in eager mode goes without an operator, which would cost the host as much as all the rest. torch.compile,
-torch.export, fake and meta tensors, dispatch modes and tensors with a dispatch of their own meet the operators, whose
-backend is chosen when they run: a choice made while tracing would be a guard on lengths.
+A call in eager mode goes without an operator, which would cost the host as much as all the rest.
+torch.compile, torch.export, fake and meta tensors, dispatch modes and tensors with a dispatch of their own
+meet the operators, whose backend is chosen when they run: a choice made while tracing would be a guard on
+lengths.
 
-With the identity attention is linear in each of q (in dS), k and v, and its three gradients are attention again. So second
-derivatives are sums of forward and backward calls with other tensors in these places, of any order, on every backend. ALiBi
-adds to the scores a constant, which belongs to P alone: to what contains v's place, and to no other term.
+With the identity attention is linear in each of q (in dS), k and v, and its three gradients are attention
+again. So second derivatives are sums of forward and backward calls with other tensors in these places, of any
+order, on every backend. ALiBi adds to the scores a constant, which belongs to P alone: to what contains v's
+place, and to no other term.
 """
 
 from typing import Any, Optional, get_type_hints
@@ -21,7 +24,8 @@ from .choice import MODULES, choose, wanted
 
 _NAMESPACE = "flash_attn_nosoftmax"
 _CAN_DEFINE = hasattr(torch.library, "register_autograd")  # torch 2.4
-# A tensor of another type has a dispatch of its own. A number that is not known yet comes with a compiler or a mode.
+# A tensor of another type has a dispatch of its own. A number that is not known yet comes with a compiler or
+# a mode.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -60,7 +64,9 @@ def followed(call: Call) -> bool:
 
 
 def attend(call: Call, backend: str, as_operator: Optional[bool] = None) -> Result:
-    """The forward pass with its derivatives. backend: a name, or "auto" or "quadratic". as_operator: `followed`, if known."""
+    """The forward pass with its derivatives. backend: a name, or "auto" or "quadratic". as_operator:
+    `followed`, if known.
+    """
     transformed = torch._C._are_functorch_transforms_active()
     if not transformed and (followed(call) if as_operator is None else as_operator):
         out, rng_state, s_dmask = _OPERATORS.forward(*call.tensors, *call.options, backend)
@@ -78,9 +84,13 @@ def _or_none(call: Call, rng_state: torch.Tensor, s_dmask: torch.Tensor) -> tupl
 
 
 def gradients(call: Call, backend: str, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
-    """dq, dk and dv with their derivatives. Raises RuntimeError for pages, which no backend has gradients of."""
+    """dq, dk and dv with their derivatives. Raises RuntimeError for pages, which no backend has
+    gradients of.
+    """
     if call.block_table is not None:
-        raise RuntimeError("block_table has no backward: call this under torch.no_grad(), or pack the keys and values")
+        raise RuntimeError(
+            "block_table has no backward: call this under torch.no_grad(), or pack the keys and values"
+        )
     transformed = torch._C._are_functorch_transforms_active()
     if not transformed and followed(call):
         return _OPERATORS.backward(dout, *call.tensors, rng_state, *call.options, backend)
@@ -91,7 +101,9 @@ def gradients(call: Call, backend: str, dout: torch.Tensor, rng_state: Optional[
 
 
 def _saved(ctx) -> tuple:
-    """ctx.saved_tensors. What torch.func.vjp returns may be called when its transform is over: its wrappers are dead then."""
+    """ctx.saved_tensors. What torch.func.vjp returns may be called when its transform is over: its wrappers
+    are dead then.
+    """
     tensors = ctx.saved_tensors
     if torch._C._are_functorch_transforms_active() or not any(map(_is_wrapped, filter(_is_there, tensors))):
         return tensors
@@ -108,8 +120,8 @@ def _is_there(x: Optional[torch.Tensor]) -> bool:
 class _Function(torch.autograd.Function):
     @classmethod
     def apply_now(cls, *inputs):
-        """apply where no transform of torch.func is active: without the search for default values, which costs the host as
-        much at each call as everything else here."""
+        """apply where no transform of torch.func is active: without the search for default values, which
+        costs the host as much at each call as everything else here."""
         return super(torch.autograd.Function, cls).apply(*inputs)
 
 
@@ -208,7 +220,8 @@ def _linear_only(call: Call, what: str) -> None:
     else:
         return
     raise RuntimeError(
-        f'{what} of attention without softmax with {reason}: it is there for activation="identity" without softcap and dropout'
+        f'{what} of attention without softmax with {reason}: it is there for activation="identity" without '
+        "softcap and dropout"
     )
 
 
@@ -223,31 +236,42 @@ def _sum(*terms: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
 
 
 def _forward_of(call: Call, backend: str, **places: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-    """Attention with other tensors as q, k or v; None if one of them is. ALiBi is for what stands in v's place alone."""
+    """Attention with other tensors as q, k or v; None if one of them is. ALiBi is for what stands in v's
+    place alone.
+    """
     if any(x is None for x in places.values()):
         return None
     call = call._replace(**places) if "v" in places else call._replace(alibi_slopes=None, **places)
     return attend(call, backend).out
 
 
-def _backward_of(call: Call, backend: str, dout: Optional[torch.Tensor], **places: Optional[torch.Tensor]) -> tuple:
+def _backward_of(
+    call: Call, backend: str, dout: Optional[torch.Tensor], **places: Optional[torch.Tensor]
+) -> tuple:
     """The same for the gradients."""
     if dout is None or any(x is None for x in places.values()):
         return None, None, None
-    call = call._replace(**places) if not places or "v" in places else call._replace(alibi_slopes=None, **places)
+    call = (
+        call._replace(**places) if not places or "v" in places else call._replace(alibi_slopes=None, **places)
+    )
     return gradients(call, backend, dout, None)
 
 
 def _in_each_place(call: Call, backend: str, q, k, v) -> Optional[torch.Tensor]:
-    """Attention with q in q's place, plus that with k in k's and that with v in v's; None if all three are."""
-    return _sum(_forward_of(call, backend, q=q), _forward_of(call, backend, k=k), _forward_of(call, backend, v=v))
+    """Attention with q in q's place, plus that with k in k's and that with v in v's; None if all
+    three are.
+    """
+    return _sum(
+        _forward_of(call, backend, q=q), _forward_of(call, backend, k=k), _forward_of(call, backend, v=v)
+    )
 
 
 def _second(call: Call, backend: str, dout: torch.Tensor, cotangents: tuple) -> tuple:
     """The gradients of <gq, dq> + <gk, dk> + <gv, dv> by dout, q, k and v, with (gq, gk, gv) the cotangents.
 
-    Each of the three products is the sum over all visible i, j of scale (dO_i . v_j) (q_i . k_j), with gq in q's place, gk in
-    k's or gv in v's: so each of the others is the attention, or the gradient of one, with that tensor in that place.
+    Each of the three products is the sum over all visible i, j of scale (dO_i . v_j) (q_i . k_j), with gq in
+    q's place, gk in k's or gv in v's: so each of the others is the attention, or the gradient of one, with
+    that tensor in that place.
     """
     _linear_only(call, "a second derivative")
     gq, gk, gv = cotangents
@@ -258,8 +282,12 @@ def _second(call: Call, backend: str, dout: torch.Tensor, cotangents: tuple) -> 
     return ddout, _sum(q_by_k, q_by_v), _sum(k_by_q, k_by_v), _sum(v_by_q, v_by_k)
 
 
-def _tangents_of_gradients(call: Call, backend: str, dout, tangent_dout, tangent_q, tangent_k, tangent_v) -> tuple:
-    """The changes of dq, dk and dv, each of which is linear in dout and in the two tensors that it is not the gradient of."""
+def _tangents_of_gradients(
+    call: Call, backend: str, dout, tangent_dout, tangent_q, tangent_k, tangent_v
+) -> tuple:
+    """The changes of dq, dk and dv, each of which is linear in dout and in the two tensors that it is not the
+    gradient of.
+    """
     q0, k0, v0 = _backward_of(call, backend, tangent_dout)
     _, k1, v1 = _backward_of(call, backend, dout, q=tangent_q)
     q2, _, v2 = _backward_of(call, backend, dout, k=tangent_k)
@@ -278,7 +306,10 @@ def _folded(count: int, in_dims: tuple, tensors: list, options: Options) -> Call
     """The call of all entries of a vmap over a dense call."""
     call = Call(*tensors, options)
     if options.dropout_p > 0.0:
-        raise RuntimeError(f"vmap of attention with dropout_p={options.dropout_p}: its mask can't be drawn for each entry, leave it out")
+        raise RuntimeError(
+            f"vmap of attention with dropout_p={options.dropout_p}: its mask can't be drawn for each entry, "
+            "leave it out"
+        )
     if call.varlen:
         raise RuntimeError("vmap of a packed call: pack the entries into one call, with cu_seqlens of all")
     q, k, v = (_fold(count, dim, x) for dim, x in zip(in_dims, call.tensors[:3]))
@@ -304,8 +335,8 @@ class _Operators:
 
 _OPERATORS = _Operators()
 _IN_A_SCHEMA = {
-    torch.Tensor: "Tensor", Optional[torch.Tensor]: "Tensor?", int: "SymInt", float: "float", Optional[float]: "float?", bool: "bool",
-    str: "str", Optional[str]: "str?",
+    torch.Tensor: "Tensor", Optional[torch.Tensor]: "Tensor?", int: "SymInt", float: "float",
+    Optional[float]: "float?", bool: "bool", str: "str", Optional[str]: "str?",
 }  # fmt: skip
 
 
@@ -320,7 +351,9 @@ _CACHE_TENSORS = Cache._fields[:6]
 
 
 def _operator(name: str, schema: str) -> Any:
-    """Defines an operator. torch.library.custom_op would do the same, and at each call things that are not needed here."""
+    """Defines an operator. torch.library.custom_op would do the same, and at each call things that are not
+    needed here.
+    """
 
     def define(function):
         if _CAN_DEFINE:
@@ -367,7 +400,10 @@ def _(*arguments):
     return q.new_empty(*q.shape[:-1], call.v.shape[-1]), rng_state, s_dmask
 
 
-@_operator("backward", f"(Tensor dout, {_TENSORS}, Tensor? rng_state, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)")
+@_operator(
+    "backward",
+    f"(Tensor dout, {_TENSORS}, Tensor? rng_state, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)",
+)
 def _backward(dout, *arguments):
     call, backend = _split((*arguments[:TENSORS], *arguments[TENSORS + 1 :]))
     return tuple(grad.contiguous() for grad in run_backward(call, backend, dout, arguments[TENSORS]))
@@ -420,7 +456,8 @@ class _WithoutBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         raise RuntimeError(
-            "flash_attn_with_kvcache has no backward: call it under torch.no_grad(), or use flash_attn_func for training"
+            "flash_attn_with_kvcache has no backward: call it under torch.no_grad(), or use flash_attn_func "
+            "for training"
         )
 
 
@@ -429,7 +466,16 @@ def attend_cached(call: Call, backend: str) -> torch.Tensor:
     given = call.cache
     if followed(call) or not _PLAIN.issuperset(map(type, given[:6])):
         return _OPERATORS.kvcache(
-            call.q, call.k, call.v, *given[:6], call.leftpad_k, call.block_table, call.alibi_slopes, *given[6:], *call.options, backend
+            call.q,
+            call.k,
+            call.v,
+            *given[:6],
+            call.leftpad_k,
+            call.block_table,
+            call.alibi_slopes,
+            *given[6:],
+            *call.options,
+            backend,
         )
     inputs = (call.q, given.k, given.v)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
@@ -441,14 +487,33 @@ def attend_cached(call: Call, backend: str) -> torch.Tensor:
 
 @_operator(
     "kvcache",
-    f"(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, {_declared(Cache, _CACHE_TENSORS)}, Tensor? cache_leftpad, "
-    f"Tensor? block_table, Tensor? alibi_slopes, {_declared(Cache, Cache._fields[6:])}, {_OPTIONS}, str backend) -> Tensor",
+    f"(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, {_declared(Cache, _CACHE_TENSORS)}, Tensor? "
+    "cache_leftpad, "
+    f"Tensor? block_table, Tensor? alibi_slopes, {_declared(Cache, Cache._fields[6:])}, {_OPTIONS}, str "
+    "backend) -> Tensor",
 )
 def _kvcache(q, k_cache, v_cache, *arguments):
     *rest, backend = arguments
-    tensors, (cache_leftpad, block_table, alibi_slopes), numbers, options = rest[:6], rest[6:9], rest[9:12], rest[12:]
+    tensors, (cache_leftpad, block_table, alibi_slopes), numbers, options = (
+        rest[:6],
+        rest[6:9],
+        rest[9:12],
+        rest[12:],
+    )
     cache = Cache(*tensors, *numbers)
-    call = Call(q, k_cache, v_cache, None, None, None, cache_leftpad, block_table, alibi_slopes, Options(*options), cache)
+    call = Call(
+        q,
+        k_cache,
+        v_cache,
+        None,
+        None,
+        None,
+        cache_leftpad,
+        block_table,
+        alibi_slopes,
+        Options(*options),
+        cache,
+    )
     return run(call, backend).out.contiguous()
 
 

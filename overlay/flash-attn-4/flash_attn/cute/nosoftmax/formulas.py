@@ -1,12 +1,12 @@
 """The activations f and f' of score.py in the form in which the kernels compute them.
 
-A kernel gets y = unit * s instead of the score s: the host multiplies softmax_scale by `unit`, so the factor that tanh
-or exp2 needs costs nothing per element. `derivative` is taken by y, and the factor softmax_scale of dQ and dK, which is
-multiplied by `unit` as well, makes it the derivative by s.
+A kernel gets y = unit * s instead of the score s: the host multiplies softmax_scale by `unit`, so the factor
+that tanh or exp2 needs costs nothing per element. `derivative` is taken by y, and the factor softmax_scale of
+dQ and dK, which is multiplied by `unit` as well, makes it the derivative by s.
 
-The functions take `m`, the operations of the machine that runs them: ``tanh``, ``exp2``, ``rcp``, ``abs``, ``relu`` (of
-NaN it is NaN), ``ramp(x, high)`` (x clamped to [0, high], any number for NaN) and ``where_positive(x, a, b)`` (a where
-x > 0, else b). score_mods.py has those of the kernels; tests use torch.
+The functions take `m`, the operations of the machine that runs them: ``tanh``, ``exp2``, ``rcp``, ``abs``,
+``relu`` (of NaN it is NaN), ``ramp(x, high)`` (x clamped to [0, high], any number for NaN) and
+``where_positive(x, a, b)`` (a where x > 0, else b). score_mods.py has those of the kernels; tests use torch.
 
 A NaN among the scores comes out of f and f' as NaN, and an Inf that f does not end as Inf or NaN.
 
@@ -22,12 +22,14 @@ _LOG2_E = math.log2(math.e)
 # "relu2" takes larger scores as this (score.py, "Finite in, finite out").
 _RELU2_MAX_SCORE = 2.0**40
 
-# Below this bias, sigmoid is so small that (1 + tanh) / 2 has lost it: tanh.approx has an error of 2^-11 beside 1.
+# Below this bias, sigmoid is so small that (1 + tanh) / 2 has lost it: tanh.approx has an error of 2^-11
+# beside 1.
 _SIGMOID_TANH_MIN_BIAS = -2.0
 
-# erfc(x) = e^(-x^2) t P(t) with t = 1 / (1 + p x) is the form of Hastings (Approximations for Digital Computers, 1955;
-# Abramowitz and Stegun 7.1.23 to 7.1.26). These are (p, P) for e^(s^2/2) erfc(s / sqrt 2) / 2 by s, fitted to the smallest
-# relative error over 0 <= s <= 14, which is 2^-14.9: 7.1.26 has the smallest absolute error, and loses the tail.
+# erfc(x) = e^(-x^2) t P(t) with t = 1 / (1 + p x) is the form of Hastings (Approximations for Digital
+# Computers, 1955; Abramowitz and Stegun 7.1.23 to 7.1.26). These are (p, P) for e^(s^2/2) erfc(s / sqrt 2) /
+# 2 by s, fitted to the smallest relative error over 0 <= s <= 14, which is 2^-14.9: 7.1.26 has the smallest
+# absolute error, and loses the tail.
 _ERFC_P = 0.375
 _ERFC = (0.1490610035, 0.1577342061, 0.0835633490, 0.2002825670, -0.0906432187)
 
@@ -37,11 +39,12 @@ _LOG1P = (0.9999432813, -0.4969778394, 0.3063010184, -0.1574272832, 0.0413473179
 
 @dataclass(frozen=True)
 class Formula:
-    """f(y, n) and grad * df/dy(grad, y, n), with n the number of keys of the sequence, as a float of the machine.
+    """f(y, n) and grad * df/dy(grad, y, n), with n the number of keys of the sequence, as a float of the
+    machine.
 
-    inf_seen_in: where a kernel looks for an infinite score before float16 saturates, which would make it a large number.
-    "weights" works for any f; "scores" costs half as much and registers, of which f has to leave some; None if f is
-    finite or NaN even at +-Inf.
+    inf_seen_in: where a kernel looks for an infinite score before float16 saturates, which would make it a
+    large number. "weights" works for any f; "scores" costs half as much and registers, of which f has to
+    leave some; None if f is finite or NaN even at +-Inf.
     """
 
     unit: float
@@ -63,7 +66,9 @@ def _identity(bias: Optional[float]) -> Formula:
 
 def _relu(bias: Optional[float]) -> Formula:
     def derivative(m, grad, y, n):
-        p = m.relu(y)  # P, which the kernel has; what it holds beside numbers > 0 are 0 and NaN, and both belong into dS
+        p = m.relu(
+            y
+        )  # P, which the kernel has; what it holds beside numbers > 0 are 0 and NaN, and both belong into dS
         return m.where_positive(p, grad, p)
 
     return Formula(1.0, lambda m, y, n: m.relu(y), derivative, inf_seen_in="scores")
@@ -163,7 +168,8 @@ def _sigmoid_by_exp2(bias: Optional[float]) -> Formula:
         return parts(m, y, n)[1]
 
     def derivative(m, grad, y, n):
-        # sigmoid(x) sigmoid(-x): p - p^2 would lose its digits where p is about 1. The ramp keeps Inf from meeting p = 0.
+        # sigmoid(x) sigmoid(-x): p - p^2 would lose its digits where p is about 1. The ramp keeps Inf from
+        # meeting p = 0.
         e, p = parts(m, y, n)
         return grad * ((m.ramp(e, 2.0**100) * p) * (p * math.log(2.0)))
 
@@ -196,6 +202,8 @@ def _capped(f: Formula, softcap: float) -> Formula:
 
 
 def formula(activation: str, sigmoid_bias: Optional[float] = 0.0, softcap: float = 0.0) -> Formula:
-    """The formula of arguments that score.resolve returned; sigmoid_bias None is -log n, softcap 0 is none."""
+    """The formula of arguments that score.resolve returned; sigmoid_bias None is -log n, softcap 0
+    is none.
+    """
     f = _FORMULAS[activation](sigmoid_bias)
     return _capped(f, softcap) if softcap else f

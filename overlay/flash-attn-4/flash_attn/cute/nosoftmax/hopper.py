@@ -1,7 +1,7 @@
 """A call on Hopper, outside of autograd: one forward and one backward.
 
-`obstacle`, `forward` and `backward` take a checked call, of flash_attn's functions or of flash_attn.cute's own, which add
-what Extras holds.
+`obstacle`, `forward` and `backward` take a checked call, of flash_attn's functions or of flash_attn.cute's
+own, which add what Extras holds.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ __all__ = ["Extras", "backward", "forward", "obstacle"]
 
 @dataclass(frozen=True)
 class Extras:
-    """What flash_attn.cute's own functions take beside a call. mods: the user's score_mod. longest: (max_seqlen_q,
-    max_seqlen_k), None where the caller does not say. The rest as upstream has it."""
+    """What flash_attn.cute's own functions take beside a call. mods: the user's score_mod. longest:
+    (max_seqlen_q, max_seqlen_k), None where the caller does not say. The rest as upstream has it."""
 
     longest: tuple[Optional[int], Optional[int]]
     mods: Optional[ScoreMods] = None
@@ -39,7 +39,9 @@ class Extras:
 
 
 def first_seen(seqlen_q: int, seqlen_k: int, left: Optional[int]) -> int:
-    """The first key that a window of `left` keys lets any query see. Query i is aligned with key i + seqlen_k - seqlen_q."""
+    """The first key that a window of `left` keys lets any query see. Query i is aligned with key i + seqlen_k
+    - seqlen_q.
+    """
     return 0 if left is None else max(seqlen_k - seqlen_q - left, 0)
 
 
@@ -61,7 +63,8 @@ def _launched(call: Call, extras: Extras) -> launch.Call:
     mods = extras.mods or of_activation(o.activation, o.sigmoid_bias, o.softcap, normalization)
     cu_seqlens_k, seqused_k = call.cu_seqlens_k, call.seqused_k
     if call.block_table is not None and cu_seqlens_k is not None:
-        # Pages do not lie one after the other: the kernels take the lengths of their sequences and no offsets.
+        # Pages do not lie one after the other: the kernels take the lengths of their sequences and no
+        # offsets.
         cu_seqlens_k, seqused_k = None, cu_seqlens_k.diff() if seqused_k is None else seqused_k
     return launch.Call(
         mods, o.softmax_scale, o.causal, window, call.cu_seqlens_q, cu_seqlens_k, extras.seqused_q, seqused_k,
@@ -76,21 +79,31 @@ def _extras(call: Call, extras: Optional[Extras]) -> Extras:
 
 
 def _first_key(call: Call, extras: Extras) -> int:
-    """Keys before the windows share a tile with seen ones. They are left out, for a NaN there would come through; but not
-    where n counts them, and not where only the GPU knows the lengths."""
+    """Keys before the windows share a tile with seen ones. They are left out, for a NaN there would come
+    through; but not where n counts them, and not where only the GPU knows the lengths."""
     o = call.options
     counted = o.sigmoid_bias is None or o.normalization in ("1/n", "1/sqrt(n)")
-    return 0 if counted or _indexed(call, extras) else first_seen(call.q.shape[1], call.k.shape[1], _window(call)[0])
+    return (
+        0
+        if counted or _indexed(call, extras)
+        else first_seen(call.q.shape[1], call.k.shape[1], _window(call)[0])
+    )
 
 
 def _first_query(call: Call, extras: Extras) -> int:
-    """Queries before the first key share a tile with queries that see keys: theirs and their dout's NaN reach dk and dv."""
+    """Queries before the first key share a tile with queries that see keys: theirs and their dout's NaN reach
+    dk and dv.
+    """
     return 0 if _indexed(call, extras) else first_seeing(call.q.shape[1], call.k.shape[1], _window(call)[1])
 
 
 def _indexed(call: Call, extras: Extras) -> bool:
     lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k, call.block_table, extras.seqused_q)
-    return extras.mods is not None or extras.block_sparse_tensors is not None or any(x is not None for x in lengths)
+    return (
+        extras.mods is not None
+        or extras.block_sparse_tensors is not None
+        or any(x is not None for x in lengths)
+    )
 
 
 def forward(call: Call, extras: Optional[Extras] = None) -> torch.Tensor:
@@ -108,7 +121,9 @@ def forward(call: Call, extras: Optional[Extras] = None) -> torch.Tensor:
     return out
 
 
-def backward(call: Call, dout: torch.Tensor, extras: Optional[Extras] = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def backward(
+    call: Call, dout: torch.Tensor, extras: Optional[Extras] = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk and dv, shaped as q, k and v."""
     extras, q, k, v = _extras(call, extras), call.q, call.k, call.v
     launched = _launched(call, extras)
@@ -118,7 +133,13 @@ def backward(call: Call, dout: torch.Tensor, extras: Optional[Extras] = None) ->
     if query:
         q, dout = q[:, query:], dout[:, query:]
     dq, dk, dv = launch.backward(
-        launched, dout, q, k, v, deterministic=call.options.deterministic, block_sparse_tensors=extras.block_sparse_tensors_bwd
+        launched,
+        dout,
+        q,
+        k,
+        v,
+        deterministic=call.options.deterministic,
+        block_sparse_tensors=extras.block_sparse_tensors_bwd,
     )
     if query:
         dq = F.pad(dq, (0, 0, 0, 0, query, 0))

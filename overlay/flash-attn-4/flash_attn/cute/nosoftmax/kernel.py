@@ -1,8 +1,9 @@
-"""Device code behind the hooks in upstream's Hopper kernels. P = f(S) in place of exp(S - max): no row statistics.
+"""Device code behind the hooks in upstream's Hopper kernels. P = f(S) in place of exp(S - max): no row
+statistics.
 
-Three things that softmax does by the way are done here on purpose: a masked weight and a masked dS are written as 0,
-tiles end at the end of their sequence, so that 0 * NaN from behind it never occurs, and P and O saturate in float16,
-but for the Inf of an input that holds NaN or Inf, which shows.
+Three things that softmax does by the way are done here on purpose: a masked weight and a masked dS are
+written as 0, tiles end at the end of their sequence, so that 0 * NaN from behind it never occurs, and P and O
+saturate in float16, but for the Inf of an input that holds NaN or Inf, which shows.
 """
 
 import math
@@ -32,8 +33,8 @@ def mask_value(mark: Optional[NoSoftmax]) -> float:
 def hdim_multiple_of(mark: Optional[NoSoftmax]) -> int:
     """What the backward rounds head sizes up to where dK and dV are not swapped.
 
-    The host code and the postprocess lay out dq_accum, and dk_accum and dv_accum with grouped heads, in multiples of 32.
-    Upstream's 16 is another number at head sizes such as 48, 72 and 80.
+    The host code and the postprocess lay out dq_accum, and dk_accum and dv_accum with grouped heads, in
+    multiples of 32. Upstream's 16 is another number at head sizes such as 48, 72 and 80.
     """
     return 16 if mark is None else 32
 
@@ -42,9 +43,10 @@ def hdim_multiple_of(mark: Optional[NoSoftmax]) -> int:
 class RowState(Softmax):
     """In place of Softmax: the scores are the weights, and O is never rescaled.
 
-    Where float16 saturates, an infinite weight looks like a large one, so it is made a NaN before. One operation each does
-    that, and where registers are left for it, one operation for two in the scores of tiles without masked ones: row_sum
-    is then a number that means nothing, or Inf or NaN for a row of O that had an infinite score.
+    Where float16 saturates, an infinite weight looks like a large one, so it is made a NaN before. One
+    operation each does that, and where registers are left for it, one operation for two in the scores of
+    tiles without masked ones: row_sum is then a number that means nothing, or Inf or NaN for a row of O that
+    had an infinite score.
     """
 
     inf_seen_in: cutlass.Constexpr[Optional[str]] = None
@@ -57,7 +59,8 @@ class RowState(Softmax):
     def notice_scores(self, acc_S: cute.Tensor) -> None:
         """All scores of a tile without masked ones, as the matrix unit left them.
 
-        Products of two scores of finite float16 inputs stay below 2^81, and sums of any number of them below 2^127.
+        Products of two scores of finite float16 inputs stay below 2^81, and sums of any number of them below
+        2^127.
         """
         if self.inf_seen_in != "scores":
             return
@@ -86,7 +89,9 @@ class RowState(Softmax):
         pass
 
     def show(self, acc_O: cute.Tensor, dtype) -> None:
-        """What is infinite in O becomes NaN, and so do rows that had an infinite score: then O may saturate."""
+        """What is infinite in O becomes NaN, and so do rows that had an infinite score: then O may
+        saturate.
+        """
         if dtype is not cutlass.Float16:
             return
         acc_mn = layout_utils.reshape_acc_to_mn(acc_O)
@@ -105,8 +110,12 @@ def row_state(mark: Optional[NoSoftmax], dtype) -> Callable:
     return partial(RowState.create, inf_seen_in=mark.inf_seen_in if dtype is cutlass.Float16 else None)
 
 
-def layout_of_sQ(mark: Optional[NoSoftmax], sQ_layout: cute.ComposedLayout, sO_layout: cute.ComposedLayout) -> cute.ComposedLayout:
-    """Of the shared memory that Q and then O get. Upstream gives it the size of Q: a wider O runs into K and beyond."""
+def layout_of_sQ(
+    mark: Optional[NoSoftmax], sQ_layout: cute.ComposedLayout, sO_layout: cute.ComposedLayout
+) -> cute.ComposedLayout:
+    """Of the shared memory that Q and then O get. Upstream gives it the size of Q: a wider O runs into K and
+    beyond.
+    """
     if mark is None or cute.cosize(sO_layout) <= cute.cosize(sQ_layout):
         return sQ_layout
     return sO_layout
@@ -118,9 +127,10 @@ def layout_of_sQ(mark: Optional[NoSoftmax], sQ_layout: cute.ComposedLayout, sO_l
 def ends_at_seqlen(mX: cute.Tensor, mCuSeqlens: Optional[cute.Tensor]) -> cute.Tensor:
     """The tensor to make a TMA descriptor of, from which `offset_batch_Q` and `offset_batch_K` cut sequences.
 
-    TMA fills a tile with zeros past the end of the tensor, not past the end of a packed sequence. The rows of the next
-    sequence would be multiplied by P = 0 or dS = 0, and a NaN there would come through. quack's ragged tensors let
-    every sequence end on the border of the descriptor. The form that shifts no pointer is the one that is right for loads.
+    TMA fills a tile with zeros past the end of the tensor, not past the end of a packed sequence. The rows of
+    the next sequence would be multiplied by P = 0 or dS = 0, and a NaN there would come through. quack's
+    ragged tensors let every sequence end on the border of the descriptor. The form that shifts no pointer is
+    the one that is right for loads.
     """
     if const_expr(mCuSeqlens is None):
         return mX
@@ -128,7 +138,9 @@ def ends_at_seqlen(mX: cute.Tensor, mCuSeqlens: Optional[cute.Tensor]) -> cute.T
 
 
 def offset_batch_Q(mark: Optional[NoSoftmax], seqlen_info) -> Callable:
-    """What cuts a sequence out of Q or dO: seqlen_info.offset_batch_Q, or the same for tensors of `ends_at_seqlen`."""
+    """What cuts a sequence out of Q or dO: seqlen_info.offset_batch_Q, or the same for tensors of
+    `ends_at_seqlen`.
+    """
     if mark is None or not seqlen_info.has_cu_seqlens_q:
         return seqlen_info.offset_batch_Q
     return partial(_sequence, offset=seqlen_info.offset_q, seqlen=seqlen_info.seqlen_q)
@@ -146,8 +158,8 @@ def _sequence(mX: cute.Tensor, batch_idx: Int32, dim: int, offset: Int32, seqlen
 
 
 def repeating_last_row(paged_kv_manager):
-    """Pages are read row by row. Shared memory keeps what it held in a row that is not, and that may be NaN: read the
-    last row of the sequence once more, its P is 0.
+    """Pages are read row by row. Shared memory keeps what it held in a row that is not, and that may be NaN:
+    read the last row of the sequence once more, its P is 0.
     """
     return replace(paged_kv_manager, repeat_last_row=True)
 
@@ -184,7 +196,9 @@ def _cvt_f16x2_satfinite(a: Float32, b: Float32, *, loc=None, ip=None) -> Int32:
 
 @dsl_user_op
 def ramp(x: Float32, high: float, *, loc=None, ip=None) -> Float32:
-    """x clamped to [0, high], in one operation: as integers, floats > 0 are in order and floats < 0 are < 0. NaN is lost."""
+    """x clamped to [0, high], in one operation: as integers, floats > 0 are in order and floats < 0 are < 0.
+    NaN is lost.
+    """
     return Float32(
         llvm.inline_asm(
             T.f32(),
@@ -203,7 +217,9 @@ def _inf_to_nan(x: Float32) -> Float32:
 
 
 def cvt_f16_satfinite(src: cute.Tensor, dst_or_dtype):
-    """utils.cvt_f16, with float16 saturating at +-65504; bfloat16 has the range of float32. An Inf has to be noticed before."""
+    """utils.cvt_f16, with float16 saturating at +-65504; bfloat16 has the range of float32. An Inf has to be
+    noticed before.
+    """
     is_dtype = isinstance(dst_or_dtype, type)
     if (dst_or_dtype if is_dtype else dst_or_dtype.element_type) is not cutlass.Float16:
         return utils.cvt_f16(src, dst_or_dtype)
@@ -239,9 +255,10 @@ def _saturate(x: Float32) -> Float32:
 class Normalization:
     """norm_i of score.py, for the queries of one sequence.
 
-    The backward splits norm_i into a factor of the sequence, which multiplies float32 accumulators, and a factor of the
-    row, which multiplies P and dP before they become 16-bit. Only "1/visible" has the latter, and it is balanced:
-    sqrt(n) / visible lies in [1 / sqrt(n), sqrt(n)], so float16 neither overflows nor loses bits to it.
+    The backward splits norm_i into a factor of the sequence, which multiplies float32 accumulators, and a
+    factor of the row, which multiplies P and dP before they become 16-bit. Only "1/visible" has the latter,
+    and it is balanced: sqrt(n) / visible lies in [1 / sqrt(n), sqrt(n)], so float16 neither overflows nor
+    loses bits to it.
     """
 
     mark: cutlass.Constexpr[NoSoftmax]
@@ -298,7 +315,9 @@ class Normalization:
             acc_mn[r, None].store(acc_mn[r, None].load() * factor)
 
     def scale_P(self, acc_mn: cute.Tensor, thr_mma, m_block: Int32, dtype) -> None:
-        """The row's factor on P in the backward. P saturates before it, as in the forward; the product does not."""
+        """The row's factor on P in the backward. P saturates before it, as in the forward; the product does
+        not.
+        """
         if self.by_row and dtype is cutlass.Float16:
             for r in range(cute.size(acc_mn, mode=[0])):
                 for c in range(cute.size(acc_mn, mode=[1])):
@@ -324,11 +343,13 @@ class Normalization:
 # ---- Which blocks of the backward need the mask ----
 
 
-def masks_any(mark: Optional[NoSoftmax], is_causal: bool, is_local: bool, mask_mod: Optional[Callable]) -> bool:
+def masks_any(
+    mark: Optional[NoSoftmax], is_causal: bool, is_local: bool, mask_mod: Optional[Callable]
+) -> bool:
     """Whether a block may need the mask at all; with softmax every one gets it.
 
-    The end of the sequence needs none: past it Q, K, V and dO are zeros, so dS = f'(0) * 0 = 0, and what P = f(0) adds
-    to dV goes to rows that are not written. For that, f and f' have to be finite at 0.
+    The end of the sequence needs none: past it Q, K, V and dO are zeros, so dS = f'(0) * 0 = 0, and what P =
+    f(0) adds to dV goes to rows that are not written. For that, f and f' have to be finite at 0.
     """
     return is_causal or is_local or mask_mod is not None or mark is None or not mark.finite_at_zero
 
@@ -339,7 +360,9 @@ def leaves_interior(mark: Optional[NoSoftmax], is_local: bool, mask_mod: Optiona
 
 
 def m_block_interior(mask, m_block_min: Int32, m_block_max: Int32, n_block: Int32, is_causal: bool) -> Int32:
-    """The first block of queries all of which see every key of the block (causal) or that need no mask anyway."""
+    """The first block of queries all of which see every key of the block (causal) or that need no mask
+    anyway.
+    """
     if const_expr(not is_causal):
         return m_block_min
     # Query i sees key j if j <= i + seqlen_k - seqlen_q.
@@ -356,11 +379,14 @@ def bwd_tile_with(mark: Optional[NoSoftmax], upstreams: Callable) -> Callable:
     return upstreams if mark is None else partial(_bwd_tile, upstreams)
 
 
-def _bwd_tile(upstreams: Callable, head_dim: int, head_dim_v: int, causal: bool, local: bool, sparse_block_size_q=None):
+def _bwd_tile(
+    upstreams: Callable, head_dim: int, head_dim_v: int, causal: bool, local: bool, sparse_block_size_q=None
+):
     """docs/results/h100-fa4.md has the times of upstream's tiles and of these."""
     if head_dim_v > head_dim:
-        # Upstream looks at head_dim alone, and its tile for that would not fit into shared memory. The tile of head_dim_v
-        # does, the causal one: the other has rows that the matrix unit cannot divide at a smaller head_dim.
+        # Upstream looks at head_dim alone, and its tile for that would not fit into shared memory. The tile
+        # of head_dim_v does, the causal one: the other has rows that the matrix unit cannot divide at a
+        # smaller head_dim.
         return upstreams(head_dim_v, head_dim_v, True, local, sparse_block_size_q=sparse_block_size_q)
     tile = upstreams(head_dim, head_dim_v, causal, local, sparse_block_size_q=sparse_block_size_q)
     if sparse_block_size_q is not None:
@@ -368,11 +394,11 @@ def _bwd_tile(upstreams: Callable, head_dim: int, head_dim_v: int, causal: bool,
     if 96 < head_dim <= 128:
         return replace(tile, m_block_size=64, dQ_swapAB=True)
     if head_dim_v > 224:
-        # More keys a block, so fewer sums of dQ to L2, and two stages of dO, P and dS, for shorter blocks of queries. Without
-        # dKV_swapAB head sizes are rounded up to 32: those above 224.
+        # More keys a block, so fewer sums of dQ to L2, and two stages of dO, P and dS, for shorter blocks of
+        # queries. Without dKV_swapAB head sizes are rounded up to 32: those above 224.
         return replace(
-            tile, m_block_size=32, n_block_size=64, num_stages_dO=2, num_stages_PdS=2, SdP_swapAB=True, dKV_swapAB=False,
-            dQ_swapAB=True, AtomLayoutMSdP=2,
+            tile, m_block_size=32, n_block_size=64, num_stages_dO=2, num_stages_PdS=2, SdP_swapAB=True,
+            dKV_swapAB=False, dQ_swapAB=True, AtomLayoutMSdP=2,
         )  # fmt: skip
     return tile
 

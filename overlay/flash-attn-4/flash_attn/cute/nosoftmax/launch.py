@@ -1,10 +1,11 @@
-"""One forward and one backward without softmax, through the functions with which upstream compiles and launches.
+"""One forward and one backward without softmax, through the functions with which upstream compiles and
+launches.
 
-Both work on tensors outside of autograd. Shapes are those of the public functions; `window` is (left, right), None for
-no limit. With seqused and no cu_seqlens, the batch is handed on as a packed one: tiles then end at the used length, so
-that nothing behind it is read (kernel.ends_at_seqlen). So is a batch with more sequences or heads than a grid has
-room for in its second and third dimension, where upstream's schedulers of dense batches put them: those of packed
-ones number their tiles in the first, which has 2^31.
+Both work on tensors outside of autograd. Shapes are those of the public functions; `window` is (left, right),
+None for no limit. With seqused and no cu_seqlens, the batch is handed on as a packed one: tiles then end at
+the used length, so that nothing behind it is read (kernel.ends_at_seqlen). So is a batch with more sequences
+or heads than a grid has room for in its second and third dimension, where upstream's schedulers of dense
+batches put them: those of packed ones number their tiles in the first, which has 2^31.
 """
 
 from dataclasses import dataclass
@@ -75,7 +76,9 @@ def _packed(pack: bool, cu_seqlens, max_seqlen, *tensors):
 
 
 def _lengths(*lengths: Optional[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], tuple]:
-    """The tensors among them, each once, and for each argument which of these it is: q and k often share one."""
+    """The tensors among them, each once, and for each argument which of these it is: q and k often
+    share one.
+    """
     distinct: list[torch.Tensor] = []
     places = []
     for x in lengths:
@@ -87,13 +90,17 @@ def _lengths(*lengths: Optional[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...]
 
 
 def _pack_gqa(pack_gqa: Optional[bool], q: torch.Tensor, k: torch.Tensor) -> Optional[bool]:
-    """Groups that do not divide a tile are loaded without TMA, which leaves the padding of the head size unwritten."""
+    """Groups that do not divide a tile are loaded without TMA, which leaves the padding of the head size
+    unwritten.
+    """
     group = q.shape[-2] // k.shape[-2]
     return False if q.shape[-1] % 16 and 64 % group else pack_gqa
 
 
 def _tile(call: Call, q: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
-    """Upstream chooses the tile by head_dim. Where head_dim_v is larger, O would not fit into the registers of that one."""
+    """Upstream chooses the tile by head_dim. Where head_dim_v is larger, O would not fit into the registers
+    of that one.
+    """
     if v.shape[-1] <= q.shape[-1]:
         return {}
     local = call.window != (None, None) and call.window != (None, 0)
@@ -114,7 +121,9 @@ def forward(
     page_table: Optional[torch.Tensor] = None,
     block_sparse_tensors: Any = None,
 ) -> torch.Tensor:
-    """The output, (..., nheads, head_dim_v) in the dtype of q; 0 past seqused_q and in rows of no sequence."""
+    """The output, (..., nheads, head_dim_v) in the dtype of q; 0 past seqused_q and in rows of no
+    sequence.
+    """
     q, k, v = q.detach(), k.detach(), v.detach()
     shape = *q.shape[:-1], v.shape[-1]
     if call.is_empty(q, k):
@@ -153,8 +162,22 @@ def forward(
             zero_slack(out, call.cu_seqlens_q)
 
     lengths, places = _lengths(cu_seqlens_q, cu_seqlens_k, call.seqused_q, call.seqused_k, page_table)
-    options = call.softmax_scale, call.causal, call.window, pack_gqa, max_seqlen_q, max_seqlen_k, exceeds, places
-    plan.run(call.plans(block_sparse_tensors), ("forward", *options), (queries, keys, values, outputs, *lengths), launch)
+    options = (
+        call.softmax_scale,
+        call.causal,
+        call.window,
+        pack_gqa,
+        max_seqlen_q,
+        max_seqlen_k,
+        exceeds,
+        places,
+    )
+    plan.run(
+        call.plans(block_sparse_tensors),
+        ("forward", *options),
+        (queries, keys, values, outputs, *lengths),
+        launch,
+    )
     return out
 
 
@@ -178,7 +201,9 @@ def backward(
     cu_seqlens_k, max_seqlen_k, (k, v) = _packed(pack_k, call.cu_seqlens_k, call.max_seqlen_k, k, v)
     new_q = torch.empty_like if call.seqused_q is None else torch.zeros_like
     new_k = torch.empty_like if call.seqused_k is None else torch.zeros_like
-    grads = tuple(new(x, memory_format=torch.contiguous_format) for new, x in ((new_q, q), (new_k, k), (new_k, v)))
+    grads = tuple(
+        new(x, memory_format=torch.contiguous_format) for new, x in ((new_q, q), (new_k, k), (new_k, v))
+    )
 
     def launch() -> None:
         # The kernels read neither O nor LSE, but the host code looks at their shapes.
@@ -210,7 +235,16 @@ def backward(
         )
 
     lengths, places = _lengths(cu_seqlens_q, cu_seqlens_k, call.seqused_q, call.seqused_k)
-    options = call.softmax_scale, call.causal, call.window, deterministic, max_seqlen_q, max_seqlen_k, exceeds, places
+    options = (
+        call.softmax_scale,
+        call.causal,
+        call.window,
+        deterministic,
+        max_seqlen_q,
+        max_seqlen_k,
+        exceeds,
+        places,
+    )
     tensors = q, k, v, dout, *grads, *lengths
     plan.run(call.plans(block_sparse_tensors), ("backward", *options), tensors, launch)
     return tuple(grad.view(shape) for grad, shape in zip(grads, shapes))

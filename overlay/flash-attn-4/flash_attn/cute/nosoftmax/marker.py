@@ -1,7 +1,7 @@
 """How a score_mod tells the kernels that its value is the attention weight itself.
 
-The mark travels on the callable, as upstream's ``__vec_size__`` does, so that no signature of the host code changes. It
-is part of every compile key, because utils._MIXER_ATTRS lists its name.
+The mark travels on the callable, as upstream's ``__vec_size__`` does, so that no signature of the host code
+changes. It is part of every compile key, because utils._MIXER_ATTRS lists its name.
 """
 
 import functools
@@ -15,7 +15,8 @@ ATTRIBUTE = "__no_softmax__"
 class NoSoftmax:
     """normalization: one of score.NORMALIZATIONS. finite_at_zero: f and f' are finite at a score of 0.
 
-    inf_seen_in: where float16 kernels look for an infinite score, "scores", "weights" or None (formulas.Formula).
+    inf_seen_in: where float16 kernels look for an infinite score, "scores", "weights" or None
+    (formulas.Formula).
     """
 
     normalization: Optional[str] = None
@@ -35,8 +36,9 @@ def marked(score_mod: Callable, mark: NoSoftmax) -> Callable:
     def carrier(*args, **kwargs):
         return score_mod(*args, **kwargs)
 
-    # utils.hash_callable hashes __wrapped__ and what it closes over. Of a cute.jit wrapper that is an address, which
-    # differs between processes and may be used again for another function: point at the function inside.
+    # utils.hash_callable hashes __wrapped__ and what it closes over. Of a cute.jit wrapper that is an
+    # address, which differs between processes and may be used again for another function: point at the
+    # function inside.
     carrier.__wrapped__ = getattr(score_mod, "__wrapped__", score_mod)
     setattr(carrier, ATTRIBUTE, mark)
     return carrier

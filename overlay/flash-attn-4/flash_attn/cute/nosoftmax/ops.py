@@ -1,7 +1,9 @@
-"""A call of flash_attn.cute's own functions with its derivative: as an autograd.Function, and as operators for torch.compile.
+"""A call of flash_attn.cute's own functions with its derivative: as an autograd.Function, and as operators
+for torch.compile.
 
-What an operator does at each call costs the host several times what the call itself does, so eager calls go without. A
-score_mod or mask_mod of the user is no argument that an operator takes: these calls are always the autograd.Function.
+What an operator does at each call costs the host several times what the call itself does, so eager calls go
+without. A score_mod or mask_mod of the user is no argument that an operator takes: these calls are always the
+autograd.Function.
 """
 
 from collections.abc import Callable
@@ -32,7 +34,9 @@ class Attention(torch.autograd.Function):
 
 
 def _operator(name: str) -> Callable:
-    """The function as torch.ops.flash_attn_4_nosoftmax.<name>, without what torch.library.custom_op checks at each call."""
+    """The function as torch.ops.flash_attn_4_nosoftmax.<name>, without what torch.library.custom_op checks at
+    each call.
+    """
 
     def define(function):
         operator = f"flash_attn_4_nosoftmax::{name}"
@@ -46,18 +50,31 @@ def _operator(name: str) -> Callable:
 
 def arguments(call: Call, extras: hopper.Extras) -> tuple:
     """What the operators take for a call."""
-    o, tensors = call.options, (call.cu_seqlens_q, call.cu_seqlens_k, extras.seqused_q, call.seqused_k, call.block_table)
-    options = (o.softmax_scale, o.window_left, o.window_right, o.softcap, o.deterministic, o.activation, o.sigmoid_bias, o.normalization)
+    o, tensors = (
+        call.options,
+        (call.cu_seqlens_q, call.cu_seqlens_k, extras.seqused_q, call.seqused_k, call.block_table),
+    )
+    options = (
+        o.softmax_scale,
+        o.window_left,
+        o.window_right,
+        o.softcap,
+        o.deterministic,
+        o.activation,
+        o.sigmoid_bias,
+        o.normalization,
+    )
     return *call.tensors[:3], *tensors, *options, *extras.longest, extras.pack_gqa
 
 
 def _call(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, softmax_scale, window_left, window_right, softcap,
-    deterministic, activation, sigmoid_bias, normalization, max_seqlen_q, max_seqlen_k, pack_gqa,
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, softmax_scale, window_left,
+    window_right, softcap, deterministic, activation, sigmoid_bias, normalization, max_seqlen_q,
+    max_seqlen_k, pack_gqa,
 ) -> tuple[Call, hopper.Extras]:  # fmt: skip
     options = Options(
-        max_seqlen_q or 0, max_seqlen_k or 0, 0.0, softmax_scale, window_left, window_right, softcap, deterministic, False,
-        activation, sigmoid_bias, normalization,
+        max_seqlen_q or 0, max_seqlen_k or 0, 0.0, softmax_scale, window_left, window_right, softcap,
+        deterministic, False, activation, sigmoid_bias, normalization,
     )  # fmt: skip
     call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, None, page_table, None, options)
     return call, hopper.Extras((max_seqlen_q, max_seqlen_k), seqused_q=seqused_q, pack_gqa=pack_gqa)
@@ -87,8 +104,9 @@ def forward(
 ) -> torch.Tensor:
     return hopper.forward(
         *_call(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, softmax_scale, window_left, window_right,
-            softcap, deterministic, activation, sigmoid_bias, normalization, max_seqlen_q, max_seqlen_k, pack_gqa,
+            q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, softmax_scale,
+            window_left, window_right, softcap, deterministic, activation, sigmoid_bias, normalization,
+            max_seqlen_q, max_seqlen_k, pack_gqa,
         )
     )  # fmt: skip
 
@@ -122,8 +140,9 @@ def backward(
     pack_gqa: Optional[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     call, extras = _call(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, softmax_scale, window_left, window_right,
-        softcap, deterministic, activation, sigmoid_bias, normalization, max_seqlen_q, max_seqlen_k, pack_gqa,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, softmax_scale, window_left,
+        window_right, softcap, deterministic, activation, sigmoid_bias, normalization, max_seqlen_q,
+        max_seqlen_k, pack_gqa,
     )  # fmt: skip
     return hopper.backward(call, dout, extras)
 

@@ -1,9 +1,11 @@
 """Launches without what upstream's host code checks and derives anew at each call.
 
-Calls with the same options whose tensors look the same launch the same kernels with the same arguments but for the tensors. The first
-one goes through upstream's functions, and what they launch is recorded; a later one repeats that with its own tensors.
+Calls with the same options whose tensors look the same launch the same kernels with the same arguments but
+for the tensors. The first one goes through upstream's functions, and what they launch is recorded; a later
+one repeats that with its own tensors.
 
-The lengths of packed sequences are such tensors: only the device knows what they hold, so no launch depends on it.
+The lengths of packed sequences are such tensors: only the device knows what they hold, so no launch depends
+on it.
 """
 
 import threading
@@ -44,7 +46,9 @@ def not_read(*memory: torch.Tensor) -> Any:
 
 
 class _Plan:
-    """The launches of one call. Tensors among their arguments are the call's own, or memory that has to be zero or is not read."""
+    """The launches of one call. Tensors among their arguments are the call's own, or memory that has to be
+    zero or is not read.
+    """
 
     def __init__(
         self,
@@ -68,12 +72,16 @@ class _Plan:
                 self.complete &= (x.shape, x.stride(), x.dtype) == (same.shape, same.stride(), same.dtype)
             places = [(i, slots[x.data_ptr()]) for i, x in places]
             used.update(slot for _, slot in places)
-            self._launches.append((kernel, [None if isinstance(x, torch.Tensor) else x for x in args], places))
+            self._launches.append(
+                (kernel, [None if isinstance(x, torch.Tensor) else x for x in args], places)
+            )
         # Not so where upstream launched nothing, or on a copy, and where two tensors are the same memory.
         self.complete &= used.issuperset(range(len(tensors)))
         unread = {x.data_ptr() for x in not_read}
         more = memory[len(tensors) :]
-        self._more = [(torch.empty if x.data_ptr() in unread else torch.zeros, x.shape, x.dtype) for x in more]
+        self._more = [
+            (torch.empty if x.data_ptr() in unread else torch.zeros, x.shape, x.dtype) for x in more
+        ]
 
     def __call__(self, tensors: tuple[torch.Tensor, ...]) -> None:
         device = tensors[0].device
@@ -85,11 +93,14 @@ class _Plan:
             kernel(*args)
 
 
-def run(plans: Optional[dict], options: tuple, tensors: tuple[torch.Tensor, ...], launch: Callable[[], Any]) -> None:
-    """launch(), or what it launched when it was last called for the same options and tensors of the same looks.
+def run(
+    plans: Optional[dict], options: tuple, tensors: tuple[torch.Tensor, ...], launch: Callable[[], Any]
+) -> None:
+    """launch(), or what it launched when it was last called for the same options and tensors of the same
+    looks.
 
-    plans: where the plans of one formula are kept; None: always launch(). tensors: all that the call reads and writes, but for
-    memory of its own that it takes to be zero.
+    plans: where the plans of one formula are kept; None: always launch(). tensors: all that the call reads
+    and writes, but for memory of its own that it takes to be zero.
     """
     if plans is None or any(type(x) is not torch.Tensor or x.data_ptr() % _ALIGNMENT for x in tensors):
         launch()

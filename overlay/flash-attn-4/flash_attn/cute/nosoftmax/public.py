@@ -13,7 +13,8 @@ from flash_attn.cute.nosoftmax.score import resolve
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods, of_user
 from flash_attn.cute.nosoftmax.serves import obstacle
 
-# What upstream's functions take for softmax or for other GPUs alone: a value that is not the default is an error.
+# What upstream's functions take for softmax or for other GPUs alone: a value that is not the default is an
+# error.
 _SOFTMAX_ONLY = (
     "min_seqlen_k",
     "scheduler_metadata",
@@ -38,14 +39,19 @@ def _mods(
     if o.activation != "identity":
         raise ValueError(f"activation={o.activation!r} and score_mod both choose f: give one of them")
     if o.softcap:
-        raise ValueError(f"softcap={o.softcap} and score_mod cannot be used together: cap the score in the score_mod")
+        raise ValueError(
+            f"softcap={o.softcap} and score_mod cannot be used together: cap the score in the score_mod"
+        )
     if needs_grad(call) and score_mod_bwd is None:
         raise ValueError(
-            "score_mod needs score_mod_bwd for the gradients that q, k or v ask for: give the derivative, or call this "
+            "score_mod needs score_mod_bwd for the gradients that q, k or v ask for: give the derivative, or "
+            "call this "
             "under torch.no_grad()"
         )
     everything = o.window_left < 0 and o.window_right < 0
-    return of_user(score_mod, score_mod_bwd, "1/n" if o.normalization == "1/visible" and everything else o.normalization)
+    return of_user(
+        score_mod, score_mod_bwd, "1/n" if o.normalization == "1/visible" and everything else o.normalization
+    )
 
 
 def _without_softmax(
@@ -82,11 +88,14 @@ def _without_softmax(
         checks.is_tensor(name, x)
     if page_table is not None and cu_seqlens_k is not None:
         raise ValueError("page_table goes with seqused_k, not with cu_seqlens_k")
-    # A longest sequence that is known on the GPU alone, which upstream allows, is a bound that can be left out.
-    longest = tuple(None if n is None or isinstance(n, torch.Tensor) else n for n in (max_seqlen_q, max_seqlen_k))
+    # A longest sequence that is known on the GPU alone, which upstream allows, is a bound that can be left
+    # out.
+    longest = tuple(
+        None if n is None or isinstance(n, torch.Tensor) else n for n in (max_seqlen_q, max_seqlen_k)
+    )
     options = checks.options(
-        q.shape[-1] if q.dim() else 1, *(0 if n is None else n for n in longest), 0.0, softmax_scale, causal, window_size, softcap,
-        deterministic, False, activation, sigmoid_bias, normalization,
+        q.shape[-1] if q.dim() else 1, *(0 if n is None else n for n in longest), 0.0, softmax_scale, causal,
+        window_size, softcap, deterministic, False, activation, sigmoid_bias, normalization,
     )  # fmt: skip
     call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, None, page_table, None, options)
     checks.tensors(call, seqused_q=seqused_q)
@@ -96,8 +105,8 @@ def _without_softmax(
     if mask_mod is not None and (options.window_left, options.window_right) != (-1, -1):
         raise ValueError("mask_mod with causal or window_size: put the limit into the mask_mod")
     extras = Extras(
-        longest, _mods(score_mod, score_mod_bwd, call), seqused_q, pack_gqa, mask_mod, aux_tensors, aux_scalars,
-        block_sparse_tensors, block_sparse_tensors_bwd,
+        longest, _mods(score_mod, score_mod_bwd, call), seqused_q, pack_gqa, mask_mod, aux_tensors,
+        aux_scalars, block_sparse_tensors, block_sparse_tensors_bwd,
     )  # fmt: skip
     if torch.compiler.is_compiling() and not extras.of_user:
         out = ops.forward(*ops.arguments(call, extras))
@@ -113,9 +122,10 @@ _DOC = """
     sigmoid_bias: a float, or "-log n" with n the number of keys of the sequence; with activation="sigmoid".
     normalization: None, "1/n", "1/visible" or "1/sqrt(n)".
 
-    Without softmax a score_mod may take the place of an activation: its value is the weight itself, and the mask writes
-    0 after it. It needs score_mod_bwd where gradients are asked for. Returns (out, lse) as with softmax; lse is an empty
-    float32 tensor. Raises ValueError before anything is launched if these kernels do not serve the call.
+    Without softmax a score_mod may take the place of an activation: its value is the weight itself, and the
+    mask writes 0 after it. It needs score_mod_bwd where gradients are asked for. Returns (out, lse) as with
+    softmax; lse is an empty float32 tensor. Raises ValueError before anything is launched if these kernels do
+    not serve the call.
 """
 
 
@@ -125,7 +135,9 @@ def _with_use_softmax(upstream: Callable) -> Callable:
     defaults = {name: p.default for name, p in signature.parameters.items()}
 
     @functools.wraps(upstream)
-    def function(*args, use_softmax=True, activation="identity", sigmoid_bias=0.0, normalization=None, **kwargs):
+    def function(
+        *args, use_softmax=True, activation="identity", sigmoid_bias=0.0, normalization=None, **kwargs
+    ):
         if use_softmax:
             resolve(True, activation, sigmoid_bias, normalization)
             return upstream(*args, **kwargs)

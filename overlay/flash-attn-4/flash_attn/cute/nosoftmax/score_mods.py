@@ -11,7 +11,9 @@ from flash_attn.cute.nosoftmax.marker import ATTRIBUTE, NoSoftmax, marked
 
 
 class ScoreMods(NamedTuple):
-    """What one call of the kernels needs: the scores arrive multiplied by softmax_scale * unit. plans: see plan.py."""
+    """What one call of the kernels needs: the scores arrive multiplied by softmax_scale * unit. plans: see
+    plan.py.
+    """
 
     score_mod: Callable
     score_mod_bwd: Optional[Callable]
@@ -74,8 +76,8 @@ def of_activation(
     def score_mod_bwd(grad, score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors):
         return f.derivative(_Kernel, grad, score, number_of_keys(seqlen_info))
 
-    # What they close over are functions: name the arguments instead. The folder of the disk cache is named after a hash
-    # of all sources, so a changed formula is no old entry.
+    # What they close over are functions: name the arguments instead. The folder of the disk cache is named
+    # after a hash of all sources, so a changed formula is no old entry.
     name = f"nosoftmax {activation} {sigmoid_bias!r} {softcap!r}"
     score_mod.__cute_hash__ = name
     score_mod_bwd.__cute_hash__ = f"{name} backward"
@@ -83,5 +85,7 @@ def of_activation(
     return ScoreMods(score_mod, score_mod_bwd, f.unit, plans={})
 
 
-def of_user(score_mod: Callable, score_mod_bwd: Optional[Callable], normalization: Optional[str]) -> ScoreMods:
+def of_user(
+    score_mod: Callable, score_mod_bwd: Optional[Callable], normalization: Optional[str]
+) -> ScoreMods:
     return ScoreMods(marked(score_mod, NoSoftmax(normalization)), score_mod_bwd, 1.0)

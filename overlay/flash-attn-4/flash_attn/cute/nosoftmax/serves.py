@@ -1,4 +1,6 @@
-"""What the Hopper kernels without softmax serve. Imports neither cutlass nor a kernel, and launches nothing."""
+"""What the Hopper kernels without softmax serve. Imports neither cutlass nor a kernel, and launches
+nothing.
+"""
 
 import functools
 import os
@@ -12,7 +14,9 @@ from .call import Call, needs_grad
 
 # Beyond it the backward with head_dim_v > head_dim accesses memory that is not its own.
 _WIDEST_LARGER_V = 128
-_OTHER_GPUS = "the flash_attn package of this project (FA2 kernels) runs without softmax on Ampere, Ada and later GPUs"
+_OTHER_GPUS = (
+    "the flash_attn package of this project (FA2 kernels) runs without softmax on Ampere, Ada and later GPUs"
+)
 
 
 def require_dsl() -> None:
@@ -26,7 +30,9 @@ def require_dsl() -> None:
 
 @torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Of the GPU, or of the one that upstream's FLASH_ATTENTION_ARCH names. Nothing for torch.compile to trace."""
+    """Of the GPU, or of the one that upstream's FLASH_ATTENTION_ARCH names. Nothing for torch.compile to
+    trace.
+    """
     return _capability_in_this_process(device)
 
 
@@ -67,7 +73,12 @@ def _grad_reason(call: Call) -> Optional[str]:
         return None
     if call.block_table is not None:
         return "pages have no backward: call this under torch.no_grad(), or detach q, k and v"
-    nheads, nheads_k, head_dim, head_dim_v = call.q.shape[-2], call.k.shape[-2], call.q.shape[-1], call.v.shape[-1]
+    nheads, nheads_k, head_dim, head_dim_v = (
+        call.q.shape[-2],
+        call.k.shape[-2],
+        call.q.shape[-1],
+        call.v.shape[-1],
+    )
     if nheads != nheads_k and head_dim != head_dim_v:
         return (
             f"the backward with grouped heads needs head_dim == head_dim_v, got {head_dim} and {head_dim_v} "
@@ -75,8 +86,10 @@ def _grad_reason(call: Call) -> Optional[str]:
         )
     if head_dim_v > max(head_dim, _WIDEST_LARGER_V):
         return (
-            f"the backward with head_dim_v > head_dim needs head_dim_v <= {_WIDEST_LARGER_V}, got {head_dim_v} and "
-            f"{head_dim}: call it under torch.no_grad(), or pad q and k with zeros to head_dim_v, with the softmax_scale "
+            f"the backward with head_dim_v > head_dim needs head_dim_v <= {_WIDEST_LARGER_V}, got "
+            f"{head_dim_v} and "
+            f"{head_dim}: call it under torch.no_grad(), or pad q and k with zeros to head_dim_v, with the "
+            "softmax_scale "
             "of the smaller head_dim"
         )
     return None
@@ -93,7 +106,9 @@ def obstacle(
     mask_mod: Any = None,
     block_sparse_tensors: Any = None,
 ) -> Optional[str]:
-    """Why these kernels do not serve a checked call without softmax, for people; None if they do. Launches nothing."""
+    """Why these kernels do not serve a checked call without softmax, for people; None if they do. Launches
+    nothing.
+    """
     for name, is_set in (
         ("dropout_p", call.options.dropout_p != 0.0),
         ("alibi_slopes", call.alibi_slopes is not None),
@@ -105,11 +120,18 @@ def obstacle(
         if is_set:
             return f"the FA4 kernels without softmax have no {name}"
     if num_splits != 1:
-        return f"the FA4 kernels without softmax do not split the keys: num_splits must be 1, got {num_splits}"
+        return (
+            f"the FA4 kernels without softmax do not split the keys: num_splits must be 1, got {num_splits}"
+        )
     if return_lse:
         return "there is no log-sum-exp without softmax: return_lse must be False"
     if mask_mod is not None and call.options.normalization == "1/visible":
-        return 'normalization="1/visible" counts keys by causal and window_size, it cannot count those of a mask_mod'
+        return (
+            'normalization="1/visible" counts keys by causal and window_size, it cannot count those of a '
+            "mask_mod"
+        )
     if block_sparse_tensors is not None and call.options.normalization == "1/visible":
-        return 'normalization="1/visible" counts keys by causal and window_size, it cannot count sparse blocks'
+        return (
+            'normalization="1/visible" counts keys by causal and window_size, it cannot count sparse blocks'
+        )
     return _shape_reason(call) or _device_reason(call.q.device) or _grad_reason(call)

@@ -18,7 +18,9 @@ _CHANNELS = 8  # tensors are padded to a multiple of it
 
 
 def obstacle(call: Call) -> Optional[str]:
-    """Why the extension has no kernels for this call; None if it does. What its build left out, it says itself."""
+    """Why the extension has no kernels for this call; None if it does. What its build left out, it says
+    itself.
+    """
     reason = extension.obstacle()
     if reason is not None:
         return reason
@@ -26,14 +28,19 @@ def obstacle(call: Call) -> Optional[str]:
     if (o.activation, o.sigmoid_bias, o.normalization) != ("identity", 0.0, None):
         return (
             f"flash_attn_2_cuda has no kernels for activation={o.activation!r}, sigmoid_bias="
-            f"{MINUS_LOG_N if o.sigmoid_bias is None else o.sigmoid_bias!r}, normalization={o.normalization!r}; on Hopper "
-            "flash-attn-4 of this patch set has them (make wheel FAMILY=flash-attn-4), and the CPU has: move the tensors "
+            f"{MINUS_LOG_N if o.sigmoid_bias is None else o.sigmoid_bias!r}, "
+            f"normalization={o.normalization!r}; on Hopper "
+            "flash-attn-4 of this patch set has them (make wheel FAMILY=flash-attn-4), and the CPU has: move "
+            "the tensors "
             "to the CPU"
         )
     if call.q.dtype not in _DTYPES:
         return f"q has dtype {call.q.dtype}, flash_attn_2_cuda takes float16 and bfloat16"
     if call.v.shape[-1] != call.q.shape[-1]:
-        return f"head_dim={call.q.shape[-1]} and head_dim_v={call.v.shape[-1]}: flash_attn_2_cuda takes one size for both"
+        return (
+            f"head_dim={call.q.shape[-1]} and head_dim_v={call.v.shape[-1]}: flash_attn_2_cuda takes one "
+            "size for both"
+        )
     if call.q.shape[-1] > _HEAD_DIMS[-1]:
         return f"head_dim={call.q.shape[-1]}: flash_attn_2_cuda goes up to {_HEAD_DIMS[-1]}"
     if call.block_table is not None and call.k.shape[1] % _PAGE_SIZE:
@@ -80,7 +87,9 @@ def _contiguous(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
 
 
 def _window(call: Call) -> tuple:
-    """causal, left and right: it has faster kernels where causal is all there is, and sets the right side itself then."""
+    """causal, left and right: it has faster kernels where causal is all there is, and sets the right side
+    itself then.
+    """
     o = call.options
     return o.causal, o.window_left, -1 if o.causal else o.window_right
 
@@ -92,13 +101,24 @@ def forward(call: Call) -> Result:
     window, s_dmask = _window(call), o.return_attn_probs and o.dropout_p > 0.0
     if not call.varlen:
         out, _, mask, rng_state = extension.load().fwd(
-            q, k, v, None, call.alibi_slopes, o.dropout_p, o.softmax_scale, *window, o.softcap, s_dmask, None, False
+            q,
+            k,
+            v,
+            None,
+            call.alibi_slopes,
+            o.dropout_p,
+            o.softmax_scale,
+            *window,
+            o.softcap,
+            s_dmask,
+            None,
+            False,
         )
     else:
         out, _, mask, rng_state = extension.load().varlen_fwd(
-            q, k, v, None, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k, call.leftpad_k, call.block_table,
-            call.alibi_slopes, o.max_seqlen_q, o.max_seqlen_k, o.dropout_p, o.softmax_scale, False, *window, o.softcap,
-            s_dmask, None, False,
+            q, k, v, None, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k, call.leftpad_k,
+            call.block_table, call.alibi_slopes, o.max_seqlen_q, o.max_seqlen_k, o.dropout_p,
+            o.softmax_scale, False, *window, o.softcap, s_dmask, None, False,
         )  # fmt: skip
     return Result(_cut(out, call.q), rng_state if o.dropout_p > 0.0 else None, mask if s_dmask else None)
 
@@ -106,18 +126,18 @@ def forward(call: Call) -> Result:
 def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
     dout, q, k, v, o = _padded(dout), _padded(call.q), _padded(call.k), _padded(call.v), call.options
     window = _window(call)
-    # It checks the shapes of `out` and of the log-sum-exp, which it does not read without softmax: q has the one, and any
-    # tensor will do for the other.
+    # It checks the shapes of `out` and of the log-sum-exp, which it does not read without softmax: q has the
+    # one, and any tensor will do for the other.
     if not call.varlen:
         grads = extension.load().bwd(
-            dout, q, k, v, q, q.new_empty(0, dtype=torch.float32), None, None, None, call.alibi_slopes, o.dropout_p,
-            o.softmax_scale, *window, o.softcap, o.deterministic, None, rng_state, False,
+            dout, q, k, v, q, q.new_empty(0, dtype=torch.float32), None, None, None, call.alibi_slopes,
+            o.dropout_p, o.softmax_scale, *window, o.softcap, o.deterministic, None, rng_state, False,
         )  # fmt: skip
     else:
         grads = extension.load().varlen_bwd(
-            dout, q, k, v, q, q.new_empty(0, dtype=torch.float32), None, None, None, call.cu_seqlens_q, call.cu_seqlens_k,
-            call.alibi_slopes, o.max_seqlen_q, o.max_seqlen_k, o.dropout_p, o.softmax_scale, False, *window, o.softcap,
-            o.deterministic, None, rng_state, False,
+            dout, q, k, v, q, q.new_empty(0, dtype=torch.float32), None, None, None, call.cu_seqlens_q,
+            call.cu_seqlens_k, call.alibi_slopes, o.max_seqlen_q, o.max_seqlen_k, o.dropout_p,
+            o.softmax_scale, False, *window, o.softcap, o.deterministic, None, rng_state, False,
         )  # fmt: skip
     return tuple(_cut(grad, x) for grad, x in zip(grads[:3], (call.q, call.k, call.v)))
 
@@ -133,8 +153,8 @@ def _with_cache(call: Call) -> Result:
         # The extension looks at leftpad_k only beside lengths.
         seqlens = torch.full((q.shape[0],), o.max_seqlen_k, dtype=torch.int32, device=q.device)
     out, _ = extension.load().fwd_kvcache(
-        q, call.k, call.v, _contiguous(given.k), _contiguous(given.v), seqlens, given.rotary_cos, given.rotary_sin,
-        given.cache_batch_idx, call.leftpad_k, call.block_table, call.alibi_slopes, None, o.softmax_scale,
-        *_window(call), o.softcap, given.rotary_interleaved, given.num_splits, False,
+        q, call.k, call.v, _contiguous(given.k), _contiguous(given.v), seqlens, given.rotary_cos,
+        given.rotary_sin, given.cache_batch_idx, call.leftpad_k, call.block_table, call.alibi_slopes, None,
+        o.softmax_scale, *_window(call), o.softcap, given.rotary_interleaved, given.num_splits, False,
     )  # fmt: skip
     return Result(out)

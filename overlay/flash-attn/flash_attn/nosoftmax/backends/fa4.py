@@ -1,7 +1,7 @@
 """FA4's CuTe-DSL kernels, of this patch set's flash-attn-4, on Hopper.
 
-The package is imported at the first call that it may take: that takes seconds, and it has requirements of its own. What its
-kernels take it says itself, in flash_attn/cute/nosoftmax.
+The package is imported at the first call that it may take: that takes seconds, and it has requirements of its
+own. What its kernels take it says itself, in flash_attn/cute/nosoftmax.
 """
 
 import functools
@@ -19,8 +19,9 @@ from . import Result, fa2
 
 _PACKAGE = "flash_attn.cute"
 _HOPPER = 9
-# The work of a forward, in floating-point operations, from which on FA4 takes less time than the extension. It is the faster
-# kernel, but is launched from Python, which costs the host as much or more. docs/backends.md has what was measured.
+# The work of a forward, in floating-point operations, from which on FA4 takes less time than the extension.
+# It is the faster kernel, but is launched from Python, which costs the host as much or more. docs/backends.md
+# has what was measured.
 MIN_WORK = 60e9
 
 
@@ -33,11 +34,16 @@ def obstacle(call: Call) -> Optional[str]:
 
 
 def disadvantage(call: Call) -> Optional[str]:
-    """Why "auto" passes FA4 over though it takes the call: the extension runs it too, and sooner. None if not."""
+    """Why "auto" passes FA4 over though it takes the call: the extension runs it too, and sooner. None if
+    not.
+    """
     work = forward_work(call)
     if work >= MIN_WORK or not fa2.runs(call, arch=10 * _HOPPER):
         return None
-    return f"{work / 1e9:.3g} GFLOP are less than the {MIN_WORK / 1e9:.0f} at which it overtakes the extension (docs/backends.md)"
+    return (
+        f"{work / 1e9:.3g} GFLOP are less than the {MIN_WORK / 1e9:.0f} at which it overtakes the "
+        "extension (docs/backends.md)"
+    )
 
 
 def forward(call: Call) -> Result:
@@ -71,7 +77,10 @@ def not_importable() -> Optional[str]:
     """Finds the package without importing it, and imports it if it is the one with this patch set."""
     spec = find_spec(_PACKAGE)
     if spec is None:
-        return "flash-attn-4 is not installed: install the wheel of this patch set (make wheel FAMILY=flash-attn-4)"
+        return (
+            "flash-attn-4 is not installed: install the wheel of this patch set (make wheel "
+            "FAMILY=flash-attn-4)"
+        )
     if PathFinder.find_spec(f"{_PACKAGE}.nosoftmax", spec.submodule_search_locations or []) is None:
         return (
             f"flash-attn-4 {_version()} is installed without this patch set: install the wheel of "
@@ -81,12 +90,16 @@ def not_importable() -> Optional[str]:
         revision = _revision()
         if revision != REVISION:
             return (
-                f"flash-attn-4 {_version()} has revision {revision} of this patch set, flash_attn has revision {REVISION}: "
+                f"flash-attn-4 {_version()} has revision {revision} of this patch set, flash_attn has "
+                f"revision {REVISION}: "
                 "install two wheels of one revision"
             )
         import_module(f"{_PACKAGE}.nosoftmax.hopper")
     except Exception as error:  # whatever its requirements raise: another backend serves
-        return f"flash-attn-4 {_version()} does not import ({type(error).__name__}: {error}): install it with its requirements"
+        return (
+            f"flash-attn-4 {_version()} does not import ({type(error).__name__}: {error}): install it "
+            "with its requirements"
+        )
     return None
 
 

@@ -1,12 +1,13 @@
-"""The CPU backend, in PyTorch. Blocked over the queries, so that memory grows with the sequence length, not its square.
+"""The CPU backend, in PyTorch. Blocked over the queries, so that memory grows with the sequence length, not
+its square.
 
-    forward_loop.py, backward_loop.py  the two loops over blocks
-    blocks.py                the steps on a block that they share
-    visibility.py            which keys a query sees
-    sequences.py             a call cut into sequences of one length
-    dropout.py, s_dmask.py   what is dropped, and telling it
-    kvcache.py, paged.py, rotary.py  a cache that is appended to
-    softmax.py               the functions of the compiled extension, with softmax
+forward_loop.py, backward_loop.py  the two loops over blocks
+blocks.py                the steps on a block that they share
+visibility.py            which keys a query sees
+sequences.py             a call cut into sequences of one length
+dropout.py, s_dmask.py   what is dropped, and telling it
+kvcache.py, paged.py, rotary.py  a cache that is appended to
+softmax.py               the functions of the compiled extension, with softmax
 """
 
 from typing import Optional
@@ -37,15 +38,26 @@ def forward(call: Call) -> Result:
         out = (q.new_zeros if call.varlen else q.new_empty)(*q.shape[:-1], v.shape[-1])
         if o.dropout_p == 0.0:
             for part in parts(call, 0):
-                forward_loop.forward(part.sequences, part.of_queries(q), part.of_keys(k), part.of_keys(v), part.of_queries(out), None)
+                forward_loop.forward(
+                    part.sequences,
+                    part.of_queries(q),
+                    part.of_keys(k),
+                    part.of_keys(v),
+                    part.of_queries(out),
+                    None,
+                )
             return Result(out)
         rng_state = new_rng_state(o.dropout_p, None)
         mask = s_dmask.empty(call) if o.return_attn_probs else None
         for part in parts(call, seed_of(rng_state)):
             keys = part.of_keys(k)
-            forward_loop.forward(part.sequences, part.of_queries(q), keys, part.of_keys(v), part.of_queries(out), None)
+            forward_loop.forward(
+                part.sequences, part.of_queries(q), keys, part.of_keys(v), part.of_queries(out), None
+            )
             if mask is not None:
-                s_dmask.write(part.sequences, part.of_queries(q), keys, mask[part.batch.start : part.batch.stop])
+                s_dmask.write(
+                    part.sequences, part.of_queries(q), keys, mask[part.batch.start : part.batch.stop]
+                )
         return Result(out, rng_state, mask)
 
 
@@ -55,7 +67,8 @@ def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) 
         dq, dk, dv = ((x.new_zeros if call.varlen else x.new_empty)(x.shape) for x in (q, k, v))
         for part in parts(call, 0 if rng_state is None else seed_of(rng_state)):
             backward_loop.backward(
-                part.sequences, part.of_queries(dout), part.of_queries(q), part.of_keys(k), part.of_keys(v), None, None,
+                part.sequences, part.of_queries(dout), part.of_queries(q), part.of_keys(k), part.of_keys(v),
+                None, None,
                 part.of_queries(dq), part.of_keys(dk), part.of_keys(dv), None,
             )  # fmt: skip
         return dq, dk, dv

@@ -24,10 +24,10 @@ def backward(
 ) -> None:
     """Write the gradients into dq, dk, dv, and rowsum(dout * out) into softmax_d.
 
-    q, dq: (batch, seqlen_q, nheads, head_dim); dout, out: the same with head_dim_v; k, dk: (batch, seqlen_k, nheads_k,
-    head_dim); v, dv: the same with head_dim_v; any strides. softmax_lse, softmax_d: (batch, nheads, seqlen_q). out,
-    softmax_lse and softmax_d are None without softmax. The gradients of the query heads that share a key head are
-    summed in the compute dtype. Nothing here saturates but P.
+    q, dq: (batch, seqlen_q, nheads, head_dim); dout, out: the same with head_dim_v; k, dk: (batch, seqlen_k,
+    nheads_k, head_dim); v, dv: the same with head_dim_v; any strides. softmax_lse, softmax_d: (batch, nheads,
+    seqlen_q). out, softmax_lse and softmax_d are None without softmax. The gradients of the query heads that
+    share a key head are summed in the compute dtype. Nothing here saturates but P.
     """
     options = sequences.options
     nheads_k, dtype = k.shape[2], sequences.compute_dtype
@@ -81,7 +81,12 @@ def backward(
 
 
 def _softmax(
-    sequences: Sequences, part: Block, s: torch.Tensor, dp: torch.Tensor, lse: torch.Tensor, row_dot: torch.Tensor
+    sequences: Sequences,
+    part: Block,
+    s: torch.Tensor,
+    dp: torch.Tensor,
+    lse: torch.Tensor,
+    row_dot: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """P and dS = P * (dP - rowsum(dO * O)), in the places of s and dp."""
     sequences.visibility.fill_hidden(part.by_group(s), part.rows, part.keys, -torch.inf)

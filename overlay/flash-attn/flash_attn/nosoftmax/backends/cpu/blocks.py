@@ -1,4 +1,5 @@
-"""Cutting the score matrix into blocks, and the steps on a block that the forward and the backward pass share.
+"""Cutting the score matrix into blocks, and the steps on a block that the forward and the backward pass
+share.
 
 The tensors of the interface are (batch, seqlen, nheads, head_dim), those of the loops heads first.
 """
@@ -11,8 +12,8 @@ import torch
 from ...score import saturate_
 from .sequences import Sequences
 
-# A block of one head takes 1 MiB in float32, so that the few arrays of that size stay near the caches; both sides are
-# long enough for the matrix products to run at full speed.
+# A block of one head takes 1 MiB in float32, so that the few arrays of that size stay near the caches; both
+# sides are long enough for the matrix products to run at full speed.
 _ROWS = 256
 _KEYS = 1024
 
@@ -36,7 +37,9 @@ class Block:
         return slice(self.heads.start, self.heads.stop), slice(None), slice(self.rows.start, self.rows.stop)
 
     def of_queries(self, x: torch.Tensor) -> torch.Tensor:
-        """This block of x (batch * nheads_k, group, seqlen_q, head_dim), with the group folded into the rows."""
+        """This block of x (batch * nheads_k, group, seqlen_q, head_dim), with the group folded into
+        the rows.
+        """
         return x[self.index].reshape(len(self.heads), -1, x.shape[-1])
 
     def of_keys(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,7 +52,8 @@ class Block:
 
 
 def blocks(sequences: Sequences, heads: int, group: int) -> Iterator[Block]:
-    """Cut `heads` key heads with `group` query heads each into blocks of rows, each with all the keys that they see.
+    """Cut `heads` key heads with `group` query heads each into blocks of rows, each with all the keys that
+    they see.
 
     Queries that see no key are in no block, so that a NaN in them meets nothing.
     """
@@ -67,7 +71,9 @@ def blocks(sequences: Sequences, heads: int, group: int) -> Iterator[Block]:
 
 
 def query_scale(sequences: Sequences) -> float:
-    """The factor that is put on q before the loop, so that q.k needs no further pass: tanh's argument with softcap."""
+    """The factor that is put on q before the loop, so that q.k needs no further pass: tanh's argument with
+    softcap.
+    """
     options = sequences.options
     return options.softmax_scale / options.softcap if options.softcap > 0.0 else options.softmax_scale
 
@@ -93,7 +99,8 @@ def scores(sequences: Sequences, block: Block, u: torch.Tensor) -> torch.Tensor:
 
 
 def weights(sequences: Sequences, block: Block, s: torch.Tensor) -> torch.Tensor:
-    """P without softmax: f(s), and 0 by assignment where hidden. May overwrite s only where f is the identity.
+    """P without softmax: f(s), and 0 by assignment where hidden. May overwrite s only where f is the
+    identity.
 
     It saturates as in the GPU kernels, which convert it to the dtype of the inputs.
     """
@@ -103,7 +110,9 @@ def weights(sequences: Sequences, block: Block, s: torch.Tensor) -> torch.Tensor
 
 
 def kept(sequences: Sequences, block: Block, group: int) -> Optional[torch.Tensor]:
-    """The mask (see masks.py) of the weights that dropout keeps, (heads, group * rows, keys); None without dropout."""
+    """The mask (see masks.py) of the weights that dropout keeps, (heads, group * rows, keys); None without
+    dropout.
+    """
     if sequences.dropout is None:
         return None
     query_heads = range(block.heads.start * group, block.heads.stop * group)
@@ -112,7 +121,9 @@ def kept(sequences: Sequences, block: Block, group: int) -> Optional[torch.Tenso
 
 
 def heads_first(x: torch.Tensor, nheads_k: int, dtype: torch.dtype) -> torch.Tensor:
-    """(batch, seqlen, nheads, head_dim) -> (batch * nheads_k, group, seqlen, head_dim) in dtype, a view where it can."""
+    """(batch, seqlen, nheads, head_dim) -> (batch * nheads_k, group, seqlen, head_dim) in dtype, a view where
+    it can.
+    """
     batch, seqlen, nheads, head_dim = x.shape
     x = x.unflatten(2, (nheads_k, nheads // nheads_k)).permute(0, 2, 3, 1, 4)
     x = x.to(dtype, memory_format=torch.contiguous_format)
@@ -120,7 +131,9 @@ def heads_first(x: torch.Tensor, nheads_k: int, dtype: torch.dtype) -> torch.Ten
 
 
 def store(target: torch.Tensor, value: torch.Tensor) -> None:
-    """Write value (batch * nheads_k, group, seqlen, head_dim) into target (batch, seqlen, nheads, head_dim), in place."""
+    """Write value (batch * nheads_k, group, seqlen, head_dim) into target (batch, seqlen, nheads, head_dim),
+    in place.
+    """
     batch, seqlen, nheads, head_dim = target.shape
     group = value.shape[1]
     value = value.unflatten(0, (batch, nheads // group))

@@ -1,7 +1,8 @@
 """Dropout that can be made again: the keep mask is a function of the seed and of the position alone.
 
-A stream of random numbers would tie the mask to the order in which blocks are visited. A hash of (seed, head, query,
-key) gives the same mask in the forward and the backward pass, with softmax and without, whatever the blocking.
+A stream of random numbers would tie the mask to the order in which blocks are visited. A hash of (seed, head,
+query, key) gives the same mask in the forward and the backward pass, with softmax and without, whatever the
+blocking.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from .visibility import is_negative
 
 
 def new_rng_state(dropout_p: float, generator: Optional[torch.Generator]) -> torch.Tensor:
-    """int64 (2,): [seed, 0], drawn from the generator or PyTorch's default one; [0, 0], and none drawn, at p = 0."""
+    """int64 (2,): [seed, 0], drawn from the generator or PyTorch's default one; [0, 0], and none drawn, at p
+    = 0.
+    """
     state = torch.zeros(2, dtype=torch.int64, device="cpu")
     if dropout_p > 0.0:
         state[0] = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, generator=generator, device="cpu")
@@ -26,7 +29,9 @@ def seed_of(rng_state: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout with probability p under a seed; `first_head` numbers heads through the batch: batch index * nheads."""
+    """Dropout with probability p under a seed; `first_head` numbers heads through the batch: batch index *
+    nheads.
+    """
 
     seed: int
     p: float
@@ -42,7 +47,8 @@ class Dropout:
         column = torch.arange(keys.start, keys.stop, device="cpu")
         row_key = _mix64(_mix64(head + self.seed) + row).to(torch.int32)
         column_key = _mix64(column + ~self.seed).to(torch.int32)
-        # Two rounds of multiply and xor-shift: neighbouring rows and columns share their keys, and must not correlate.
+        # Two rounds of multiply and xor-shift: neighbouring rows and columns share their keys, and must not
+        # correlate.
         number = row_key[:, :, None] ^ column_key
         number.mul_(0x7FEB352D)
         number.bitwise_xor_(number >> 15)
@@ -53,7 +59,9 @@ class Dropout:
 
 
 def _mix64(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of int64 whose every output bit depends on every input bit (the finaliser of SplitMix64)."""
+    """A bijection of int64 whose every output bit depends on every input bit (the finaliser of
+    SplitMix64).
+    """
     x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
     x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
     return x ^ _shift_right(x, 31)

@@ -20,9 +20,9 @@ def forward(
 ) -> None:
     """Attend and write the results into out and softmax_lse.
 
-    q: (batch, seqlen_q, nheads, head_dim); k: (batch, seqlen_k, nheads_k, head_dim); v: (batch, seqlen_k, nheads_k,
-    head_dim_v); out: (batch, seqlen_q, nheads, head_dim_v); any strides.
-    softmax_lse: (batch, nheads, seqlen_q), or None without softmax; +inf for a query that sees no key.
+    q: (batch, seqlen_q, nheads, head_dim); k: (batch, seqlen_k, nheads_k, head_dim); v: (batch, seqlen_k,
+    nheads_k, head_dim_v); out: (batch, seqlen_q, nheads, head_dim_v); any strides. softmax_lse: (batch,
+    nheads, seqlen_q), or None without softmax; +inf for a query that sees no key.
     """
     nheads_k, dtype = k.shape[2], sequences.compute_dtype
     q = heads_first(q, nheads_k, dtype) * query_scale(sequences)
@@ -63,7 +63,8 @@ def forward(
 class _RunningSoftmax:
     """Softmax over keys that come part by part (Milakov and Gimelshein, arXiv 1805.02867).
 
-    The weights are relative to the maximum so far; when it grows, the output accumulated from them is scaled down.
+    The weights are relative to the maximum so far; when it grows, the output accumulated from them is scaled
+    down.
     """
 
     def __init__(self, output: torch.Tensor) -> None:
@@ -85,7 +86,9 @@ class _RunningSoftmax:
         return p
 
     def divisor(self) -> torch.Tensor:
-        """The row sums; 1 where no key was seen. Other rows sum to 1 at least, as their maximum gives exp(0)."""
+        """The row sums; 1 where no key was seen. Other rows sum to 1 at least, as their maximum
+        gives exp(0).
+        """
         return self._sum.clamp(min=1.0)
 
     def log_sum_exp(self) -> torch.Tensor:

@@ -11,16 +11,21 @@ from .rotary import apply_rotary
 from .sequences import Sequences
 
 
-def forward(call: Call, use_softmax: bool = False, softmax_lse: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """Append to the caches in place, turn q and the new keys by their positions, and attend; the output, as q.
+def forward(
+    call: Call, use_softmax: bool = False, softmax_lse: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    """Append to the caches in place, turn q and the new keys by their positions, and attend; the output, as
+    q.
 
-    New keys take the positions after cache_seqlens; the queries too if the call steps, else all of them the position
-    cache_seqlens. softmax_lse: (batch, nheads, seqlen_q), written with softmax.
+    New keys take the positions after cache_seqlens; the queries too if the call steps, else all of them the
+    position cache_seqlens. softmax_lse: (batch, nheads, seqlen_q), written with softmax.
     """
     q, given, table = call.q, call.cache, call.block_table
     batch, seqlen_q = q.shape[:2]
     seqlen_new = 0 if given.k is None else given.k.shape[1]
-    filled = [call.options.max_seqlen_k] * batch if given.cache_seqlens is None else given.cache_seqlens.tolist()
+    filled = (
+        [call.options.max_seqlen_k] * batch if given.cache_seqlens is None else given.cache_seqlens.tolist()
+    )
     rows = range(batch) if given.cache_batch_idx is None else given.cache_batch_idx.tolist()
     skipped = [0] * batch if call.leftpad_k is None else call.leftpad_k.tolist()
 
@@ -28,7 +33,14 @@ def forward(call: Call, use_softmax: bool = False, softmax_lse: Optional[torch.T
         if given.rotary_cos is None:
             return x
         # Without softmax what goes into the cache is finite if it came so.
-        return apply_rotary(x, given.rotary_cos, given.rotary_sin, positions, given.rotary_interleaved, saturate=not use_softmax)
+        return apply_rotary(
+            x,
+            given.rotary_cos,
+            given.rotary_sin,
+            positions,
+            given.rotary_interleaved,
+            saturate=not use_softmax,
+        )
 
     out = q.new_empty(*q.shape[:-1], call.v.shape[-1])
     for b in range(batch):

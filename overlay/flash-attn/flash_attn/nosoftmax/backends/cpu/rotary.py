@@ -6,13 +6,19 @@ from ...score import saturate_
 
 
 def apply_rotary(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, interleaved: bool, saturate: bool = False
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    interleaved: bool,
+    saturate: bool = False,
 ) -> torch.Tensor:
-    """x (..., seqlen, nheads, head_dim) with its first rotary_dim channels turned by the angles at `positions`.
+    """x (..., seqlen, nheads, head_dim) with its first rotary_dim channels turned by the angles at
+    `positions`.
 
     positions: (seqlen,) or (batch, seqlen), indices into the rows of cos and sin.
-    cos, sin: (seqlen_ro, rotary_dim / 2). interleaved: channel 2i is paired with 2i + 1 (GPT-J), else channel i with
-    i + rotary_dim / 2 (GPT-NeoX). Computed in float32 at least, returned in the dtype of x; with
+    cos, sin: (seqlen_ro, rotary_dim / 2). interleaved: channel 2i is paired with 2i + 1 (GPT-J), else channel
+    i with i + rotary_dim / 2 (GPT-NeoX). Computed in float32 at least, returned in the dtype of x; with
     `saturate`, what float16 can't hold becomes its largest number.
     """
     half = cos.shape[1]

@@ -18,8 +18,8 @@ from .visibility import Visibility, Window
 class Sequences:
     """Sequences of one length that are computed together: a dense batch, or one sequence of a ragged one.
 
-    dtype: of the call's tensors. alibi_slopes: (batch * nheads_k, group) in the compute dtype, or None. dropout: None where
-    nothing is dropped.
+    dtype: of the call's tensors. alibi_slopes: (batch * nheads_k, group) in the compute dtype, or None.
+    dropout: None where nothing is dropped.
     """
 
     options: Options
@@ -30,12 +30,18 @@ class Sequences:
     use_softmax: bool
 
     @classmethod
-    def of(cls, call: Call, batch: range, seqlens: tuple[int, int], seed: int, use_softmax: bool) -> "Sequences":
+    def of(
+        cls, call: Call, batch: range, seqlens: tuple[int, int], seed: int, use_softmax: bool
+    ) -> "Sequences":
         """The batch entries in `batch`, with (seqlen_q, seqlen_k)."""
         o, nheads, nheads_k = call.options, call.q.shape[-2], call.k.shape[-2]
         slopes = None
         if call.alibi_slopes is not None:
-            slopes = call.alibi_slopes.expand(batch.stop, nheads) if call.alibi_slopes.dim() == 1 else call.alibi_slopes
+            slopes = (
+                call.alibi_slopes.expand(batch.stop, nheads)
+                if call.alibi_slopes.dim() == 1
+                else call.alibi_slopes
+            )
             slopes = slopes[batch.start : batch.stop].to(torch.promote_types(call.q.dtype, torch.float32))
             slopes = slopes.reshape(len(batch) * nheads_k, nheads // nheads_k)
         dropout = Dropout(seed, o.dropout_p, batch.start * nheads) if o.dropout_p > 0.0 else None
@@ -61,13 +67,17 @@ class Sequences:
         if self.options.normalization is None:
             return None
         normalization, n = NORMALIZATIONS[self.options.normalization], max(self.visibility.seqlen_k, 1)
-        seen = self.visibility.counts(rows).clamp(min=1).to(self.compute_dtype) if normalization.by_row else None
+        seen = (
+            self.visibility.counts(rows).clamp(min=1).to(self.compute_dtype) if normalization.by_row else None
+        )
         return torch.as_tensor(normalization.factor(n, seen), dtype=self.compute_dtype, device="cpu")
 
 
 @dataclass(frozen=True)
 class Part:
-    """Sequences, and where they lie in the tensors of the call. rows, keys: of a packed sequence, None for a dense batch."""
+    """Sequences, and where they lie in the tensors of the call. rows, keys: of a packed sequence, None for a
+    dense batch.
+    """
 
     sequences: Sequences
     batch: range
@@ -89,7 +99,9 @@ class Part:
 
 
 def parts(call: Call, seed: int, use_softmax: bool = False) -> Iterator[Part]:
-    """The sequences of a call that is not a cache's, those of a dense batch together. The tensors have been checked."""
+    """The sequences of a call that is not a cache's, those of a dense batch together. The tensors have been
+    checked.
+    """
     if not call.varlen:
         batch, seqlens = range(call.q.shape[0]), (call.q.shape[1], call.k.shape[1])
         yield Part(Sequences.of(call, batch, seqlens, seed, use_softmax), batch, None, None, None)
@@ -99,7 +111,16 @@ def parts(call: Call, seed: int, use_softmax: bool = False) -> Iterator[Part]:
     for b in range(call.batch):
         start = 0 if call.block_table is not None else starts_k[b]
         stop = start + (starts_k[b + 1] - starts_k[b] if used is None else used[b])
-        rows, keys = slice(starts_q[b], starts_q[b + 1]), slice(start + (0 if skipped is None else skipped[b]), stop)
+        rows, keys = (
+            slice(starts_q[b], starts_q[b + 1]),
+            slice(start + (0 if skipped is None else skipped[b]), stop),
+        )
         seqlens = rows.stop - rows.start, keys.stop - keys.start
         table = None if call.block_table is None else call.block_table[b]
-        yield Part(Sequences.of(call, range(b, b + 1), seqlens, seed, use_softmax), range(b, b + 1), rows, keys, table)
+        yield Part(
+            Sequences.of(call, range(b, b + 1), seqlens, seed, use_softmax),
+            range(b, b + 1),
+            rows,
+            keys,
+            table,
+        )

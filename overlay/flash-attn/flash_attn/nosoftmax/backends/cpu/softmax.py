@@ -1,7 +1,8 @@
-"""With softmax on the CPU: the five functions of the compiled extension, with its positional arguments and results.
+"""With softmax on the CPU: the five functions of the compiled extension, with its positional arguments and
+results.
 
-Here as there (csrc/flash_attn/flash_api.cpp) softmax_lse is float32, and +inf for a query that sees no key. Backward is
-always deterministic.
+Here as there (csrc/flash_attn/flash_api.cpp) softmax_lse is float32, and +inf for a query that sees no key.
+Backward is always deterministic.
 """
 
 import functools
@@ -29,13 +30,14 @@ def _entry_point(function: Callable) -> Callable:
 
 
 def _options(
-    q, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap, return_softmax=False
+    q, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap,
+    return_softmax=False
 ) -> Options:  # fmt: skip
-    """As the extension: a limit of max_seqlen_k or more is none, and beside a limit on one side the other side is limited to
-    max_seqlen_k; that matters only where seqlen_q > seqlen_k."""
+    """As the extension: a limit of max_seqlen_k or more is none, and beside a limit on one side the other
+    side is limited to max_seqlen_k; that matters only where seqlen_q > seqlen_k."""
     o = checks.options(
-        q.shape[-1] if q.dim() else 1, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, (left, right), softcap, False,
-        return_softmax, "identity", 0.0, None, use_softmax=True,
+        q.shape[-1] if q.dim() else 1, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, (left,
+        right), softcap, False, return_softmax, "identity", 0.0, None, use_softmax=True,
     )  # fmt: skip
     left = o.window_left if o.window_left < max_seqlen_k else -1
     right = o.window_right if o.window_right < max_seqlen_k else -1
@@ -50,7 +52,10 @@ def _check(call: Call) -> None:
 
 def _one_head_dim(call: Call) -> None:
     if call.v.shape[-1] != call.q.shape[-1]:
-        raise ValueError(f"v has shape {tuple(call.v.shape)}, expected head_dim={call.q.shape[-1]} as its last axis with softmax")
+        raise ValueError(
+            f"v has shape {tuple(call.v.shape)}, expected head_dim={call.q.shape[-1]} as its last axis with "
+            "softmax"
+        )
 
 
 def _like(name: str, x: Optional[torch.Tensor], like: torch.Tensor) -> None:
@@ -64,7 +69,9 @@ def _attend(part: Part, q, k, v, out, lse) -> None:
     run(part.sequences, part.of_queries(q), k, v, part.of_queries(out), part.of_rows(lse))
 
 
-def _forward(call: Call, out: Optional[torch.Tensor], softmax_lse: torch.Tensor, gen: Optional[torch.Generator]) -> tuple:
+def _forward(
+    call: Call, out: Optional[torch.Tensor], softmax_lse: torch.Tensor, gen: Optional[torch.Generator]
+) -> tuple:
     _check(call)
     q, k, v, o = *call.tensors[:3], call.options
     _like("out", out, q)
@@ -85,14 +92,17 @@ def _forward(call: Call, out: Optional[torch.Tensor], softmax_lse: torch.Tensor,
 
 @_entry_point
 def fwd(
-    q, k, v, out, alibi_slopes, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, return_softmax, gen
+    q, k, v, out, alibi_slopes, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+    softcap, return_softmax, gen
 ) -> tuple:  # fmt: skip
-    """q, k, v: (batch, seqlen, nheads, head_dim). Returns out; softmax_lse (batch, nheads, seqlen_q); S_dmask if return_softmax
-    and dropout_p > 0, else (0,); and rng_state, int64 (2,). out: written in place if it is given."""
+    """q, k, v: (batch, seqlen, nheads, head_dim). Returns out; softmax_lse (batch, nheads, seqlen_q); S_dmask
+    if return_softmax and dropout_p > 0, else (0,); and rng_state, int64 (2,). out: written in place if it is
+    given."""
     checks.rank("q", q, checks.DENSE[0])
     checks.rank("k", k, checks.DENSE[1])
     options = _options(
-        q, q.shape[1], k.shape[1], dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, return_softmax
+        q, q.shape[1], k.shape[1], dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+        softcap, return_softmax
     )  # fmt: skip
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device="cpu")
     return _forward(Call(q, k, v, None, None, None, None, None, alibi_slopes, options), out, lse, gen)
@@ -100,14 +110,16 @@ def fwd(
 
 @_entry_point
 def varlen_fwd(
-    q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, max_seqlen_q, max_seqlen_k,
-    dropout_p, softmax_scale, zero_tensors, causal, window_size_left, window_size_right, softcap, return_softmax, gen,
+    q, k, v, out, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, max_seqlen_q,
+    max_seqlen_k, dropout_p, softmax_scale, zero_tensors, causal, window_size_left, window_size_right,
+    softcap, return_softmax, gen,
 ) -> tuple:  # fmt: skip
-    """q: (total_q, nheads, head_dim); k, v: packed, or pages with block_table. As fwd, but softmax_lse is (nheads, total_q).
-    zero_tensors changes nothing: every result is written."""
+    """q: (total_q, nheads, head_dim); k, v: packed, or pages with block_table. As fwd, but softmax_lse is
+    (nheads, total_q). zero_tensors changes nothing: every result is written."""
     checks.rank("q", q, checks.PACKED[0])
     options = _options(
-        q, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, return_softmax
+        q, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+        softcap, return_softmax
     )  # fmt: skip
     lse = torch.full((q.shape[1], q.shape[0]), torch.inf, dtype=torch.float32, device="cpu")
     call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, options)
@@ -133,7 +145,8 @@ def _backward(call: Call, dout, out, softmax_lse, dq, dk, dv, softmax_d, rng_sta
     for part in parts(call, seed, use_softmax=True):
         run = torch_flash.backward if torch_flash.fits(part.sequences) else backward_loop.backward
         run(
-            part.sequences, part.of_queries(dout), part.of_queries(q), part.of_keys(k), part.of_keys(v), part.of_queries(out),
+            part.sequences, part.of_queries(dout), part.of_queries(q), part.of_keys(k), part.of_keys(v),
+            part.of_queries(out),
             part.of_rows(softmax_lse), part.of_queries(dq), part.of_keys(dk), part.of_keys(dv),
             softmax_d[..., : q.shape[1]] if part.rows is None else part.of_rows(softmax_d),
         )  # fmt: skip
@@ -142,31 +155,37 @@ def _backward(call: Call, dout, out, softmax_lse, dq, dk, dv, softmax_d, rng_sta
 
 @_entry_point
 def bwd(
-    dout, q, k, v, out, softmax_lse, dq, dk, dv, alibi_slopes, dropout_p, softmax_scale, causal, window_size_left,
-    window_size_right, softcap, deterministic, gen, rng_state,
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, alibi_slopes, dropout_p, softmax_scale, causal,
+    window_size_left, window_size_right, softcap, deterministic, gen, rng_state,
 ) -> tuple:  # fmt: skip
-    """dout, out, dq as q, dk and dv as k; dq, dk, dv may be strided views, and are written in place if they are given.
+    """dout, out, dq as q, dk and dv as k; dq, dk, dv may be strided views, and are written in place if they
+    are given.
     Returns dq, dk, dv and softmax_d, float32 (batch, nheads, seqlen_q rounded up to 128)."""
     checks.rank("q", q, checks.DENSE[0])
     checks.rank("k", k, checks.DENSE[1])
     options = _options(
-        q, q.shape[1], k.shape[1], dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
+        q, q.shape[1], k.shape[1], dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+        softcap
     )  # fmt: skip
-    softmax_d = torch.zeros(q.shape[0], q.shape[2], -(-q.shape[1] // 128) * 128, dtype=torch.float32, device="cpu")
+    softmax_d = torch.zeros(
+        q.shape[0], q.shape[2], -(-q.shape[1] // 128) * 128, dtype=torch.float32, device="cpu"
+    )
     call = Call(q, k, v, None, None, None, None, None, alibi_slopes, options)
     return _backward(call, dout, out, softmax_lse, dq, dk, dv, softmax_d, rng_state)
 
 
 @_entry_point
 def varlen_bwd(
-    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, alibi_slopes, max_seqlen_q, max_seqlen_k, dropout_p,
-    softmax_scale, zero_tensors, causal, window_size_left, window_size_right, softcap, deterministic, gen, rng_state,
+    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, alibi_slopes, max_seqlen_q,
+    max_seqlen_k, dropout_p, softmax_scale, zero_tensors, causal, window_size_left, window_size_right,
+    softcap, deterministic, gen, rng_state,
 ) -> tuple:  # fmt: skip
-    """As bwd over packed sequences; softmax_d is float32 (nheads, total_q + 128 * batch), of which the first total_q columns
-    are used."""
+    """As bwd over packed sequences; softmax_d is float32 (nheads, total_q + 128 * batch), of which the first
+    total_q columns are used."""
     checks.rank("q", q, checks.PACKED[0])
     options = _options(
-        q, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
+        q, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+        softcap
     )  # fmt: skip
     call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, None, None, None, alibi_slopes, options)
     softmax_d = torch.zeros(q.shape[1], q.shape[0] + 128 * call.batch, dtype=torch.float32, device="cpu")
@@ -175,17 +194,25 @@ def varlen_bwd(
 
 @_entry_point
 def fwd_kvcache(
-    q, kcache, vcache, k, v, seqlens_k, rotary_cos, rotary_sin, cache_batch_idx, leftpad_k, block_table, alibi_slopes, out,
-    softmax_scale, causal, window_size_left, window_size_right, softcap, rotary_interleaved, num_splits,
+    q, kcache, vcache, k, v, seqlens_k, rotary_cos, rotary_sin, cache_batch_idx, leftpad_k, block_table,
+    alibi_slopes, out, softmax_scale, causal, window_size_left, window_size_right, softcap,
+    rotary_interleaved, num_splits,
 ) -> tuple:  # fmt: skip
-    """Append k, v to the caches in place, turn q and the new keys by their positions, and attend. num_splits changes nothing.
+    """Append k, v to the caches in place, turn q and the new keys by their positions, and attend. num_splits
+    changes nothing.
     Returns out and softmax_lse (batch, nheads, seqlen_q)."""
     checks.rank("q", q, checks.DENSE[0])
     checks.rank("k_cache", kcache, (checks.CACHED if block_table is None else checks.PAGED)[1])
-    capacity = kcache.shape[1] * (1 if block_table is None or block_table.dim() != 2 else block_table.shape[1])
-    options = _options(q, q.shape[1], capacity, 0.0, softmax_scale, causal, window_size_left, window_size_right, softcap)
+    capacity = kcache.shape[1] * (
+        1 if block_table is None or block_table.dim() != 2 else block_table.shape[1]
+    )
+    options = _options(
+        q, q.shape[1], capacity, 0.0, softmax_scale, causal, window_size_left, window_size_right, softcap
+    )
     steps = options.window_left >= 0 or options.window_right >= 0
-    cache = Cache(k, v, seqlens_k, rotary_cos, rotary_sin, cache_batch_idx, rotary_interleaved, num_splits, steps)
+    cache = Cache(
+        k, v, seqlens_k, rotary_cos, rotary_sin, cache_batch_idx, rotary_interleaved, num_splits, steps
+    )
     call = Call(q, kcache, vcache, None, None, None, leftpad_k, block_table, alibi_slopes, options, cache)
     checks.cache(call)
     _one_head_dim(call)

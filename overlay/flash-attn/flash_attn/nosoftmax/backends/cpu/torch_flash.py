@@ -1,4 +1,6 @@
-"""PyTorch's own flash attention for the CPU, for the calls that mean the same there: plain softmax, causal or full."""
+"""PyTorch's own flash attention for the CPU, for the calls that mean the same there: plain softmax, causal or
+full.
+"""
 
 import torch
 
@@ -7,12 +9,14 @@ from .sequences import Sequences
 _ATEN = torch.ops.aten
 # Not a public operator: without it the loops of forward.py and backward.py serve.
 _IS_THERE = hasattr(_ATEN, "_scaled_dot_product_flash_attention_for_cpu")
-# Below this the operator's blocking gains nothing over two matrix products, and costs a call for each head of a group.
+# Below this the operator's blocking gains nothing over two matrix products, and costs a call for each head of
+# a group.
 _MIN_SEQLEN_Q = 32
 
 
 def fits(sequences: Sequences) -> bool:
-    """Plain softmax over keys that are all seen, or square and causal: PyTorch aligns the causal mask top left.
+    """Plain softmax over keys that are all seen, or square and causal: PyTorch aligns the causal mask top
+    left.
 
     It also scales after masking, so that a softmax_scale of 0 or less would make the mask NaN or +inf.
     """
@@ -44,7 +48,9 @@ def forward(
     out: torch.Tensor,
     softmax_lse: torch.Tensor,
 ) -> None:
-    """Arguments as those of forward.forward. Key heads are not repeated: one call for each query head of a group."""
+    """Arguments as those of forward.forward. Key heads are not repeated: one call for each query head of a
+    group.
+    """
     dtype, causal = sequences.compute_dtype, sequences.visibility.window.is_limited
     k, v = (_heads_first(x, dtype) for x in (k, v))
     group = q.shape[2] // k.shape[1]
@@ -79,7 +85,14 @@ def backward(
         one = (_heads_first(x[:, :, i::group], dtype) for x in (dout, q, out))
         dout_i, q_i, out_i = one
         dq_i, dk_i, dv_i = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout_i, q_i, k, v, out_i, softmax_lse[:, i::group].to(dtype), 0.0, causal,
+            dout_i,
+            q_i,
+            k,
+            v,
+            out_i,
+            softmax_lse[:, i::group].to(dtype),
+            0.0,
+            causal,
             scale=sequences.options.softmax_scale,
         )
         dq[:, :, i::group] = dq_i.transpose(1, 2)

@@ -1,7 +1,9 @@
-"""Which keys a query sees: causal masks and sliding windows, aligned at the bottom right; and assignment by such a mask.
+"""Which keys a query sees: causal masks and sliding windows, aligned at the bottom right; and assignment by
+such a mask.
 
-A mask here is an int32 tensor with all bits set where a number stays and none where it is replaced. AND with it gives
-exactly 0, whatever was there (NaN times 0 would be NaN), and takes a tenth of the time of masked_fill_ on the CPU.
+A mask here is an int32 tensor with all bits set where a number stays and none where it is replaced. AND with
+it gives exactly 0, whatever was there (NaN times 0 would be NaN), and takes a tenth of the time of
+masked_fill_ on the CPU.
 """
 
 from dataclasses import dataclass
@@ -11,13 +13,16 @@ import torch
 
 _AS_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
+
 def is_negative(x: torch.Tensor) -> torch.Tensor:
     """The mask that keeps where the int32 x is negative: its sign bit, spread."""
     return x >> 31
 
 
 def keep_where(x: torch.Tensor, mask: torch.Tensor, otherwise: float = 0.0) -> None:
-    """Assign `otherwise` to the float32 or float64 tensor x where the mask, broadcastable to it, has no bits."""
+    """Assign `otherwise` to the float32 or float64 tensor x where the mask, broadcastable to it, has
+    no bits.
+    """
     integer = _AS_INTEGER[x.dtype]
     mask = mask.to(integer)
     bits = x.view(integer).bitwise_and_(mask)
@@ -46,8 +51,8 @@ class Window:
 class Visibility:
     """The keys that each query of one sequence sees. Query i is aligned with key i + seqlen_k - seqlen_q.
 
-    Every query sees one contiguous range, and the ranges of successive queries move by one: the keys seen by any
-    query of a block are again a range, and so are those seen by all of them.
+    Every query sees one contiguous range, and the ranges of successive queries move by one: the keys seen by
+    any query of a block are again a range, and so are those seen by all of them.
     """
 
     seqlen_q: int
@@ -60,7 +65,9 @@ class Visibility:
 
     @property
     def first_seeing(self) -> int:
-        """The first query that sees any key, if there are keys: those before the window's first contact see none."""
+        """The first query that sees any key, if there are keys: those before the window's first contact see
+        none.
+        """
         return 0 if self.window.right is None else max(0, -self.offset - self.window.right)
 
     def _bounds(self, first_row: int, last_row: int) -> tuple[int, int]:
@@ -90,7 +97,10 @@ class Visibility:
     def fill_hidden(self, block: torch.Tensor, rows: range, keys: range, value: float) -> None:
         """Assign value to the entries of block (..., len(rows), len(keys)) that the query does not see."""
         common = self.seen_by_all(rows)
-        edges = [range(keys.start, min(common.start, keys.stop)), range(max(common.stop, keys.start), keys.stop)]
+        edges = [
+            range(keys.start, min(common.start, keys.stop)),
+            range(max(common.stop, keys.start), keys.stop),
+        ]
         if not common:
             edges = [keys]
         for edge in edges:

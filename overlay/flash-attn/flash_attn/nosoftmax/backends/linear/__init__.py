@@ -1,7 +1,8 @@
 """Attention without softmax in linear time.
 
-With f the identity and without softcap, dropout, ALiBi and window, attention is associative: Q (K^T V) costs N d^2 in place
-of N^2 d. The causal form needs one state per head, the sum of k_j^T v_j so far; docs/linear.md has the design.
+With f the identity and without softcap, dropout, ALiBi and window, attention is associative: Q (K^T V) costs
+N d^2 in place of N^2 d. The causal form needs one state per head, the sum of k_j^T v_j so far; docs/linear.md
+has the design.
 
     form.py       the masks and the normalization
     chunked.py    the primitive in PyTorch, any device
@@ -19,28 +20,35 @@ from .. import Result
 from . import primitive
 from .form import Form
 
-# Where the two algorithms take the same time, forward and backward together: seqlen_q = seqlen_k = slope * head_dim + offset,
-# as (slope, offset) for each mask. From benchmarks/linear_vs_quadratic.py, on CPUs rounded up and on CUDA the shortest sequences
-# that were measured; docs/linear.md says where it ran. "auto" is quadratic on a device type that was not measured.
+# Where the two algorithms take the same time, forward and backward together: seqlen_q = seqlen_k = slope *
+# head_dim + offset, as (slope, offset) for each mask. From benchmarks/linear_vs_quadratic.py, on CPUs rounded
+# up and on CUDA the shortest sequences that were measured; docs/linear.md says where it ran. "auto" is
+# quadratic on a device type that was not measured.
 CROSSOVERS = {
     "cpu": {"full": (1.0, 64.0), "causal": (2.0, 64.0)},
     "cuda": {"full": (0.0, 1000.0), "causal": (0.0, 1000.0)},
 }
-# And the scores of all heads and sequences, as masked ones count too, from which on a quadratic kernel takes a GPU longer than the
-# host takes for the more launches of linear time. Of an H100: one sequence of 4k and 16 of 1k tokens with 16 heads each.
+# And the scores of all heads and sequences, as masked ones count too, from which on a quadratic kernel takes
+# a GPU longer than the host takes for the more launches of linear time. Of an H100: one sequence of 4k and 16
+# of 1k tokens with 16 heads each.
 MIN_SCORES = {"cuda": 250e6}
 _MAX_HEAD_DIM = 256  # of the kernels
 
 
 def obstacle(call: Call) -> Optional[str]:
-    """Why there is no exact algorithm in linear time for this call, by the first thing in the way; None if there is one."""
+    """Why there is no exact algorithm in linear time for this call, by the first thing in the way; None if
+    there is one.
+    """
     if call.cache is not None:
         return "in place of a cache it has a state: flash_attn.linear.linear_attention_step"
     option = _inexact(call)
     if option is not None:
         return f"{option} has no exact algorithm in linear time"
     if primitive.has_kernels(call.q) and max(call.q.shape[-1], call.v.shape[-1]) > _MAX_HEAD_DIM:
-        return f"head_dim={call.q.shape[-1]}, head_dim_v={call.v.shape[-1]}: the kernels go up to {_MAX_HEAD_DIM}"
+        return (
+            f"head_dim={call.q.shape[-1]}, head_dim_v={call.v.shape[-1]}: the kernels go up to "
+            f"{_MAX_HEAD_DIM}"
+        )
     return None
 
 
@@ -71,12 +79,18 @@ def disadvantage(call: Call) -> Optional[str]:
     sequences = max(call.batch, 1) if call.varlen else 1
     heads = q.shape[-2] * (sequences if call.varlen else q.shape[0])
     causal = _causal(call)
-    if not predicted_faster(q.device, q.shape[-1], causal, q.shape[-3] / sequences, k.shape[-3] / sequences, heads):
-        return "not predicted faster at these lengths, this head_dim and this number of heads (docs/linear.md)"
+    if not predicted_faster(
+        q.device, q.shape[-1], causal, q.shape[-3] / sequences, k.shape[-3] / sequences, heads
+    ):
+        return (
+            "not predicted faster at these lengths, this head_dim and this number of heads (docs/linear.md)"
+        )
     return None
 
 
-def predicted_faster(device: torch.device, head_dim: int, causal: bool, seqlen_q: float, seqlen_k: float, heads: int) -> bool:
+def predicted_faster(
+    device: torch.device, head_dim: int, causal: bool, seqlen_q: float, seqlen_k: float, heads: int
+) -> bool:
     """Whether linear time is less time, for sequences of these mean lengths and `heads` heads in all of them.
 
     Quadratic costs seqlen_q * seqlen_k, linear seqlen_q + seqlen_k: what counts is their harmonic mean.

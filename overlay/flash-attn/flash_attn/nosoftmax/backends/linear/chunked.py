@@ -1,7 +1,8 @@
 """The primitive in PyTorch, for tensors on any device: one batch of sequences that have the same length.
 
-Between chunks a state, the sum of k_j^T v_j over the chunks already passed; inside a chunk the masked products. Time grows
-with the sequence, and memory beside the inputs and the output does not. 16-bit tensors are computed in float32.
+Between chunks a state, the sum of k_j^T v_j over the chunks already passed; inside a chunk the masked
+products. Time grows with the sequence, and memory beside the inputs and the output does not. 16-bit tensors
+are computed in float32.
 """
 
 from typing import Optional
@@ -11,7 +12,8 @@ import torch
 from ...score import saturate_
 from .form import ANTICAUSAL, CAUSAL, FULL, Form
 
-# Positions of one chunk. Longer ones waste products on masked entries, shorter ones time on starting operators.
+# Positions of one chunk. Longer ones waste products on masked entries, shorter ones time on starting
+# operators.
 CHUNK = 128
 # The full form masks nothing.
 FULL_CHUNK = 512
@@ -22,17 +24,21 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One form of linear attention over dense sequences.
 
-    q: (batch, rows, nheads, d); k: (batch, keys, nheads_k, d); v: (batch, keys, nheads_k, d_v); any strides. Either
-    number of heads may divide the other: with more heads in q a key head serves a group of them, with more heads in k
-    and v a group of them is summed. state: (batch, min(nheads, nheads_k), d, d_v), the sum of k^T v over earlier keys,
-    for the causal form with rows <= keys.
-    Returns out (batch, rows, nheads, d_v) in q's dtype, and the state after the last key in the compute dtype. A row
-    that sees neither a key nor a given state is 0. torch.autocast has no influence.
+    q: (batch, rows, nheads, d); k: (batch, keys, nheads_k, d); v: (batch, keys, nheads_k, d_v); any strides.
+    Either number of heads may divide the other: with more heads in q a key head serves a group of them, with
+    more heads in k and v a group of them is summed. state: (batch, min(nheads, nheads_k), d, d_v), the sum of
+    k^T v over earlier keys, for the causal form with rows <= keys.
+    Returns out (batch, rows, nheads, d_v) in q's dtype, and the state after the last key in the compute
+    dtype. A row that sees neither a key nor a given state is 0. torch.autocast has no influence.
     """
     with torch.autocast(q.device.type, enabled=False):
         chunks = _Chunks(q, k, v, form)
         shape = (q.shape[0], chunks.heads, q.shape[-1], v.shape[-1])
-        state = torch.zeros(shape, dtype=chunks.dtype, device=q.device) if state is None else state.to(chunks.dtype, copy=True)
+        state = (
+            torch.zeros(shape, dtype=chunks.dtype, device=q.device)
+            if state is None
+            else state.to(chunks.dtype, copy=True)
+        )
         out = q.new_zeros(*q.shape[:3], v.shape[-1])
         if q.shape[0] == 0:
             return out, state
@@ -61,7 +67,8 @@ def attend(
 class _Chunks:
     """Cuts rows and keys at the same positions (see Form). A span is a range of positions.
 
-    Rows that see no key and keys that no row sees are left out: a NaN in them would come back through 0 * NaN.
+    Rows that see no key and keys that no row sees are left out: a NaN in them would come back through 0 *
+    NaN.
     """
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form) -> None:
@@ -70,7 +77,11 @@ class _Chunks:
         self._q, self._k, self._v = (x.unflatten(2, (self.heads, -1)) for x in (q, k, v))
         total = max(q.shape[1], k.shape[1])
         self._first_row, self._first_key = total - q.shape[1], total - k.shape[1]
-        self._from_row = max(self._first_row, self._first_key) if form.mask == CAUSAL or k.shape[1] == 0 else self._first_row
+        self._from_row = (
+            max(self._first_row, self._first_key)
+            if form.mask == CAUSAL or k.shape[1] == 0
+            else self._first_row
+        )
         self._from_key = max(self._first_row, self._first_key) if form.mask == ANTICAUSAL else self._first_key
         self._factor = form.constant(q.shape[1], k.shape[1])
         size = FULL_CHUNK if form.mask == FULL else CHUNK
@@ -96,8 +107,8 @@ class _Chunks:
         return values
 
     def limit(self, scores: torch.Tensor) -> torch.Tensor:
-        """scores within float16's range when scaled, in place, if they are the weights of float16 inputs: they stay in float32, but
-        are formed here. A clamp alone would turn Inf into the limit."""
+        """scores within float16's range when scaled, in place, if they are the weights of float16 inputs:
+        they stay in float32, but are formed here. A clamp alone would turn Inf into the limit."""
         if self.form.weights_saturate and self._q.dtype == torch.float16 and self.form.softmax_scale != 0.0:
             limit = torch.finfo(torch.float16).max / abs(self.form.softmax_scale)
             not_finite = scores - scores
@@ -105,9 +116,13 @@ class _Chunks:
         return scores
 
     def mask(self, scores: torch.Tensor, span: range) -> torch.Tensor:
-        """scores (batch * heads, group of rows, group of keys) with 0, in place, where the row does not see the key."""
+        """scores (batch * heads, group of rows, group of keys) with 0, in place, where the row does not see
+        the key.
+        """
         offset = max(span.start, self._from_row) - max(span.start, self._from_key)
-        split = scores.unflatten(2, (self._k.shape[3], -1)).unflatten(1, (self._q.shape[3], -1)).transpose(2, 3)
+        split = (
+            scores.unflatten(2, (self._k.shape[3], -1)).unflatten(1, (self._q.shape[3], -1)).transpose(2, 3)
+        )
         if self.form.mask == CAUSAL:
             split.tril_(offset)
         else:
@@ -124,7 +139,9 @@ class _Chunks:
             result = saturate_(result, out.dtype)
         batch, _, heads, group, _ = self._q.shape
         result = result.view(batch, heads, group, len(span), -1).permute(0, 3, 1, 2, 4)
-        out[:, span.start - self._first_row : span.stop - self._first_row].unflatten(2, (heads, group)).copy_(result)
+        out[:, span.start - self._first_row : span.stop - self._first_row].unflatten(2, (heads, group)).copy_(
+            result
+        )
 
     def _cut(self, x: torch.Tensor, start: int, stop: int, first: int) -> torch.Tensor:
         """(batch * heads, group * positions, channels) in the compute dtype: always a copy."""

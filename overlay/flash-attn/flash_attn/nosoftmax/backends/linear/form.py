@@ -10,13 +10,13 @@ class Form(NamedTuple):  # not a dataclass: to make and to hash one would take s
     """out_i = norm * scale * sum over the visible j of (q_i . k_j) v_j, or its transpose.
 
     Rows are what the output has (i), keys are what is summed over (j). Both are aligned at their end: with
-    T = max(rows, keys), row i has position i + T - rows and key j has position j + T - keys. Causal: a row sees the keys
-    at its own position and before it. ``transposed``: the rows are the keys of the attention that was asked for and the
-    keys its queries, which is what the gradients of k and v are; a causal mask is then anticausal (its own position and
-    after it), and the normalization belongs to the keys.
+    T = max(rows, keys), row i has position i + T - rows and key j has position j + T - keys. Causal: a row
+    sees the keys at its own position and before it. ``transposed``: the rows are the keys of the attention
+    that was asked for and the keys its queries, which is what the gradients of k and v are; a causal mask is
+    then anticausal (its own position and after it), and the normalization belongs to the keys.
 
-    weights_saturate: the products q_i . k_j are the weights P, which saturate in float16 where they are formed, and not dS.
-    output_saturates: the result is the output, and not a gradient.
+    weights_saturate: the products q_i . k_j are the weights P, which saturate in float16 where they are
+    formed, and not dS. output_saturates: the result is the output, and not a gradient.
     """
 
     softmax_scale: float
@@ -50,7 +50,9 @@ class Form(NamedTuple):  # not a dataclass: to make and to hash one would take s
         return self.normalization == "1/visible" and self.causal
 
     def constant(self, seqlen_rows: int, seqlen_keys: int) -> float:
-        """The factor that all rows of a sequence share: softmax_scale, and the normalization if that is a constant."""
+        """The factor that all rows of a sequence share: softmax_scale, and the normalization if that is a
+        constant.
+        """
         n = max(seqlen_rows if self.transposed else seqlen_keys, 1)
         if self.normalization == "1/n" or (self.normalization == "1/visible" and not self.causal):
             return self.softmax_scale / n

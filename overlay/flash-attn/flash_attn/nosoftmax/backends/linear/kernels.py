@@ -1,18 +1,21 @@
-"""The primitive in Triton, for float16 and bfloat16 tensors on CUDA: dense and packed sequences, with or without a state.
+"""The primitive in Triton, for float16 and bfloat16 tensors on CUDA: dense and packed sequences, with or
+without a state.
 
-Positions are cut into segments of whole chunks. `_sum_segments` adds up k^T v of every segment, `_scan` turns the sums into
-the state that each segment starts with, and `_walk` goes through each segment chunk by chunk with the running state in
-registers. So k and v are read twice and q and out touched once, whatever the chunk, and a segment is long enough to make its
-state small beside it. One segment alone (short sequences, or as many heads as the GPU has multiprocessors) needs only `_walk`.
+Positions are cut into segments of whole chunks. `_sum_segments` adds up k^T v of every segment, `_scan` turns
+the sums into the state that each segment starts with, and `_walk` goes through each segment chunk by chunk
+with the running state in registers. So k and v are read twice and q and out touched once, whatever the chunk,
+and a segment is long enough to make its state small beside it. One segment alone (short sequences, or as many
+heads as the GPU has multiprocessors) needs only `_walk`.
 
-"1/visible" with a causal mask is a number for each query. Where queries are rows it multiplies the row. Where they are keys (dk and
-dv) it weighs them: scores in float32, and what is added to the state as it is rounded to 16 bit once.
+"1/visible" with a causal mask is a number for each query. Where queries are rows it multiplies the row. Where
+they are keys (dk and dv) it weighs them: scores in float32, and what is added to the state as it is rounded
+to 16 bit once.
 
-A state in float32 meets a 16-bit matrix unit as the sum of two 16-bit numbers, hi + lo, so that no more is lost than in the
-products of the quadratic kernel. In float16 it is first scaled by a power of two to fit.
+A state in float32 meets a 16-bit matrix unit as the sum of two 16-bit numbers, hi + lo, so that no more is
+lost than in the products of the quadratic kernel. In float16 it is first scaled by a power of two to fit.
 
-Nothing here reads a GPU tensor on the host: grids and buffers follow from shapes and max_seqlen, so calls can be captured in
-CUDA graphs.
+Nothing here reads a GPU tensor on the host: grids and buffers follow from shapes and max_seqlen, so calls can
+be captured in CUDA graphs.
 """
 
 from dataclasses import dataclass, replace
@@ -46,7 +49,9 @@ def _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN: tl.constexpr):
 
 @triton.jit
 def _place(parts, heads, FLAT: tl.constexpr):
-    """Which part, head and sequence a program of a grid (parts, heads, batch) has. FLAT: one axis holds all three."""
+    """Which part, head and sequence a program of a grid (parts, heads, batch) has. FLAT: one axis holds all
+    three.
+    """
     part, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if FLAT:
         head, b = part // parts % heads, part // parts // heads
@@ -56,16 +61,24 @@ def _place(parts, heads, FLAT: tl.constexpr):
 
 @triton.jit
 def _clear(columns, stride, start, stop, share, shares, inside, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Write 0 to one of the shares of the rows from start to stop. columns: pointers to the columns of row 0."""
+    """Write 0 to one of the shares of the rows from start to stop. columns: pointers to the columns
+    of row 0.
+    """
     zeros = tl.zeros((CHUNK, WIDTH), dtype=columns.dtype.element_ty)
     for chunk in range(start + share * CHUNK, stop, shares * CHUNK):
         row = chunk + tl.arange(0, CHUNK)
-        tl.store(columns[None, :] + row[:, None].to(tl.int64) * stride, zeros, mask=(row < stop)[:, None] & inside[None, :])
+        tl.store(
+            columns[None, :] + row[:, None].to(tl.int64) * stride,
+            zeros,
+            mask=(row < stop)[:, None] & inside[None, :],
+        )
 
 
 @triton.jit
 def _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN: tl.constexpr):
-    """Where the states of sequence b begin. Packed: a sequence has at most as many segments as fit between two of these."""
+    """Where the states of sequence b begin. Packed: a sequence has at most as many segments as fit between
+    two of these.
+    """
     if VARLEN:
         return ((tl.load(cu_rows + b) + tl.load(cu_keys + b)) // segment_length + b).to(tl.int64)
     return (b * segments).to(tl.int64)
@@ -73,7 +86,9 @@ def _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN: tl.conste
 
 @triton.jit
 def _load(base, stride, index, valid, channels, CHANNELS: tl.constexpr):
-    """The rows `index` (where valid, else 0) of a matrix with CHANNELS columns, of which `channels` are read."""
+    """The rows `index` (where valid, else 0) of a matrix with CHANNELS columns, of which `channels`
+    are read.
+    """
     pointers = base + index[:, None].to(tl.int64) * stride + channels[None, :]
     return tl.load(pointers, mask=valid[:, None] & (channels < CHANNELS)[None, :], other=0.0)
 
@@ -82,7 +97,8 @@ def _load(base, stride, index, valid, channels, CHANNELS: tl.constexpr):
 def _saturate(x, dtype: tl.constexpr, SATURATE: tl.constexpr):
     """With SATURATE what is finite stays so in this 16-bit type. bfloat16 has the range of float32."""
     if SATURATE and dtype == tl.float16:
-        # minimum and maximum take the number beside a NaN, and make Inf the limit; 0 * x is NaN for both, and 0 for a number.
+        # minimum and maximum take the number beside a NaN, and make Inf the limit; 0 * x is NaN for both, and
+        # 0 for a number.
         x = tl.minimum(tl.maximum(x, -_LARGEST_HALF), _LARGEST_HALF) + x * 0.0
     return x
 
@@ -98,7 +114,8 @@ def _hi_lo(state, dtype: tl.constexpr):
     """state * up as hi + lo in 16 bit, and 1 / up, a power of two."""
     down = 1.0
     if dtype == tl.float16:
-        # Of what is finite, as an Inf would scale all else to 0: 0 * x makes it NaN, and max takes the number beside a NaN.
+        # Of what is finite, as an Inf would scale all else to 0: 0 * x makes it NaN, and max takes the number
+        # beside a NaN.
         largest = tl.max(tl.abs(state * 0.0 + state))
         down = _power_of_two_below(tl.maximum(largest, 1e-30)) / 16384.0
         state = state * (1.0 / down)
@@ -108,7 +125,9 @@ def _hi_lo(state, dtype: tl.constexpr):
 
 @triton.jit
 def _visible(position, first_counted):
-    """How many keys the query at each position sees, at least 1, in float32. first_counted: the position of the first key."""
+    """How many keys the query at each position sees, at least 1, in float32. first_counted: the position of
+    the first key.
+    """
     return tl.maximum(position - first_counted + 1, 1).to(tl.float32)
 
 
@@ -122,7 +141,8 @@ def _reciprocal(x):
 def _weighed(columns, count, unit):
     """Each of the columns times unit / count, at most 1, in 16 bit.
 
-    unit: 1, in float16 a power of two that keeps this from becoming too small; what it is added to is times unit as well.
+    unit: 1, in float16 a power of two that keeps this from becoming too small; what it is added to is times
+    unit as well.
     """
     return (columns.to(tl.float32) * (_reciprocal(count) * unit)[None, :]).to(columns.dtype)
 
@@ -137,8 +157,9 @@ def _sum_segments(
 ):  # fmt: skip
     """sums[slot of the segment, head] = sum of k^T v over the segment's keys and the head's group.
 
-    Grid: (segments * tiles of the state, heads, batch). Left out are sums that nobody reads, unless ALL: of the last
-    segment (causal) or the first (anticausal). WEIGHED: each key is divided by the number of rows that see it.
+    Grid: (segments * tiles of the state, heads, batch). Left out are sums that nobody reads, unless ALL: of
+    the last segment (causal) or the first (anticausal). WEIGHED: each key is divided by the number of rows
+    that see it.
     """
     tiles_v: tl.constexpr = (D_V + BLOCK_V - 1) // BLOCK_V
     tiles: tl.constexpr = tiles_v * ((D + BLOCK_D - 1) // BLOCK_D)
@@ -160,7 +181,8 @@ def _sum_segments(
     channels_v = (tile % tiles_v) * BLOCK_V + tl.arange(0, BLOCK_V)
     acc = tl.zeros((BLOCK_D, BLOCK_V), dtype=tl.float32)
     unit = 1.0
-    # Whole chunks before the first key seen are skipped; the rest is one loop over chunks and the heads of the group.
+    # Whole chunks before the first key seen are skipped; the rest is one loop over chunks and the heads of
+    # the group.
     skipped = tl.maximum(seen - begin, 0) // CHUNK
     for step in range(skipped * GROUP, tl.cdiv(end - begin, CHUNK) * GROUP):
         index = begin + (step // GROUP) * CHUNK + tl.arange(0, CHUNK) - first_key
@@ -173,7 +195,10 @@ def _sum_segments(
         k_columns = tl.trans(k_chunk)
         if WEIGHED:
             if k.dtype.element_ty == tl.float16:
-                before, unit = unit, _power_of_two_below(_visible(begin + (step // GROUP) * CHUNK, total - rows))
+                before, unit = (
+                    unit,
+                    _power_of_two_below(_visible(begin + (step // GROUP) * CHUNK, total - rows)),
+                )
                 acc *= unit / before
             k_columns = _weighed(k_columns, _visible(first_key + index, total - rows), unit)
         acc = tl.dot(k_columns, v_chunk, acc)
@@ -193,8 +218,8 @@ def _scan(
     SIZE: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr,
     HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """In place: the sum of each segment becomes the sum of those before it (causal) or after it (anticausal); with the full
-    mask, that of the first segment becomes the sum of all.
+    """In place: the sum of each segment becomes the sum of those before it (causal) or after it (anticausal);
+    with the full mask, that of the first segment becomes the sum of all.
 
     Grid: (tiles of the state, heads, batch). initial: what the sums start from; final: the sum of everything.
     """
@@ -226,18 +251,20 @@ def _scan(
 
 @triton.jit(do_not_specialize=["batch", "heads", "all_rows"])
 def _walk(
-    q, k, v, out, states, cu_rows, cu_keys, rows, keys, segments, segment_length, batch, heads, all_rows, softmax_scale,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_ob, stride_ot, stride_oh, stride_sd, stride_sv,
+    q, k, v, out, states, cu_rows, cu_keys, rows, keys, segments, segment_length, batch, heads, all_rows,
+    softmax_scale, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
+    stride_vh, stride_ob, stride_ot, stride_oh, stride_sd, stride_sv,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     GROUP_Q: tl.constexpr, GROUP_K: tl.constexpr, MASK: tl.constexpr,
     TRANSPOSED: tl.constexpr, NORMALIZATION: tl.constexpr, VARLEN: tl.constexpr, HAS_STATES: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, FLAT: tl.constexpr, WEIGHTS_SATURATE: tl.constexpr, OUTPUT_SATURATES: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, FLAT: tl.constexpr, WEIGHTS_SATURATE: tl.constexpr,
+    OUTPUT_SATURATES: tl.constexpr,
 ):  # fmt: skip
     """The output of one segment, one head and BLOCK_V of its columns.
 
-    Grid: (segments * tiles of columns, nheads, batch). GROUP_Q heads of q share a head of k and v; GROUP_K heads of k and v
-    are summed for a head of q; one of them is 1. states: (slots, heads, D, D_V) in the strides stride_sd and stride_sv.
+    Grid: (segments * tiles of columns, nheads, batch). GROUP_Q heads of q share a head of k and v; GROUP_K
+    heads of k and v are summed for a head of q; one of them is 1. states: (slots, heads, D, D_V) in the
+    strides stride_sd and stride_sv.
     """
     dtype: tl.constexpr = q.dtype.element_ty
     # In bfloat16 products need no scale to fit.
@@ -248,7 +275,8 @@ def _walk(
     part, head, b = _place(segments * tiles_v, heads, FLAT)
     segment, tile = part // tiles_v, part % tiles_v
     if VARLEN:
-        # Rows that belong to no sequence are before the first and behind the last. The first sequences share them.
+        # Rows that belong to no sequence are before the first and behind the last. The first sequences share
+        # them.
         sharing = tl.minimum(batch, 64)
         if b < sharing:
             columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -262,7 +290,8 @@ def _walk(
     first_row, first_key = total - rows, total - keys
     if end <= first_row or begin >= total:
         return
-    # A row before `seeing` sees nothing and is 0, whatever it holds; a key before `seen` is seen by no row, and not read.
+    # A row before `seeing` sees nothing and is 0, whatever it holds; a key before `seen` is seen by no row,
+    # and not read.
     seeing = first_key if MASK == _CAUSAL else tl.where(keys > 0, 0, total)
     seen = tl.maximum(first_key, first_row) if MASK == _ANTICAUSAL else first_key
     factor = softmax_scale if late else 1.0
@@ -278,8 +307,8 @@ def _walk(
     k_base = k + b.to(tl.int64) * stride_kb + start_key.to(tl.int64) * stride_kt
     v_base = v + b.to(tl.int64) * stride_vb + start_key.to(tl.int64) * stride_vt
 
-    # Everything is transposed: rows and keys are columns, so that the state is the left operand of its products, which a
-    # matrix unit takes from registers.
+    # Everything is transposed: rows and keys are columns, so that the state is the left operand of its
+    # products, which a matrix unit takes from registers.
     state = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
     if HAS_STATES:
         slot = _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN)
@@ -328,7 +357,9 @@ def _walk(
             visible = at[:, None] <= at[None, :] if MASK == _CAUSAL else at[:, None] >= at[None, :]
             for g in range(GROUP_K):
                 k_chunk = _load(k_base + (head_k + g) * stride_kh, stride_kt, key, key_valid, channels, D)
-                v_columns = tl.trans(_load(v_base + (head_k + g) * stride_vh, stride_vt, key, key_valid, channels_v, D_V))
+                v_columns = tl.trans(
+                    _load(v_base + (head_k + g) * stride_vh, stride_vt, key, key_valid, channels_v, D_V)
+                )
                 p = tl.dot(k_chunk, q_columns)
                 p = tl.where(visible, p if late else p * softmax_scale, 0.0)
                 p = _saturate(p, dtype, WEIGHTS_SATURATE)
@@ -358,19 +389,28 @@ _COMPILED_TAKE_CONSTANTS = tuple(int(part) for part in triton.__version__.split(
 class _Launch:
     """A launch of a kernel, of which all is known but the addresses of its tensors.
 
-    Remembers what Triton compiled for addresses that 16 divides, as nearly all are, and passes it addresses: to find it by its
-    arguments, and to ask the driver about each tensor, takes Triton as long each time as a short kernel runs.
+    Remembers what Triton compiled for addresses that 16 divides, as nearly all are, and passes it addresses:
+    to find it by its arguments, and to ask the driver about each tensor, takes Triton as long each time as a
+    short kernel runs.
     """
 
     def __init__(
-        self, kernel, grid: tuple[int, int, int], numbers: tuple, constants: tuple, num_warps: int, num_stages: int = 1
+        self,
+        kernel,
+        grid: tuple[int, int, int],
+        numbers: tuple,
+        constants: tuple,
+        num_warps: int,
+        num_stages: int = 1,
     ) -> None:
         self._kernel, self._grid, self._arguments = kernel, grid, (*numbers, *constants)
         self._options = {"num_warps": num_warps, "num_stages": num_stages}
         self._compiled = None
 
     def __call__(self, *tensors: Optional[torch.Tensor]) -> None:
-        """The kernel takes the tensors before the numbers and constants. The current device is that of the tensors."""
+        """The kernel takes the tensors before the numbers and constants. The current device is that of the
+        tensors.
+        """
         addresses = [0 if x is None else x.data_ptr() for x in tensors]
         aligned = reduce(or_, addresses) % 16 == 0
         if aligned and self._compiled is not None:
@@ -408,9 +448,10 @@ class _Tuning:
         return smaller.within(limit, block_d)
 
 
-# By the power of two that head_dim is padded to. A chunk costs 2 chunk (d + d_v) operations a row for the masked products and
-# 6 d d_v for the state, whose registers and shared memory set the limits: these are the largest that compile for sm_90 without
-# spilling registers. docs/linear.md has the times of those of 64 and 128, and of others that were tried.
+# By the power of two that head_dim is padded to. A chunk costs 2 chunk (d + d_v) operations a row for the
+# masked products and 6 d d_v for the state, whose registers and shared memory set the limits: these are the
+# largest that compile for sm_90 without spilling registers. docs/linear.md has the times of those of 64 and
+# 128, and of others that were tried.
 _WALK = {
     16: _Tuning(64, 128, 4, 3),
     32: _Tuning(64, 128, 4, 3),
@@ -423,7 +464,8 @@ _SUM = _Tuning(64, 128, 8, 4)
 _SEGMENT_UNIT = 128
 # Of the second and the third axis of a grid. The first has 2^31 - 1.
 _MOST_PLACES = 65535
-# Segments to aim at, per multiprocessor, and the shortest segment whose state is small beside what it stands for.
+# Segments to aim at, per multiprocessor, and the shortest segment whose state is small beside what it stands
+# for.
 _WAVES = 1
 _SHORTEST_SEGMENT = 512
 
@@ -443,7 +485,9 @@ def _walk_tuning(device: torch.device, d: int, d_v: int) -> _Tuning:
     return tuning.within(torch.cuda.get_device_properties(device).shared_memory_per_block_optin, block_d)
 
 
-_Starts = tuple[Optional[torch.Tensor], Optional[torch.Tensor]]  # cu_seqlens of rows and keys, if they are packed
+_Starts = tuple[
+    Optional[torch.Tensor], Optional[torch.Tensor]
+]  # cu_seqlens of rows and keys, if they are packed
 
 
 class _Layout(NamedTuple):
@@ -454,7 +498,9 @@ class _Layout(NamedTuple):
 
 
 class _Sequences(NamedTuple):
-    """A set of sequences on a device. packed: how many there are, of these greatest lengths; None if they are dense."""
+    """A set of sequences on a device. packed: how many there are, of these greatest lengths; None if they are
+    dense.
+    """
 
     device: torch.device
     dtype: torch.dtype  # of all tensors
@@ -470,11 +516,18 @@ class _Segments:
     """How a set of sequences is cut, for one assignment of rows and keys, which are as q and k."""
 
     def __init__(self, sequences: _Sequences, form: Form, q: _Layout, k: _Layout) -> None:
-        self.device, self.dtype, self.form, self.packed = sequences.device, sequences.dtype, form, sequences.packed is not None
+        self.device, self.dtype, self.form, self.packed = (
+            sequences.device,
+            sequences.dtype,
+            form,
+            sequences.packed is not None,
+        )
         self.heads = min(q.shape[-2], k.shape[-2])
         self.batch = sequences.packed if self.packed else q.shape[0]
         rows, keys = (sequences.max_rows, sequences.max_keys) if self.packed else (q.shape[1], k.shape[1])
-        all_rows, all_keys = (q.shape[0], k.shape[0]) if self.packed else (self.batch * rows, self.batch * keys)
+        all_rows, all_keys = (
+            (q.shape[0], k.shape[0]) if self.packed else (self.batch * rows, self.batch * keys)
+        )
         wanted = max(_WAVES * _multiprocessors(self.device) // q.shape[-2], 1)
         length = max(_ceil_div(max(all_rows, all_keys), wanted), _SHORTEST_SEGMENT)
         length = _ceil_div(length, _SEGMENT_UNIT) * _SEGMENT_UNIT
@@ -488,7 +541,9 @@ class _Segments:
         return self.batch == 0 or self.count == 0
 
     def grid(self, parts: int, heads: int) -> tuple[tuple[int, int, int], bool]:
-        """(parts, heads, batch), or all on the first axis where another would be too short, and whether that is so."""
+        """(parts, heads, batch), or all on the first axis where another would be too short, and whether that
+        is so.
+        """
         if max(heads, self.batch) > _MOST_PLACES:
             return (parts * heads * self.batch, 1, 1), True
         return (parts, heads, self.batch), False
@@ -499,9 +554,13 @@ class _Segments:
 
 
 class _States:
-    """Finds the state that each segment starts with, of keys and values as k and v. HAS_INITIAL, HAS_FINAL: see `_scan`."""
+    """Finds the state that each segment starts with, of keys and values as k and v. HAS_INITIAL, HAS_FINAL:
+    see `_scan`.
+    """
 
-    def __init__(self, segments: _Segments, k: _Layout, v: _Layout, initial: bool = False, final: bool = False) -> None:
+    def __init__(
+        self, segments: _Segments, k: _Layout, v: _Layout, initial: bool = False, final: bool = False
+    ) -> None:
         mask = segments.form.mask
         self.initial, self.needed = initial, segments.count > 1 or mask == FULL or final
         if not self.needed:
@@ -542,11 +601,18 @@ class _States:
 
 
 class _Walk:
-    """Finds the output of rows as q with keys and values as k and v. form: with the mask of the segments. swapped: the states are
-    those of (v, k)."""
+    """Finds the output of rows as q with keys and values as k and v. form: with the mask of the segments.
+    swapped: the states are those of (v, k)."""
 
     def __init__(
-        self, segments: _Segments, form: Form, q: _Layout, k: _Layout, v: _Layout, states: _States, swapped: bool = False
+        self,
+        segments: _Segments,
+        form: Form,
+        q: _Layout,
+        k: _Layout,
+        v: _Layout,
+        states: _States,
+        swapped: bool = False,
     ) -> None:
         nheads, d, d_v, half = q.shape[-2], q.shape[-1], v.shape[-1], segments.dtype == torch.float16
         self._shape, tuning = (*q.shape[:-1], d_v), _walk_tuning(segments.device, d, d_v)
@@ -560,8 +626,9 @@ class _Walk:
                 *((1, d) if swapped else (d_v, 1)),
             ),
             (
-                d, d_v, _block(d), tuning.block_v, tuning.chunk, nheads // segments.heads, k.shape[-2] // segments.heads,
-                _MASKS[form.mask], form.transposed, _normalization(form), segments.packed,
+                d, d_v, _block(d), tuning.block_v, tuning.chunk, nheads // segments.heads,
+                k.shape[-2] // segments.heads, _MASKS[form.mask], form.transposed, _normalization(form),
+                segments.packed,
                 states.needed, states.initial, flat,
                 # One kernel for all where there is no difference.
                 half and form.weights_saturate, half and form.output_saturates,
@@ -597,13 +664,20 @@ def _laid_out(x: torch.Tensor) -> tuple[torch.Tensor, _Layout]:
     return x, _Layout(x.shape, strides)
 
 
-# Plans of calls that look the same are made once. Below, None in place of a plan is a call with nothing to compute.
+# Plans of calls that look the same are made once. Below, None in place of a plan is a call with nothing to
+# compute.
 _MOST_PLANS = 1024
 
 
 @lru_cache(_MOST_PLANS)
 def _forward_plan(
-    sequences: _Sequences, form: Form, q: _Layout, k: _Layout, v: _Layout, initial: bool = False, final: bool = False
+    sequences: _Sequences,
+    form: Form,
+    q: _Layout,
+    k: _Layout,
+    v: _Layout,
+    initial: bool = False,
+    final: bool = False,
 ) -> Optional[tuple[_States, _Walk]]:
     segments = _Segments(sequences, form, q, k)
     if segments.empty:
@@ -628,7 +702,9 @@ def _backward_plan(
 
 
 def _sequences(q: torch.Tensor, cu_rows: Optional[torch.Tensor], max_rows: int, max_keys: int) -> _Sequences:
-    return _Sequences(q.device, q.dtype, None if cu_rows is None else cu_rows.shape[0] - 1, max_rows, max_keys)
+    return _Sequences(
+        q.device, q.dtype, None if cu_rows is None else cu_rows.shape[0] - 1, max_rows, max_keys
+    )
 
 
 def attend(q, k, v, form, cu_rows, cu_keys, max_rows, max_keys) -> torch.Tensor:
@@ -660,8 +736,15 @@ def attend_with_state(q, k, v, form, state) -> tuple[torch.Tensor, torch.Tensor]
 
 def gradients(dout, q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
     """See backend.gradients."""
-    (dout, like_dout), (q, like_q), (k, like_k), (v, like_v) = _laid_out(dout), _laid_out(q), _laid_out(k), _laid_out(v)
-    plan = _backward_plan(_sequences(q, cu_seqlens_q, max_seqlen_q, max_seqlen_k), form, like_dout, like_q, like_k, like_v)
+    (dout, like_dout), (q, like_q), (k, like_k), (v, like_v) = (
+        _laid_out(dout),
+        _laid_out(q),
+        _laid_out(k),
+        _laid_out(v),
+    )
+    plan = _backward_plan(
+        _sequences(q, cu_seqlens_q, max_seqlen_q, max_seqlen_k), form, like_dout, like_q, like_k, like_v
+    )
     if plan is None:
         return tuple(torch.zeros_like(x) for x in (q, k, v))
     find_states, find_dq, find_back_states, find_dk, find_dv = plan

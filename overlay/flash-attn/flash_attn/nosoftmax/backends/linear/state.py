@@ -1,8 +1,9 @@
 """Causal attention without softmax as a recurrence: a long sequence in pieces, and one token at a time.
 
-The state of a key head is S = sum of k_j^T v_j over the tokens so far, float32 (batch, nheads_k, head_dim, head_dim_v), and
-the output of a query is softmax_scale * q S: its size and the time of a step do not depend on how many tokens came before.
-It is kept per key head, as the query heads of a group share it, and without softmax_scale, which belongs to the query.
+The state of a key head is S = sum of k_j^T v_j over the tokens so far, float32 (batch, nheads_k, head_dim,
+head_dim_v), and the output of a query is softmax_scale * q S: its size and the time of a step do not depend
+on how many tokens came before. It is kept per key head, as the query heads of a group share it, and without
+softmax_scale, which belongs to the query.
 """
 
 from typing import Optional
@@ -14,7 +15,11 @@ from ...score import saturate_
 from . import primitive
 from .form import Form
 
-_PIECE = ("batch, seqlen, nheads, head_dim", "batch, seqlen, nheads_k, head_dim", "batch, seqlen, nheads_k, head_dim_v")
+_PIECE = (
+    "batch, seqlen, nheads, head_dim",
+    "batch, seqlen, nheads_k, head_dim",
+    "batch, seqlen, nheads_k, head_dim_v",
+)
 _TOKEN = ("batch, nheads, head_dim", "batch, nheads_k, head_dim", "batch, nheads_k, head_dim_v")
 
 
@@ -27,12 +32,13 @@ def linear_attention_prefill(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of a piece of a sequence, after the pieces that `state` stands for.
 
-    q: (batch, seqlen, nheads, head_dim); k: (batch, seqlen, nheads_k, head_dim); v: (batch, seqlen, nheads_k, head_dim_v);
-    one floating dtype (16 bit on CUDA). state: None for the first piece, or what the call for the piece before returned.
-    softmax_scale: 1 / sqrt(head_dim) by default.
-    Returns out, (batch, seqlen, nheads, head_dim_v) in q's dtype, and the new state, a new tensor, float32 (batch, nheads_k,
-    head_dim, head_dim_v). Pieces give what flash_attn_func(causal=True, use_softmax=False) gives for the whole, up to the
-    order of sums. There is no gradient. Raises ValueError or TypeError for arguments that do not fit together.
+    q: (batch, seqlen, nheads, head_dim); k: (batch, seqlen, nheads_k, head_dim); v: (batch, seqlen, nheads_k,
+    head_dim_v); one floating dtype (16 bit on CUDA). state: None for the first piece, or what the call for
+    the piece before returned. softmax_scale: 1 / sqrt(head_dim) by default.
+    Returns out, (batch, seqlen, nheads, head_dim_v) in q's dtype, and the new state, a new tensor, float32
+    (batch, nheads_k, head_dim, head_dim_v). Pieces give what flash_attn_func(causal=True, use_softmax=False)
+    gives for the whole, up to the order of sums. There is no gradient. Raises ValueError or TypeError for
+    arguments that do not fit together.
     """
     form = Form(_checked(q, k, v, state, _PIECE, softmax_scale), causal=True)
     with torch.no_grad():
@@ -48,10 +54,11 @@ def linear_attention_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One more token: adds it to `state`, in place, and attends with its query.
 
-    q: (batch, nheads, head_dim); k: (batch, nheads_k, head_dim); v: (batch, nheads_k, head_dim_v); state: float32 (batch,
-    nheads_k, head_dim, head_dim_v), as linear_attention_prefill returns it; zeros before the first token.
-    Returns out, (batch, nheads, head_dim_v) in q's dtype, and state, which is the tensor that was given. There is no
-    gradient. Raises ValueError or TypeError for arguments that do not fit together.
+    q: (batch, nheads, head_dim); k: (batch, nheads_k, head_dim); v: (batch, nheads_k, head_dim_v); state:
+    float32 (batch, nheads_k, head_dim, head_dim_v), as linear_attention_prefill returns it; zeros before the
+    first token.
+    Returns out, (batch, nheads, head_dim_v) in q's dtype, and state, which is the tensor that was given.
+    There is no gradient. Raises ValueError or TypeError for arguments that do not fit together.
     """
     if state is None:
         raise TypeError("state is None: a step adds to a state, pass zeros before the first token")
