@@ -94,8 +94,8 @@ def measure(args: argparse.Namespace) -> list[Result]:
 def _print_table(args: argparse.Namespace, results: list[Result]) -> None:
     print(
         f"{date.today()}  torch {torch.__version__}  {torch.get_num_threads()} CPU threads  batch "
-        f"{args.batch}, "
-        f"seqlen {args.seqlen}, heads {args.heads}, head_dim {args.head_dim}, median of {args.repeats}"
+        f"{args.batch}, seqlen {args.seqlen}, heads {args.heads}, head_dim {args.head_dim}, median of "
+        f"{args.repeats}"
     )
     print(
         f"{'dtype':<10}{'mask':<8}{'pass':<18}{'scores':<10}{'flash_attn ms':>14}{'SDPA ms':>10}{'ratio':>8}"

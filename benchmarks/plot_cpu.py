@@ -41,8 +41,7 @@ def draw(record: dict, target: Path) -> None:
     axes.set_ylabel("ms, median")
     axes.set_title(
         f"batch {shape['batch']}, {shape['seqlen']} tokens, {shape['heads']} heads, head_dim "
-        f"{shape['head_dim']}; "
-        f"torch {record['torch']}, {record['threads']} CPU threads, {record['date']}",
+        f"{shape['head_dim']}; torch {record['torch']}, {record['threads']} CPU threads, {record['date']}",
         fontsize=10,
     )
     axes.legend()

@@ -184,8 +184,7 @@ def ensure(project: Project, source: str | None = None) -> Path:
     if not found:
         print(
             f"{tree} is up to date: {len(patches)} patches, {len(files)} overlay files, upstream tree "
-            f"{base.tree[:12]}, "
-            f"patched tree {expected[:12] or '(not in the lock yet)'}. Nothing to do."
+            f"{base.tree[:12]}, patched tree {expected[:12] or '(not in the lock yet)'}. Nothing to do."
         )
         return project.source
     print(f"making {tree}: " + "; ".join(map(str, found)), flush=True)

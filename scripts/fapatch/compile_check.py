@@ -235,8 +235,7 @@ def check_kernels(python: Path, tree: Path, cases: Cases, folder: Path, cuobjdum
             good &= not wrong
             print(
                 f"{cubin.stem:<72} {kernel.registers:3} registers {sum(kernel.instructions.values()):5} "
-                "instructions "
-                f"{kernel.spills:2} spills  {'; '.join(wrong) or 'ok'}",
+                f"instructions {kernel.spills:2} spills  {'; '.join(wrong) or 'ok'}",
                 flush=True,
             )
     return good

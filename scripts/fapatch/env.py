@@ -143,8 +143,8 @@ def _install(python: Path, requirements: list[str]) -> None:
         raise FapError(
             f".venv lacks {', '.join(requirements)} and pip could not get them: {reason}",
             "connect to a package index, or put wheels into a folder and set PIP_FIND_LINKS to it, or set "
-            "PYTHON= to an "
-            "interpreter that has them; `scripts/fap.py env --groups torch,build` is enough for a wheel",
+            "PYTHON= to an interpreter that has them; `scripts/fap.py env --groups torch,build` is enough "
+            "for a wheel",
         ) from e
 
 

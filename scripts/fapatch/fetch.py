@@ -47,9 +47,8 @@ def _own_checkout(project: Project, folder: Path) -> Base:
         git.git("update-ref", store.upstream_ref(project), commit, repo=project.store)
         return Base(commit, tree, True, str(folder))
     print(
-        f"warning: {folder} is not {project.release.version} as released "
-        f"(tree {tree[:12]}, expected {project.release.tree[:12]}); the patched tree will not be compared "
-        "with the lock",
+        f"warning: {folder} is not {project.release.version} as released (tree {tree[:12]}, expected "
+        f"{project.release.tree[:12]}); the patched tree will not be compared with the lock",
         file=sys.stderr,
     )
     return Base(commit, tree, False, str(folder))

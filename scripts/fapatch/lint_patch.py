@@ -141,8 +141,7 @@ def upstream_status_is_one_of(patch: PatchFile) -> Iterator[Complaint]:
             patch.line_of("Upstream-Status:"),
             (
                 f"Upstream-Status is {status!r}; write Pending, Submitted [url], Backport [version or "
-                "commit], Denied [url] "
-                "or Inappropriate [reason]"
+                "commit], Denied [url] or Inappropriate [reason]"
             ),
         )
 

@@ -122,8 +122,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
     release = add(project, args.version, args.commit, args.cutlass)
     print(
         f"{project.lock.path.name}: {release.version} added\n  {release.sdist.name}, {release.sdist.size} "
-        "bytes\n"
-        f"  sha256 {release.sdist.sha256}\n  tree   {release.tree}\n"
-        f"  ->  compare the sha256 with the package index, then make rebase VERSION={release.version}"
+        f"bytes\n  sha256 {release.sdist.sha256}\n  tree   {release.tree}\n  ->  compare the sha256 with "
+        f"the package index, then make rebase VERSION={release.version}"
     )
     return 0

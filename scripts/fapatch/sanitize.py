@@ -176,8 +176,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
             findings.append(finding)
             print(
                 f"{finding.tool:<10} head dimension {finding.head_dim:>3}: {finding.calls} calls, "
-                f"{finding.errors} errors, "
-                f"{finding.wrong} wrong results",
+                f"{finding.errors} errors, {finding.wrong} wrong results",
                 flush=True,
             )
             if args.json:

@@ -316,9 +316,8 @@ def main(project: Project, args: argparse.Namespace) -> int:
         if source.endswith(".cu") and (workshop.tree("pristine") / source).is_file()
     ]
     print(
-        f"comparing {len(sources)} files of upstream's {project.release.version}, compiled by {toolkit.nvcc} "
-        f"({toolkit.origin}), "
-        f"{variables['MAX_JOBS']} compilers at once (MAX_JOBS=)",
+        f"comparing {len(sources)} files of upstream's {project.release.version}, compiled by "
+        f"{toolkit.nvcc} ({toolkit.origin}), {variables['MAX_JOBS']} compilers at once (MAX_JOBS=)",
         flush=True,
     )
     workshop.compile(sources, extension, toolkit, variables)

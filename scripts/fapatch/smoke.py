@@ -151,8 +151,7 @@ def report(target: Target, package: str) -> bool:
 
     print(
         f"smoke      {package} {metadata.version(package)}, use_softmax=False, causal, {target.passes} on "
-        f"{target.device} "
-        f"({target.name}) against float64"
+        f"{target.device} ({target.name}) against float64"
     )
     good = True
     for kind in target.dtypes:

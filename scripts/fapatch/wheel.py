@@ -280,8 +280,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
     if wheel and wheel_check.installed(python, wheel):
         print(
             f"{wheel.relative_to(project.root)} is up to date and installed in .venv: patched tree "
-            f"{inputs.tree[:12]}, "
-            f"backend {backend.name}, torch {inputs.torch}. Nothing to do."
+            f"{inputs.tree[:12]}, backend {backend.name}, torch {inputs.torch}. Nothing to do."
         )
         return 0
     if wheel is None:

@@ -34,8 +34,7 @@ UPSTREAM = {
     "flash_attn_varlen_qkvpacked_func": f"qkv cu_seqlens max_seqlen {DENSE}",
     "flash_attn_with_kvcache": "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx "
     "cache_leftpad block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes "
-    "num_splits "
-    "return_softmax_lse",
+    "num_splits return_softmax_lse",
 }
 CLASSES = {
     "flash_attn_func": (interface.FlashAttnFunc, 12),

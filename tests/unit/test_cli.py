@@ -262,8 +262,8 @@ def test_distclean_needs_no_package(toy):
             "-I",
             "-S",
             "-c",
-            f"import sys; sys.path.insert(0, {str(FAP.parent)!r}); import fap; "
-            f"sys.exit(fap.main(['--root', {str(toy.root)!r}, 'distclean']))",
+            f"import sys; sys.path.insert(0, {str(FAP.parent)!r}); import fap; sys.exit(fap.main(['--root', "
+            f"{str(toy.root)!r}, 'distclean']))",
         ],
         capture_output=True,
         text=True,

@@ -311,11 +311,10 @@ def test_user_configuration_does_not_leak(toy, person, monkeypatch, tmp_path):
         (hooks / hook).write_text("#!/bin/sh\nexit 1\n")
         (hooks / hook).chmod(0o755)
     settings = (
-        f"[diff]\n noprefix = true\n context = 1\n algorithm = patience\n external = false\n"
-        "[apply]\n whitespace = fix\n"
-        f"[commit]\n gpgsign = true\n[core]\n hooksPath = {hooks}\n autocrlf = true\n abbrev = 5\n"
-        "[am]\n threeWay = true\n"
-        f"[format]\n signOff = true\n attach = true\n[user]\n name = Leak\n email = leak@example.org\n"
+        "[diff]\n noprefix = true\n context = 1\n algorithm = patience\n external = false\n[apply]\n "
+        f"whitespace = fix\n[commit]\n gpgsign = true\n[core]\n hooksPath = {hooks}\n autocrlf = true\n "
+        "abbrev = 5\n[am]\n threeWay = true\n[format]\n signOff = true\n attach = true\n[user]\n name = "
+        "Leak\n email = leak@example.org\n"
     )
     person.write_text(settings)
     with (toy.root / ".cache" / "store.git" / "config").open("a") as config:

@@ -19,18 +19,16 @@ _SIGNATURES = {
     "fwd": "q k v out alibi_slopes dropout_p softmax_scale causal window_size_left window_size_right softcap "
     "return_softmax gen",
     "varlen_fwd": "q k v out cu_seqlens_q cu_seqlens_k seqused_k leftpad_k block_table alibi_slopes "
-    "max_seqlen_q "
-    "max_seqlen_k dropout_p softmax_scale zero_tensors causal window_size_left window_size_right softcap "
-    "return_softmax gen",
+    "max_seqlen_q max_seqlen_k dropout_p softmax_scale zero_tensors causal window_size_left "
+    "window_size_right softcap return_softmax gen",
     "bwd": "dout q k v out softmax_lse dq dk dv alibi_slopes dropout_p softmax_scale causal window_size_left "
     "window_size_right softcap deterministic gen rng_state",
     "varlen_bwd": "dout q k v out softmax_lse dq dk dv cu_seqlens_q cu_seqlens_k alibi_slopes max_seqlen_q "
     "max_seqlen_k dropout_p softmax_scale zero_tensors causal window_size_left window_size_right softcap "
     "deterministic gen rng_state",
     "fwd_kvcache": "q kcache vcache k v seqlens_k rotary_cos rotary_sin cache_batch_idx leftpad_k "
-    "block_table "
-    "alibi_slopes out softmax_scale causal window_size_left window_size_right softcap rotary_interleaved "
-    "num_splits",
+    "block_table alibi_slopes out softmax_scale causal window_size_left window_size_right softcap "
+    "rotary_interleaved num_splits",
 }
 _BUILD = "build the CUDA wheel with `make wheel BACKEND=cuda` on a machine with nvcc and install it"
 
@@ -74,8 +72,7 @@ def obstacle() -> Optional[str]:
     if not getattr(extension, "has_use_softmax", False):
         return (
             f"{extension.__name__} has no kernels for use_softmax=False, it was built from unpatched "
-            "sources; "
-            f"{_BUILD}, or move the tensors to the CPU"
+            f"sources; {_BUILD}, or move the tensors to the CPU"
         )
     return None
 

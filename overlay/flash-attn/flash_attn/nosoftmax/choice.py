@@ -111,8 +111,8 @@ def choose(call: Call, among: Wanted = _ANY) -> Choice:
         backend = _BACKENDS[name]
         if device.type not in backend.device_types:
             reason = (
-                f"q is on {device}, it takes "
-                f"{' and '.join(kind.upper() for kind in backend.device_types)} tensors"
+                f"q is on {device}, it takes {' and '.join(kind.upper() for kind in backend.device_types)} "
+                "tensors"
             )
         else:
             reason = backend.module.obstacle(call)

@@ -144,8 +144,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     those of the call. Nothing is computed. print() the result, or read its attributes: see Choice. Raises
     TypeError for another function, and what the call raises.
 
-        >>> print(flash_attn.explain(flash_attn_func, q, k, v, causal=True, use_softmax=False,
-        activation="silu")) cpu, quadratic algorithm
+        >>> print(flash_attn.explain(flash_attn_func, q, k, v, use_softmax=False, activation="silu"))
+        cpu, quadratic algorithm
           not linear: activation='silu' has no exact algorithm in linear time
           not fa4: q is on cpu, it takes CUDA tensors
           not fa2: q is on cpu, it takes CUDA tensors
@@ -340,8 +340,7 @@ def _cached_call(a: dict, score: tuple) -> Call:
     if a["return_softmax_lse"]:
         raise ValueError(
             "return_softmax_lse=True, but there is no log-sum-exp with use_softmax=False: leave it out; "
-            "outputs over disjoint "
-            "keys are merged by adding them"
+            "outputs over disjoint keys are merged by adding them"
         )
     q, k_cache, v_cache, k, v = (a[name] for name in ("q", "k_cache", "v_cache", "k", "v"))
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):

@@ -488,9 +488,8 @@ def attend_cached(call: Call, backend: str) -> torch.Tensor:
 @_operator(
     "kvcache",
     f"(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, {_declared(Cache, _CACHE_TENSORS)}, Tensor? "
-    "cache_leftpad, "
-    f"Tensor? block_table, Tensor? alibi_slopes, {_declared(Cache, Cache._fields[6:])}, {_OPTIONS}, str "
-    "backend) -> Tensor",
+    f"cache_leftpad, Tensor? block_table, Tensor? alibi_slopes, {_declared(Cache, Cache._fields[6:])}, "
+    f"{_OPTIONS}, str backend) -> Tensor",
 )
 def _kvcache(q, k_cache, v_cache, *arguments):
     *rest, backend = arguments

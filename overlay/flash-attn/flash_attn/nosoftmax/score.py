@@ -194,8 +194,7 @@ def resolve(
     if use_softmax and score != DEFAULT:
         raise ValueError(
             f"activation={activation!r}, sigmoid_bias={sigmoid_bias!r}, normalization={normalization!r} "
-            "replace the "
-            "softmax: pass use_softmax=False, or leave them at their defaults"
+            "replace the softmax: pass use_softmax=False, or leave them at their defaults"
         )
     if bias != 0.0 and not ACTIVATIONS[activation].takes_bias:
         raise ValueError(

@@ -44,9 +44,8 @@ def _mods(
         )
     if needs_grad(call) and score_mod_bwd is None:
         raise ValueError(
-            "score_mod needs score_mod_bwd for the gradients that q, k or v ask for: give the derivative, or "
-            "call this "
-            "under torch.no_grad()"
+            "score_mod needs score_mod_bwd for the gradients that q, k or v ask for: give the derivative, "
+            "or call this under torch.no_grad()"
         )
     everything = o.window_left < 0 and o.window_right < 0
     return of_user(

@@ -87,10 +87,8 @@ def _grad_reason(call: Call) -> Optional[str]:
     if head_dim_v > max(head_dim, _WIDEST_LARGER_V):
         return (
             f"the backward with head_dim_v > head_dim needs head_dim_v <= {_WIDEST_LARGER_V}, got "
-            f"{head_dim_v} and "
-            f"{head_dim}: call it under torch.no_grad(), or pad q and k with zeros to head_dim_v, with the "
-            "softmax_scale "
-            "of the smaller head_dim"
+            f"{head_dim_v} and {head_dim}: call it under torch.no_grad(), or pad q and k with zeros to "
+            "head_dim_v, with the softmax_scale of the smaller head_dim"
         )
     return None
 

@@ -27,12 +27,10 @@ def obstacle(call: Call) -> Optional[str]:
     o = call.options
     if (o.activation, o.sigmoid_bias, o.normalization) != ("identity", 0.0, None):
         return (
-            f"flash_attn_2_cuda has no kernels for activation={o.activation!r}, sigmoid_bias="
-            f"{MINUS_LOG_N if o.sigmoid_bias is None else o.sigmoid_bias!r}, "
-            f"normalization={o.normalization!r}; on Hopper "
-            "flash-attn-4 of this patch set has them (make wheel FAMILY=flash-attn-4), and the CPU has: move "
-            "the tensors "
-            "to the CPU"
+            f"flash_attn_2_cuda has no kernels for activation={o.activation!r}, "
+            f"sigmoid_bias={MINUS_LOG_N if o.sigmoid_bias is None else o.sigmoid_bias!r}, "
+            f"normalization={o.normalization!r}; on Hopper flash-attn-4 of this patch set has them (make "
+            "wheel FAMILY=flash-attn-4), and the CPU has: move the tensors to the CPU"
         )
     if call.q.dtype not in _DTYPES:
         return f"q has dtype {call.q.dtype}, flash_attn_2_cuda takes float16 and bfloat16"

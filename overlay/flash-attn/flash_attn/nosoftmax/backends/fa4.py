@@ -91,8 +91,7 @@ def not_importable() -> Optional[str]:
         if revision != REVISION:
             return (
                 f"flash-attn-4 {_version()} has revision {revision} of this patch set, flash_attn has "
-                f"revision {REVISION}: "
-                "install two wheels of one revision"
+                f"revision {REVISION}: install two wheels of one revision"
             )
         import_module(f"{_PACKAGE}.nosoftmax.hopper")
     except Exception as error:  # whatever its requirements raise: another backend serves
