@@ -7,8 +7,9 @@ Contenders, each left out where it does not run, with the reason in the record:
     softmax                            flash_attn.cute.flash_attn_func as upstream has it
     identity relu relu2 sigmoid silu   the same with use_softmax=False
     fa2                                flash_attn.flash_attn_func(use_softmax=False, backend="fa2"), where the
-    wheel with it is installed retention                          fla.ops.retention.parallel_retention
-    (package fla-core), a peer in Triton; causal, as many key heads
+                                       wheel with it is installed
+    retention                          fla.ops.retention.parallel_retention (package fla-core), a peer in
+                                       Triton; causal, as many key heads
 Shapes: dense and, with all tokens in one sequence or packed, grouped-query heads (8 query heads a key head)
 and sequences of uneven length. Results go to --json as they come. The first call of a kernel compiles it;
 --compile does only that, in several processes at once.

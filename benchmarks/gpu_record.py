@@ -4,11 +4,14 @@ gpu_tables.py reads them.
 A row is a Case, as a dict, with
 
     ms             side -> median time of one call in milliseconds; sides are SOFTMAX, NO_SOFTMAX,
-    NO_SOFTMAX_KERNEL skipped        side -> why it was not timed, in the words of the build finite
-    whether no side gave NaN or Inf ratio          time with softmax / time without: above 1 where
-    use_softmax=False is faster; None if a side is missing tflops         side -> TFLOP/s (dense rows)
-    bandwidth      side -> share of the copy bandwidth measured in the same run (decode rows) backward_by
-    how backward runs without softmax when nothing is forced (backward rows)
+                   NO_SOFTMAX_KERNEL
+    skipped        side -> why it was not timed, in the words of the build
+    finite         whether no side gave NaN or Inf
+    ratio          time with softmax / time without: above 1 where use_softmax=False is faster; None if a side
+                   is missing
+    tflops         side -> TFLOP/s (dense rows)
+    bandwidth      side -> share of the copy bandwidth measured in the same run (decode rows)
+    backward_by    how backward runs without softmax when nothing is forced (backward rows)
 
 The rows of the memory part are a Case, a side, why it was skipped, and the bytes of
 gpu_cases.training_step_memory.

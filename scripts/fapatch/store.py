@@ -1,8 +1,9 @@
 """The bare git repository in .cache that holds upstream's files: one commit a release, equal on every
 machine.
 
-refs/upstream/<family>/<version>   what the lock pins refs/local/<family>/<version>      what FA_SRC_DIR held
-when it differed from that refs/cutlass/<commit or version>   the CUTLASS headers that a CUDA build needs
+refs/upstream/<family>/<version>   what the lock pins
+refs/local/<family>/<version>      what FA_SRC_DIR held when it differed from that
+refs/cutlass/<commit or version>   the CUTLASS headers that a CUDA build needs
 refs/heads/<family>/<version>      the patched tree, with whatever was committed on top
 """
 

@@ -7,7 +7,7 @@ Options, from the environment; each one left out means everything:
     PASSES            "fwd", "bwd", "splitkv" (KV cache, decoding), or several
     NO_SOFTMAX_ONLY   1: only the kernels for use_softmax=False
     ARCHS             compute capabilities, such as "80,90" (80, 90, 100, 120); by default those of the GPUs
-    present,
+                      present,
                       else FLASH_ATTN_CUDA_ARCHS, else 80 and 90
 A call that needs a kernel outside the build raises an error that names the option (src/built_kernels.h).
 """

@@ -61,14 +61,11 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def bind(args: tuple, kwargs: dict) -> dict:
         """inspect.Signature.bind with defaults, in what torch.compile can trace."""
-        given = {**dict(zip(names, args)), **kwargs}
+        given = dict(zip(names, args))
+        given.update(kwargs)
         arguments = {**defaults, **given}
-        # One argument too many, given twice, unknown (then one that is known may be missing), or missing.
-        if (
-            len(given) < len(args) + len(kwargs)
-            or len(arguments) != len(names)
-            or not known.issuperset(kwargs)
-        ):
+        # One argument too many, given twice, unknown or missing.
+        if len(given) < len(args) + len(kwargs) or arguments.keys() != known:
             _raise_of_binding(function, signature, args, kwargs)
         return arguments
 
@@ -404,6 +401,8 @@ def _autocast(*tensors: Optional[torch.Tensor]) -> tuple:
     """What torch.nn.functional.scaled_dot_product_attention does: under autocast all but float64 get its
     dtype.
     """
+    if not torch._C._is_any_autocast_enabled():  # one call in place of three
+        return tensors
     kind = tensors[0].device.type
     if kind not in _SOFTMAX_BACKENDS or not _HAS_AUTOCAST or not torch.is_autocast_enabled(kind):
         return tensors

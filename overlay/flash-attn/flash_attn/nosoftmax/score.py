@@ -9,7 +9,8 @@ the key that the query is aligned with (bottom right):
     u = softmax_scale * q_i . k_j                          the scaled score
     u = softcap * tanh(u / softcap)                        only if softcap > 0
     s = u - slope * |c - j|                                only with alibi_slopes: the full bias, also when
-    causal P = f(s) if j is visible to i, else exactly 0          assigned after f, since f(0) may be non-zero
+                                                           causal
+    P = f(s) if j is visible to i, else exactly 0          assigned after f, since f(0) may be non-zero
     O_i = norm_i / (1 - dropout_p) * sum_j keep_ij P_ij v_j
 
 Visible: j < seqlen_k, and j <= c + window_right and j >= c - window_left as far as these are limited, each
@@ -31,7 +32,8 @@ f is chosen by ``activation``:
     "sigmoid"    1 / (1 + exp(-(s + sigmoid_bias)))        Ramapuram et al., arXiv 2409.04431 (with "-log n")
     "silu"       s / (1 + exp(-s))                         Zhai et al., HSTU, arXiv 2402.17152 (with "1/n")
     "gelu"       s (1 + erf(s / sqrt 2)) / 2               Hendrycks and Gimpel, arXiv 1606.08415, the exact
-    form "softplus"   log(1 + exp(s))                           Dugas et al., NIPS 2000
+                 form
+    "softplus"   log(1 + exp(s))                           Dugas et al., NIPS 2000
 
 ``sigmoid_bias`` is a finite float, or "-log n" with n the number of keys of that sequence.
 

@@ -74,10 +74,14 @@ def _built() -> tuple:
     return module.built_head_dims, module.built_dtypes, module.built_passes, module.built_archs
 
 
-def _padded(x: torch.Tensor) -> torch.Tensor:
-    """x as the extension takes it: the last dimension contiguous and a multiple of 8 long."""
-    missing = -x.shape[-1] % _CHANNELS
-    return F.pad(x, (0, missing)) if missing else _contiguous(x)
+def _taken(*tensors: torch.Tensor) -> list:
+    """Tensors of one head size as the extension takes them: the last dimension contiguous and a multiple of
+    8 long.
+    """
+    missing = -tensors[0].shape[-1] % _CHANNELS
+    if missing:
+        return [F.pad(x, (0, missing)) for x in tensors]
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _contiguous(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
@@ -95,7 +99,7 @@ def _window(call: Call) -> tuple:
 def forward(call: Call) -> Result:
     if call.cache is not None:
         return _with_cache(call)
-    q, k, v, o = _padded(call.q), _padded(call.k), _padded(call.v), call.options
+    (q, k, v), o = _taken(call.q, call.k, call.v), call.options
     window, s_dmask = _window(call), o.return_attn_probs and o.dropout_p > 0.0
     if not call.varlen:
         out, _, mask, rng_state = extension.load().fwd(
@@ -122,7 +126,7 @@ def forward(call: Call) -> Result:
 
 
 def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
-    dout, q, k, v, o = _padded(dout), _padded(call.q), _padded(call.k), _padded(call.v), call.options
+    (dout, q, k, v), o = _taken(dout, call.q, call.k, call.v), call.options
     window = _window(call)
     # It checks the shapes of `out` and of the log-sum-exp, which it does not read without softmax: q has the
     # one, and any tensor will do for the other.
