@@ -10,7 +10,7 @@ export HEAD_DIMS DTYPES PASSES ARCHS NO_SOFTMAX_ONLY
 export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN
 
 .PHONY: help env fetch apply status refresh rebase rebase-continue rebase-abort bundle lint toolchain wheel smoke sass-identity compile-check \
-        test test-fast test-unit test-patches test-attention upstream-test sanitize naive-kernels bench bench-gpu bench-fa4 bench-host bench-linear clean distclean
+        test test-fast test-unit test-patches test-attention upstream-test sanitize bench bench-gpu bench-fa4 bench-host bench-linear clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -83,10 +83,6 @@ upstream-test: wheel  ## a sample of upstream's own tests (FRACTION=, COUNT=, SE
 
 sanitize: wheel  ## compute-sanitizer over every CUDA kernel family (needs a GPU)
 	@$(FAP) sanitize --json docs/results/sanitizers.json
-
-naive-kernels: wheel  ## kernels with the softmax commented out by hand, and the tests that notice (needs a GPU and nvcc)
-	@$(FAP) naive build
-	@$(FAP) naive test
 
 bench: wheel  ## speed of the CPU backend against torch's own attention
 	$(PY) benchmarks/cpu_vs_sdpa.py --max-ratio 1.5 --json docs/results/cpu_vs_sdpa.json

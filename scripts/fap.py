@@ -48,7 +48,6 @@ COMMANDS = {
     ),
     "upstream-test": ("upstream_test", "a sample of upstream's own tests"),
     "sanitize": ("sanitize", "every kernel family under compute-sanitizer"),
-    "naive": ("naive", "wrong kernels on purpose, and the tests that notice them"),
     "clean": ("clean", "drop build/"),
     "distclean": ("distclean", "drop everything that git ignores"),
 }
