@@ -2,8 +2,10 @@
 whole.
 
 Add a rule: write the function with ``@rule("its-id")``, and put ``its-id.pass.patch`` and
-``its-id.fail.patch`` (or folders of that name) into tests/unit/fixtures/lint. A rule that needs a patch that
-can be read at all stays silent when it cannot: `encoding`, `header-fields` and `diff-parses` report that.
+``its-id.fail.patch`` (or folders of that name) into tests/unit/fixtures/lint.
+
+No rule asks whether a patch can be read and applies, changes lines of upstream's files alone, and is written
+as `make refresh` writes it: tests/patches/test_series.py shows that on every release.
 """
 
 from __future__ import annotations
@@ -15,11 +17,8 @@ from functools import cached_property
 from pathlib import Path
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from unidiff import PatchSet
-from unidiff.errors import UnidiffParseError
 
 from . import header, testids
-from .globs import matches
 from .lock import Family
 
 Complaint = tuple[int, str]
@@ -48,14 +47,6 @@ class PatchFile:
         return next(
             (i for i, line in enumerate(self.lines) if line.startswith("diff --git ")), len(self.lines)
         )
-
-    @cached_property
-    def diff(self) -> PatchSet | None:
-        """The parsed diff; None when it cannot be parsed."""
-        try:
-            return PatchSet("\n".join(self.lines[self.diff_start :]))
-        except UnidiffParseError:
-            return None
 
     def line_of(self, start: str) -> int:
         """Number, counted from 1, of the first header line that begins with ``start``; 0 when there
@@ -99,17 +90,6 @@ def is_utf8(patch: PatchFile) -> Iterator[Complaint]:
         patch.raw.decode("utf-8")
     except UnicodeDecodeError as e:
         yield patch.raw[: e.start].count(b"\n") + 1, f"not UTF-8: {e.reason}"
-
-
-@rule("line-ends")
-def ends_lines_with_lf(patch: PatchFile) -> Iterator[Complaint]:
-    if b"\r" in patch.raw:
-        yield (
-            patch.raw[: patch.raw.index(b"\r")].count(b"\n") + 1,
-            "carriage return: lines must end with LF alone",
-        )
-    if not patch.raw.endswith(b"\n"):
-        yield len(patch.lines), "the last line does not end with LF"
 
 
 @rule("subject")
@@ -169,34 +149,6 @@ def applies_to_a_release(patch: PatchFile) -> Iterator[Complaint]:
         yield line, f"Applies-To {text} matches no release of {patch.family.name} in the lock"
 
 
-@rule("no-patch-name")
-def trailer_is_stripped(patch: PatchFile) -> Iterator[Complaint]:
-    if line := patch.line_of("Patch-Name:"):
-        yield line, "Patch-Name belongs into the commit only; `make refresh` strips it"
-
-
-@rule("deterministic")
-def is_exported_deterministically(patch: PatchFile) -> Iterator[Complaint]:
-    """The commit id is zeros (--zero-commit) and blob ids are whole (--full-index), so that a refresh changes
-    nothing by itself.
-    """
-    if not re.match(r"From 0{40} ", patch.lines[0]):
-        yield 1, "the first line must be `From 0000...`: export with `make refresh`"
-    for number, line in patch.diff_lines():
-        if line.startswith("index ") and not re.fullmatch(
-            r"index [0-9a-f]{40}\.\.[0-9a-f]{40}( \d{6})?", line
-        ):
-            yield number, "abbreviated blob ids: export with `make refresh`"
-
-
-@rule("diff-parses")
-def diff_parses(patch: PatchFile) -> Iterator[Complaint]:
-    if patch.diff is None:
-        yield patch.diff_start + 1, "the diff cannot be parsed: a hunk is cut short or its counts are wrong"
-    elif not patch.diff:
-        yield 0, "there is no diff in this patch"
-
-
 @rule("whitespace")
 def added_lines_end_without_whitespace(patch: PatchFile) -> Iterator[Complaint]:
     for number, line in patch.diff_lines():
@@ -209,26 +161,3 @@ def has_no_conflict_markers(patch: PatchFile) -> Iterator[Complaint]:
     for number, line in patch.diff_lines():
         if re.match(r"\+(<{7}|>{7}|\|{7})( |$)|\+={7}$", line):
             yield number, "conflict marker in an added line"
-
-
-@rule("no-fuzz")
-def was_made_by_git(patch: PatchFile) -> Iterator[Complaint]:
-    for number, line in enumerate(patch.lines, 1):
-        if re.search(r"Hunk #\d+ (succeeded|FAILED)|with fuzz \d|\.(rej|orig)$", line):
-            yield number, "what another patch program said or left behind has got into the patch"
-
-
-@rule("paths")
-def touches_allowed_paths_only(patch: PatchFile) -> Iterator[Complaint]:
-    for path in sorted({f.path for f in patch.diff or ()}):
-        if not matches(path, patch.family.include) or matches(path, patch.family.exclude):
-            yield 0, f"{path} is not among the files taken from upstream (include and exclude in the lock)"
-
-
-@rule("no-new-files")
-def creates_and_renames_nothing(patch: PatchFile) -> Iterator[Complaint]:
-    for file in patch.diff or ():
-        if file.is_added_file:
-            yield 0, f"{file.path} is a new file: put it into {patch.family.overlay}/ at the same path"
-        elif file.is_removed_file or file.is_rename:
-            yield 0, f"{file.path} is removed or renamed, which no later release of upstream will follow"

@@ -1,5 +1,5 @@
 """Rules for the project around the patches: the series, the overlay, the lock, the submodule, the attributes
-of the files.
+of the files. What `make apply` refuses anyway is no rule here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
+from . import series
 from .globs import matches
 from .lock import Family, Lock, Release
 from .overlay import home
@@ -26,17 +27,14 @@ class Checkout:
     lock: Lock
     gitlinks: dict[str, str]
 
-    def listed(self, family: Family) -> list[tuple[int, str]]:
-        """(line number, name) of every patch in the series."""
-        path = self.root / family.series
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        names = ((number, line.partition("#")[0].strip()) for number, line in enumerate(lines, 1))
-        return [(number, name) for number, name in names if name]
+    def listed(self, family: Family) -> list[str]:
+        """The names in the series."""
+        return series.names((self.root / family.series).read_text(encoding="utf-8"))
 
     def patches(self, family: Family) -> list[Path]:
         """Every patch file, in the order of the series, then those that it does not list."""
         folder = (self.root / family.series).parent
-        listed = [folder / name for _, name in self.listed(family)]
+        listed = [folder / name for name in self.listed(family)]
         return [p for p in dict.fromkeys([*listed, *sorted(folder.glob("*.patch"))]) if p.is_file()]
 
     def overlay(self, family: Family) -> list[str]:
@@ -60,61 +58,30 @@ def rule(name: str) -> Callable:
 
 
 @rule("series")
-def series_and_files_agree(checkout: Checkout) -> Iterator[Complaint]:
+def series_lists_every_file(checkout: Checkout) -> Iterator[Complaint]:
     for family in checkout.lock.families:
-        folder = (checkout.root / family.series).parent
-        if not (checkout.root / family.series).is_file():
-            yield family.series, 0, "the series is missing"
-        seen: set[str] = set()
-        for number, name in checkout.listed(family):
-            if name in seen:
-                yield family.series, number, f"{name} is listed twice"
-            elif not (folder / name).is_file():
-                yield family.series, number, f"{name} is listed but there is no such file"
-            seen.add(name)
+        listed = checkout.listed(family)
         for path in checkout.patches(family):
-            if path.name not in seen:
+            if path.name not in listed:
                 yield path.relative_to(checkout.root).as_posix(), 0, f"not listed in {family.series}"
 
 
 @rule("overlay")
-def overlay_and_patches_are_apart(checkout: Checkout) -> Iterator[Complaint]:
-    """A file is either ours (overlay) or upstream's (patched): a patch over an overlay file would hide code
-    in a diff.
-    """
+def overlay_stays_out_of_excluded_folders(checkout: Checkout) -> Iterator[Complaint]:
     for family in checkout.lock.families:
-        overlay = {*checkout.overlay(family), *family.shared}
-        for path in checkout.patches(family):
-            for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-                if line.startswith("+++ b/") and line[6:] in overlay:
-                    yield (
-                        path.relative_to(checkout.root).as_posix(),
-                        number,
-                        f"{line[6:]} is {home(family, line[6:])}: change it there",
-                    )
-        for name in sorted(overlay):
+        for name in sorted({*checkout.overlay(family), *family.shared}):
             if matches(name, family.exclude):
                 yield home(family, name), 0, f"{name} is excluded in the lock"
 
 
 @rule("shared")
-def shared_files_have_one_home(checkout: Checkout) -> Iterator[Complaint]:
+def shared_files_lie_in_another_overlay(checkout: Checkout) -> Iterator[Complaint]:
     for family in checkout.lock.families:
-        for name, kept in family.shared.items():
-            if not any(
-                kept.startswith(f"{other.overlay}/")
-                for other in checkout.lock.families
-                if other is not family
-            ):
-                yield (
-                    checkout.lock.path.name,
-                    0,
-                    f"{family.name} shares {kept}, which is in no other family's overlay",
-                )
-            elif not (checkout.root / kept).is_file():
-                yield checkout.lock.path.name, 0, f"{family.name} shares {kept}, and there is no such file"
-            if name in checkout.overlay(family):
-                yield f"{family.overlay}/{name}", 0, f"a copy of {kept}, which the lock shares"
+        others = tuple(f"{other.overlay}/" for other in checkout.lock.families if other is not family)
+        for kept in family.shared.values():
+            if not kept.startswith(others):
+                message = f"{family.name} shares {kept}, which is in no other family's overlay"
+                yield checkout.lock.path.name, 0, message
 
 
 def _release_complaints(release: Release, has_submodule: bool) -> Iterator[str]:

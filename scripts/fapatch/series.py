@@ -73,16 +73,21 @@ def _name(line: str) -> str:
     return line.partition("#")[0].strip()
 
 
+def names(text: str) -> list[str]:
+    """The names that the series file ``text`` lists, in order."""
+    return [name for name in map(_name, text.splitlines()) if name]
+
+
 def load(project: Project) -> tuple[Patch, ...]:
     """The patches in the order of the series. Raises FapError for a missing or twice listed file, or one with
     changed line ends.
     """
     try:
-        lines = project.series.read_text(encoding="utf-8").splitlines()
+        listed = names(project.series.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise FapError(f"{project.family.series} is missing", f"git checkout {project.family.series}") from e
     patches: list[Patch] = []
-    for name in filter(None, map(_name, lines)):
+    for name in listed:
         path = project.patches / name
         if Path(name).name != name or not path.is_file():
             raise FapError(

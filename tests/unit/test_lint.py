@@ -78,24 +78,6 @@ def test_a_finding_names_its_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "rule, patch, message",
-    [
-        ("series", "patches/pkg/extra-patch.patch", "not listed"),
-        ("series", "patches/pkg/series", "listed twice"),
-    ],
-)
-def test_series_is_compared_both_ways(rule, patch, message, tmp_path):
-    root = tmp_path / "project"
-    shutil.copytree(BASE, root)
-    if patch.endswith("series"):
-        (root / patch).write_text("interface-flag.patch\ninterface-flag.patch\n")
-    else:
-        shutil.copyfile(BASE / "patches/pkg/interface-flag.patch", root / patch)
-    (found,) = [f for f in lint.check_project(checkout(root)) if f.rule == rule]
-    assert found.file == patch and message in found.message
-
-
-@pytest.mark.parametrize(
     "status, good",
     [
         ("Pending", True),
