@@ -18,38 +18,41 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from fapatch.errors import FapError, UsageError
-from fapatch.project import Project
+from fapatch.base.errors import FapError, UsageError
+from fapatch.base.project import Project
 
-# command: (module of fapatch with add_arguments(parser) and main(project, args) -> int, one line of help).
+# command: (module below fapatch with add_arguments(parser) and main(project, args) -> int, one line of help).
 # A module that sets EXCLUSIVE = True is alone in the checkout while it runs; with ANY_RELEASE = True it does
 # not look at VERSION; with NEEDS_EXTENSION = True it is about compiled kernels, which not every family has.
 # Modules are imported when asked for: `env` must run before any package is installed.
 COMMANDS = {
-    "env": ("env", "make .venv, the project's own Python environment"),
-    "fetch": ("fetch", "bring upstream's source into .cache, verified"),
-    "apply": ("apply", "make the patched tree in build/src"),
-    "status": ("status", "say whether the patched tree is up to date, and if not, why"),
-    "refresh": ("refresh", "export the commits of the patched tree to patches/ and overlay/"),
-    "rebase": ("rebase", "carry the series to another release"),
-    "bundle": ("bundle", "write one patch for plain `git apply` into dist/"),
-    "lock": ("lock_edit", "add a release to upstream.toml"),
-    "lint": ("lint", "check patches, headers and the lock"),
-    "toolchain": ("toolchain", "install the kernels' compiler from the Python package index into .venv"),
-    "wheel": ("wheel", "build the wheel into dist/ and install it into .venv"),
-    "smoke": ("smoke", "one forward and backward without softmax, checked against float64"),
+    "env": ("base.env", "make .venv, the project's own Python environment"),
+    "fetch": ("source.fetch", "bring upstream's source into .cache, verified"),
+    "apply": ("series.apply", "make the patched tree in build/src"),
+    "status": ("series.status", "say whether the patched tree is up to date, and if not, why"),
+    "refresh": ("series.refresh", "export the commits of the patched tree to patches/ and overlay/"),
+    "rebase": ("series.rebase", "carry the series to another release"),
+    "bundle": ("series.bundle", "write one patch for plain `git apply` into dist/"),
+    "lock": ("series.lock_edit", "add a release to upstream.toml"),
+    "lint": ("series.lint", "check patches, headers and the lock"),
+    "toolchain": (
+        "kernels.toolchain",
+        "install the kernels' compiler from the package index into .venv",
+    ),
+    "wheel": ("wheel.wheel", "build the wheel into dist/ and install it into .venv"),
+    "smoke": ("wheel.smoke", "one forward and backward without softmax, checked against float64"),
     "sass-identity": (
-        "sass_identity",
+        "kernels.sass_identity",
         "compare the machine code of upstream's kernels, pristine against patched",
     ),
     "compile-check": (
-        "compile_check",
+        "kernels.compile_check",
         "compile the kernels of flash-attn-4 for Hopper without a GPU and read their machine code",
     ),
-    "upstream-test": ("upstream_test", "a sample of upstream's own tests"),
-    "sanitize": ("sanitize", "every kernel family under compute-sanitizer"),
-    "clean": ("clean", "drop build/"),
-    "distclean": ("distclean", "drop everything that git ignores"),
+    "upstream-test": ("upstream.upstream_test", "a sample of upstream's own tests"),
+    "sanitize": ("kernels.sanitize", "every kernel family under compute-sanitizer"),
+    "clean": ("series.clean", "drop build/"),
+    "distclean": ("series.clean", "drop everything that git ignores"),
 }
 
 
@@ -87,7 +90,7 @@ def run(argv: list[str]) -> int:
         )
     if not getattr(args.module, "EXCLUSIVE", False):
         return args.module.main(project, args)
-    from fapatch import locking
+    from fapatch.base import locking
 
     with locking.exclusive(project, args.command):
         return args.module.main(project, args)

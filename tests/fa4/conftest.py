@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 from hopper import Hopper, missing
 
-from fapatch import apply, compile_check, cuda_toolkit, fetch, locking, refresh
-from fapatch.cuda_toolkit import Torch
-from fapatch.project import Project
+from fapatch.base import locking
+from fapatch.base.project import Project
+from fapatch.kernels import compile_check
+from fapatch.series import apply, refresh
+from fapatch.source import fetch
+from fapatch.wheel import cuda_toolkit
+from fapatch.wheel.cuda_toolkit import Torch
 
 
 @pytest.fixture(scope="session")

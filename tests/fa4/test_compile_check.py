@@ -7,9 +7,10 @@ from collections import Counter
 
 import pytest
 
-from fapatch import compile_check, compile_worker
-from fapatch.compile_check import Kernel
-from fapatch.smoke_compile import FOR_HOPPER
+from fapatch.kernels import compile_check
+from fapatch.kernels.compile_check import Kernel
+from fapatch.wheel.smoke import FOR_HOPPER
+from fapatch.workers import compile_worker
 
 
 @pytest.mark.slow

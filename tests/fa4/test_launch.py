@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from fapatch.smoke_compile import FOR_HOPPER
+from fapatch.wheel.smoke import FOR_HOPPER
 
 pytestmark = pytest.mark.source
 BEGIN = """

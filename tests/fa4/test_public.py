@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from mods import causal_with_gaps, even_distance, square, square_bwd
 
-from fapatch.smoke_compile import FOR_HOPPER
+from fapatch.wheel.smoke import FOR_HOPPER
 
 pytestmark = pytest.mark.source
 BEGIN = """

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fapatch import apply, fetch, git, locking, refresh
-from fapatch.fetch import Base
-from fapatch.project import Project
+from fapatch.base import git, locking
+from fapatch.base.project import Project
+from fapatch.series import apply, refresh
+from fapatch.source import fetch
+from fapatch.source.fetch import Base
 
 REAL = Project.open(family="flash-attn", version="")
 RELEASES = [(family.name, release.version) for family in REAL.lock.families for release in family.releases]

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from fapatch import cuda_toolkit, git, header, sass_identity, wheel
-from fapatch.cuda_toolkit import Toolkit, Torch
-from fapatch.errors import FapError
-from fapatch.project import Project
-from fapatch.sass_identity import Comparison, Extension, Workshop
+from fapatch.base import git
+from fapatch.base.errors import FapError
+from fapatch.base.project import Project
+from fapatch.kernels import sass_identity
+from fapatch.kernels.sass_identity import Comparison, Extension, Workshop
+from fapatch.wheel import cuda_toolkit, wheel
+from fapatch.wheel.cuda_toolkit import Toolkit, Torch
 
 pytestmark = pytest.mark.source
 REAL = Project.open(family="flash-attn", version="")
@@ -142,7 +144,7 @@ def test_a_changed_header_is_noticed(compare, workshop):
 def test_backports_are_on_both_sides_and_nothing_else_is(make, version):
     made = make(version)
     found = sass_identity.backports(made.project)
-    marked = [p.name for p in made.applied if "Backport" in header.parse(p.data).fields["Upstream-Status"]]
+    marked = [p.name for p in made.applied if "Backport" in p.header.fields["Upstream-Status"]]
     assert [p.name for p in found] == marked
     tree = pristine_tree(made, found)
     assert (tree == made.base.tree) == (not found)

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 from unidiff import PatchSet
 
-from fapatch import apply, bundle, download, git, refresh, source
+from fapatch.base import git
+from fapatch.series import apply, bundle, refresh
+from fapatch.source import download, origins
 
 pytestmark = pytest.mark.source
 
@@ -92,7 +94,7 @@ def test_bundle_applies_to_the_whole_source_distribution(patched, tmp_path):
     git.git("init", "--quiet", plain)
     text = bundle.make(patched.project, patched.base.commit, patched.built.folder, patched.built.tree)
     git.git("apply", "-", cwd=plain, stdin=text)
-    ours = source.ours(patched.project)
+    ours = origins.ours(patched.project)
     found = {
         p.relative_to(plain).as_posix(): p for p in plain.rglob("*") if p.is_file() and ".git" not in p.parts
     }

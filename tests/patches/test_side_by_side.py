@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from fapatch import apply, build_copy, fetch, locking, wheel
-from fapatch.project import Project
+from fapatch.base import locking
+from fapatch.base.project import Project
+from fapatch.series import apply
+from fapatch.source import fetch
+from fapatch.wheel import build_copy, wheel
 
 pytestmark = pytest.mark.source
 FAMILIES = {"flash-attn": "cpu", "flash-attn-4": "python"}

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from fapatch import apply, build_copy, locking, overlay, wheel
-from fapatch.project import Project
+from fapatch.base import locking
+from fapatch.base.project import Project
+from fapatch.series import apply, overlay
+from fapatch.wheel import build_copy, wheel
 
 pytestmark = pytest.mark.source
 
@@ -140,7 +142,7 @@ def test_the_wheel_is_the_patched_package_and_the_same_each_time(patched, backen
 
 
 def test_a_failed_build_leaves_dist_alone_and_says_where_to_look(patched, elsewhere, monkeypatch):
-    from fapatch.errors import FapError
+    from fapatch.base.errors import FapError
 
     elsewhere.dist.mkdir()
     old = elsewhere.dist / f"flash_attn-{elsewhere.release.version}+old-py3-none-any.whl"

@@ -7,8 +7,9 @@ import subprocess
 
 import pytest
 
-from fapatch import git, state
-from fapatch.series import Patch, name_for, rewrite, with_name, without_name
+from fapatch.base import git
+from fapatch.series import state
+from fapatch.series.series import Patch, name_for, rewrite, with_name, without_name
 
 CORE_PATCH = "core-change-line-eight.patch"
 DOS_PATCH = "dos-change-a-file-with-carriage-returns.patch"

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 import fap
-from fapatch import apply, locking, process
-from fapatch.errors import FapError
+from fapatch.base import locking, process
+from fapatch.base.errors import FapError
+from fapatch.series import apply, state
 from toy import shell
 
 FAP = Path(fap.__file__)
@@ -117,7 +118,7 @@ def test_version_chooses_the_release(toy, monkeypatch):
 
 def test_missing_git(toy, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    from fapatch import git
+    from fapatch.base import git
 
     git._check_version.cache_clear()
     said = toy.fap("apply", code=1)
@@ -129,22 +130,20 @@ def test_git_that_is_too_old(toy, monkeypatch, tmp_path):
     old.write_text("#!/bin/sh\necho git version 2.25.1\n")
     old.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    from fapatch import git
+    from fapatch.base import git
 
     git._check_version.cache_clear()
     assert "git version 2.25.1 is too old" in toy.fap("apply", code=1)
     git._check_version.cache_clear()
 
 
-def test_no_space_left(toy):
-    """The state file leads to /dev/full: writing it fails as on a full disk."""
+def test_no_space_left(toy, monkeypatch):
+    """The state is written to /dev/full, which fails as a full disk does."""
     toy.fap("clean")
-    folder = toy.root / "build" / "state" / "toy"
-    folder.mkdir(parents=True)
-    (folder / "1.0.new").symlink_to("/dev/full")
-    said = toy.fap("apply", code=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(state.files, "write", lambda path, text: Path("/dev/full").write_text(text))
+        said = toy.fap("apply", code=1)
     assert "no space left" in said and len(said.strip().splitlines()) == 2
-    (folder / "1.0.new").unlink()
     toy.fap("apply")
     assert "clean" in toy.fap("status")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fapatch import cuda_toolkit
-from fapatch.cuda_toolkit import Toolkit, Torch
-from fapatch.errors import FapError
+from fapatch.base.errors import FapError
+from fapatch.wheel import cuda_toolkit
+from fapatch.wheel.cuda_toolkit import Toolkit, Torch
 
 TORCH = Torch(python="3.12.1", version="2.11.0+cu130", cuda="13.0", gpu=True, home=None, packages=())
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fapatch import env
-from fapatch.errors import FapError
-from fapatch.process import run
+from fapatch.base import env
+from fapatch.base.errors import FapError
+from fapatch.base.process import run
 
 pytestmark = pytest.mark.slow
 

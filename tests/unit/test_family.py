@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from fapatch import source, wheel
-from fapatch.errors import UsageError
-from fapatch.project import Project
+from fapatch.base.errors import UsageError
+from fapatch.base.project import Project
+from fapatch.source import origins
+from fapatch.wheel import wheel
 from toy import release_files
 
 
@@ -26,7 +27,7 @@ def below(fresh) -> Project:
 
 
 def test_the_source_distribution_lies_in_its_folder(below):
-    files = dict(source.from_sdist(below, online=False))
+    files = dict(origins.from_sdist(below, online=False))
     assert files == {
         f"a/b/{n}": t.encode()
         for n, t in release_files("1.0").items()
@@ -39,16 +40,16 @@ def test_a_checkout_of_ones_own_is_upstreams_whole_tree(below, tmp_path):
     for name in ("setup.py", "toy/core.py"):
         (tmp_path / "own" / "a" / "b" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "own" / "a" / "b" / name).write_text("mine\n")
-    assert [path for path, _ in source.from_folder(below, tmp_path / "own")] == [
+    assert [path for path, _ in origins.from_folder(below, tmp_path / "own")] == [
         "a/b/setup.py",
         "a/b/toy/core.py",
     ]
     with pytest.raises(UsageError, match="lacks a/b/setup.py and a/b/pyproject.toml, or a/b/"):
-        list(source.from_folder(below, tmp_path / "own" / "a" / "b"))
+        list(origins.from_folder(below, tmp_path / "own" / "a" / "b"))
 
 
 def test_without_a_submodule_it_is_said_so(below):
-    assert source.from_submodule(below, online=True) == (None, "toy has no submodule")
+    assert origins.from_submodule(below, online=True) == (None, "toy has no submodule")
 
 
 def test_there_is_nothing_to_compile(fresh, below):

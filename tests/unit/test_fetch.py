@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fapatch import fetch, git, store
-from fapatch.errors import FapError
-from fapatch.globs import matches
+from fapatch.base import git
+from fapatch.base.errors import FapError
+from fapatch.base.files import matches
+from fapatch.source import fetch
 from toy import lock_text, make_sdist, release_files, shell
 
 
@@ -28,7 +29,7 @@ def index_is_far(monkeypatch, tmp_path):
         log.write_text(requirement)
         raise FapError(f"pip cannot download {requirement.split()[0]}: no route", "connect")
 
-    monkeypatch.setattr("fapatch.download.pip_download", pip_download)
+    monkeypatch.setattr("fapatch.source.download.pip_download", pip_download)
     return log
 
 
@@ -115,7 +116,7 @@ def test_wrong_download_never_reaches_the_cache(fresh, monkeypatch, damage, told
         (into / "toy-1.0.tar.gz").write_bytes(damage(good))
         return into / "toy-1.0.tar.gz"
 
-    monkeypatch.setattr("fapatch.download.pip_download", pip_download)
+    monkeypatch.setattr("fapatch.source.download.pip_download", pip_download)
     assert told in fresh.fap("fetch", code=1)
     assert not sdist(fresh).exists() and not tree(fresh) and not fresh.leftovers()
 
@@ -285,11 +286,11 @@ def test_store_that_is_gone_is_made_again_when_nothing_would_be_lost(toy):
 def test_cutlass_headers_are_laid_out(fresh, tmp_path):
     fresh.fap("fetch")
     folder = tmp_path / "csrc" / "cutlass"
-    assert store.export_cutlass(fresh.project(), folder) == 1
+    assert fetch.export_cutlass(fresh.project(), folder) == 1
     header = folder / "include" / "cutlass" / "cutlass.h"
     assert header.read_text() == "// cutlass\n"
     before = header.stat().st_mtime_ns
-    store.export_cutlass(fresh.project(), folder)
+    fetch.export_cutlass(fresh.project(), folder)
     assert header.stat().st_mtime_ns == before
 
 
@@ -297,7 +298,7 @@ def test_pip_download_says_what_its_interpreter_lacks(fresh, monkeypatch, tmp_pa
     lacking = tmp_path / "python"
     lacking.write_text("#!/bin/sh\necho \"No module named 'torch'\" >&2\nexit 1\n")
     lacking.chmod(0o755)
-    monkeypatch.setattr("fapatch.download.python", lambda project: lacking)
+    monkeypatch.setattr("fapatch.source.download.python", lambda project: lacking)
     sdist(fresh).unlink()
     said = fresh.fap("fetch", code=1)
     assert "No module named 'torch'" in said and "make env" in said

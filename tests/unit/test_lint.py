@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fapatch import lint, lint_patch, lint_project, lock
-from fapatch.process import run
+from fapatch.base import lock
+from fapatch.base.process import run
+from fapatch.series import lint, lint_patch, lint_project
 
 FIXTURES = Path(__file__).parent / "fixtures" / "lint"
 BASE = FIXTURES / "base"

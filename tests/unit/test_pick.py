@@ -104,7 +104,7 @@ def run_picked(
 
 
 def test_labels_are_those_of_pytest(folder):
-    from fapatch.sample import Axis, case_id, eligible
+    from fapatch.upstream.sample import Axis, case_id, eligible
 
     collected = python(
         folder, "-m", "pytest", "--collect-only", "-q", "-c", "pytest.ini", "test_file.py"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from fapatch import lock_edit
+from fapatch.base import files
 from toy import RELEASES, make_sdist, release_files, shell
 
 CORE_PATCH = "core-change-line-eight.patch"
@@ -141,5 +141,5 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
         "os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(OSError):
-        lock_edit.write_atomically(path, b"new")
+        files.write(path, b"new")
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]

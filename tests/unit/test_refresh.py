@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import pytest
 
-from fapatch import git, state
+from fapatch.base import git
+from fapatch.series import state
 from toy import MESSAGE
 
 CORE_PATCH = "core-change-line-eight.patch"
@@ -210,7 +211,7 @@ def test_skipped_patch_keeps_its_place(toy):
 def test_release_that_cannot_be_renewed_is_named_and_the_rest_is_written(toy, monkeypatch):
     (toy.root / ".cache" / "downloads" / "toy-1.1.tar.gz").unlink()
     git.git("update-ref", "-d", "refs/upstream/toy/1.1", repo=toy.project().store)
-    monkeypatch.setattr("fapatch.download.python", lambda project: "/bin/false")
+    monkeypatch.setattr("fapatch.source.download.python", lambda project: "/bin/false")
     old = toy.project("1.1").release
     toy.replace(toy.overlay / "toy" / "ours.py", "1", "5")
     said = toy.fap("refresh", code=1)
@@ -230,7 +231,7 @@ def test_interrupted_while_writing_goes_on(toy, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fapatch.refresh.renew_trees", interrupt)
+        patch.setattr("fapatch.series.refresh.renew_trees", interrupt)
         toy.fap("refresh", code=130)
     assert b"line twenty" in (toy.patches / CORE_PATCH).read_bytes() and not toy.leftovers()
     toy.fap("refresh")

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from fapatch import report
-from fapatch.errors import FapError
-from fapatch.sample import Case
+from fapatch.base.errors import FapError
+from fapatch.upstream import report
+from fapatch.upstream.sample import Case
 
 CHOSEN = [
     Case("test_a", "test_a[True]", (0,), True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import runpy
 
-from fapatch.project import Project
+from fapatch.base.project import Project
 
 
 def test_both_wheels_have_the_revision_that_the_package_says():

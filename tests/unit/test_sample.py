@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from fapatch.sample import Axis, Rule, case_id, choose, eligible
+from fapatch.upstream.sample import Axis, Rule, case_id, choose, eligible
 
 SEQLENS = Axis(("seqlen_q", "seqlen_k"), ("1-128", "64-256", "1024-1024"))
 DTYPE = Axis(("dtype",), ("dtype0", "dtype1"))

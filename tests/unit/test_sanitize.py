@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fapatch import sanitize
-from fapatch.errors import FapError, UsageError
+from fapatch.base.errors import FapError, UsageError
+from fapatch.kernels import sanitize
 
 SHAPES = Path(__file__).parents[1] / "gpu" / "small_shapes.py"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fapatch import sass_identity
-from fapatch.cuda_toolkit import Toolkit, Torch
-from fapatch.errors import FapError
-from fapatch.sass_identity import Comparison, Extension, Workshop, parse_listing
+from fapatch.base.errors import FapError
+from fapatch.kernels import sass_identity
+from fapatch.kernels.sass_identity import Comparison, Extension, Workshop, parse_listing
+from fapatch.wheel.cuda_toolkit import Toolkit, Torch
 
 LISTING = """
 Fatbin elf code:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fapatch import lock, overlay
+from fapatch.base import lock
+from fapatch.series import overlay
 
 HOME = "overlay/other/other/meaning.py"
 HERE = "toy/meaning.py"

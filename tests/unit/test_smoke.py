@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fapatch import smoke
+from fapatch.wheel import smoke
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def test_many_files_are_counted(toy):
 
 
 def test_every_reason_says_something_else():
-    from fapatch.state import Reason
+    from fapatch.series.state import Reason
 
     assert len({r.text for r in Reason}) == len(Reason) and {r.code for r in Reason} == {1, 2}
 

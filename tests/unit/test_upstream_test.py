@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fapatch import upstream_test
-from fapatch.errors import UsageError
+from fapatch.base.errors import UsageError
+from fapatch.upstream import upstream_test
 
 
 @pytest.mark.parametrize(

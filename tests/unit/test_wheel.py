@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fapatch import build_copy, build_progress, git, wheel, wheel_check
-from fapatch.cuda_toolkit import Search, Toolkit, Torch
-from fapatch.errors import FapError, UsageError
-from fapatch.project import Project
+from fapatch.base import git
+from fapatch.base.errors import FapError, UsageError
+from fapatch.base.project import Project
+from fapatch.wheel import build_copy, build_progress, wheel, wheel_check
+from fapatch.wheel.cuda_toolkit import Search, Toolkit, Torch
 
 INPUTS = wheel.Inputs(tree="a" * 40, lock="b" * 64, backend="cpu", python="3.11", torch="2.13.0", options="")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import fap
-from fapatch.project import Project
+from fapatch.base.project import Project
 
 CORE = "".join(f"line {i}\n" for i in range(1, 41))
 RELEASES = {

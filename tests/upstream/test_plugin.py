@@ -77,7 +77,7 @@ def test_processes_take_the_gpus_in_turn(plugin):
     "plugins, outcome", [((), "passed"), (("wrong",), "failed")], ids=["as it is", "off by 5 %"]
 )
 def test_upstreams_tests_catch_a_wrong_forward(tmp_path, plugins, outcome):
-    from fapatch.project import Project
+    from fapatch.base.project import Project
 
     test_file = Project.open().source / "tests" / "test_flash_attn.py"
     (tmp_path / "wrong.py").write_text(WRONG)

@@ -1,0 +1,193 @@
+"""Make .venv, the project's own Python environment, from the packages that pyproject.toml names.
+
+Standard library only: this is the one command that runs before the environment is there. An interpreter that
+already has a usable torch (a GPU machine without network) shares its packages with .venv, and only what is
+missing is installed. The second run does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from .. import workers
+from . import files
+from .errors import FapError, UsageError
+from .pip import OFFLINE, pip
+from .process import CommandFailed, run
+from .project import Project
+
+EXCLUSIVE = True
+GROUPS = ("torch", "build", "test", "lint")
+STAMP = "fapatch.json"  # inside .venv
+LEAST_PYTHON = (3, 10)
+LEAST_TORCH = (2, 4)  # the first with torch.library.custom_op, which the patched package needs
+ABOUT = """
+import json, sys
+try:
+    import torch
+    version = torch.__version__
+except Exception:
+    version = ""
+print(json.dumps({"python": list(sys.version_info[:3]), "torch": version}))
+"""
+
+
+def venv_python(venv: Path) -> Path:
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def _stamp(venv: Path) -> dict:
+    try:
+        return json.loads((venv / STAMP).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def _write_stamp(venv: Path, **facts: str) -> None:
+    files.write(venv / STAMP, json.dumps(facts) + "\n")
+
+
+def content_hash(pyproject: Path, base: Path, groups: list[str]) -> str:
+    """What the environment is made from: the list of packages, the interpreter, the chosen groups."""
+    return hashlib.sha256(
+        b"\0".join([pyproject.read_bytes(), str(base).encode(), " ".join(groups).encode()])
+    ).hexdigest()
+
+
+def _runs(python: Path) -> bool:
+    """Whether .venv's interpreter still works; it does not after its base was upgraded or the checkout was
+    moved.
+    """
+    return python.exists() and run(python, "-c", "import pip", check=False).returncode == 0
+
+
+def base_interpreter() -> Path:
+    """The interpreter to make .venv from: PYTHON= when given, else the one that runs this. Raises FapError
+    when there is none.
+    """
+    wanted = os.environ.get("PYTHON") or sys.executable
+    found = shutil.which(wanted)
+    if found is None:
+        raise UsageError(f"PYTHON={wanted} is not an executable", "give the path of a Python 3.10 or newer")
+    return Path(found)
+
+
+def about(base: Path) -> dict:
+    """Version of ``base`` and of its torch ("" for none). Raises FapError for a Python that is too old."""
+    facts = json.loads(run(base, "-c", ABOUT).stdout)
+    if tuple(facts["python"]) < LEAST_PYTHON:
+        version = ".".join(map(str, facts["python"]))
+        raise UsageError(
+            f"{base} is Python {version}, 3.10 or newer is needed", "make env PYTHON=/path/to/python3.11"
+        )
+    return facts
+
+
+def has_usable_torch(version: str) -> bool:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and tuple(map(int, found.groups())) >= LEAST_TORCH
+
+
+def _create(venv: Path, base: Path, shared: bool) -> None:
+    # --clear: what an interrupted run or another interpreter left there must not shine through.
+    options = ["--clear"] + (["--system-site-packages"] if shared else [])
+    try:
+        run(base, "-m", "venv", *options, venv)
+    except CommandFailed as e:
+        raise FapError(
+            f"{base} cannot make a virtual environment: {e.message}", "install python3-venv, or set PYTHON="
+        ) from e
+
+
+def _share_packages(venv: Path, base: Path) -> None:
+    """Let ``venv`` see the packages of ``base`` when that is a virtual environment itself:
+    --system-site-packages goes past it.
+    """
+    folders = json.loads(
+        run(base, "-c", "import json, site; print(json.dumps(site.getsitepackages()))").stdout
+    )
+    own = json.loads(
+        run(
+            venv_python(venv),
+            "-c",
+            "import json, sysconfig; print(json.dumps(sysconfig.get_path('purelib')))",
+        ).stdout
+    )
+    (Path(own) / "fapatch-shared.pth").write_text(
+        "".join(f"{folder}\n" for folder in folders), encoding="utf-8"
+    )
+
+
+def missing(python: Path, pyproject: Path, groups: list[str]) -> list[str]:
+    """The requirements of ``groups``, or of the project itself without any, that the environment of
+    ``python`` does not meet.
+    """
+    return json.loads(run(python, "-I", workers.HERE / "missing.py", pyproject, *groups).stdout)
+
+
+def _install(python: Path, requirements: list[str]) -> None:
+    print(f"installing {', '.join(requirements)}", flush=True)
+    pip(
+        python,
+        "install",
+        *requirements,
+        what=f"{', '.join(requirements)}, which .venv lacks",
+        offline=f"{OFFLINE}, or set PYTHON= to an interpreter that has them; `scripts/fap.py env --groups "
+        "torch,build` is enough for a wheel",
+    )
+
+
+def ensure(root: Path, venv: Path, groups: list[str]) -> str:
+    """Bring ``venv`` to what ``root``/pyproject.toml asks for; returns one line that says what was done."""
+    pyproject = root / "pyproject.toml"
+    python, stamp = venv_python(venv), _stamp(venv)
+    # Called by .venv's own interpreter without PYTHON=, the base is the one that .venv was made from.
+    own = Path(sys.prefix).resolve() == venv.resolve() and not os.environ.get("PYTHON")
+    base = Path(stamp.get("base") or sys._base_executable) if own else base_interpreter()
+    key = content_hash(pyproject, base, groups)
+    if stamp.get("hash") == key and _runs(python):
+        return f".venv is up to date: Python {stamp['python']}, torch {stamp['torch']}"
+
+    facts = about(base)
+    shared = has_usable_torch(facts["torch"])
+    if stamp.get("base") != str(base) or not _runs(python):
+        _create(venv, base, shared)
+        if shared and not has_usable_torch(about(python)["torch"]):
+            _share_packages(venv, base)
+    _write_stamp(venv, base=str(base))  # no hash: from here to the end the environment counts as half made
+    wanted = missing(python, pyproject, groups)
+    if shared and has_usable_torch(about(python)["torch"]):
+        # A torch that is shared keeps its version: it fits the driver and the compiler of that machine.
+        wanted = [r for r in wanted if not re.match(r"torch\b", r)]
+    if wanted:
+        _install(python, wanted)
+    have = about(python)
+    version, torch = ".".join(map(str, have["python"])), have["torch"] or "absent"
+    _write_stamp(venv, base=str(base), hash=key, python=version, torch=torch)
+    source = f", shared with {base}" if shared else ""
+    return f".venv is ready: Python {version}, torch {torch}{source}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--groups",
+        default=",".join(GROUPS),
+        help="optional dependencies of pyproject.toml (default: %(default)s)",
+    )
+
+
+def main(project: Project, args: argparse.Namespace) -> int:
+    groups = args.groups.split(",")
+    if unknown := sorted(set(groups) - set(GROUPS)):
+        raise UsageError(
+            f"--groups {','.join(unknown)} is not in pyproject.toml", f"choose from {','.join(GROUPS)}"
+        )
+    print(ensure(project.root, project.venv, groups))
+    return 0

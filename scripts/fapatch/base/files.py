@@ -1,0 +1,40 @@
+"""Path patterns, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+
+@lru_cache(maxsize=None)
+def _regex(pattern: str) -> re.Pattern[str]:
+    parts = {"**/": r"(?:[^/]+/)*", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
+    return re.compile(
+        "".join(parts.get(piece) or re.escape(piece) for piece in re.split(r"(\*\*/|\*\*|\*|\?)", pattern))
+    )
+
+
+def matches(path: str, patterns: Iterable[str]) -> bool:
+    """Whether any of ``patterns`` stands for the whole of ``path``: ``*`` within a folder, ``**`` over
+    folders, as Path.full_match does from Python 3.13 on.
+    """
+    return any(_regex(p).fullmatch(path) for p in patterns)
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Replace ``path`` by ``content`` in one step, or leave it as it was. Makes its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.chmod(file.name, path.stat().st_mode & 0o777 if path.exists() else 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise

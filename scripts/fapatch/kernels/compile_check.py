@@ -1,0 +1,330 @@
+"""Compile the kernels of flash-attn-4 for Hopper, without a GPU, and read their machine code.
+
+Without softmax: no instruction of the exponential where f needs none, one of tanh an element for silu, no
+spill (or no more than the table ALLOWED_SPILLS says), and the number of registers is printed. With softmax:
+the machine code is that of pristine upstream.
+
+Without options a small set is compiled, FULL=1 takes all: every head size, dtype, activation, mask and
+layout. --python is an interpreter with torch and nvidia-cutlass-dsl, the one of .venv if it is not given.
+Exit code 0 when all is as it should be, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import workers
+from ..base import env, git
+from ..base.errors import FapError, UsageError
+from ..base.process import CommandFailed, run
+from ..base.project import Project
+from ..series import apply, state
+from ..wheel import build_copy, cuda_toolkit
+from ..wheel.cuda_toolkit import Torch
+from ..wheel.smoke import FOR_HOPPER
+from .sass_identity import parse_listing
+
+EXCLUSIVE = True
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+REGISTERS = re.compile(r"REG:(\d+)")
+Cases = dict[str, dict[str, Any]]
+
+# Backward kernels that spill a few registers outside of what their loops are bound by: (activation, head size
+# of the tile) -> instructions. P and dS share one tanh, which stays in registers beside the score.
+ALLOWED_SPILLS = {
+    ("silu", 64): 64,
+    ("sigmoid", 64): 64,
+    ("gelu", 64): 64,
+    ("softplus", 64): 64,
+    ("identity", 256): 2,
+}
+# Forward kernels that do: four registers in a loop of 720 instructions.
+ALLOWED_FORWARD_SPILLS = {("gelu", 256): 8}
+TILE_HEAD_DIMS = (64, 96, 128, 192, 256)
+
+
+def _named(cases: list[dict[str, Any]]) -> Cases:
+    def name(case: dict[str, Any]) -> str:
+        return "-".join(f"{k}_{v}" for k, v in case.items()).translate(
+            str.maketrans({" ": "", "(": "", ")": "", "/": "", ",": "_"})
+        )
+
+    return {name(case): case for case in cases}
+
+
+SMALL = _named(
+    [
+        {"head_dim": 64},
+        {"head_dim": 128, "activation": "relu", "causal": True, "dtype": "float16"},
+        {
+            "head_dim": 128,
+            "activation": "silu",
+            "causal": True,
+            "group": 2,
+            "varlen": True,
+            "normalization": "1/visible",
+        },
+        {"head_dim": 64, "activation": "relu2", "window": (64, 0), "seqused": True},
+        {"head_dim": 128, "activation": "sigmoid", "page_size": 64},
+        {"head_dim": 64, "activation": "gelu", "causal": True, "dtype": "float16"},
+        {"head_dim": 128, "activation": "softplus"},
+    ]
+)
+SMALL_SOFTMAX = _named(
+    [{"softmax": True, "head_dim": 64}, {"softmax": True, "head_dim": 128, "causal": True, "varlen": True}]
+)
+
+
+def full() -> tuple[Cases, Cases]:
+    """Every configuration without softmax, and those with it."""
+    activations = ("identity", "relu", "relu2", "sigmoid", "silu", "gelu", "softplus")
+    cases = [
+        {"head_dim": d, "activation": a, "dtype": t, "causal": c}
+        for d, a, t, c in itertools.product(
+            (64, 96, 128, 192, 256), activations, ("bfloat16", "float16"), (False, True)
+        )
+    ]
+    cases += [
+        {"head_dim": d, "activation": a, "window": (100, 20)}
+        for d, a in itertools.product((64, 128, 256), activations)
+    ]
+    cases += [
+        {"head_dim": d, "varlen": True, "causal": c, "group": g}
+        for d, c, g in itertools.product((64, 128, 256), (False, True), (1, 4))
+    ]
+    cases += [
+        {"head_dim": d, "activation": "silu", "causal": True}
+        for d in range(8, 257, 8)
+        if d not in (64, 96, 128, 192, 256)
+    ]
+    cases += [{"head_dim": d, "head_dim_v": v, "causal": True} for d, v in ((128, 64), (192, 128), (256, 64))]
+    cases += [
+        {"head_dim": d, "head_dim_v": v, "causal": c, "activation": a}
+        for (d, v), c, a in itertools.product(
+            ((64, 96), (64, 128), (96, 128), (40, 72)), (False, True), ("identity", "silu")
+        )
+    ]
+    cases += [
+        {"head_dim": 128, "normalization": n, "causal": c, "activation": a}
+        for n, c, a in itertools.product(
+            ("1/n", "1/sqrt(n)", "1/visible"), (False, True), ("identity", "silu")
+        )
+        if c or n != "1/visible"
+    ]  # where every key is visible, it is launched as "1/n"
+    cases += [
+        {"head_dim": d, "page_size": p, "group": g}
+        for d, p, g in itertools.product((64, 128), (16, 64, 128), (1, 4))
+    ]
+    cases += [{"head_dim": 128, "activation": a, "softcap": 20.0} for a in activations]
+    cases += [
+        {"head_dim": 128, "activation": "sigmoid", "bias": b, "causal": True} for b in (None, -5.0, 1.0)
+    ]
+    cases += [{"head_dim": 128, "activation": "silu", "seqused": True, "varlen": v} for v in (False, True)]
+    softmax = [
+        {"softmax": True, "head_dim": d, "causal": c, "varlen": v}
+        for d, c, v in itertools.product((64, 96, 128, 192, 256), (False, True), (False, True))
+    ]
+    softmax += [
+        {"softmax": True, "head_dim": 128, "window": (100, 20)},
+        {"softmax": True, "head_dim": 128, "softcap": 20.0},
+        {"softmax": True, "head_dim": 128, "group": 4},
+        {"softmax": True, "head_dim": 128, "page_size": 64},
+    ]
+    return _named(cases), _named(softmax)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The machine code of one kernel: how often each instruction occurs in it, and its registers."""
+
+    instructions: Mapping[str, int]
+    registers: int
+
+    def count(self, prefix: str) -> int:
+        return sum(n for name, n in self.instructions.items() if name.startswith(prefix))
+
+    @property
+    def spills(self) -> int:
+        return self.count("LDL") + self.count("STL")
+
+
+def read(cubin: Path, cuobjdump: Path) -> Kernel:
+    listing = run(cuobjdump, "-sass", cubin).stdout.decode()
+    usage = run(cuobjdump, "-res-usage", cubin)
+    registers = REGISTERS.search((usage.stdout + usage.stderr).decode())
+    return Kernel(Counter(INSTRUCTION.findall(listing)), int(registers[1]) if registers else 0)
+
+
+def allowed_spills(case: Mapping[str, Any], backward: bool) -> int:
+    """How many instructions of the kernel may spill registers."""
+    table = ALLOWED_SPILLS if backward else ALLOWED_FORWARD_SPILLS
+    return table.get(
+        (
+            case.get("activation", "identity"),
+            next(size for size in TILE_HEAD_DIMS if case["head_dim"] <= size),
+        ),
+        0,
+    )
+
+
+def faults(case: Mapping[str, Any], kernel: Kernel, backward: bool = False) -> list[str]:
+    """What is wrong with a kernel without softmax."""
+    activation = case.get("activation", "identity")
+    wrong = []
+    small_sigmoid = activation == "sigmoid" and (
+        case.get("bias", 0.0) is None or case.get("bias", 0.0) < -2.0
+    )
+    exponential = small_sigmoid or activation in ("gelu", "softplus")
+    if not exponential and kernel.count("MUFU.EX2"):
+        wrong.append(f"{kernel.count('MUFU.EX2')} MUFU.EX2, and {activation} needs none")
+    if (
+        activation in ("identity", "relu", "relu2", "gelu", "softplus")
+        and not case.get("softcap")
+        and kernel.count("MUFU.TANH")
+    ):
+        wrong.append(f"{kernel.count('MUFU.TANH')} MUFU.TANH, and {activation} needs none")
+    allowed = allowed_spills(case, backward)
+    if kernel.spills > allowed:
+        wrong.append(f"{kernel.spills} instructions spill registers, at most {allowed} may")
+    if not kernel.count("HGMMA"):
+        wrong.append("no HGMMA: that is no attention kernel")
+    return wrong
+
+
+def compile_cases(python: Path, tree: Path, cases: Cases, folder: Path) -> None:
+    """Write folder/<case>.<fwd|bwd>.cubin for each case. Raises FapError with the last words of the
+    compiler.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    variables = {**FOR_HOPPER, "PYTHONPATH": str(tree), "PYTHONWARNINGS": "ignore"}
+    worker = workers.HERE / "compile_worker.py"
+    try:
+        run(python, worker, folder, env=variables, stdin=json.dumps(cases).encode())
+    except CommandFailed as e:
+        said = e.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+        raise FapError(
+            f"a kernel of {tree} does not compile: {''.join(said)}", f"the interpreter is {python}"
+        ) from e
+
+
+def has_dsl(python: Path) -> bool:
+    """Whether an interpreter has what flash_attn.cute is compiled with."""
+    try:
+        run(python, "-c", "import cutlass, quack, tvm_ffi, torch")
+    except CommandFailed:
+        return False
+    return True
+
+
+def check_kernels(python: Path, tree: Path, cases: Cases, folder: Path, cuobjdump: Path) -> bool:
+    """Compile kernels without softmax, print a line each; returns whether nothing is wrong with them."""
+    compile_cases(python, tree, cases, folder)
+    good = True
+    for name, case in cases.items():
+        for cubin in sorted(folder.glob(f"{name}.?wd.cubin")):
+            kernel = read(cubin, cuobjdump)
+            wrong = faults(case, kernel, backward=cubin.stem.endswith(".bwd"))
+            good &= not wrong
+            print(
+                f"{cubin.stem:<72} {kernel.registers:3} registers {sum(kernel.instructions.values()):5} "
+                f"instructions {kernel.spills:2} spills  {'; '.join(wrong) or 'ok'}",
+                flush=True,
+            )
+    return good
+
+
+def check_identity(
+    python: Path, pristine: Path, patched: Path, cases: Cases, folder: Path, cuobjdump: Path
+) -> bool:
+    """Compile kernels with softmax in both trees; returns whether there are any and their machine code is the
+    same.
+    """
+    for side, tree in (("pristine", pristine), ("patched", patched)):
+        compile_cases(python, tree, cases, folder / side)
+    cubins = sorted((folder / "pristine").glob("*.cubin"))
+    good = bool(cubins)
+    for cubin in cubins:
+        # The names of kernels hold addresses and counters of the run that traced them.
+        before, after = (
+            sorted(parse_listing(run(cuobjdump, "-sass", path).stdout.decode()).values())
+            for path in (cubin, folder / "patched" / cubin.name)
+        )
+        same = before == after and bool(before)
+        good &= same
+        print(f"{cubin.stem:<72} {'identical' if same else 'DIFFERENT'}", flush=True)
+    return good
+
+
+def importable(folder: Path) -> Path:
+    """Make flash_attn in ``folder`` a package, which this family leaves to FA2's wheel: without it an
+    installed one would go first.
+    """
+    (folder / "flash_attn" / "__init__.py").touch()
+    return folder
+
+
+def export(project: Project, tree: str, folder: Path) -> Path:
+    """The Python files of a git tree of the store, in a folder that no git knows, ready to be imported."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for path, content in git.read_tree(tree, lambda path: path.endswith(".py"), repo=project.store):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return importable(folder)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        default=os.environ.get("FULL") == "1",
+        help="every configuration (FULL=1)",
+    )
+    parser.add_argument(
+        "--python",
+        type=Path,
+        help="an interpreter with torch and nvidia-cutlass-dsl (default: the one of .venv)",
+    )
+
+
+def main(project: Project, args: argparse.Namespace) -> int:
+    if project.family.smoke != "compile":
+        raise UsageError(
+            f"the kernels of FAMILY={project.family.name} are compiled by nvcc",
+            "FAMILY=flash-attn-4 fap.py compile-check",
+        )
+    python = args.python or env.venv_python(project.venv)
+    if not has_dsl(python):
+        raise FapError(
+            f"{python} has no nvidia-cutlass-dsl, with which flash_attn.cute is compiled",
+            f"make toolchain FAMILY={project.family.name}",
+        )
+    cuobjdump = cuda_toolkit.find_program("cuobjdump", project.venv, Torch.of(python), None)
+    if cuobjdump is None:
+        raise FapError(
+            "cuobjdump, which reads the machine code, is not installed",
+            ".venv/bin/pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm",
+        )
+    tree = apply.ensure(project)
+    folder = project.build / "compile-check" / project.release.version
+    pristine, patched = (
+        export(project, id, folder / name)
+        for name, id in (
+            ("upstream", state.read(project).base_tree),
+            ("patched", build_copy.verified_tree(project, tree)),
+        )
+    )
+    cases, softmax = full() if args.full else (SMALL, SMALL_SOFTMAX)
+    good = check_kernels(python, patched, cases, folder / "without-softmax", cuobjdump)
+    good &= check_identity(python, pristine, patched, softmax, folder / "with-softmax", cuobjdump)
+    return 0 if good else 1

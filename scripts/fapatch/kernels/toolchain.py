@@ -1,0 +1,164 @@
+"""Install the compiler of the family's kernels from the Python package index into .venv.
+
+Of a family that is Python alone these are the packages that its wheel requires. Of the others it is the CUDA
+compiler, for a torch with CUDA on a machine without nvcc.
+
+The packages are those of torch's own CUDA version: compiler, headers, runtime library, and cuobjdump for
+`make sass-identity`. They get a folder of their own, .venv/cuda-toolchain: one CUDA_HOME with all its parts,
+and torch's packages stay as they are. `make wheel` finds it there. The second run does nothing and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from ..base import env
+from ..base.errors import FapError
+from ..base.pip import pip
+from ..base.process import CommandFailed, run
+from ..base.project import Project
+from ..series import apply
+from ..wheel import cuda_toolkit
+from ..wheel.cuda_toolkit import Torch
+from ..workers.missing import is_met
+
+EXCLUSIVE = True
+STAMP = "requirements.txt"  # what the folder was made from
+# Earlier packages hold ptxas, but neither nvcc nor cudafe++.
+FIRST_CUDA_WITH_NVCC = 13
+PROGRAM = """
+#include <cuda_fp16.h>
+#include <cuda/std/array>
+__global__ void twice(__half *x) { x[threadIdx.x] *= __half(2); }
+extern "C" void run(__half *x) { twice<<<1, 1>>>(x); }
+"""
+
+
+def requirements(cuda: str | None) -> list[str]:
+    """The packages for a torch that was built with ``cuda``, such as "13.0". NVIDIA's cuda-toolkit names the
+    exact version of each part.
+
+    Raises FapError for a torch without CUDA, and for a CUDA version whose nvcc is not on the package index.
+    """
+    if not cuda:
+        raise FapError(
+            ".venv has a torch without CUDA, and the compiler must be of torch's CUDA version",
+            "make env PYTHON= with an interpreter whose torch has CUDA, then make toolchain",
+        )
+    release = ".".join(cuda.split(".")[:2])
+    major = release.split(".")[0]
+    if int(major) < FIRST_CUDA_WITH_NVCC:
+        raise FapError(
+            f"the Python package index has no nvcc for CUDA {cuda}, which torch was built with (CUDA 13.0 is "
+            "the first)",
+            f"install the CUDA {release} toolkit and set CUDA_HOME, or make .venv from a torch with CUDA 13 "
+            "or newer (PYTHON=)",
+        )
+    # The disassembler reads the code of older compilers, and its packages began later: any of the same major
+    # version will do.
+    return [
+        f"cuda-toolkit[cccl,nvcc]=={release}.*",
+        f"nvidia-cuda-cuobjdump=={major}.*",
+        f"nvidia-cuda-nvdisasm=={major}.*",
+    ]
+
+
+def _link(path: Path, target: str) -> None:
+    if not path.exists():
+        path.symlink_to(target)
+
+
+def complete(home: Path) -> None:
+    """Give the packages' folder the two names that a linker looks for, and that only the other form of the
+    toolkit has.
+    """
+    _link(home / "lib64", "lib")
+    for library in (home / "lib").glob("libcudart.so.*"):
+        _link(home / "lib" / "libcudart.so", library.name)
+
+
+def check(home: Path) -> None:
+    """Compile and link a kernel. Raises FapError with the compiler's own words."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "twice.cu"
+        source.write_text(PROGRAM)
+        try:
+            options = ("-shared", "-Xcompiler", "-fPIC", "-cudart", "shared")
+            run(home / "bin" / "nvcc", *options, "-o", source.with_suffix(".so"), source)
+        except CommandFailed as e:
+            said = (e.stderr or e.stdout).decode("utf-8", "replace").strip()
+            raise FapError(
+                f"the compiler was installed and cannot compile a kernel: {said}",
+                "nvcc needs a C++ compiler: install g++, then make toolchain",
+            ) from e
+
+
+def _install(python: Path, wanted: list[str], *options: str | Path) -> None:
+    print(f"installing {', '.join(wanted)}", flush=True)
+    pip(python, "install", "--only-binary", ":all:", *options, *wanted, what=", ".join(wanted))
+
+
+def ensure(venv: Path, torch: Torch) -> str:
+    """Bring the toolchain of ``venv`` to what ``torch`` needs; returns one line that says what was done."""
+    wanted = requirements(torch.cuda)
+    folder = venv / cuda_toolkit.TOOLCHAIN
+    stamp = "".join(f"{requirement}\n" for requirement in wanted)
+    home = cuda_toolkit.toolchain_home(venv)
+    if home and (folder / STAMP).is_file() and (folder / STAMP).read_text() == stamp:
+        return (
+            f"{home.relative_to(venv.parent)} is up to date: CUDA {cuda_toolkit.version(home)}. Nothing "
+            "to do."
+        )
+    with tempfile.TemporaryDirectory(dir=venv, prefix=f".{cuda_toolkit.TOOLCHAIN}-") as scratch:
+        new = Path(scratch) / cuda_toolkit.TOOLCHAIN
+        _install(env.venv_python(venv), wanted, "--target", new)
+        home = cuda_toolkit.toolchain_home(Path(scratch))
+        if home is None:
+            raise FapError(
+                f"the packages {', '.join(wanted)} brought no nvcc",
+                "install the CUDA toolkit and set CUDA_HOME",
+            )
+        complete(home)
+        check(home)
+        (new / STAMP).write_text(stamp)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    home = cuda_toolkit.toolchain_home(venv)
+    return (
+        f"{home.relative_to(venv.parent)} is ready: CUDA {cuda_toolkit.version(home)}; `make wheel` "
+        "builds with it"
+    )
+
+
+def ensure_requirements(project: Project, python: Path) -> str:
+    """Install what the wheel of the project's release requires; returns one line that says what was done."""
+    name = f"{project.family.package} {project.release.version}"
+    wanted = env.missing(python, apply.ensure(project) / project.family.folder / "pyproject.toml", [])
+    wanted += [
+        requirement for requirement in project.family.undeclared if not is_met(Requirement(requirement))
+    ]
+    if not wanted:
+        return f".venv has all that {name} requires. Nothing to do."
+    _install(python, wanted)
+    return f".venv has all that {name} requires"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser
+
+
+def main(project: Project, args: argparse.Namespace) -> int:
+    python = env.venv_python(project.venv)
+    if not python.exists():
+        raise FapError(".venv is missing", "make env")
+    print(
+        ensure(project.venv, Torch.of(python))
+        if project.family.extension
+        else ensure_requirements(project, python)
+    )
+    return 0

@@ -1,0 +1,62 @@
+"""Our own files: those in overlay/<family>, and those that the family shares with another one, at the paths
+that they take in upstream's tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..base.errors import FapError
+from ..base.lock import Family, Lock
+from ..base.project import Project
+
+# What tools leave behind. Anything else in the folder is part of the product.
+_JUNK_FOLDERS = ("__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis")
+_JUNK_ENDINGS = (".pyc", ".orig", ".rej", "~", ".swp", ".so")
+
+
+def home(family: Family, path: str) -> str:
+    """The file of this repository that holds the overlay file at ``path`` of upstream's tree."""
+    return family.shared.get(path, f"{family.overlay}/{path}")
+
+
+def others(lock: Lock, family: Family, homes: Iterable[str]) -> list[str]:
+    """The names of the other families whose patched tree holds one of ``homes``, files of this repository."""
+    return [
+        other.name
+        for other in lock.families
+        if other.name != family.name
+        and any(h in other.shared.values() or h.startswith(f"{other.overlay}/") for h in homes)
+    ]
+
+
+def load(project: Project) -> dict[str, bytes]:
+    """Path in upstream's tree -> content.
+
+    Raises FapError for a symbolic link, which a wheel could not hold, and for a shared file that is missing
+    or has a copy.
+    """
+    files: dict[str, bytes] = {}
+    for path in sorted(project.overlay.rglob("*")):
+        name = path.relative_to(project.overlay).as_posix()
+        if name.endswith(_JUNK_ENDINGS) or any(part in _JUNK_FOLDERS for part in path.parts):
+            continue
+        if path.is_symlink():
+            raise FapError(
+                f"{path.relative_to(project.root)} is a symbolic link", "put the file itself there"
+            )
+        if path.is_file():
+            files[name] = path.read_bytes()
+    for name, kept in project.family.shared.items():
+        if name in files:
+            raise FapError(
+                f"{project.family.overlay}/{name} is a copy of {kept}",
+                f"remove it; {project.lock.path.name} shares that file",
+            )
+        try:
+            files[name] = (project.root / kept).read_bytes()
+        except FileNotFoundError as e:
+            raise FapError(
+                f"{kept} is missing, and {project.lock.path.name} shares it as {name}", f"git checkout {kept}"
+            ) from e
+    return dict(sorted(files.items()))

@@ -1,0 +1,186 @@
+"""Bring upstream's source into the store, verified; the second run does nothing and says so.
+
+Tried in this order: FA_SRC_DIR, the submodule as it lies there, the source distribution in .cache/downloads,
+then what needs the network: the submodule by git, the source distribution by pip. SOURCE=submodule,
+SOURCE=sdist or SOURCE=<path> allow one of them only. All of them must give the tree that upstream.toml names;
+a checkout of one's own may differ, with a warning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..base import git
+from ..base.errors import FapError, UsageError
+from ..base.project import Project
+from . import origins, store
+
+EXCLUSIVE = True
+PINNED_SOURCES = ("submodule", "sdist")
+
+
+@dataclass(frozen=True)
+class Base:
+    """Upstream's files in the store. ``pinned``: they are what the lock names; ``origin``: where they came
+    from, for people.
+    """
+
+    commit: str
+    tree: str
+    pinned: bool
+    origin: str
+
+
+def _subject(project: Project) -> str:
+    return f"{project.family.package} {project.release.version}, upstream's files"
+
+
+def _own_checkout(project: Project, folder: Path) -> Base:
+    """Import ``folder`` anew: nobody can say what was edited in it since the last time."""
+    commit, tree = store.import_files(
+        project, store.local_ref(project), origins.from_folder(project, folder), _subject(project)
+    )
+    if tree == project.release.tree:
+        git.git("update-ref", store.upstream_ref(project), commit, repo=project.store)
+        return Base(commit, tree, True, str(folder))
+    print(
+        f"warning: {folder} is not {project.release.version} as released (tree {tree[:12]}, expected "
+        f"{project.release.tree[:12]}); the patched tree will not be compared with the lock",
+        file=sys.stderr,
+    )
+    return Base(commit, tree, False, str(folder))
+
+
+def _pinned_files(project: Project, wanted: str) -> tuple[origins.Files, str]:
+    reasons = []
+    for online in (False, True):
+        if wanted in ("", "submodule"):
+            files, reason = origins.from_submodule(project, online)
+            if files is not None:
+                return (
+                    files,
+                    f"{project.family.submodule} at {project.release.commit[:12] or project.release.tag}",
+                )
+            reasons.append(reason)
+        if wanted in ("", "sdist"):
+            files = origins.from_sdist(project, online)
+            if files is not None:
+                return files, project.release.sdist.name
+    raise FapError(
+        f"no submodule gives {project.release.version}: {reasons[-1]}",
+        "SOURCE=sdist takes the source distribution",
+    )
+
+
+def _stored(project: Project) -> Base | None:
+    """What is in the store already, if it is what the lock names."""
+    found = store.lookup(project, store.upstream_ref(project))
+    if found and project.release.tree in ("", found[1]):
+        return Base(*found, True, "the store")
+    return None
+
+
+def chosen_source() -> str:
+    """What the environment asks for: "", "submodule", "sdist" or a folder."""
+    return os.environ.get("SOURCE") or os.environ.get("FA_SRC_DIR") or ""
+
+
+def current(project: Project) -> Base | None:
+    """What a patched tree would be made from, without fetching anything; None when that is not known yet."""
+    return _stored(project) if chosen_source() in ("", *PINNED_SOURCES) else None
+
+
+def pinned(project: Project, wanted: str = "", again: bool = False) -> Base:
+    """The files that the lock names, in the store: fetched if they are not there or damaged, or ``again``.
+    ``wanted``: "" or one of PINNED_SOURCES. Raises FapError when no source can be reached or one gives other
+    files.
+    """
+    stored = _stored(project)
+    if stored and not store.is_sound(project, stored.commit):
+        away = store.set_aside(project)
+        print(f"the store was damaged; it lies in {away} now and is filled again", file=sys.stderr)
+        stored = None
+    if stored and not again:
+        return stored
+    files, origin = _pinned_files(project, wanted)
+    commit, tree = store.import_files(
+        project, store.upstream_ref(project), files, _subject(project), project.release.tree
+    )
+    return Base(commit, tree, True, origin)
+
+
+def ensure(project: Project, wanted: str | None = None, again: bool = False) -> Base:
+    """``pinned``, or the files of somebody's own checkout when ``wanted`` (default: the environment) is a
+    folder.
+    """
+    wanted = chosen_source() if wanted is None else wanted
+    if wanted in ("", *PINNED_SOURCES):
+        return pinned(project, wanted, again)
+    if not Path(wanted).is_dir():
+        raise UsageError(
+            f"SOURCE or FA_SRC_DIR is {wanted}, which is no folder",
+            "give submodule, sdist or the path of a checkout",
+        )
+    return _own_checkout(project, Path(wanted).resolve())
+
+
+def cutlass(project: Project) -> str:
+    """The commit in the store that holds the CUTLASS headers of the project's release, fetched if it is not
+    there.
+    """
+    ref = store.cutlass_ref(project)
+    if (found := store.lookup(project, ref)) and store.is_sound(project, found[0]):
+        return found[0]
+    for online in (False, True):
+        files = origins.cutlass_from_submodule(project, online) or origins.cutlass_from_sdist(project, online)
+        if files is not None:
+            return store.import_files(
+                project, ref, files, f"CUTLASS headers of {project.family.package} {project.release.version}"
+            )[0]
+    raise FapError(
+        f"no source has the CUTLASS headers of {project.release.version}", "make fetch SOURCE=sdist"
+    )
+
+
+def export_cutlass(project: Project, folder: Path) -> int:
+    """Write the CUTLASS headers that the release was made with to ``folder``/include; returns how many files
+    there are.
+
+    ``folder`` stands for upstream's csrc/cutlass. Files that are there with the same bytes keep their time
+    stamps.
+    """
+    commit = cutlass(project)
+    files = list(git.read_tree(commit, lambda _: True, repo=project.store))
+    for path, content in files:
+        target = folder / path
+        if target.is_file() and target.read_bytes() == content:
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    return len(files)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--source",
+        help="submodule, sdist or the path of a checkout (default: SOURCE, else whatever can be reached)",
+    )
+
+
+def main(project: Project, args: argparse.Namespace) -> int:
+    wanted = args.source if args.source is not None else chosen_source()
+    # Asking for one source by name means: fetch it and compare, even when the files are there from another.
+    base = ensure(project, wanted, again=bool(wanted))
+    name = f"{project.family.package} {project.release.version}"
+    if base.origin == "the store":
+        print(f"{name} is in the store already, tree {base.tree[:12]}. Nothing to do.")
+    else:
+        print(
+            f"{name} fetched from {base.origin}, tree {base.tree[:12]}"
+            + ("" if project.release.tree else " (not in the lock yet)")
+        )
+    return 0

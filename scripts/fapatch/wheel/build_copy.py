@@ -1,0 +1,88 @@
+"""The folder in which upstream's setup.py runs: the files of the patched tree, without git, beside the
+objects of earlier builds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from ..base import git
+from ..base.errors import FapError
+from ..base.project import Project
+from ..series import state
+from ..source import fetch
+
+MANIFEST = ".fapatch-files.json"
+CUTLASS_MARK = "csrc/cutlass/include/cutlass/cutlass.h"
+
+
+def verified_tree(project: Project, worktree: Path) -> str:
+    """The git id of the tree committed in ``worktree``. Raises FapError unless it is the patched tree that
+    upstream.toml names.
+
+    Only a checkout of one's own (FA_SRC_DIR) may differ from the lock; it must then be what `apply` made of
+    it.
+    """
+    known = state.read(project)
+    expected = project.release.patched_tree if known is None or known.pinned else known.tree
+    found = git.output("rev-parse", "HEAD^{tree}", cwd=worktree)
+    if found != expected:
+        raise FapError(
+            f"the patched tree is {found[:12]}, {project.lock.path.name} says "
+            f"{expected[:12] or 'nothing yet'}",
+            "`make refresh` exports what was committed and writes the id, `make status` says what differs",
+        )
+    return found
+
+
+def _write_if_different(target: Path, content: bytes) -> None:
+    """Leave an equal file and its time stamp alone: ninja decides by time stamps what to compile."""
+    if target.is_file() and target.read_bytes() == content:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)
+
+
+def _provide_cutlass(project: Project, with_cutlass: bool) -> None:
+    if not project.family.cutlass_submodule:
+        return
+    if with_cutlass:
+        fetch.export_cutlass(project, project.wheel_dir / project.family.cutlass_submodule)
+        return
+    # setup.py asserts that this file exists, also when it compiles nothing.
+    mark = project.wheel_dir / CUTLASS_MARK
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+def sync(project: Project, tree: str, with_cutlass: bool) -> None:
+    """Make ``project.wheel_dir`` hold the files of ``tree``, a git id, and none of an earlier tree; objects
+    stay.
+    """
+    target = project.wheel_dir
+    target.mkdir(parents=True, exist_ok=True)
+    if (target / ".git").exists():
+        raise FapError(
+            f"{target.relative_to(project.root) / '.git'} exists, and upstream's setup.py would run git "
+            "there",
+            "remove it",
+        )
+    # Read from the store and not from the worktree: these are the bytes that the verified id stands for.
+    files = dict(git.read_tree(tree, lambda path: True, repo=project.store))
+    manifest = target / MANIFEST
+    before = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else []
+    manifest.write_text(
+        json.dumps(sorted({*before, *files})), encoding="utf-8"
+    )  # both, in case the copy is cut short
+    for name, content in files.items():
+        _write_if_different(target / name, content)
+    for name in set(before) - set(files):
+        (target / name).unlink(missing_ok=True)
+    # setuptools would put what an earlier build left in these into the new wheel.
+    top = project.setup_dir
+    for leftover in [*(top / "build").glob("lib*"), *(top / "build").glob("bdist*"), *top.glob("*.egg-info")]:
+        shutil.rmtree(leftover)
+    _provide_cutlass(project, with_cutlass)
+    manifest.write_text(json.dumps(sorted(files)), encoding="utf-8")

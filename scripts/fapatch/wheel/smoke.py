@@ -1,0 +1,286 @@
+"""One forward and backward without softmax through the installed package, against the same sum written out in
+float64.
+
+The shape is causal, bottom-right aligned, with more queries than keys, so that some rows see no key and must
+come out exactly 0: there a kernel that still divides by a softmax sum gives NaN. Two key heads serve four
+query heads.
+
+Where the kernels are compiled when they are called, these calls need a Hopper GPU. Elsewhere one kernel is
+compiled for Hopper without a GPU: upstream compiles for fake tensors when the architecture is named. Where
+the compiler is not installed either, the installed files are parsed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import math
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata, util
+from typing import TYPE_CHECKING
+
+from ..base.errors import FapError
+from ..base.lock import Family
+from ..base.project import Project
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH, SEQLEN_Q, SEQLEN_K, NHEADS, NHEADS_K = 2, 160, 96, 4, 2
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}  # relative; a few roundings of each dtype
+
+# Read when flash_attn.cute and its compiler are imported: which kernels to take, what to compile them for,
+# and for how many SMs (H100). A kernel that an earlier run left on the disk would show nothing.
+FOR_HOPPER = {
+    "FLASH_ATTENTION_ARCH": "sm_90",
+    "CUTE_DSL_ARCH": "sm_90a",
+    "FLASH_ATTENTION_NUM_SMS": "132",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
+}
+HOPPER = (9, 0)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the package runs, what that is called, and with what it is called there: the kernels that the
+    installed build has.
+
+    ``module`` has the function that is called.
+    """
+
+    device: str
+    name: str
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    head_dim: int = 64
+    backward: bool = True
+    module: str = "flash_attn"
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
+        """Without softmax, by what this wheel has for the device and not by another wheel beside it."""
+        options = {"backend": "fa2"} if (self.device, self.module) == ("cuda", "flash_attn") else {}
+        out = importlib.import_module(self.module).flash_attn_func(
+            q, k, v, causal=causal, use_softmax=False, **options
+        )
+        return out[0] if isinstance(out, tuple) else out  # flash_attn.cute also returns an empty log-sum-exp
+
+    @property
+    def passes(self) -> str:
+        return "forward and backward" if self.backward else "forward"
+
+
+def in_float64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """out = (M * (scale q k^T)) v. q: (batch, seqlen_q, nheads, head_dim), k, v: (batch, seqlen_k, nheads_k,
+    head_dim), all float64.
+    """
+    import torch
+
+    k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
+    visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[1] - q.shape[1])
+    return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~visible, 0), v)
+
+
+def measure(target: Target, dtype: torch.dtype) -> tuple[dict[str, float], int, float]:
+    """(relative error of out, dq, dk, dv in the maximum norm; how many NaN or Inf; seconds for the passes of
+    ``target``).
+    """
+    import torch
+
+    def passes(attend, q, k, v, dout):
+        out = attend(q, k, v)
+        return [out.detach(), *(torch.autograd.grad(out, (q, k, v), dout) if target.backward else ())]
+
+    torch.manual_seed(0)
+    probe(target, dtype)  # first calls import and compile
+    d = target.head_dim
+    shapes = [(BATCH, SEQLEN_Q, NHEADS, d), *[(BATCH, SEQLEN_K, NHEADS_K, d)] * 2]
+    *inputs, dout = [torch.randn(s, device=target.device, dtype=dtype) for s in (*shapes, shapes[0])]
+    start = time.perf_counter()
+    leaves = [t.requires_grad_(target.backward) for t in inputs]
+    results = passes(partial(target.attend, causal=True), *leaves, dout)
+    not_finite = sum(int((~t.isfinite()).sum()) for t in results)
+    seconds = time.perf_counter() - start
+    # Leaves of their own, or their gradients would be rounded too.
+    expected = passes(
+        in_float64, *[t.detach().double().requires_grad_(target.backward) for t in inputs], dout.double()
+    )
+    errors = [float((r.double() - e).abs().max() / e.abs().max()) for r, e in zip(results, expected)]
+    return dict(zip(("out", "dq", "dk", "dv"), errors)), not_finite, seconds
+
+
+def probe(target: Target, dtype: torch.dtype) -> None:
+    """Attend once, to one key. Raises what the package raises."""
+    import torch
+
+    target.attend(*[torch.zeros(1, 1, 1, target.head_dim, device=target.device, dtype=dtype)] * 3)
+
+
+def on_gpu() -> Target:
+    """The GPU, with one of the head dimensions and the dtypes that the extension was built for
+    (kernel_build.py).
+
+    Raises ValueError or RuntimeError, which say why it cannot be the GPU.
+    """
+    import torch
+
+    built = {}
+    try:
+        import flash_attn_2_cuda as extension
+    except ImportError:
+        pass  # the call below says it better
+    else:
+        kinds = {"fp16": "float16", "bf16": "bfloat16"}
+        built = {"dtypes": tuple(kinds[x] for x in getattr(extension, "built_dtypes", kinds))}
+        passes = getattr(extension, "built_passes", ("fwd", "bwd"))
+        if "fwd" not in passes:
+            raise RuntimeError(
+                f"this build has no forward kernels (PASSES={','.join(passes)}), and nothing to show without "
+                "a cache"
+            )
+        head_dims = getattr(extension, "built_head_dims", (Target.head_dim,))
+        head_dim = Target.head_dim if Target.head_dim in head_dims else head_dims[0]
+        built |= {"head_dim": head_dim, "backward": "bwd" in passes}
+    target = Target("cuda", torch.cuda.get_device_name(), **built)
+    probe(target, getattr(torch, target.dtypes[0] if built else "float16"))
+    return target
+
+
+def best_target() -> Target:
+    """The fastest device on which the installed package runs without softmax."""
+    import platform
+
+    import torch
+
+    if torch.cuda.is_available():
+        try:
+            return on_gpu()
+        except (ValueError, RuntimeError) as e:
+            print(f"not on the GPU: {e}")
+    return Target("cpu", platform.machine())
+
+
+def report(target: Target, package: str) -> bool:
+    """Print one line a dtype for the installed ``package``; returns whether all of them are right."""
+    import torch
+
+    print(
+        f"smoke      {package} {metadata.version(package)}, use_softmax=False, causal, {target.passes} on "
+        f"{target.device} ({target.name}) against float64"
+    )
+    good = True
+    for kind in target.dtypes:
+        errors, not_finite, seconds = measure(target, getattr(torch, kind))
+        fine = not_finite == 0 and all(e <= TOLERANCE[kind] for e in errors.values())
+        numbers = "  ".join(f"{n} {e:.1e}" for n, e in errors.items())
+        verdict = "ok" if fine else "WRONG"
+        print(
+            f"           {kind:<9} relative error {numbers}  NaN or Inf: {not_finite}  {seconds * 1e3:.0f} "
+            f"ms  {verdict}"
+        )
+        good &= fine
+    return good
+
+
+def parsed(family: Family) -> int:
+    """How many Python files of the package are installed. Raises FapError when one is gone or does not parse,
+    or Python finds others.
+    """
+    files = [file.locate() for file in metadata.files(family.package) or () if file.suffix == ".py"]
+    try:
+        for file in files:
+            ast.parse(file.read_bytes(), str(file))
+    except (OSError, SyntaxError) as e:
+        raise FapError(
+            f"the installed {family.package} cannot be read: {e}", f"make wheel FAMILY={family.name}"
+        ) from e
+    module = family.code.replace("/", ".")
+    spec = util.find_spec(module)
+    if spec is None or spec.origin not in map(str, files):
+        raise FapError(
+            f"{module} is {spec and spec.origin}, which is not of {family.package}",
+            "uninstall whatever brought that file",
+        )
+    return len(files)
+
+
+def lacking(family: Family) -> list[str]:
+    """The requirements of the installed package, declared or not, that this environment does not meet."""
+    from packaging.requirements import Requirement
+
+    from ..workers.missing import is_met
+
+    wanted = [Requirement(line) for line in [*(metadata.requires(family.package) or ()), *family.undeclared]]
+    return [str(r) for r in wanted if not is_met(r)]
+
+
+def compile_one() -> float:
+    """Compile a causal bf16 forward kernel without softmax for Hopper; returns the seconds of the import and
+    the call.
+    """
+    os.environ.update(FOR_HOPPER)
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    start = time.perf_counter()
+    from flash_attn.cute import flash_attn_func
+
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that a fake tensor is asked for its address
+        shapes = [
+            (BATCH, SEQLEN_Q, NHEADS, 128),
+            *[(BATCH, SEQLEN_K, NHEADS_K, 128)] * 2,
+        ]
+        flash_attn_func(
+            *[torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in shapes],
+            causal=True,
+            use_softmax=False,
+        )
+    return time.perf_counter() - start
+
+
+def report_compiled(family: Family) -> bool:
+    """Print what was checked and what was not; returns whether all that was checked is right."""
+    if missing := lacking(family):
+        print(
+            f"smoke      {family.package} {metadata.version(family.package)}: {parsed(family)} Python files "
+            "are installed and parse"
+        )
+        print(
+            f"           not compiled and not run: .venv lacks {', '.join(missing)} (make toolchain "
+            f"FAMILY={family.name} installs them)"
+        )
+        return True
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER:
+        target = Target(
+            "cuda",
+            torch.cuda.get_device_name(),
+            ("bfloat16", "float16"),
+            module=family.code.replace("/", "."),
+        )
+        return report(target, family.package)
+    print(
+        f"smoke      {family.package} {metadata.version(family.package)}: {parsed(family)} Python files are "
+        "installed and parse"
+    )
+    print(
+        f"           a causal forward kernel without softmax compiles for Hopper in {compile_one():.1f} s; "
+        "not run: no Hopper GPU here"
+    )
+    return True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser
+
+
+def main(project: Project, args: argparse.Namespace) -> int:
+    if project.family.smoke == "compile":
+        return 0 if report_compiled(project.family) else 1
+    return 0 if report(best_target(), project.family.package) else 1
