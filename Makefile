@@ -1,13 +1,13 @@
 # Thin on purpose: every target is one call of scripts/fap.py, which `scripts/fap.py --help` explains.
 # Variables: VERSION (upstream release), BACKEND (auto, cpu, cuda), SOURCE (submodule, sdist, path), FA_SRC_DIR, FAMILY,
 #            HEAD_DIMS, DTYPES, PASSES, ARCHS, NO_SOFTMAX_ONLY, MAX_JOBS (CUDA builds: csrc/flash_attn/kernel_build.py in the overlay),
-#            FRACTION, COUNT, SEED, FULL (upstream-test; FULL also sass-identity, compile-check), FORCE (clean), PYTHON (the interpreter that .venv is made from).
+#            FRACTION, COUNT, SEED, FULL (upstream-test; FULL also sass-identity, compile-check), FORCE (clean), WIDEN (rebase), PYTHON (the interpreter that .venv is made from).
 PYTHON ?= python3
 PY     := .venv/bin/python
 FAP    := $(PY) scripts/fap.py
 JOBS   ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 2)')
 export HEAD_DIMS DTYPES PASSES ARCHS NO_SOFTMAX_ONLY
-export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN
+export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN WIDEN
 
 .PHONY: help env fetch apply status refresh rebase rebase-continue rebase-abort bundle lint toolchain wheel smoke sass-identity compile-check \
         test test-fast test-unit test-patches test-attention upstream-test sanitize bench bench-gpu bench-fa4 bench-host bench-linear clean distclean
@@ -30,7 +30,7 @@ status: env  ## say whether the patched tree is up to date, and if not, why
 refresh: env  ## export the commits of the patched tree back to patches/ and overlay/
 	@$(FAP) refresh
 
-rebase: env  ## carry the series to VERSION=...
+rebase: env  ## carry the series to VERSION=..., or to the checkout FA_SRC_DIR= under that name (WIDEN=1 widens Applies-To)
 	@$(FAP) rebase
 
 rebase-continue: env  ## go on after a conflict

@@ -590,7 +590,7 @@ def test_softmax_gives_the_extension_upstreams_arguments(cuda_call, extension):
 
 def test_no_argument_says_that_there_is_no_softmax(cuda_call):
     """What stands for the extension is upstream's: calls without softmax don't come there."""
-    with pytest.raises(TypeError, match=r"fwd\(\) takes 13 arguments and got 14"):
+    with pytest.raises(TypeError, match=r"fwd\(\) takes 13 arguments .* and got 14"):
         stands_for_extension.fwd(*cuda_call, False)
 
 
@@ -734,7 +734,7 @@ def test_rocm_has_softmax_alone(cuda_call, extension, kind, monkeypatch):
 
 
 def test_too_few_arguments(cuda_call):
-    with pytest.raises(TypeError, match=r"fwd\(\) lacks its last arguments: return_softmax, gen"):
+    with pytest.raises(TypeError, match=r"fwd\(\) takes 13 arguments .*return_softmax, gen\) and got 11"):
         stands_for_extension.fwd(*cuda_call[:-2])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from toy import MESSAGE, RELEASES, Toy, lock_text, make_sdist, make_upstream, shell
+from toy import MESSAGE, RELEASES, Toy, lock_text, make_sdist, make_upstream, point_pip_at, shell
 
 ROOT = Path(__file__).resolve().parents[2]
 CHOICES = ("VERSION", "FAMILY", "SOURCE", "FA_SRC_DIR", "FORCE")  # what fap.py reads from the environment
@@ -97,3 +97,9 @@ def toy(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Itera
     root = tmp_path / "checkout"
     shutil.copytree(made, root, symlinks=True)
     yield Toy(root, capsys)
+
+
+@pytest.fixture
+def index_is_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package index that nobody can reach, as on a machine without network."""
+    point_pip_at(monkeypatch, "http://127.0.0.1:9/simple")

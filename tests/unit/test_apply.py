@@ -54,12 +54,12 @@ def test_equal_inputs_give_equal_commits(fresh, toy):
     assert fresh.git("rev-parse", "HEAD") == state.read(toy.project()).commit
 
 
-def test_a_tree_of_another_id_is_not_put_in_place(toy):
+def test_an_edited_overlay_needs_no_refresh(toy):
     toy.replace(toy.overlay / "toy" / "ours.py", "1", "2")
-    before = stamps(toy)
-    said = toy.fap("apply", code=1)
-    assert "upstream.toml says" in said and "make refresh" in said
-    assert stamps(toy) == before and not toy.leftovers()
+    old, lock = state.read(toy.project()).tree, (toy.root / "upstream.toml").read_bytes()
+    assert "overlay changed: toy/ours.py" in toy.fap("apply")
+    assert state.read(toy.project()).tree == toy.git("rev-parse", "HEAD^{tree}") != old
+    assert "Nothing to do" in toy.fap("apply") and (toy.root / "upstream.toml").read_bytes() == lock
 
 
 @pytest.mark.parametrize(
@@ -184,12 +184,46 @@ def test_what_a_killed_run_left_is_dropped(toy):
     assert not toy.leftovers() and toy.fap("status") and not (toy.source / "half").exists()
 
 
-def test_release_outside_applies_to_skips_the_patch(toy):
+def test_every_patch_that_does_not_apply_is_named(toy):
+    for name, old in ((CORE_PATCH, "-line 8\n"), (DOS_PATCH, "-line 30\n")):
+        toy.replace(toy.patches / name, old, "-line 99\n")
+    said = toy.fap("apply", code=1)
+    assert f"2 patches do not apply to 1.0: {CORE_PATCH} (toy/core.py, hunk 1 of 1" in said
+    assert f"; {DOS_PATCH} (toy/core.py, hunk" in said and len(said.splitlines()) == 2
+
+
+@pytest.mark.parametrize("command", ["apply", "refresh", "bundle"])
+def test_a_release_outside_applies_to_is_refused(toy, command):
+    """Without a patch that it needs, a release would be half patched and look like a whole one."""
+    for patch in toy.patches.glob("*.patch"):
+        toy.replace(patch, "Applies-To: >=1.0", "Applies-To: >=1.0,<1.1")
+    said = toy.fap(command, code=1, version="1.1")
+    assert f"not carried yet: 1.1 is outside the Applies-To of {CORE_PATCH}, {DOS_PATCH}" in said
+    assert "make rebase VERSION=1.1" in said and not toy.project("1.1").source.exists()
+
+
+def test_a_release_that_needs_no_backport_is_carried_without_it(toy):
     patch = toy.patches / CORE_PATCH
-    patch.write_bytes(patch.read_bytes().replace(b"Applies-To: >=1.0", b"Applies-To: >=1.0,<1.1"))
-    toy.fap("refresh")
+    toy.replace(patch, "Applies-To: >=1.0", "Applies-To: >=1.0,<1.1")
+    toy.replace(patch, "Inappropriate [toy]", "Backport [1.1]")
     assert f"skipped {CORE_PATCH}: 1.1 is outside its Applies-To" in toy.fap("apply", version="1.1")
     assert "line eight" not in (toy.project("1.1").source / "toy" / "core.py").read_text()
+    assert "is up to date: 1 patches" in toy.fap("apply", version="1.1")
+    assert "clean, 1 patches" in toy.fap("status", version="1.1")
+
+
+def test_one_of_two_forms_of_a_patch_is_enough(toy):
+    """Two files of one subject: each release takes the one that it is inside of."""
+    new = (toy.patches / CORE_PATCH).read_bytes().replace(b">=1.0", b">=1.1")
+    (toy.patches / "core-change-line-eight-1-1.patch").write_bytes(new.replace(b"+line eight", b"+line new"))
+    toy.replace(toy.patches / CORE_PATCH, ">=1.0", ">=1.0,<1.1")
+    toy.replace(toy.patches / "series", DOS_PATCH, f"core-change-line-eight-1-1.patch\n{DOS_PATCH}")
+    for version, line in (("1.0", "line eight\n"), ("1.1", "line new\n")):
+        toy.fap("apply", version=version)
+        assert line in (toy.project(version).source / "toy" / "core.py").read_text()
+    before = toy.exported()
+    toy.fap("refresh")
+    assert toy.exported() == before
 
 
 @pytest.mark.parametrize(

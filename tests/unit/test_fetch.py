@@ -4,33 +4,55 @@ once they were there.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import subprocess
 import tarfile
-from pathlib import Path
+import threading
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from fapatch.base import git
-from fapatch.base.errors import FapError
 from fapatch.base.files import matches
 from fapatch.source import fetch
-from toy import lock_text, make_sdist, release_files, shell
+from toy import RELEASES, SHARED, lock_text, make_sdist, point_pip_at, release_files, shell, upstream_tree
 
 
 @pytest.fixture
-def index_is_far(monkeypatch, tmp_path):
-    """No package index, as on a machine without network; returns a function that says what pip was
-    asked for.
+def index(tmp_path, monkeypatch):
+    """A package index on this machine; returns the folder of its pages, for the files and what it says of
+    them.
     """
-    log = tmp_path / "pip.log"
+    folder = tmp_path / "index" / "simple" / "toy"
+    folder.mkdir(parents=True)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "index"))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *args: None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    point_pip_at(monkeypatch, f"http://127.0.0.1:{server.server_port}/simple")
+    yield folder
+    server.shutdown()
 
-    def pip_download(project, requirement: str, into: Path) -> Path:
-        log.write_text(requirement)
-        raise FapError(f"pip cannot download {requirement.split()[0]}: no route", "connect")
 
-    monkeypatch.setattr("fapatch.source.download.pip_download", pip_download)
-    return log
+def offer(index, data: bytes, version: str = "1.0", sha256: str | None = None) -> None:
+    """Put a source distribution on the index, with the hash of ``data`` unless another one is given."""
+    digest = hashlib.sha256(data).hexdigest() if sha256 is None else sha256
+    (index / f"toy-{version}.tar.gz").write_bytes(data)
+    link = f"toy-{version}.tar.gz" + (f"#sha256={digest}" if digest else "")
+    (index / "index.html").write_text(f'<a href="{link}">toy-{version}.tar.gz</a>')
+
+
+@contextmanager
+def monkeyed_release(version: str, setup: str):
+    """A release of the toy like 1.1, with another setup.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RELEASES, version, RELEASES["1.1"])
+        patch.setitem(SHARED, "setup.py", setup)
+        yield
 
 
 def tree(toy, version="1.0"):
@@ -76,14 +98,13 @@ def test_works_without_network_once_the_cache_is_filled(fresh, index_is_far):
     sdist(fresh).unlink()
     fresh.fap("clean")
     fresh.fap("apply")
-    assert not index_is_far.exists()
 
 
 def test_without_cache_and_network_it_says_what_to_do(fresh, index_is_far):
     sdist(fresh).unlink()
     said = fresh.fap("fetch", code=1)
-    assert "pip cannot download toy==1.0" in said
-    assert index_is_far.read_text() == f"toy==1.0 --hash=sha256:{fresh.project().release.sdist.sha256}"
+    assert "toy-1.0.tar.gz was not found: 127.0.0.1: [Errno 111] Connection refused  ->  " in said
+    assert str(sdist(fresh).parent) in said
     assert not fresh.leftovers()
 
 
@@ -108,15 +129,10 @@ def test_wrong_file_in_the_cache_is_refused_by_name(fresh, damage, told):
         (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "has sha256"),
     ],
 )
-def test_wrong_download_never_reaches_the_cache(fresh, monkeypatch, damage, told):
+def test_wrong_download_never_reaches_the_cache(fresh, index, damage, told):
     good = sdist(fresh).read_bytes()
     sdist(fresh).unlink()
-
-    def pip_download(project, requirement: str, into: Path) -> Path:
-        (into / "toy-1.0.tar.gz").write_bytes(damage(good))
-        return into / "toy-1.0.tar.gz"
-
-    monkeypatch.setattr("fapatch.source.download.pip_download", pip_download)
+    offer(index, damage(good))
     assert told in fresh.fap("fetch", code=1)
     assert not sdist(fresh).exists() and not tree(fresh) and not fresh.leftovers()
 
@@ -190,7 +206,7 @@ def test_submodule_that_is_there_serves_other_releases_by_commit_and_tag(fresh, 
     assert "fetched from third_party/toy" in fresh.fap("fetch", version="1.1")
     fresh.replace(fresh.root / "upstream.toml", fresh.project().release.commit, "")
     assert "fetched from third_party/toy at v1.0" in fresh.fap("fetch")
-    assert tree(fresh) == fresh.project().release.tree and not index_is_far.exists()
+    assert tree(fresh) == fresh.project().release.tree
 
 
 def test_submodule_that_cannot_be_reached_falls_back_and_says_so_when_asked_for(fresh, tmp_path):
@@ -246,7 +262,6 @@ def test_carried_cache(toy, tmp_path, index_is_far):
     toy.root = other
     assert "not made yet" in toy.fap("status", code=1)
     assert "is ready" in toy.fap("apply") and "clean" in toy.fap("status")
-    assert not index_is_far.exists()
 
 
 @pytest.mark.parametrize("damage", ["blob", "everything", "head"])
@@ -294,14 +309,47 @@ def test_cutlass_headers_are_laid_out(fresh, tmp_path):
     assert header.stat().st_mtime_ns == before
 
 
-def test_pip_download_says_what_its_interpreter_lacks(fresh, monkeypatch, tmp_path):
-    lacking = tmp_path / "python"
-    lacking.write_text("#!/bin/sh\necho \"No module named 'torch'\" >&2\nexit 1\n")
-    lacking.chmod(0o755)
-    monkeypatch.setattr("fapatch.source.download.python", lambda project: lacking)
+def test_a_release_is_added_from_the_index_and_nothing_of_it_runs(fresh, index, tmp_path):
+    """setup.py of the archive would leave a file; the lock gets what the index and the archive say."""
+    ran = tmp_path / "ran"
+    with monkeyed_release("1.2", f"open({str(ran)!r}, 'w')\n"):
+        data = make_sdist(tmp_path / "sdist.tar.gz", "1.2")
+        offer(index, data, "1.2")
+        said = fresh.fap("lock", "add", "1.2")
+        release = fresh.project("1.2").release
+        assert "downloading toy-1.2.tar.gz" in said and "carried: 2 patches apply as they are" in said
+        assert (release.sdist.sha256, release.sdist.size) == (hashlib.sha256(data).hexdigest(), len(data))
+        assert release.tree == upstream_tree("1.2") and not ran.exists() and not fresh.leftovers()
+
+
+@pytest.mark.parametrize(
+    "sha256, told", [("0" * 64, "has sha256"), ("", "the index gives no sha256 for toy-1.2.tar.gz")]
+)
+def test_a_release_whose_hash_is_another_is_not_added(fresh, index, sha256, told):
+    offer(index, b"another file", "1.2", sha256)
+    lock = (fresh.root / "upstream.toml").read_bytes()
+    assert told in fresh.fap("lock", "add", "1.2", code=1)
+    assert (fresh.root / "upstream.toml").read_bytes() == lock and not fresh.leftovers()
+    assert "toy-1.3.tar.gz was not found: 127.0.0.1 does not have it" in fresh.fap(
+        "lock", "add", "1.3", code=1
+    )
+
+
+def test_an_index_that_answers_in_json(fresh, index):
+    data = sdist(fresh).read_bytes()
     sdist(fresh).unlink()
-    said = fresh.fap("fetch", code=1)
-    assert "No module named 'torch'" in said and "make env" in said
+    offer(index, data)
+    file = {"filename": "toy-1.0.tar.gz", "url": "toy-1.0.tar.gz", "hashes": {}}
+    (index / "index.html").write_text(json.dumps({"files": [file]}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SimpleHTTPRequestHandler.extensions_map, ".html", "application/vnd.pypi.simple.v1+json")
+        assert "fetched from toy-1.0.tar.gz" in fresh.fap("fetch")
+
+
+def test_a_folder_that_pip_looks_into_serves_too(fresh, index_is_far, monkeypatch, tmp_path):
+    shutil.move(sdist(fresh), tmp_path / "toy-1.0.tar.gz")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert "fetched from toy-1.0.tar.gz" in fresh.fap("fetch")
 
 
 def test_user_configuration_does_not_leak(toy, person, monkeypatch, tmp_path):

@@ -59,7 +59,7 @@ def test_fixup_changes_its_patch_only(toy):
     tree = head_tree(toy)
     assert verdicts(toy.fap("refresh")) == {CORE_PATCH: "changed", DOS_PATCH: "refreshed"}
     assert b"+line twenty" in (toy.patches / CORE_PATCH).read_bytes()
-    assert head_tree(toy) == tree == toy.project().release.patched_tree
+    assert head_tree(toy) == tree == state.read(toy.project()).tree
     assert "clean" in toy.fap("status") and "Nothing to do" in toy.fap("apply")
 
 
@@ -124,16 +124,11 @@ def test_commit_over_both_is_taken_apart(toy):
     assert (toy.overlay / "toy" / "ours.py").read_text() == "ours = 2\n"
 
 
-def test_edited_overlay_only_renews_the_tree_ids(toy):
-    old = {r.version: r.patched_tree for r in toy.project().family.releases}
+def test_refresh_leaves_the_lock_alone(toy):
+    lock = (toy.root / "upstream.toml").read_bytes()
     toy.replace(toy.overlay / "toy" / "ours.py", "1", "5")
-    toy.fap("refresh")
-    new = {r.version: r.patched_tree for r in toy.project().family.releases}
-    assert all(old[v] != new[v] for v in old)
-    text = (toy.root / "upstream.toml").read_text()
-    assert text.startswith("# A comment that must stay.") and "revision = 3  # and this one too" in text
-    for version in new:
-        toy.fap("apply", version=version)
+    assert "patched tree" in toy.fap("refresh") and "clean" in toy.fap("status")
+    assert (toy.root / "upstream.toml").read_bytes() == lock
 
 
 def test_overlay_edited_in_the_checkout_and_other_files_in_the_tree_are_merged(toy):
@@ -201,6 +196,7 @@ def test_lines_that_moved_are_a_refresh_not_a_change(toy):
 def test_skipped_patch_keeps_its_place(toy):
     patch = toy.patches / CORE_PATCH
     toy.replace(patch, "Applies-To: >=1.0", "Applies-To: >=1.1")
+    toy.replace(patch, "Inappropriate [toy]", "Backport [0.9]")
     toy.fap("refresh")
     assert names(toy) == [CORE_PATCH, DOS_PATCH] and b">=1.1" in patch.read_bytes()
     toy.commit(MESSAGE.format(area="ops", title="Go deeper", applies=">=1.0"), **{"ops/deep": ("1", "2")})
@@ -208,15 +204,27 @@ def test_skipped_patch_keeps_its_place(toy):
     assert names(toy) == [CORE_PATCH, DOS_PATCH, "ops-go-deeper.patch"]
 
 
-def test_release_that_cannot_be_renewed_is_named_and_the_rest_is_written(toy, monkeypatch):
+def test_release_that_is_not_carried_is_left_out_and_no_fault(toy):
+    toy.replace(toy.patches / CORE_PATCH, ">=1.0", ">=1.0,<1.1")
+    assert f"left out   not carried yet: 1.1 is outside the Applies-To of {CORE_PATCH}" in toy.fap("refresh")
+
+
+def test_release_that_the_series_no_longer_serves_is_named_and_the_rest_is_written(toy):
+    toy.commit(
+        MESSAGE.format(area="init", title="Change what 1.1 has not", applies=">=1.0"),
+        __init__=("VERSION = '1.0'", "VERSION = 'ours'"),
+    )
+    said = toy.fap("refresh", code=1)
+    assert "warning: 1.1: does not apply any more: init-change-what-1-1-has-not.patch (toy/__init__" in said
+    assert "init-change-what-1-1-has-not.patch" in names(toy) and "clean" in toy.fap("status")
+
+
+def test_release_that_cannot_be_fetched_is_named_and_the_rest_is_written(toy, index_is_far):
     (toy.root / ".cache" / "downloads" / "toy-1.1.tar.gz").unlink()
     git.git("update-ref", "-d", "refs/upstream/toy/1.1", repo=toy.project().store)
-    monkeypatch.setattr("fapatch.source.download.python", lambda project: "/bin/false")
-    old = toy.project("1.1").release
     toy.replace(toy.overlay / "toy" / "ours.py", "1", "5")
-    said = toy.fap("refresh", code=1)
-    assert "1.1: tree ids not renewed" in said
-    assert toy.project("1.1").release == old and "Nothing to do" in toy.fap("apply")
+    assert "warning: 1.1 was not tried: toy-1.1.tar.gz was not found" in toy.fap("refresh", code=1)
+    assert "Nothing to do" in toy.fap("apply")
 
 
 def test_interrupted_while_writing_goes_on(toy, monkeypatch):
@@ -231,10 +239,8 @@ def test_interrupted_while_writing_goes_on(toy, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fapatch.series.refresh.renew_trees", interrupt)
+        patch.setattr("fapatch.series.refresh.check_others", interrupt)
         toy.fap("refresh", code=130)
     assert b"line twenty" in (toy.patches / CORE_PATCH).read_bytes() and not toy.leftovers()
     toy.fap("refresh")
-    assert (
-        "clean" in toy.fap("status") and state.read(toy.project()).tree == toy.project().release.patched_tree
-    )
+    assert "clean" in toy.fap("status") and state.read(toy.project()).tree == head_tree(toy)

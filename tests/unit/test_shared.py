@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from fapatch.base import lock
-from fapatch.series import overlay
-
 HOME = "overlay/other/other/meaning.py"
 HERE = "toy/meaning.py"
 OTHER = """
@@ -50,19 +47,12 @@ def test_it_lies_in_the_tree_and_a_change_of_it_is_noticed(sharing):
     assert f"overlay changed: {HERE}" in sharing.fap("status", code=1)
 
 
-def test_edited_in_the_tree_it_is_written_to_its_home_and_the_other_family_is_named(sharing):
+def test_edited_in_the_tree_it_is_written_to_its_home(sharing):
     (sharing.source / HERE).write_text("meaning = 3\n")
     sharing.git("commit", "--quiet", "--all", "-m", "another meaning")
-    assert "other has files that changed here  ->  make refresh FAMILY=other" in sharing.fap("refresh")
+    assert "FAMILY=" not in sharing.fap("refresh")
     assert home(sharing).read_text() == "meaning = 3\n" and not (sharing.overlay / HERE).exists()
     assert "clean" in sharing.fap("status")
-    assert "FAMILY=other" not in sharing.fap("refresh")
-
-
-def test_the_family_that_has_the_home_is_told_of_the_one_that_takes_it(sharing):
-    found = lock.load(sharing.root / "upstream.toml")
-    assert overlay.others(found, found.family("other"), [HOME]) == ["toy"]
-    assert overlay.others(found, found.family("other"), ["overlay/other/other/unshared.py"]) == []
 
 
 def test_removed_from_the_tree_it_stays_where_it_is(sharing):

@@ -37,7 +37,12 @@ def conflict(toy, *command):
 @pytest.mark.parametrize(
     "change, code, told",
     [
-        (lambda t: None, 0, "clean, patched tree"),
+        (lambda t: None, 0, "clean, 2 patches, patched tree"),
+        (
+            lambda t: t.replace(t.patches / CORE_PATCH, ">=1.0", ">=1.0,<1.1"),
+            1,
+            f"not carried yet: 1.1 is outside the Applies-To of {CORE_PATCH}  ->  make rebase VERSION=1.1",
+        ),
         (lambda t: t.fap("clean"), 1, "the patched tree was not made yet"),
         (
             lambda t: t.replace(t.patches / CORE_PATCH, "Why: ", "Why: indeed "),
@@ -50,11 +55,6 @@ def conflict(toy, *command):
         (lambda t: t.replace(t.overlay / "toy" / "ours.py", "1", "2"), 1, "overlay changed: toy/ours.py"),
         (lambda t: (t.overlay / "toy" / "more.py").write_text(""), 1, "overlay changed: toy/more.py"),
         (lambda t: (t.overlay / "toy" / "ours.py").unlink(), 1, "overlay changed: toy/ours.py"),
-        (
-            lambda t: t.replace(t.root / "upstream.toml", t.project().release.patched_tree, "1" * 40),
-            1,
-            "names another patched tree: 1111",
-        ),
         (
             lambda t: t.replace(t.source / "toy" / "core.py", "line 9\n", "line nine\n"),
             1,

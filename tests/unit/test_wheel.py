@@ -14,6 +14,7 @@ import pytest
 from fapatch.base import git
 from fapatch.base.errors import FapError, UsageError
 from fapatch.base.project import Project
+from fapatch.series import state
 from fapatch.wheel import build_copy, build_progress, wheel, wheel_check
 from fapatch.wheel.cuda_toolkit import Search, Toolkit, Torch
 
@@ -218,17 +219,15 @@ def test_a_git_folder_in_the_copy_is_refused(project, worktree):
         build_copy.sync(project, git.output("rev-parse", "HEAD^{tree}", cwd=worktree), with_cutlass=False)
 
 
-def test_a_tree_that_the_lock_does_not_name_is_refused(project, worktree):
+def test_a_tree_that_apply_did_not_make_is_refused(project, worktree):
     tree = git.output("rev-parse", "HEAD^{tree}", cwd=worktree)
-    pinned = replace(project, release=replace(project.release, patched_tree=tree))
-    assert build_copy.verified_tree(pinned, worktree) == tree
+    with pytest.raises(FapError, match="`make apply` made none"):
+        build_copy.verified_tree(project, worktree)
+    state.write(project, state.State("b", "t", True, (), (), {}, "c", tree))
+    assert build_copy.verified_tree(project, worktree) == tree
     commit(worktree, setup_py="another")
-    with pytest.raises(FapError, match="the patched tree is .* says .*make refresh"):
-        build_copy.verified_tree(pinned, worktree)
-    with pytest.raises(FapError, match="nothing yet"):
-        build_copy.verified_tree(
-            replace(project, release=replace(project.release, patched_tree="")), worktree
-        )
+    with pytest.raises(FapError, match=f"`make apply` made {tree[:12]}.*make refresh"):
+        build_copy.verified_tree(project, worktree)
 
 
 @pytest.mark.parametrize("cores, gib, jobs", [(16, 128, 16), (16, 20, 4), (2, 4, 1), (1, 64, 1)])

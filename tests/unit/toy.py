@@ -10,12 +10,14 @@ import io
 import os
 import subprocess
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import fap
+from fapatch.base import git
 from fapatch.base.project import Project
 
 CORE = "".join(f"line {i}\n" for i in range(1, 41))
@@ -37,6 +39,16 @@ Why: the toy needs it.
 Upstream-Status: Inappropriate [toy]
 Applies-To: {applies}
 """
+
+
+def upstream_tree(version: str) -> str:
+    """The git tree id of the files that the toy's lock takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in release_files(version).items():
+            if name == "setup.py" or name.startswith("toy/") and not name.startswith("toy/left_out/"):
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / name).write_bytes(text.encode())
+        return git.tree_of(Path(folder))
 
 
 def release_files(version: str) -> dict[str, str]:
@@ -86,10 +98,17 @@ def lock_text(sdists: dict[str, bytes], commits: dict[str, str], url: str) -> st
             f'commit = "{commits[version]}"',
             f'sdist = {{ name = "toy-{version}.tar.gz", size = {len(data)}, sha256 = '
             f'"{hashlib.sha256(data).hexdigest()}" }}',
-            'tree = ""',
-            'patched-tree = ""',
+            f'tree = "{upstream_tree(version)}"',
         ]
     return "\n".join(lines) + "\n"
+
+
+def point_pip_at(monkeypatch: pytest.MonkeyPatch, index: str) -> None:
+    """Make ``index`` the one place where pip looks, whatever this machine is configured for."""
+    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", index)
 
 
 def shell(*argv: str | Path, cwd: Path, check: bool = True, env: dict[str, str] | None = None) -> str:

@@ -2,8 +2,9 @@
 or to the CPU.
 
 It has the extension's five functions with the extension's positional arguments
-(csrc/flash_attn/flash_api.cpp). Calls without softmax don't come here (flash_attn/nosoftmax). A machine
-without the extension imports this module like any other: only a call with CUDA tensors fails.
+(csrc/flash_attn/flash_api.cpp), no fewer and no more. Calls without softmax don't come here
+(flash_attn/nosoftmax). A machine without the extension imports this module like any other: only a call with
+CUDA tensors fails.
 """
 
 import os
@@ -15,20 +16,22 @@ import torch
 
 USE_TRITON_ROCM = os.getenv("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE") == "TRUE"
 
-_SIGNATURES = {
-    "fwd": "q k v out alibi_slopes dropout_p softmax_scale causal window_size_left window_size_right softcap "
-    "return_softmax gen",
+# Upstream's names, which `make apply` compares with flash_api.cpp. [name]: some releases lack it; the CPU
+# does without.
+SIGNATURES = {
+    "fwd": "q k v out alibi_slopes p_dropout softmax_scale is_causal window_size_left window_size_right "
+    "softcap return_softmax gen",
     "varlen_fwd": "q k v out cu_seqlens_q cu_seqlens_k seqused_k leftpad_k block_table alibi_slopes "
-    "max_seqlen_q max_seqlen_k dropout_p softmax_scale zero_tensors causal window_size_left "
+    "max_seqlen_q max_seqlen_k p_dropout softmax_scale zero_tensors is_causal window_size_left "
     "window_size_right softcap return_softmax gen",
-    "bwd": "dout q k v out softmax_lse dq dk dv alibi_slopes dropout_p softmax_scale causal window_size_left "
-    "window_size_right softcap deterministic gen rng_state",
+    "bwd": "dout q k v out softmax_lse dq dk dv alibi_slopes p_dropout softmax_scale is_causal "
+    "window_size_left window_size_right softcap deterministic gen rng_state",
     "varlen_bwd": "dout q k v out softmax_lse dq dk dv cu_seqlens_q cu_seqlens_k alibi_slopes max_seqlen_q "
-    "max_seqlen_k dropout_p softmax_scale zero_tensors causal window_size_left window_size_right softcap "
+    "max_seqlen_k p_dropout softmax_scale zero_tensors is_causal window_size_left window_size_right softcap "
     "deterministic gen rng_state",
     "fwd_kvcache": "q kcache vcache k v seqlens_k rotary_cos rotary_sin cache_batch_idx leftpad_k "
-    "block_table alibi_slopes out softmax_scale causal window_size_left window_size_right softcap "
-    "rotary_interleaved num_splits",
+    "block_table alibi_slopes out softmax_scale is_causal window_size_left window_size_right softcap "
+    "is_rotary_interleaved num_splits",
 }
 _BUILD = "build the CUDA wheel with `make wheel BACKEND=cuda` on a machine with nvcc and install it"
 
@@ -91,21 +94,23 @@ def _device(names: list[str], args: tuple[Any, ...]) -> torch.device:
 
 
 def _entry(function: str) -> Callable[..., Any]:
-    names = _SIGNATURES[function].split()
+    table = SIGNATURES[function].split()
+    everywhere = [name for name in table if not name.startswith("[")]
+    # By their number, as a release has all or none of what is in brackets.
+    forms = {len(names): [name.strip("[]") for name in names] for names in (table, everywhere)}
 
     def call(*args: Any) -> Any:
-        if len(args) < len(names):
-            raise TypeError(f"{function}() lacks its last arguments: {', '.join(names[len(args) :])}")
-        if len(args) > len(names):
+        if len(args) not in forms:
             raise TypeError(
-                f"{function}() takes {len(names)} arguments and got {len(args)}: calls without softmax go to "
-                "nosoftmax"
+                f"{function}() takes {' or '.join(map(str, sorted(forms)))} arguments "
+                f"({', '.join(table)}) and got {len(args)}: call it with all of them, by position"
             )
+        names = forms[len(args)]
         device = _device(names, args)
         if device.type == "cpu":
             from .nosoftmax.backends.cpu import softmax
 
-            return getattr(softmax, function)(*args)
+            return getattr(softmax, function)(*[a for name, a in zip(names, args) if name in everywhere])
         if device.type != "cuda":
             raise NotImplementedError(
                 f"q is on {device}: attention runs on CUDA and CPU tensors, move them with .to()"
@@ -113,7 +118,7 @@ def _entry(function: str) -> Callable[..., Any]:
         return getattr(load(), function)(*args)
 
     call.__name__ = call.__qualname__ = function
-    call.__doc__ = f"{function}({', '.join(names)})"
+    call.__doc__ = f"{function}({', '.join(table)})"
     return call
 
 

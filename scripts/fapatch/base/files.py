@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tempfile
@@ -23,6 +24,15 @@ def matches(path: str, patterns: Iterable[str]) -> bool:
     folders, as Path.full_match does from Python 3.13 on.
     """
     return any(_regex(p).fullmatch(path) for p in patterns)
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write(path: Path, content: bytes | str) -> None:

@@ -10,6 +10,8 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -140,16 +142,41 @@ def read_tree(
         position = end + size + 2
 
 
-def tree_with(tree: str, patches: Iterable[bytes], *, repo: Path, hint: str = "") -> str:
-    """The id of ``tree`` with ``patches`` on it, written to ``repo``. Raises CommandFailed, with ``hint``,
-    when one does not apply.
-    """
+@dataclass(frozen=True)
+class Index:
+    """An index of its own in a bare repository, on which patches are tried without a worktree."""
+
+    repo: Path
+    env: Mapping[str, str]
+
+    def apply(self, patch: bytes) -> str:
+        """Apply ``patch``; returns git's words when it does not apply, with the index as it was, else ""."""
+        done = git("apply", "--cached", "-", repo=self.repo, env=self.env, stdin=patch, check=False)
+        return (done.stderr.decode("utf-8", "replace") or "git apply failed") if done.returncode else ""
+
+    def write(self) -> str:
+        """The id of its tree, written to the repository."""
+        return output("write-tree", repo=self.repo, env=self.env)
+
+
+@contextmanager
+def index_of(tree: str, *, repo: Path) -> Iterator[Index]:
+    """An index that holds ``tree``, for as long as the block runs."""
     with tempfile.TemporaryDirectory() as scratch:
-        index = {"GIT_INDEX_FILE": str(Path(scratch) / "index")}
-        git("read-tree", tree, repo=repo, env=index)
+        index = Index(repo, {"GIT_INDEX_FILE": str(Path(scratch) / "index")})
+        git("read-tree", tree, repo=repo, env=index.env)
+        yield index
+
+
+def tree_with(tree: str, patches: Iterable[bytes], *, repo: Path) -> str:
+    """The id of ``tree`` with ``patches`` on it, written to ``repo``. Raises FapError when one does not
+    apply.
+    """
+    with index_of(tree, repo=repo) as index:
         for patch in patches:
-            git("apply", "--cached", "-", repo=repo, env=index, stdin=patch, hint=hint)
-        return output("write-tree", repo=repo, env=index)
+            if said := index.apply(patch):
+                raise FapError(f"a patch does not apply: {said.strip().splitlines()[0]}", "make refresh")
+        return index.write()
 
 
 def tree_of(folder: Path, ignore: str = "") -> str:

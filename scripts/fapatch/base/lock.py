@@ -1,5 +1,5 @@
-"""upstream.toml as frozen dataclasses: which releases are supported, where they come from, what their trees
-must be.
+"""upstream.toml as frozen dataclasses: which releases there are, where they come from, and what upstream's
+tree of each must be. It pins inputs; what is made from them is computed.
 """
 
 from __future__ import annotations
@@ -33,19 +33,18 @@ class Sdist:
 
 @dataclass(frozen=True)
 class Release:
-    """One upstream release. ``tree`` and ``patched_tree`` are git tree ids, before and after overlay and
-    series.
+    """One upstream release. ``tree`` is the git tree id of upstream's files.
 
-    ``tag`` and the commits are those of the family's submodule, "" without one.
+    ``tag`` and the commits are those of the family's submodule, "" without one. A version of somebody's own
+    checkout (FA_SRC_DIR) has nothing but its name.
     """
 
     version: str
-    tag: str
-    sdist: Sdist
-    commit: str
-    cutlass: str
-    tree: str
-    patched_tree: str
+    tag: str = ""
+    sdist: Sdist | None = None
+    commit: str = ""
+    cutlass: str = ""
+    tree: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,18 +84,20 @@ class Family:
         """The local version label of our wheels, the part after the ``+``."""
         return f"nosoftmax.{self.revision}"
 
-    def release(self, version: str | None = None) -> Release:
+    def release(self, version: str | None = None, checkout: bool = False) -> Release:
         """The release called ``version``, or the default one. Raises UsageError for a version that is not in
-        the lock.
+        the lock, unless it is that of a ``checkout``.
         """
         wanted = version or self.default
         for release in self.releases:
             if release.version == wanted:
                 return release
+        if checkout:
+            return Release(wanted)
         known = ", ".join(r.version for r in self.releases)
         raise UsageError(
             f"VERSION={wanted} is not a release of {self.name} that this patch set supports",
-            f"choose one of: {known}",
+            f"choose one of: {known}; fap.py lock add {wanted} adds one",
         )
 
 
@@ -126,7 +127,6 @@ def _release(version: str, raw: dict[str, Any]) -> Release:
         commit=raw.get("commit", ""),
         cutlass=raw.get("cutlass", ""),
         tree=raw.get("tree", ""),
-        patched_tree=raw.get("patched-tree", ""),
     )
 
 

@@ -8,6 +8,18 @@ from pathlib import Path
 
 from .lock import LOCK_NAME, Family, Lock, Release, load
 
+PINNED_SOURCES = ("submodule", "sdist")
+
+
+def chosen_source() -> str:
+    """What the environment asks for: "", "submodule", "sdist" or the folder of a checkout."""
+    return os.environ.get("SOURCE") or os.environ.get("FA_SRC_DIR") or ""
+
+
+def chosen_checkout() -> str:
+    """The folder of a checkout that the environment asks for, or ""."""
+    return "" if chosen_source() in PINNED_SOURCES else chosen_source()
+
 
 @dataclass(frozen=True)
 class Project:
@@ -24,7 +36,8 @@ class Project:
         root = (root or Path(__file__).resolve().parents[3]).resolve()
         lock = load(root / LOCK_NAME)
         chosen = lock.family(family or os.environ.get("FAMILY") or None)
-        return cls(root, lock, chosen, chosen.release(version or os.environ.get("VERSION") or None))
+        wanted = version or os.environ.get("VERSION") or None
+        return cls(root, lock, chosen, chosen.release(wanted, checkout=bool(chosen_checkout())))
 
     @property
     def series(self) -> Path:

@@ -97,8 +97,7 @@ def backports(project: Project) -> tuple[Patch, ...]:
     return tuple(
         patch
         for patch in series.load(project)
-        if patch.header.fields.get("Upstream-Status", "").startswith("Backport")
-        and patch.applies_to(project.release.version)
+        if patch.is_backport and patch.applies_to(project.release.version)
     )
 
 

@@ -1,14 +1,14 @@
 """Make the patched tree: upstream's files, one commit for the overlay, one for each patch of the series.
 
-All or nothing: it is built beside the old one and put in its place when it is whole and has the tree id that
-upstream.toml names. Exact: no fuzz, no three-way merge. What somebody edited or committed in the tree is
-never thrown away.
+All or nothing: it is built beside the old one and put in its place when it is whole. Exact: no fuzz, no
+three-way merge. What somebody edited or committed in the tree is never thrown away.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from unidiff import PatchSet
 from ..base import git
 from ..base.errors import FapError
 from ..base.process import CommandFailed
-from ..base.project import Project
+from ..base.project import Project, chosen_checkout
 from ..source import fetch, store
 from ..source.fetch import Base
-from . import overlay, series, state, worktree
+from . import arguments, overlay, series, state, worktree
 from .series import Patch
 from .state import Reason, State
 
@@ -53,24 +53,56 @@ def _hunk(patch: Patch, file: str, line: int) -> str:
     return f"line {line}"
 
 
-def explain(patch: Patch, said: str, version: str) -> FapError:
-    """The error for ``patch`` when `git am` ended with ``said``: names patch, file and hunk."""
-    hint = f"correct the patch, or leave {version} out with its Applies-To"
+def explain(patch: Patch, said: str) -> str:
+    """Why ``patch`` does not apply when git ended with ``said``: names file and hunk."""
     if found := re.search(r"^error: patch failed: (.+):(\d+)$", said, re.MULTILINE):
-        return FapError(
-            f"{patch.name} does not apply to {version}: {found[1]}, {_hunk(patch, found[1], int(found[2]))}",
-            hint,
-        )
+        return f"{found[1]}, {_hunk(patch, found[1], int(found[2]))}"
     if found := re.search(r"^error: (.+: (?:does not exist|already exists) in .+)$", said, re.MULTILINE):
-        return FapError(f"{patch.name} does not apply to {version}: {found[1]}", hint)
-    reason = next(
-        (line for line in said.splitlines() if re.match(r"error|fatal|Patch", line)),
-        said.strip() or "git am failed",
+        return found[1]
+    words = (line for line in said.splitlines() if re.match(r"error|fatal|Patch", line))
+    return f"cannot be read as a patch: {next(words, said.strip() or 'git am failed')}"
+
+
+def failures(project: Project, commit: str, patches: Iterable[Patch]) -> dict[str, str]:
+    """Name -> reason for every one of ``patches`` that does not apply to ``commit`` with the others on it."""
+    with git.index_of(commit, repo=project.store) as index:
+        tried = ((patch, index.apply(patch.data)) for patch in patches)
+        return {patch.name: explain(patch, said) for patch, said in tried if said}
+
+
+def target(project: Project, base: Base) -> str:
+    """What the patches are applied to, as people call it."""
+    version = project.release.version
+    return version if base.pinned else f"{base.origin} ({version})"
+
+
+def rebase_command(project: Project) -> str:
+    """What carries the series to the project's release or checkout."""
+    folder, lock = chosen_checkout(), project.lock
+    words = ["make rebase"]
+    words += [f"FAMILY={project.family.name}"] if project.family.name != lock.default_family else []
+    known = project.release in project.family.releases
+    words += [f"FA_SRC_DIR={folder}"] if folder else []
+    own = "<a version of its own, such as 2.8.4.dev0>" if folder and known else project.release.version
+    return " ".join([*words, f"VERSION={own}"])
+
+
+def require_carried(project: Project, patches: tuple[Patch, ...]) -> None:
+    """Raise FapError, with the names of the patches, when the project's release is not carried."""
+    if reason := series.not_carried(patches, project.release.version):
+        raise FapError(f"not carried yet: {reason}", rebase_command(project))
+
+
+def _refusal(project: Project, base: Base, failed: dict[str, str]) -> FapError:
+    listed = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
+    number = "1 patch does" if len(failed) == 1 else f"{len(failed)} patches do"
+    default = base.pinned and project.release.version == project.family.default
+    hint = (
+        "correct it, or git checkout patches/"
+        if default
+        else f"{rebase_command(project)} carries the series to it"
     )
-    return FapError(
-        f"{patch.name} cannot be read as a patch: {reason}",
-        f"git checkout the file, or export it again; base {version}",
-    )
+    return FapError(f"{number} not apply to {target(project, base)}: {listed}", hint)
 
 
 def _commit_overlay(folder: Path, files: dict[str, bytes]) -> None:
@@ -97,39 +129,33 @@ def _commit_overlay(folder: Path, files: dict[str, bytes]) -> None:
     git.git("commit", "--quiet", "--file=-", cwd=folder, stdin=_OVERLAY_MESSAGE.encode(), env=_OVERLAY_DATE)
 
 
-def _am(folder: Path, patch: Patch, version: str) -> None:
-    try:
-        # --keep-non-patch: the [area] of the subject stays. --keep-cr: so do carriage returns in upstream's
-        # files. --committer-date-is-author-date: equal patches give equal commits.
-        git.git(
-            "am",
-            "--quiet",
-            "--keep-non-patch",
-            "--keep-cr",
-            "--no-scissors",
-            "--no-3way",
-            "--committer-date-is-author-date",
-            cwd=folder,
-            stdin=series.with_name(patch),
-        )
-    except CommandFailed as e:
-        raise explain(patch, (e.stderr + b"\n" + e.stdout).decode("utf-8", "replace"), version) from e
+def _am(folder: Path, patch: Patch) -> None:
+    # --keep-non-patch: the [area] of the subject stays. --keep-cr: so do carriage returns in upstream's
+    # files.
+    # --committer-date-is-author-date: equal patches give equal commits.
+    keep = ("--keep-non-patch", "--keep-cr", "--no-scissors", "--no-3way", "--committer-date-is-author-date")
+    git.git("am", "--quiet", *keep, cwd=folder, stdin=series.with_name(patch))
 
 
 def build(
     project: Project, base: Base, folder: Path, patches: tuple[Patch, ...], files: dict[str, bytes]
 ) -> Built:
     """Make a worktree at ``folder`` with ``files`` (the overlay) and ``patches`` on top of ``base``; nothing
-    is left on failure.
+    is left on failure. Raises FapError that names every patch that does not apply.
     """
-    version = project.release.version
-    applied = tuple(p for p in patches if p.applies_to(version))
+    applied = tuple(p for p in patches if p.applies_to(project.release.version))
+    arguments.check(project, base, files)
     try:
         worktree.add(project, folder, base.commit)
         if files:
             _commit_overlay(folder, files)
         for patch in applied:
-            _am(folder, patch, version)
+            try:
+                _am(folder, patch)
+            except CommandFailed as e:
+                said = (e.stderr + b"\n" + e.stdout).decode("utf-8", "replace")
+                failed = failures(project, base.commit, applied) or {patch.name: explain(patch, said)}
+                raise _refusal(project, base, failed) from e
         commit, tree = git.output("rev-parse", "HEAD", "HEAD^{tree}", cwd=folder).split()
     except BaseException:
         worktree.remove(project, folder)
@@ -151,7 +177,7 @@ def install(
     worktree.put_in_place(
         project, built.folder, store.upstream_ref(project) if base.pinned else store.local_ref(project)
     )
-    state.write(project, State.of(base, patches, files, built.commit, built.tree))
+    state.write(project, State.of(base, patches, built.applied, files, built.commit, built.tree))
 
 
 def scratch(project: Project) -> Path:
@@ -175,35 +201,30 @@ def ensure(project: Project, source: str | None = None) -> Path:
     """The project's patched tree, made anew if anything that it depends on changed. Prints what was done and
     why.
 
-    Raises FapError, with the old tree as it was, when a patch does not apply, the result is not the tree that
-    the lock names, or there is unexported work in the tree.
+    Raises FapError, with the old tree as it was, when the release is not carried, a patch does not apply, or
+    there is unexported work in the tree.
     """
+    patches, files = series.load(project), overlay.load(project)
+    require_carried(project, patches)
     base = fetch.ensure(project, source)
     found = state.assess(project, base)
     refuse_to_lose(project, found)
-    patches, files = series.load(project), overlay.load(project)
-    tree, expected = project.source.relative_to(project.root), project.release.patched_tree
+    tree = project.source.relative_to(project.root)
     if not found:
+        applied = sum(patch.applies_to(project.release.version) for patch in patches)
         print(
-            f"{tree} is up to date: {len(patches)} patches, {len(files)} overlay files, upstream tree "
-            f"{base.tree[:12]}, patched tree {expected[:12] or '(not in the lock yet)'}. Nothing to do."
+            f"{tree} is up to date: {applied} patches, {len(files)} overlay files, upstream tree "
+            f"{base.tree[:12]}, patched tree {state.read(project).tree[:12]}. Nothing to do."
         )
         return project.source
     print(f"making {tree}: " + "; ".join(map(str, found)), flush=True)
     built = build(project, base, scratch(project), patches, files)
-    if base.pinned and expected and built.tree != expected:
-        worktree.remove(project, built.folder)
-        raise FapError(
-            f"the patched tree of {project.release.version} is {built.tree}, {project.lock.path.name} says "
-            f"{expected}",
-            "if patches or overlay were changed on purpose: make refresh",
-        )
     install(project, base, built, patches, files)
     for name in built.skipped:
         print(f"skipped {name}: {project.release.version} is outside its Applies-To")
     print(
         f"{tree} is ready: {len(built.applied)} patches, {len(files)} overlay files, patched tree "
-        f"{built.tree[:12]}" + ("" if expected or not base.pinned else " (not in the lock yet: make refresh)")
+        f"{built.tree[:12]}"
     )
     return project.source
 

@@ -18,6 +18,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import Version
 
 from ..base.lock import Family
 from .series import REQUIRED_FIELDS, Header, parse_header
@@ -170,7 +171,10 @@ def applies_to_a_release(patch: PatchFile) -> Iterator[Complaint]:
     except InvalidSpecifier:
         yield line, f"Applies-To {text!r} is not a version specifier such as >=2.8.0,<2.9"
         return
-    if not any(specifier.contains(r.version, prereleases=True) for r in patch.family.releases):
+    known = [r.version for r in patch.family.releases]
+    starts = [Version(c.version.removesuffix(".*")) for c in specifier if c.operator in (">=", "==")]
+    ahead = any(start > max(map(Version, known)) for start in starts)  # a form for a checkout
+    if not ahead and not any(specifier.contains(version, prereleases=True) for version in known):
         yield line, f"Applies-To {text} matches no release of {patch.family.name} in the lock"
 
 

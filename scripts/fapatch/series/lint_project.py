@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from ..base.files import matches
 from ..base.lock import Family, Lock, Release
 from . import series
 from .overlay import home
+from .series import Patch
 
 Complaint = tuple[str, int, str]
 
@@ -66,6 +68,29 @@ def series_lists_every_file(checkout: Checkout) -> Iterator[Complaint]:
                 yield path.relative_to(checkout.root).as_posix(), 0, f"not listed in {family.series}"
 
 
+def _is_specifier(text: str) -> bool:
+    try:
+        return bool(SpecifierSet(text))
+    except InvalidSpecifier:
+        return False
+
+
+@rule("forms")
+def forms_of_a_patch_are_apart(checkout: Checkout) -> Iterator[Complaint]:
+    """Two patches of one subject are an old and a new form of one change; no release may take both."""
+    for family in checkout.lock.families:
+        patches = [(path, Patch(path.name, path.read_bytes())) for path in checkout.patches(family)]
+        for release in family.releases:
+            seen: dict[str, str] = {}
+            for path, patch in patches:
+                if not _is_specifier(patch.applies) or not patch.applies_to(release.version):
+                    continue  # the rule applies-to says what is wrong with it
+                if other := seen.get(patch.header.subject):
+                    message = f"{release.version} takes this form of the patch and {other}"
+                    yield path.relative_to(checkout.root).as_posix(), 0, message
+                seen[patch.header.subject] = path.name
+
+
 @rule("overlay")
 def overlay_stays_out_of_excluded_folders(checkout: Checkout) -> Iterator[Complaint]:
     for family in checkout.lock.families:
@@ -85,9 +110,9 @@ def shared_files_lie_in_another_overlay(checkout: Checkout) -> Iterator[Complain
 
 
 def _release_complaints(release: Release, has_submodule: bool) -> Iterator[str]:
-    for field, length in (("commit", 40), ("cutlass", 40), ("tree", 40), ("patched_tree", 40)):
+    for field, length in (("commit", 40), ("cutlass", 40), ("tree", 40)):
         value = getattr(release, field)
-        if value and not re.fullmatch(rf"[0-9a-f]{{{length}}}", value):
+        if (value or field == "tree") and not re.fullmatch(rf"[0-9a-f]{{{length}}}", value):
             yield f"{field} is {value!r}, not {length} hexadecimal digits"
     if not re.fullmatch(r"[0-9a-f]{64}", release.sdist.sha256):
         yield f"the sha256 of {release.sdist.name} is not 64 hexadecimal digits"
@@ -131,25 +156,17 @@ def lock_is_well_formed(checkout: Checkout) -> Iterator[Complaint]:
                 yield checkout.lock.path.name, line_of(release.version), f"{release.version}: {complaint}"
 
 
-@rule("lock-trees")
-def trees_are_pinned(checkout: Checkout) -> Iterator[Complaint]:
-    """Without its tree ids a release could be built unpatched and nobody would notice."""
-    for family in checkout.lock.families:
-        for release in family.releases:
-            if not release.tree or not release.patched_tree:
-                yield (
-                    checkout.lock.path.name,
-                    0,
-                    f"{release.version} lacks its tree or patched-tree: `make refresh` writes them",
-                )
-
-
 @rule("submodule")
 def submodule_is_at_the_default(checkout: Checkout) -> Iterator[Complaint]:
     for family in (f for f in checkout.lock.families if f.submodule):
         commit, found = family.release().commit, checkout.gitlinks.get(family.submodule)
         if found is None:
             yield ".gitmodules", 0, f"{family.submodule} is not a submodule in the index"
+        elif not commit:
+            message = (
+                f"{family.default} names no commit: fap.py lock add {family.default} --commit records it"
+            )
+            yield checkout.lock.path.name, 0, message
         elif found != commit:
             yield (
                 ".gitmodules",

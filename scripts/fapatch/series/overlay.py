@@ -4,10 +4,8 @@ that they take in upstream's tree.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from ..base.errors import FapError
-from ..base.lock import Family, Lock
+from ..base.lock import Family
 from ..base.project import Project
 
 # What tools leave behind. Anything else in the folder is part of the product.
@@ -18,16 +16,6 @@ _JUNK_ENDINGS = (".pyc", ".orig", ".rej", "~", ".swp", ".so")
 def home(family: Family, path: str) -> str:
     """The file of this repository that holds the overlay file at ``path`` of upstream's tree."""
     return family.shared.get(path, f"{family.overlay}/{path}")
-
-
-def others(lock: Lock, family: Family, homes: Iterable[str]) -> list[str]:
-    """The names of the other families whose patched tree holds one of ``homes``, files of this repository."""
-    return [
-        other.name
-        for other in lock.families
-        if other.name != family.name
-        and any(h in other.shared.values() or h.startswith(f"{other.overlay}/") for h in homes)
-    ]
 
 
 def load(project: Project) -> dict[str, bytes]:

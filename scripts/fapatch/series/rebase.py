@@ -1,24 +1,31 @@
-"""Carry the series from the release that it is written for to another one.
+"""Carry the series from the release that it is written for to another release, or to a checkout.
 
-`rebase` with VERSION=x replays the commits of the patched tree onto release x in build/rebase/. At a conflict
+`rebase` with VERSION=x replays the commits of the patched tree onto release x in build/rebase/; with
+FA_SRC_DIR=folder as well, onto that checkout, to which VERSION gives a name. It names the patches that have x
+outside of their Applies-To; with WIDEN=1 it carries them too and widens Applies-To as far as x. At a conflict
 it stops with the list of files: mend them there, `git add` them, then `rebase --continue`, or `rebase
 --abort` to return to where you were. At the end it shows a range-diff and exports the result to patches/ as
-`refresh` does.
+`refresh` does. The old form of a patch is kept beside the new one where other releases need it.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from subprocess import CompletedProcess
+
+from packaging.version import Version
 
 from ..base import git
 from ..base.errors import FapError, UsageError
 from ..base.process import CommandFailed
-from ..base.project import Project
-from ..source import fetch
-from . import apply, rebase_state, refresh, state, worktree
+from ..base.project import Project, chosen_checkout
+from ..source import fetch, store
+from ..source.fetch import Base
+from . import apply, arguments, forms, rebase_state, refresh, series, state, worktree
 from .rebase_state import Running
+from .series import Patch
 
 EXCLUSIVE = True
 
@@ -29,33 +36,83 @@ def _blobs(files: refresh.Files) -> tuple[dict[str, str], dict[str, str]]:
     }
 
 
-def start(project: Project, origin: str) -> int:
-    """Begin to carry the series from release ``origin`` to the project's. Raises FapError when one is going
-    on, or nothing is to do.
+def _origin(project: Project, patches: tuple[Patch, ...], asked: str) -> Project:
+    """The project at the release to start from: the one that was asked for, else the default, else the newest
+    that takes every patch that the target takes.
+    """
+    if asked:
+        return replace(project, release=project.family.release(asked, checkout=True))
+    taken = [p for p in patches if p.applies_to(project.release.version)]
+    others = sorted(project.family.releases, key=lambda r: Version(r.version), reverse=True)
+    for release in [project.family.release(), *others]:
+        fits = all(p.applies_to(release.version) for p in taken)
+        if fits and release != project.release and not series.not_carried(patches, release.version):
+            return replace(project, release=release)
+    raise UsageError(
+        f"no other release takes every patch that {project.release.version} takes",
+        f"make apply VERSION={project.release.version} tries the series as it is",
+    )
+
+
+def _base(project: Project) -> Base:
+    """Upstream's files to start from: what the lock pins, or a checkout as it was imported."""
+    found = store.lookup(project, store.local_ref(project))
+    if project.release in project.family.releases or not found:
+        return fetch.pinned(project)
+    return Base(*found, False, "the store")
+
+
+def _widened(patches: tuple[Patch, ...], version: str, origin: str) -> tuple[Patch, ...]:
+    """``patches``, with ``version`` added to the Applies-To of each that ``origin`` takes and that keeps
+    ``version`` from being carried.
+    """
+    outside = [p for p in series.outside(patches, version) if p.applies_to(origin)]
+    return tuple(p.with_applies(forms.widened(p.applies, version)) if p in outside else p for p in patches)
+
+
+def start(project: Project, asked: str = "", widen: bool = False) -> int:
+    """Begin to carry the series from a release (``asked``, or one that fits) to the project's. Raises
+    FapError when one is going on, nothing is to do, or a patch has the target outside and ``widen`` is not
+    set.
     """
     if running := rebase_state.read(project):
         raise FapError(
             f"a rebase onto {running.target} is going on in {rebase_state.place(project)}",
             "make rebase-continue or make rebase-abort",
         )
-    release = project.release.version
-    if release == origin:
+    version, checkout = project.release.version, chosen_checkout()
+    if checkout and project.release in project.family.releases:
         raise UsageError(
-            f"the series is on {origin} already", "name the release to carry it to: make rebase VERSION=…"
+            f"VERSION={version} is a release in {project.lock.path.name}, and {checkout} is a checkout",
+            apply.rebase_command(project),
         )
-    source = replace(project, release=project.family.release(origin))
-    # The result becomes the tree of the target: what somebody committed there would be in its way.
-    apply.refuse_to_lose(project, state.look_at_tree(project, state.read(project)))
-    apply.ensure(source, "")
+    if version == (asked or project.family.default):
+        raise UsageError(
+            f"the series is on {version} already", "name the release to carry it to: make rebase VERSION=…"
+        )
     files = refresh.Files.of(project)
-    base, onto = fetch.pinned(source), fetch.pinned(project)
+    origin = _origin(project, files.patches, asked)
+    wide = _widened(files.patches, version, origin.release.version)
+    outside = [old for old, new in zip(files.patches, wide) if old != new]
+    for patch in outside:
+        print(f"outside    {patch.name}: Applies-To {patch.applies}", flush=True)
+    if outside and not widen:
+        raise FapError(
+            f"{version} is outside the Applies-To of {len(outside)} patches",
+            f"{apply.rebase_command(project)} WIDEN=1 carries them and widens it",
+        )
+    # The target's tree is replaced; commits in the origin's tree are no patches yet.
+    for one in (project, origin):
+        apply.refuse_to_lose(one, state.look_at_tree(one, state.read(one)))
+    base, onto = _base(origin), fetch.ensure(project)
+    arguments.check(project, onto, files.overlay)
     # A patch that the target does not take, such as a backport of what it has, would only make conflicts.
-    carried = tuple(p for p in files.patches if p.applies_to(release))
-    built = apply.build(source, base, rebase_state.folder(project), carried, files.overlay)
-    rebase_state.write(
-        project, Running(origin, release, base.commit, onto.commit, built.commit, *_blobs(files))
-    )
-    print(f"carrying {len(built.applied)} patches from {origin} to {release}", flush=True)
+    carried = tuple(p for p in wide if p.applies_to(version))
+    built = apply.build(origin, base, rebase_state.folder(project), carried, files.overlay)
+    commits = (base.commit, onto.commit, built.commit)
+    rebase_state.write(project, Running(origin.release.version, version, checkout, *commits, *_blobs(files)))
+    goal = apply.target(project, onto)
+    print(f"carrying {len(built.applied)} patches from {origin.release.version} to {goal}", flush=True)
     return _finish_or_stop(
         project,
         git.git("rebase", "--quiet", "--onto", onto.commit, base.commit, cwd=built.folder, check=False),
@@ -112,7 +169,9 @@ def _finish_or_stop(project: Project, step: CompletedProcess[bytes] | None = Non
             f"{where} has changes that are not committed", "commit them there, then make rebase-continue"
         )
     files = refresh.Files.of(project)
-    wanted = refresh.export_tree(project, folder, running.onto, files.patches)
+    before = _widened(files.patches, running.target, running.origin)
+    wanted = refresh.export_tree(project, folder, running.onto, before)
+    wanted = replace(wanted, patches=forms.keep_old(project, files.patches, wanted.patches))
     if changed := _changed_meanwhile(running, files, wanted):
         raise FapError(
             f"{changed[0]} changed since the rebase began", "put it back as it was, or make rebase-abort"
@@ -122,20 +181,34 @@ def _finish_or_stop(project: Project, step: CompletedProcess[bytes] | None = Non
             "range-diff", "--no-color", f"{running.base}..{running.tip}", f"{running.onto}..HEAD", cwd=folder
         )
     )
-    code = refresh.publish(project, files, wanted)
+    tree = git.output("rev-parse", f"{running.onto}^{{tree}}", repo=project.store)
+    base = Base(running.onto, tree, not running.checkout, running.checkout or "the store")
+    code = refresh.publish(project, base, files, wanted)
     worktree.remove(project, folder)
     rebase_state.forget(project)
     if running.target != project.family.default:
+        choice = f"fap.py lock default {running.target} makes it the default"
+        if running.checkout:
+            choice = f"apply, wheel and refresh take FA_SRC_DIR={running.checkout} VERSION={running.target}"
         print(
-            f"the patches are written against {running.target} now  ->  make it the default in "
-            f"{project.lock.path.name}, or make refresh writes them against {project.family.default} again"
+            f"the patches are written against {apply.target(project, base)} now  ->  {choice}; make refresh "
+            f"writes them against {project.family.default} again"
         )
     return code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--from", dest="origin", help="the release that the series is on now (default: the family's default)"
+        "--from",
+        dest="origin",
+        default="",
+        help="the release to start from (default: the family's default, or one that takes the same patches)",
+    )
+    parser.add_argument(
+        "--widen",
+        action="store_true",
+        default=os.environ.get("WIDEN", "") not in ("", "0"),
+        help="carry patches whose Applies-To leaves the target out, and widen it (WIDEN=1)",
     )
     parser.add_argument(
         "--continue", dest="go_on", action="store_true", help="go on after a conflict was mended"
@@ -145,8 +218,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(project: Project, args: argparse.Namespace) -> int:
     if not (args.go_on or args.abort):
-        return start(project, args.origin or project.family.default)
+        return start(project, args.origin, args.widen)
     running = rebase_state.read(project)
     if running is None:
         raise FapError("no rebase is going on", "make rebase VERSION=… begins one")
-    return (abort if args.abort else go_on)(replace(project, release=project.family.release(running.target)))
+    target = replace(project, release=project.family.release(running.target, checkout=True))
+    return (abort if args.abort else go_on)(target)

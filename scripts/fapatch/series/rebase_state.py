@@ -12,12 +12,14 @@ from ..base.project import Project
 
 @dataclass(frozen=True)
 class Running:
-    """A rebase that has begun. ``tip``: the commit that is carried over; ``patches``, ``overlay``: name ->
+    """A rebase that has begun. ``checkout``: the folder that ``target`` names, "" for a release of the lock;
+    ``tip``: the commit that is carried over; ``patches``, ``overlay``: name ->
     blob id of the files that it came from.
     """
 
     origin: str
     target: str
+    checkout: str
     base: str
     onto: str
     tip: str

@@ -1,8 +1,8 @@
-"""Export the commits of the patched tree to patches/ and overlay/, apply the result to every release, write
-the tree ids.
+"""Export the commits of the patched tree to patches/ and overlay/, and try the result on every release.
 
 What is written is what `apply` would give back: export(apply(series)) is the series, byte for byte. Exit code
-1 when a release could not be renewed; everything else is written all the same.
+1 when it does not apply to a release that was carried; everything is written all the same. A release that is
+not carried yet is left out.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from pathlib import Path
 from ..base import git
 from ..base.errors import FapError
 from ..base.files import write
-from ..base.lock import load
 from ..base.project import Project
 from ..source import fetch
 from ..source.fetch import Base
-from . import apply, lock_edit, overlay, series, state, worktree
+from . import apply, overlay, series, state, worktree
 from .export import Exported, export, with_skipped
 from .series import Patch
 from .state import Reason, State
@@ -164,41 +163,41 @@ def _write(project: Project, old: Files, new: Files) -> None:
         (project.overlay / path).unlink(missing_ok=True)
 
 
-def renew_trees(project: Project, files: Files, known: dict[str, tuple[str, str]]) -> list[str]:
-    """Apply ``files`` to every release and write the tree ids; ``known`` ones are not built again. Returns a
-    complaint a release.
-    """
-    trees, complaints = dict(known), []
+def check_others(project: Project, files: Files) -> list[str]:
+    """Try ``files`` on every other release; returns a complaint for each that the series no longer serves."""
+    complaints = []
     for release in project.family.releases:
-        if release.version in trees:
+        if release.version == project.release.version:
+            continue
+        if reason := series.not_carried(files.patches, release.version):
+            print(f"left out   not carried yet: {reason}")
             continue
         one = replace(project, release=release)
         try:
-            base = fetch.pinned(one)
-            built = apply.build(one, base, apply.scratch(one), files.patches, files.overlay)
+            taken = [p for p in files.patches if p.applies_to(release.version)]
+            failed = apply.failures(one, fetch.pinned(one).commit, taken)
         except FapError as e:
-            complaints.append(f"{release.version}: tree ids not renewed: {e}")
-            continue
-        worktree.remove(one, built.folder)
-        trees[release.version] = (base.tree, built.tree)
-    lock_edit.write_trees(project, trees)
+            complaints.append(f"{release.version} was not tried: {e}")
+        else:
+            listed = "; ".join(f"{name} ({why})" for name, why in failed.items())
+            complaints += [f"{release.version}: does not apply any more: {listed}"] if failed else []
     return complaints
 
 
-def publish(project: Project, old: Files, wanted: Files, expected: str = "") -> int:
-    """Write ``wanted`` in the place of ``old``, renew all tree ids and put the tree of the project's release
-    in place.
+def publish(project: Project, base: Base, old: Files, wanted: Files, expected: str = "") -> int:
+    """Write ``wanted`` in the place of ``old``, try it on every other release and put the tree of the
+    project's release, whose upstream files are ``base``, in place.
     """
     if lost := sorted(project.family.shared.keys() - wanted.overlay.keys()):
         raise FapError(
             f"{lost[0]} is gone from the patched tree, and other families have it too",
             f"bring it back there, or take it out of `shared` in {project.lock.path.name}",
         )
-    base, recorded = fetch.pinned(project), state.read(project)
+    apply.require_carried(project, wanted.patches)
     built, new = _settle(project, base, wanted, expected)
     try:
         _write(project, old, new)
-        complaints = renew_trees(project, new, {project.release.version: (base.tree, built.tree)})
+        complaints = check_others(project, new)
     except BaseException:
         worktree.remove(project, built.folder)
         raise
@@ -207,20 +206,9 @@ def publish(project: Project, old: Files, wanted: Files, expected: str = "") -> 
         print(f"{verdict:<10} {name}")
     changed = sum(old.overlay.get(p) != new.overlay.get(p) for p in old.overlay.keys() | new.overlay.keys())
     print(f"overlay    {changed or 'no'} of {len(new.overlay)} files changed")
-    for before, after in zip(
-        project.family.releases, load(project.lock.path).family(project.family.name).releases, strict=True
-    ):
-        same = (before.tree, before.patched_tree) == (after.tree, after.patched_tree)
-        print(f"tree       {after.version:<14} {after.patched_tree[:12]}{'' if same else '  new'}")
+    print(f"tree       {apply.target(project, base)}, patched tree {built.tree[:12]}")
     for complaint in complaints:
         print(f"warning: {complaint}")
-    made = state.State.of(base, new.patches, new.overlay, built.commit, built.tree)
-    homes = [
-        overlay.home(project.family, path)
-        for path in state.changed(recorded.overlay if recorded else {}, made.overlay)
-    ]
-    for other in overlay.others(project.lock, project.family, homes):
-        print(f"{other} has files that changed here  ->  make refresh FAMILY={other}")
     return 1 if complaints else 0
 
 
@@ -230,4 +218,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(project: Project, args: argparse.Namespace) -> int:
     old = Files.of(project)
-    return publish(project, old, *_wanted(project, old))
+    return publish(project, fetch.ensure(project), old, *_wanted(project, old))

@@ -6,11 +6,11 @@ import email
 import email.policy
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..base import git
-from ..base.errors import FapError
+from ..base.errors import FapError, UsageError
 from ..base.project import Project
 
 # In commits only: apply adds it and export takes it away, so that a commit that gets a new subject keeps its
@@ -77,19 +77,55 @@ class Patch:
     def blob(self) -> str:
         return git.blob_id(self.data)
 
+    @property
+    def applies(self) -> str:
+        """What Applies-To says."""
+        return self.header.fields.get("Applies-To", "")
+
+    @property
+    def is_backport(self) -> bool:
+        """Whether it takes a fix over from a later release, which needs it no more."""
+        return self.header.fields.get("Upstream-Status", "").startswith("Backport")
+
+    def with_applies(self, wanted: str) -> Patch:
+        """The same patch with another Applies-To."""
+        message, diff = split(self.data)
+        line = re.compile(rb"^Applies-To:.*$", re.MULTILINE)
+        return replace(self, data=line.sub(f"Applies-To: {wanted}".encode(), message, count=1) + diff)
+
     def applies_to(self, version: str) -> bool:
         """Whether the release ``version`` is inside Applies-To. A patch without that field applies to all."""
         # Here, because `distclean` must run where nothing is installed.
         from packaging.specifiers import InvalidSpecifier, SpecifierSet
+        from packaging.version import InvalidVersion, Version
 
-        wanted = self.header.fields.get("Applies-To", "")
+        wanted = self.applies
         try:
-            return SpecifierSet(wanted).contains(version, prereleases=True)
+            return SpecifierSet(wanted).contains(Version(version), prereleases=True)
+        except InvalidVersion as e:
+            raise UsageError(
+                f"VERSION={version} is not a version", "write it like 2.8.4, 2.8.3.post1 or 2.8.4.dev0"
+            ) from e
         except InvalidSpecifier as e:
             raise FapError(
                 f"{self.name}: Applies-To: {wanted} is not a version specifier",
                 "write it like `>=2.8.0,<2.9`",
             ) from e
+
+
+def outside(patches: Iterable[Patch], version: str) -> list[Patch]:
+    """The patches that keep the release ``version`` from being carried: no form of that change applies to it.
+    Two patches with one subject are forms of one change. A backport may be missing.
+    """
+    patches = tuple(patches)
+    taken = {p.header.subject for p in patches if p.applies_to(version)}
+    return [p for p in patches if not p.is_backport and p.header.subject not in taken]
+
+
+def not_carried(patches: Iterable[Patch], version: str) -> str:
+    """Why ``version`` is not carried, or "" when it is."""
+    found = outside(patches, version)
+    return f"{version} is outside the Applies-To of {', '.join(p.name for p in found)}" if found else ""
 
 
 def with_name(patch: Patch) -> bytes:

@@ -29,7 +29,6 @@ class Reason(Enum):
     PATCH_CHANGED = 1, False, "patch changed: {}"
     SERIES_REORDERED = 1, False, "the series has another order"
     OVERLAY_CHANGED = 1, False, "overlay changed: {}"
-    LOCK_CHANGED = 1, False, "upstream.toml names another patched tree: {}"
     STORE_LOST = 1, False, "its store in .cache is gone or damaged; the tree itself is as it was made"
     SOURCE_EDITED = 1, True, "source changed, not committed: {}"
     SOURCE_COMMITTED = 1, True, "source changed, commits on top: {}"
@@ -55,27 +54,35 @@ class Finding:
 
 @dataclass(frozen=True)
 class State:
-    """What a patched tree was made from. ``patches``: (name, blob id) in order; ``overlay``: path ->
-    blob id.
+    """What a patched tree was made from, and what came out. ``patches``: (name, blob id) of the series in
+    order; ``applied``: those that the release takes; ``overlay``: path -> blob id.
     """
 
     base: str
     base_tree: str
     pinned: bool
     patches: tuple[tuple[str, str], ...]
+    applied: tuple[str, ...]
     overlay: dict[str, str]
     commit: str
     tree: str
 
     @classmethod
     def of(
-        cls, base: Base, patches: tuple[Patch, ...], files: dict[str, bytes], commit: str, tree: str
+        cls,
+        base: Base,
+        patches: tuple[Patch, ...],
+        applied: tuple[str, ...],
+        files: dict[str, bytes],
+        commit: str,
+        tree: str,
     ) -> State:
         return cls(
             base.commit,
             base.tree,
             base.pinned,
             tuple((p.name, p.blob) for p in patches),
+            applied,
             {path: git.blob_id(data) for path, data in files.items()},
             commit,
             tree,
@@ -90,7 +97,8 @@ def read(project: Project) -> State | None:
     """The state of the last `apply`, or None when there is none that can be read."""
     try:
         raw = json.loads(_path(project).read_text(encoding="utf-8"))
-        return State(**{**raw, "patches": tuple((name, blob) for name, blob in raw["patches"])})
+        listed = tuple((name, blob) for name, blob in raw["patches"])
+        return State(**{**raw, "patches": listed, "applied": tuple(raw["applied"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -127,8 +135,6 @@ def compare_inputs(project: Project, state: State, base: Base | None) -> list[Fi
     found = [f for f in found if f.what]
     if common != [name for name in new if name in old]:
         found.append(Finding(Reason.SERIES_REORDERED))
-    if state.pinned and project.release.patched_tree not in ("", state.tree):
-        found.append(Finding(Reason.LOCK_CHANGED, (project.release.patched_tree[:12],)))
     return found
 
 

@@ -1,15 +1,18 @@
-"""Say whether the patched tree is what the files ask for, and if not, why.
+"""Say whether the patched tree is what the files ask for, and if not, why; and which releases of the lock are
+not carried yet.
 
-Exit code 0: clean. 1: out of date or edited. 2: in the middle of a `git am` or a rebase, or broken.
+Exit code 0: clean. 1: out of date, edited, or a release that is not carried. 2: in the middle of a `git am`
+or a rebase, or broken.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from ..base.project import Project
 from ..source import fetch
-from . import rebase_state, state
+from . import apply, rebase_state, series, state
 
 _NEXT = {
     0: "",
@@ -22,16 +25,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     del parser
 
 
+def not_carried(project: Project) -> list[str]:
+    """A line for each release of the lock, and for the project's own, that is not carried."""
+    patches = series.load(project)
+    releases = dict.fromkeys([project.release, *project.family.releases])
+    return [
+        f"not carried yet: {reason}  ->  {apply.rebase_command(replace(project, release=release))}"
+        for release in releases
+        if (reason := series.not_carried(patches, release.version))
+    ]
+
+
 def main(project: Project, args: argparse.Namespace) -> int:
     found = state.assess(project, fetch.current(project))
     if target := rebase_state.place(project):
         found.insert(0, state.Finding(state.Reason.REBASE_IN_PROGRESS, (target,)))
-    tree = project.source.relative_to(project.root)
+    tree, waiting = project.source.relative_to(project.root), not_carried(project)
+    for line in waiting:
+        print(line)
+    if waiting and [f.reason for f in found] == [state.Reason.NOT_APPLIED]:
+        if series.not_carried(series.load(project), project.release.version):
+            return 1
     if not found:
         recorded = state.read(project)
         assert recorded is not None
-        print(f"{tree}: clean, patched tree {recorded.tree[:12]}")
-        return 0
+        print(f"{tree}: clean, {len(recorded.applied)} patches, patched tree {recorded.tree[:12]}")
+        return 1 if waiting else 0
     for finding in found:
         print(f"{tree}: {finding}")
     code = max(f.reason.code for f in found)

@@ -1,28 +1,50 @@
-"""The source distribution in .cache/downloads: verified before anybody reads it."""
+"""The source distribution in .cache/downloads: found by its name on the package index, verified before
+anybody reads it, and never run.
+
+The index is the one that pip is configured for. Its page names each file with a hash, so nothing of a package
+has to be executed to learn what it is, which `pip download` would do.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import ast
+import base64
+import html
+import json
 import os
+import re
+import sys
 import tempfile
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
+from ..base.env import venv_python
 from ..base.errors import FapError
+from ..base.files import sha256
 from ..base.lock import Sdist
-from ..base.pip import pip
 from ..base.process import run
 from ..base.project import Project
 
-# pip asks upstream's build for the package's metadata, and that imports these.
-_NEEDS = "import packaging, psutil, setuptools, setuptools_scm, torch, wheel"
+SECONDS = 60.0
+ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"
+LINK = re.compile(r"<a\s[^>]*href=[\"']([^\"']+)[\"']", re.IGNORECASE)
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class Link:
+    """A file that an index offers; ``sha256`` is "" where it gives none."""
+
+    url: str
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return urllib.parse.unquote(urllib.parse.urlsplit(self.url).path).rpartition("/")[2]
 
 
 def verify(path: Path, sdist: Sdist) -> None:
@@ -40,68 +62,136 @@ def verify(path: Path, sdist: Sdist) -> None:
         )
 
 
-def python(project: Project) -> Path:
-    """The interpreter whose pip downloads: the project's own environment where it is there, else the one that
-    runs this.
-    """
-    import sys
+def indexes(project: Project) -> list[str]:
+    """The indexes and folders that pip is configured for, in its order."""
+    own = venv_python(project.venv)
+    said = run(own if own.exists() else sys.executable, "-m", "pip", "config", "list").stdout.decode()
+    settings = (line.partition("=") for line in said.splitlines())
+    values = {key: str(ast.literal_eval(value)) for key, _, value in settings}
+    sections = ("global", "download", ":env:")  # the last one wins
+    found = {
+        key.rpartition(".")[2]: v for s in sections for key, v in values.items() if key.startswith(f"{s}.")
+    }
+    main = [] if found.get("no-index") else [found.get("index-url", "https://pypi.org/simple")]
+    extra = found.get("extra-index-url", "").split() if main else []
+    return [*found.get("find-links", "").split(), *main, *extra]
 
-    own = project.venv / "bin" / "python"
-    return own if own.exists() else Path(sys.executable)
+
+def _open(url: str):
+    """The answer of ``url``; the user and the password in it go into a header, as pip does it."""
+    parts = urllib.parse.urlsplit(url)
+    request = urllib.request.Request(url, headers={"Accept": ACCEPT})
+    if parts.username:
+        token = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        request.full_url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        request.add_header("Authorization", f"Basic {base64.b64encode(token.encode()).decode()}")
+    return urllib.request.urlopen(request, timeout=SECONDS)
 
 
-def pip_download(project: Project, requirement: str, into: Path) -> Path:
-    """Download the source distribution that ``requirement`` (a line of a requirements file) names; returns
-    the one new file.
+def _links(index: str, package: str) -> Iterator[Link]:
+    """What ``index``, a folder of files or the address of a simple index, has of ``package``."""
+    folder = Path(urllib.parse.unquote(index.removeprefix("file://")))
+    if folder.is_dir():
+        page = folder / re.sub(r"[-_.]+", "-", package).lower()
+        yield from (
+            Link(path.absolute().as_uri(), "") for path in sorted((*folder.iterdir(), *page.glob("*")))
+        )
+        return
+    address = f"{index.rstrip('/')}/{re.sub(r'[-_.]+', '-', package).lower()}/"
+    with _open(address) as answer:
+        text, kind = answer.read().decode("utf-8", "replace"), answer.headers.get("Content-Type", "")
+        address = answer.url
+    if "json" in kind:
+        for file in json.loads(text)["files"]:
+            yield Link(urllib.parse.urljoin(address, file["url"]), file["hashes"].get("sha256", ""))
+    else:
+        for href in LINK.findall(text):
+            url, _, fragment = urllib.parse.urljoin(address, html.unescape(href)).partition("#")
+            yield Link(url, fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else "")
 
-    Raises FapError when the environment cannot run upstream's build, or the index cannot be reached, or the
-    hash is wrong.
-    """
-    interpreter = python(project)
-    run(
-        interpreter,
-        "-c",
-        _NEEDS,
-        hint=f"upstream's build needs these packages: make env ({interpreter} was used)",
+
+def find(project: Project, name: str) -> Link:
+    """The file called ``name``. Raises FapError, with what each index said, when none has it."""
+    reasons = []
+    for index in indexes(project):
+        host = urllib.parse.urlsplit(index).hostname or index
+        try:
+            for link in _links(index, project.family.package):
+                if link.name == name:
+                    return link
+            reasons.append(f"{host} does not have it")
+        except (OSError, HTTPException, ValueError, KeyError) as e:
+            reasons.append(f"{host}: {getattr(e, 'reason', '') or e}")
+    raise FapError(
+        f"{name} was not found: {'; '.join(reasons) or 'pip is configured for no index'}",
+        f"correct the version, connect to the package index, or put the file into {project.downloads}",
     )
-    requirements = into / "requirements.txt"
-    requirements.write_text(requirement + "\n", encoding="utf-8")
-    folder = into / "files"
-    hashes = ["--require-hashes"] if "--hash" in requirement else []
-    options = ("--no-deps", "--no-binary", ":all:", "--no-build-isolation", *hashes)
-    pip(
-        interpreter,
-        "download",
-        *options,
-        "--dest",
-        folder,
-        "--requirement",
-        requirements,
-        what=requirement.split()[0],
-        offline=f"connect to the package index, or put the file into {project.downloads}",
-    )
-    (file,) = folder.iterdir()
-    return file
+
+
+def get(link: Link, into: Path, most: int) -> Path:
+    """Download ``link`` into the folder ``into`` with a line of progress, and no more than ``most`` bytes."""
+    path, done, shown = into / link.name, 0, time.monotonic()
+    print(f"downloading {link.name}", flush=True)
+    try:
+        with _open(link.url) as answer, path.open("wb") as file:
+            total = int(answer.headers.get("Content-Length") or 0)
+            while done <= most and (block := answer.read(1 << 16)):
+                file.write(block)
+                done += len(block)
+                if time.monotonic() - shown > 2:
+                    shown = time.monotonic()
+                    of = f" of {total / 1e6:.1f}" if total else ""
+                    print(f"  {done / 1e6:.1f}{of} MB", flush=True)
+    except (OSError, HTTPException, ValueError) as e:
+        if isinstance(e, OSError) and e.errno:  # the disk, not the network
+            raise
+        raise FapError(
+            f"{link.name} could not be downloaded: {getattr(e, 'reason', '') or e}",
+            "connect to the package index and run this again",
+        ) from e
+    return path
+
+
+LARGEST = 1 << 30  # bytes: what an unknown file may have
+
+
+def add(project: Project, version: str) -> Sdist:
+    """The source distribution of ``version``, which the lock does not name yet: the one in .cache/downloads,
+    else the one that the index names, downloaded and compared with the index's own hash.
+    """
+    name = f"{project.family.package}-{version}.tar.gz"
+    path = project.downloads / name
+    if not path.exists():
+        link = find(project, name)
+        if not link.sha256:
+            raise FapError(f"the index gives no sha256 for {name}", f"put the file into {project.downloads}")
+        _bring(project, link, None)
+    return Sdist(name, path.stat().st_size, sha256(path))
+
+
+def _bring(project: Project, link: Link, pinned: Sdist | None) -> None:
+    project.downloads.mkdir(parents=True, exist_ok=True)
+    # Beside its final place, so that the rename is atomic, and gone whatever happens.
+    with tempfile.TemporaryDirectory(dir=project.downloads, prefix=".part-") as scratch:
+        file = get(link, Path(scratch), pinned.size if pinned else LARGEST)
+        verify(file, pinned or Sdist(link.name, file.stat().st_size, link.sha256))
+        os.replace(file, project.downloads / link.name)
 
 
 def sdist(project: Project, offline: bool = False) -> Path | None:
     """The verified source distribution of the project's release, from the cache or downloaded into it.
 
-    Returns None when ``offline`` and it is not in the cache. Raises FapError when it is there but not the
-    pinned file.
+    Returns None when there is none, or when ``offline`` and it is not in the cache. Raises FapError when it
+    is there but not the pinned file.
     """
     pinned = project.release.sdist
+    if pinned is None:
+        return None
     path = project.downloads / pinned.name
     if path.exists():
         verify(path, pinned)
         return path
     if offline:
         return None
-    project.downloads.mkdir(parents=True, exist_ok=True)
-    # Beside its final place, so that the rename is atomic, and gone whatever happens.
-    with tempfile.TemporaryDirectory(dir=project.downloads, prefix=".part-") as scratch:
-        requirement = f"{project.family.package}=={project.release.version} --hash=sha256:{pinned.sha256}"
-        file = pip_download(project, requirement, Path(scratch))
-        verify(file, pinned)
-        os.replace(file, path)
+    _bring(project, find(project, pinned.name), pinned)
     return path

@@ -9,18 +9,16 @@ a checkout of one's own may differ, with a warning.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..base import git
 from ..base.errors import FapError, UsageError
-from ..base.project import Project
+from ..base.project import PINNED_SOURCES, Project, chosen_checkout, chosen_source
 from . import origins, store
 
 EXCLUSIVE = True
-PINNED_SOURCES = ("submodule", "sdist")
 
 
 @dataclass(frozen=True)
@@ -47,16 +45,22 @@ def _own_checkout(project: Project, folder: Path) -> Base:
     if tree == project.release.tree:
         git.git("update-ref", store.upstream_ref(project), commit, repo=project.store)
         return Base(commit, tree, True, str(folder))
-    print(
-        f"warning: {folder} is not {project.release.version} as released (tree {tree[:12]}, expected "
-        f"{project.release.tree[:12]}); the patched tree will not be compared with the lock",
-        file=sys.stderr,
-    )
+    if project.release.tree:
+        print(
+            f"warning: {folder} is not {project.release.version} as released (tree {tree[:12]}, expected "
+            f"{project.release.tree[:12]})",
+            file=sys.stderr,
+        )
     return Base(commit, tree, False, str(folder))
 
 
 def _pinned_files(project: Project, wanted: str) -> tuple[origins.Files, str]:
     reasons = []
+    if project.release.sdist is None:
+        raise UsageError(
+            f"{project.release.version} is not in {project.lock.path.name}: it is the version of a checkout",
+            "set FA_SRC_DIR to the top folder of that checkout",
+        )
     for online in (False, True):
         if wanted in ("", "submodule"):
             files, reason = origins.from_submodule(project, online)
@@ -84,14 +88,9 @@ def _stored(project: Project) -> Base | None:
     return None
 
 
-def chosen_source() -> str:
-    """What the environment asks for: "", "submodule", "sdist" or a folder."""
-    return os.environ.get("SOURCE") or os.environ.get("FA_SRC_DIR") or ""
-
-
 def current(project: Project) -> Base | None:
     """What a patched tree would be made from, without fetching anything; None when that is not known yet."""
-    return _stored(project) if chosen_source() in ("", *PINNED_SOURCES) else None
+    return None if chosen_checkout() else _stored(project)
 
 
 def pinned(project: Project, wanted: str = "", again: bool = False) -> Base:
@@ -133,16 +132,21 @@ def cutlass(project: Project) -> str:
     there.
     """
     ref = store.cutlass_ref(project)
-    if (found := store.lookup(project, ref)) and store.is_sound(project, found[0]):
+    if project.release.sdist and (found := store.lookup(project, ref)) and store.is_sound(project, found[0]):
         return found[0]
     for online in (False, True):
-        files = origins.cutlass_from_submodule(project, online) or origins.cutlass_from_sdist(project, online)
+        files = (
+            origins.cutlass_from_folder(project, chosen_checkout())
+            or origins.cutlass_from_submodule(project, online)
+            or origins.cutlass_from_sdist(project, online)
+        )
         if files is not None:
             return store.import_files(
                 project, ref, files, f"CUTLASS headers of {project.family.package} {project.release.version}"
             )[0]
     raise FapError(
-        f"no source has the CUTLASS headers of {project.release.version}", "make fetch SOURCE=sdist"
+        f"no source has the CUTLASS headers of {project.release.version}",
+        "git submodule update --init csrc/cutlass in the checkout, or make fetch SOURCE=sdist",
     )
 
 

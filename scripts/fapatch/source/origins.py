@@ -159,6 +159,15 @@ def from_sdist(project: Project, online: bool) -> Files | None:
     )
 
 
+def cutlass_from_folder(project: Project, folder: str) -> Files | None:
+    """The headers in a checkout of a version that the lock does not have."""
+    headers = Path(folder) / project.family.cutlass_submodule
+    if project.release.sdist or not folder or not (headers / "include").is_dir():
+        return None
+    files = (path for path in sorted((headers / "include").rglob("*")) if path.is_file())
+    return ((path.relative_to(headers).as_posix(), path.read_bytes()) for path in files)
+
+
 def cutlass_from_submodule(project: Project, online: bool) -> Files | None:
     """The headers from the submodule nested in the submodule, at the pinned commit."""
     nested = project.submodule / project.family.cutlass_submodule

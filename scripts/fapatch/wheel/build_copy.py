@@ -19,20 +19,15 @@ CUTLASS_MARK = "csrc/cutlass/include/cutlass/cutlass.h"
 
 
 def verified_tree(project: Project, worktree: Path) -> str:
-    """The git id of the tree committed in ``worktree``. Raises FapError unless it is the patched tree that
-    upstream.toml names.
-
-    Only a checkout of one's own (FA_SRC_DIR) may differ from the lock; it must then be what `apply` made of
-    it.
+    """The git id of the tree committed in ``worktree``. Raises FapError unless it is the one that `apply`
+    made.
     """
     known = state.read(project)
-    expected = project.release.patched_tree if known is None or known.pinned else known.tree
     found = git.output("rev-parse", "HEAD^{tree}", cwd=worktree)
-    if found != expected:
+    if known is None or found != known.tree:
         raise FapError(
-            f"the patched tree is {found[:12]}, {project.lock.path.name} says "
-            f"{expected[:12] or 'nothing yet'}",
-            "`make refresh` exports what was committed and writes the id, `make status` says what differs",
+            f"the patched tree is {found[:12]}, and `make apply` made {known.tree[:12] if known else 'none'}",
+            "`make refresh` exports what was committed, `make status` says what differs",
         )
     return found
 

@@ -1,0 +1,84 @@
+"""Applies-To, widened and split: an old and a new form of one patch lie side by side, and no release takes
+both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+from packaging.specifiers import Specifier
+from packaging.version import Version
+
+from ..base import git
+from ..base.project import Project
+from ..source import fetch
+from . import series
+from .series import Patch
+
+
+def _clauses(applies: str) -> list[Specifier]:
+    return [Specifier(clause) for clause in applies.split(",") if clause.strip()]
+
+
+def _text(clauses: Iterable[Specifier | str]) -> str:
+    return ",".join(map(str, clauses))
+
+
+def widened(applies: str, version: str) -> str:
+    """``applies`` with its lower or upper bound moved as far as ``version``, and no further."""
+    found = []
+    for clause in _clauses(applies):
+        if clause.contains(version, prereleases=True):
+            found.append(str(clause))
+        elif clause.operator in ("==", "===", "~="):
+            low, high = sorted((clause.version.removesuffix(".*"), version), key=Version)
+            found += [f">={low}", f"<={high}"]
+        elif clause.operator != "!=":
+            found.append(f"{clause.operator[0]}={version}")
+    return _text(found)
+
+
+def split(applies: str, version: str, newest: bool) -> tuple[str, str]:
+    """(Applies-To of the old form, of the new form for ``version``), disjoint. ``newest``: the new form is
+    also for what comes after ``version``.
+    """
+    clauses = _clauses(applies)
+    if not newest:
+        return _text([*clauses, f"!={version}"]), f"=={version}"
+    lower = [c for c in clauses if c.operator[0] != "<"]
+    upper = [c for c in clauses if c.operator[0] == "<"]
+    return _text([*lower, f"<{version}"]), _text([f">={version}", *upper])
+
+
+def keep_old(project: Project, before: tuple[Patch, ...], after: tuple[Patch, ...]) -> tuple[Patch, ...]:
+    """``after``, the series written for the project's release, beside the old form (from ``before``) of each
+    patch whose new form does not apply to a release that took the old one.
+    """
+    old, needed = {p.name: p for p in before}, set()
+    others = [r for r in project.family.releases if r.version != project.release.version]
+    served = [r for r in others if not series.not_carried(before, r.version)]
+    for release in served:
+        commit = fetch.pinned(replace(project, release=release)).commit
+        with git.index_of(commit, repo=project.store) as index:
+            for patch in (p for p in after if p.applies_to(release.version)):
+                if patch.name in needed:
+                    index.apply(old[patch.name].data)
+                elif index.apply(patch.data) and patch.name in old and not index.apply(old[patch.name].data):
+                    needed.add(patch.name)
+    version = project.release.version
+    newest = all(Version(version) > Version(r.version) for r in served)
+    suffix = "-" + re.sub(r"[^a-z0-9]+", "-", version.lower())
+    result: list[Patch] = []
+    for patch in after:
+        if patch.name not in needed:
+            result.append(patch)
+            continue
+        first, second = split(patch.applies, version, newest)
+        kept = old[patch.name]
+        result.append(kept if not kept.applies_to(version) else kept.with_applies(first))
+        result.append(
+            replace(patch.with_applies(second), name=patch.name.removesuffix(".patch") + f"{suffix}.patch")
+        )
+    return tuple(result)
