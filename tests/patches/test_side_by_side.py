@@ -51,10 +51,10 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         project = Project.open(family=family, version="")
         with locking.exclusive(project, "tests"):
             fetch.pinned(project)
-            tree = build_copy.verified_tree(project, apply.ensure(project))
+            made = build_copy.verified(project, apply.ensure(project))
         root = tmp_path_factory.mktemp(family)
         (root / ".cache").symlink_to(project.cache)
-        built[family] = wheel.build(replace(project, root=root), backend, Path(sys.executable), tree)
+        built[family] = wheel.build(replace(project, root=root), backend, Path(sys.executable), made)
     return built
 
 

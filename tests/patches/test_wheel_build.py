@@ -17,7 +17,8 @@ import pytest
 from fapatch.base import locking
 from fapatch.base.project import Project
 from fapatch.series import apply, overlay
-from fapatch.wheel import build_copy, wheel
+from fapatch.series.state import State
+from fapatch.wheel import build_copy, facts, wheel
 
 pytestmark = pytest.mark.source
 
@@ -39,11 +40,11 @@ echo "$@" >> "$(dirname "$0")/git-calls"
 
 
 @pytest.fixture(scope="module")
-def patched(request) -> tuple[Project, str]:
-    """(this project with flash-attn, or the family that the test names; id of its patched tree)"""
+def patched(request) -> tuple[Project, State]:
+    """(this project with flash-attn, or the family that the test names; its patched tree)"""
     project = Project.open(family=getattr(request, "param", "flash-attn"), version="")
     with locking.exclusive(project, "tests"):
-        return project, build_copy.verified_tree(project, apply.ensure(project))
+        return project, build_copy.verified(project, apply.ensure(project))
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def setup_py(folder: Path, guards: Path, *command: str, **env: str) -> subproces
 
 
 def test_a_git_folder_makes_setup_py_run_git_and_the_copy_has_none(patched, elsewhere, guards):
-    build_copy.sync(elsewhere, patched[1], with_cutlass=False)
+    build_copy.sync(elsewhere, patched[1].tree, with_cutlass=False)
     copy = elsewhere.wheel_dir
     done = setup_py(copy, guards, "--version", FLASH_ATTN_LOCAL_VERSION="nosoftmax.1")
     assert done.stdout.splitlines()[-1] == f"{elsewhere.release.version}+nosoftmax.1", done.stderr
@@ -95,7 +96,7 @@ def test_a_git_folder_makes_setup_py_run_git_and_the_copy_has_none(patched, else
 
 
 def test_setup_py_downloads_a_wheel_unless_it_is_told_to_build(patched, elsewhere, guards):
-    build_copy.sync(elsewhere, patched[1], with_cutlass=False)
+    build_copy.sync(elsewhere, patched[1].tree, with_cutlass=False)
     copy = elsewhere.wheel_dir
     # The address holds torch's CUDA version, which a CPU torch lacks.
     with (guards / "sitecustomize.py").open("a") as file:
@@ -131,6 +132,8 @@ def test_the_wheel_is_the_patched_package_and_the_same_each_time(patched, backen
             if n.startswith("flash_attn/") and n.endswith(".py")
         }
         assert ours and {n: archive.read(n) for n in ours} == ours
+        said = facts.read(archive)
+    assert said["patched tree"] == patched[1].tree and said["patches"] == list(patched[1].applied)
     assert metadata["Version"] == f"{release}+{label}"
     assert any(n.endswith("/LICENSE") for n in names)
     # One folder each, so that the two can be installed side by side.

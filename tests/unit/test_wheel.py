@@ -4,6 +4,8 @@ package.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import zipfile
 from dataclasses import replace
@@ -15,7 +17,8 @@ from fapatch.base import git
 from fapatch.base.errors import FapError, UsageError
 from fapatch.base.project import Project
 from fapatch.series import state
-from fapatch.wheel import build_copy, build_progress, wheel, wheel_check
+from fapatch.series.state import State
+from fapatch.wheel import build_copy, build_progress, facts, wheel, wheel_check
 from fapatch.wheel.cuda_toolkit import Search, Toolkit, Torch
 
 INPUTS = wheel.Inputs(tree="a" * 40, lock="b" * 64, backend="cpu", python="3.11", torch="2.13.0", options="")
@@ -91,10 +94,12 @@ def test_a_wheel_that_is_there_is_not_built_again_and_a_damaged_one_is(project):
 
 FILES = {
     "flash_attn/__init__.py": b"__version__ = '2.8.3.post1'\n",
-    "flash_attn/flash_attn_interface.py": b"use_softmax = True\n",
+    "flash_attn/flash_attn_interface.py": b"from .nosoftmax import hook\n",
+    "flash_attn/nosoftmax/__init__.py": b"use_softmax = 'nosoftmax'\n",
     "LICENSE": b"BSD\n",
 }
 LABEL = Project.open().family.local_label
+MADE = State("b", "t", True, (), ("a.patch",), {"flash_attn/nosoftmax/__init__.py": "blob"}, "c", "1" * 40)
 GOOD = f"flash_attn-2.8.3.post1+{LABEL}-py3-none-any.whl"
 
 
@@ -112,26 +117,34 @@ def make(
     name: str = GOOD,
     changes: dict[str, bytes | None] | None = None,
     version: str = f"2.8.3.post1+{LABEL}",
+    says: State = MADE,
 ) -> Path:
     info = f"flash_attn-{version}.dist-info"
     metadata = f"Name: flash_attn\nVersion: {version}\n".encode()
-    members = {**FILES, f"{info}/METADATA": metadata, f"{info}/licenses/LICENSE": FILES["LICENSE"]}
+    record = f"{info}/RECORD"
+    members = {
+        **FILES,
+        f"{info}/METADATA": metadata,
+        f"{info}/licenses/LICENSE": FILES["LICENSE"],
+        record: b"",
+    }
     del members["LICENSE"]
     with zipfile.ZipFile(folder / name, "w") as archive:
         for member, content in {**members, **(changes or {})}.items():
             if content is not None:
                 archive.writestr(member, content)
+    facts.add(folder / name, facts.of(Project.open(family="flash-attn", version="2.8.3.post1"), says))
     return folder / name
 
 
 def test_a_good_wheel_passes(project, tree, tmp_path):
-    wheel_check.check(make(tmp_path), project, "cpu", tree)
+    wheel_check.check(make(tmp_path), project, "cpu", tree, MADE)
     compiled = make(
         tmp_path,
         GOOD.replace("py3-none-any", "cp311-cp311-linux_x86_64"),
         {"flash_attn_2_cuda.cpython-311.so": b""},
     )
-    wheel_check.check(compiled, project, "cuda", tree)
+    wheel_check.check(compiled, project, "cuda", tree, MADE)
 
 
 @pytest.mark.parametrize(
@@ -150,15 +163,27 @@ def test_a_good_wheel_passes(project, tree, tmp_path):
 )
 def test_a_wrong_wheel_is_refused(project, tree, tmp_path, name, changes, backend, message):
     with pytest.raises(FapError) as caught:
-        wheel_check.check(make(tmp_path, name, changes), project, backend, tree)
+        wheel_check.check(make(tmp_path, name, changes), project, backend, tree, MADE)
     assert message in str(caught.value)
 
 
 def test_an_unpatched_package_is_refused(project, tree, tmp_path):
     plain = {"flash_attn/flash_attn_interface.py": b"softmax only\n"}
     (tree / "flash_attn/flash_attn_interface.py").write_bytes(b"softmax only\n")
-    with pytest.raises(FapError, match="knows no use_softmax"):
-        wheel_check.check(make(tmp_path, changes=plain), project, "cpu", tree)
+    with pytest.raises(FapError, match="no file of upstream's .* has a hook"):
+        wheel_check.check(make(tmp_path, changes=plain), project, "cpu", tree, MADE)
+
+
+def test_the_facts_in_a_wheel_are_compared_and_recorded(project, tree, tmp_path):
+    other = make(tmp_path, says=replace(MADE, tree="2" * 40))
+    with pytest.raises(FapError, match="says that it is of 2222"):
+        wheel_check.check(other, project, "cpu", tree, MADE)
+    with zipfile.ZipFile(make(tmp_path)) as archive:
+        said, record = facts.read(archive), archive.read(f"{facts.info(archive)}/RECORD").decode()
+        content = archive.read(f"{facts.info(archive)}/nosoftmax.json")
+    assert said["patched tree"] == MADE.tree and said["patches"] == ["a.patch"]
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+    assert record.endswith(f"/nosoftmax.json,sha256={digest},{len(content)}\n")
 
 
 @pytest.fixture
@@ -222,12 +247,12 @@ def test_a_git_folder_in_the_copy_is_refused(project, worktree):
 def test_a_tree_that_apply_did_not_make_is_refused(project, worktree):
     tree = git.output("rev-parse", "HEAD^{tree}", cwd=worktree)
     with pytest.raises(FapError, match="`make apply` made none"):
-        build_copy.verified_tree(project, worktree)
+        build_copy.verified(project, worktree)
     state.write(project, state.State("b", "t", True, (), (), {}, "c", tree))
-    assert build_copy.verified_tree(project, worktree) == tree
+    assert build_copy.verified(project, worktree).tree == tree
     commit(worktree, setup_py="another")
     with pytest.raises(FapError, match=f"`make apply` made {tree[:12]}.*make refresh"):
-        build_copy.verified_tree(project, worktree)
+        build_copy.verified(project, worktree)
 
 
 @pytest.mark.parametrize("cores, gib, jobs", [(16, 128, 16), (16, 20, 4), (2, 4, 1), (1, 64, 1)])

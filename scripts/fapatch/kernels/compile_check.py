@@ -321,7 +321,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
         export(project, id, folder / name)
         for name, id in (
             ("upstream", state.read(project).base_tree),
-            ("patched", build_copy.verified_tree(project, tree)),
+            ("patched", build_copy.verified(project, tree).tree),
         )
     )
     cases, softmax = full() if args.full else (SMALL, SMALL_SOFTMAX)

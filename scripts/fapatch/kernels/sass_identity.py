@@ -296,7 +296,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
         "make sass-identity", f"{wheel.TOOLCHAIN_HINT}; or set CUDA_HOME"
     )
     cuobjdump = find_cuobjdump(project.venv, torch, toolkit)
-    patched = build_copy.verified_tree(project, apply.ensure(project))
+    patched = build_copy.verified(project, apply.ensure(project)).tree
     both = backports(project)
     for patch in both:
         print(f"on both sides: {patch.name}, a backport from a later upstream release")

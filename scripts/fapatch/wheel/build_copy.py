@@ -12,16 +12,15 @@ from ..base import git
 from ..base.errors import FapError
 from ..base.project import Project
 from ..series import state
+from ..series.state import State
 from ..source import fetch
 
 MANIFEST = ".fapatch-files.json"
 CUTLASS_MARK = "csrc/cutlass/include/cutlass/cutlass.h"
 
 
-def verified_tree(project: Project, worktree: Path) -> str:
-    """The git id of the tree committed in ``worktree``. Raises FapError unless it is the one that `apply`
-    made.
-    """
+def verified(project: Project, worktree: Path) -> State:
+    """What `apply` made. Raises FapError unless it is what is committed in ``worktree``."""
     known = state.read(project)
     found = git.output("rev-parse", "HEAD^{tree}", cwd=worktree)
     if known is None or found != known.tree:
@@ -29,7 +28,7 @@ def verified_tree(project: Project, worktree: Path) -> str:
             f"the patched tree is {found[:12]}, and `make apply` made {known.tree[:12] if known else 'none'}",
             "`make refresh` exports what was committed, `make status` says what differs",
         )
-    return found
+    return known
 
 
 def _write_if_different(target: Path, content: bytes) -> None:

@@ -9,7 +9,6 @@ does nothing and says why.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -21,12 +20,14 @@ import psutil
 
 from ..base import env, files, git
 from ..base.errors import FapError, UsageError
+from ..base.files import sha256
 from ..base.lock import Family
 from ..base.pip import pip
 from ..base.process import CommandFailed, run
 from ..base.project import Project
 from ..series import apply
-from . import build_copy, build_progress, cuda_toolkit, wheel_check
+from ..series.state import State
+from . import build_copy, build_progress, cuda_toolkit, facts, wheel_check
 from .cuda_toolkit import Search, Torch
 
 EXCLUSIVE = True
@@ -147,11 +148,6 @@ def _read_state(project: Project) -> dict:
         return {}
 
 
-def sha256(path: Path) -> str:
-    """The digest of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def up_to_date(project: Project, inputs: Inputs, state: dict) -> tuple[Path | None, str]:
     """(the wheel, "") when ``state`` describes a wheel made from ``inputs`` that is still whole, else (None,
     the reason).
@@ -168,13 +164,13 @@ def up_to_date(project: Project, inputs: Inputs, state: dict) -> tuple[Path | No
     return path, ""
 
 
-def run_setup(
-    project: Project, backend: str, tree: str, *command: str | Path, env: Mapping[str, str] | None = None
-) -> None:
-    """Run ``command``, which starts upstream's build, in the build copy of ``tree``, a git id. Raises
-    FapError that names the log.
+def build(
+    project: Project, backend: str, python: Path, made: State, env: Mapping[str, str] | None = None
+) -> Path:
+    """Build the tree that ``made`` describes with upstream's own build, and ``env`` beside the variables that
+    ``build_environment`` sets.
 
-    ``env`` is added to the variables that ``build_environment`` sets.
+    Returns the checked wheel in dist/. Raises FapError, which names the log, leaving dist/ as it was.
     """
     project.wheel_dir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(project.wheel_dir).free
@@ -184,7 +180,9 @@ def run_setup(
             f"{FREE_BYTES[backend] >> 20}",
             "free some space, or move the checkout; what was built so far is kept",
         )
-    build_copy.sync(project, tree, with_cutlass=backend == "cuda")
+    build_copy.sync(project, made.tree, with_cutlass=backend == "cuda")
+    fresh = project.wheel_dir / "fresh"
+    shutil.rmtree(fresh, ignore_errors=True)
     log = project.wheel_dir.parent / f"{project.release.version}.log"
     environment = {**build_environment(project, backend), **(env or {})}
     if backend == "cuda":
@@ -193,6 +191,8 @@ def run_setup(
             "it was",
             flush=True,
         )
+    options = ("--wheel", "--no-isolation", "--skip-dependency-check", "--outdir", fresh)
+    command = (python, "-m", "build", *options, project.setup_dir)
     try:
         with log.open("wb") as file:
             run(*command, cwd=project.wheel_dir, env=environment, on_line=build_progress.Progress(file))
@@ -202,35 +202,9 @@ def run_setup(
             f"upstream's build failed: exit code {e.returncode}",
             f"the whole output is in {log.relative_to(project.root)}; what was compiled is kept",
         ) from e
-
-
-def build(
-    project: Project, backend: str, python: Path, tree: str, env: Mapping[str, str] | None = None
-) -> Path:
-    """Build ``tree``, a git id, with upstream's own build, and ``env`` beside the variables that
-    ``build_environment`` sets.
-
-    Returns the checked wheel in dist/. Raises FapError, leaving dist/ as it was.
-    """
-    fresh = project.wheel_dir / "fresh"
-    shutil.rmtree(fresh, ignore_errors=True)
-    run_setup(
-        project,
-        backend,
-        tree,
-        python,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--skip-dependency-check",
-        "--outdir",
-        fresh,
-        project.setup_dir,
-        env=env,
-    )
     (built,) = fresh.glob("*.whl")
-    wheel_check.check(built, project, backend, project.wheel_dir)
+    facts.add(built, facts.of(project, made))
+    wheel_check.check(built, project, backend, project.wheel_dir, made)
     project.dist.mkdir(exist_ok=True)
     target = project.dist / built.name
     os.replace(built, target)
@@ -266,9 +240,9 @@ def main(project: Project, args: argparse.Namespace) -> int:
     )
     if backend.hint:
         print(backend.hint, flush=True)
-    tree = build_copy.verified_tree(project, apply.ensure(project))
+    made = build_copy.verified(project, apply.ensure(project))
     inputs = Inputs(
-        tree=tree,
+        tree=made.tree,
         lock=sha256(project.lock.path),
         backend=backend.name,
         python=torch.python,
@@ -295,7 +269,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
         if backend.name == "cuda":
             print(f"compiler: {nvcc.toolkit.nvcc} ({nvcc.toolkit.origin})", flush=True)
             variables = cuda_toolkit.build_environment(nvcc.toolkit, torch.packages)
-        wheel = build(project, backend.name, python, tree, variables)
+        wheel = build(project, backend.name, python, made, variables)
         state = {"inputs": asdict(inputs), "wheel": wheel.name, "sha256": sha256(wheel)}
         files.write(_state_file(project), json.dumps(state, indent=1) + "\n")
     install(python, wheel)

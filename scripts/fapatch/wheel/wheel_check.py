@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from email.parser import BytesParser
 from pathlib import Path
@@ -11,8 +10,11 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
 from ..base.errors import FapError
+from ..base.files import sha256
 from ..base.process import run
 from ..base.project import Project
+from ..series.state import State
+from . import facts
 
 HINT = "make clean wheel"
 # Prints the sha256 of the wheel that the installed package came from, as pip recorded it (PEP 610), or
@@ -36,9 +38,9 @@ def _python_files(tree: Path, code: str) -> dict[str, bytes]:
     return {p.relative_to(tree).as_posix(): p.read_bytes() for p in files}
 
 
-def check(wheel: Path, project: Project, backend: str, tree: Path) -> None:
-    """Raise FapError unless ``wheel`` is the package of the patched ``tree``: name, version, tags, every
-    Python file, the licence.
+def check(wheel: Path, project: Project, backend: str, tree: Path, made: State) -> None:
+    """Raise FapError unless ``wheel`` is the package of the patched tree that ``made`` describes and whose
+    files are in ``tree``: name, version, tags, every Python file, the licence, the hooks, its own facts.
 
     A cuda wheel must hold the extension; any other must be pure Python for any platform.
     """
@@ -46,11 +48,16 @@ def check(wheel: Path, project: Project, backend: str, tree: Path) -> None:
     expected = Version(f"{project.release.version}+{project.family.local_label}")
     package = project.family.package
     if (name, version) != (canonicalize_name(package), expected):
-        raise FapError(f"the wheel is {name} {version}, expected {package} {expected}", HINT)
+        hint = (
+            HINT
+            if project.release in project.family.releases
+            else f"give it the checkout's VERSION={version.public}"
+        )
+        raise FapError(f"the wheel is {name} {version}, expected {package} {expected}", hint)
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         files = {n: archive.read(n) for n in names if n.endswith(".py")}
-        info = next(n.partition("/")[0] for n in names if n.endswith(".dist-info/METADATA"))
+        info, said = facts.info(archive), facts.read(archive)
         metadata = BytesParser().parsebytes(archive.read(f"{info}/METADATA"))
         licences = [archive.read(n) for n in names if n.startswith(info) and n.endswith("/LICENSE")]
     source = _python_files(tree, project.family.code)
@@ -59,9 +66,12 @@ def check(wheel: Path, project: Project, backend: str, tree: Path) -> None:
             f"{wheel.name} differs from the patched tree in {len(differing)} files, first: {differing[0]}",
             HINT,
         )
-    if not any(b"use_softmax" in content for content in files.values()):
+    # In upstream's own files alone the hooks leave that word.
+    if not any(b"nosoftmax" in content for name, content in files.items() if name not in made.overlay):
+        raise FapError(f"no file of upstream's in {wheel.name} has a hook: its tree is not patched", HINT)
+    if said != facts.of(project, made):
         raise FapError(
-            f"{wheel.name} knows no use_softmax: the tree it was built from is not patched", "make status"
+            f"{wheel.name} says that it is of {said.get('patched tree', 'no tree')}, not of {made.tree}", HINT
         )
     if (
         metadata["Version"] != str(expected)
@@ -80,4 +90,4 @@ def check(wheel: Path, project: Project, backend: str, tree: Path) -> None:
 def installed(python: Path, wheel: Path) -> bool:
     """Whether the environment of ``python`` holds the package of exactly this wheel file."""
     said = run(python, "-c", ORIGIN, wheel.name.partition("-")[0]).stdout.decode().strip()
-    return said == hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return said == sha256(wheel)
