@@ -4,7 +4,7 @@ import importlib.util
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -55,6 +55,17 @@ def test_without_options_every_source_is_built():
 )
 def test_subset_of_sources(options, expected):
     assert kept(**options) == [STOCK[i] for i in expected]
+
+
+def test_a_kernel_that_no_rule_knows_is_named_and_built(monkeypatch, capsys):
+    new = "csrc/flash_attn/src/flash_fwd_split_align_hdim64_bf16_sm80.cu"
+    assert new in subset(HEAD_DIMS="128", PASSES="bwd") and kernel_build.unknown([*STOCK, new]) == [
+        Path(new).name
+    ]
+    extension = SimpleNamespace(sources=[*STOCK, new], extra_compile_args={"cxx": [], "nvcc": []})
+    kernel_build.configure(extension, {"ARCHS": "90", "HEAD_DIMS": "128"})
+    assert capsys.readouterr().out == f"kernel_build: no option leaves these out: {Path(new).name}\n"
+    assert new in extension.sources and STOCK[1] not in extension.sources
 
 
 def test_generated_kernels_follow_the_options():

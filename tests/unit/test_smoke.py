@@ -48,7 +48,8 @@ def test_everything_built(gpu):
 def test_a_subset_is_tested_with_what_it_has(gpu):
     calls = gpu(built_head_dims=(128, 256), built_dtypes=("bf16",), built_passes=("fwd",))
     target = smoke.best_target()
-    assert target == smoke.Target("cuda", "a GPU", ("bfloat16",), 128, False) and target.passes == "forward"
+    assert target == smoke.Target("cuda", "a GPU", ("bfloat16",), 128, False, cache=False)
+    assert target.passes == "forward"
     assert calls == [("cuda", torch.bfloat16, 128)]
 
 
@@ -77,6 +78,27 @@ def test_a_gpu_of_another_architecture_is_passed_over(gpu, monkeypatch, capsys):
 def test_forward_alone(package):
     errors, not_finite, _ = smoke.measure(smoke.Target("cpu", "here", backward=False), torch.float32)
     assert list(errors) == ["out"] and errors["out"] < 1e-5 and not_finite == 0
+
+
+def test_every_public_function_is_called_with_softmax_and_without(package):
+    target = smoke.Target("cpu", "here")
+    public = [name for name in dir(package) if name.startswith("flash_attn_") and "func" in name]
+    assert set(smoke.calls(target, *[torch.zeros(1, 2, 1, 64)] * 3)) == {*public, "flash_attn_with_kvcache"}
+    assert smoke.wrong_functions(target) == (14, [])
+
+
+def test_a_function_that_cannot_be_called_is_named(package, monkeypatch, capsys):
+    """As when upstream gives the extension one more argument than what stands for it knows."""
+    from flash_attn import flash_attn_interface
+
+    def more(*args):
+        raise TypeError("varlen_fwd() takes 21 arguments and got 22")
+
+    monkeypatch.setattr(flash_attn_interface.flash_attn_gpu, "varlen_fwd", more)
+    assert not smoke.report(smoke.Target("cpu", "here", ("float32",)), "flash_attn")
+    said = capsys.readouterr().out
+    assert "14 calls: 3 WRONG" in said
+    assert "flash_attn_varlen_func, use_softmax=True: TypeError: varlen_fwd() takes 21" in said
 
 
 def test_a_wrong_result_is_noticed(package, monkeypatch, capsys):

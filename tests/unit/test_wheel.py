@@ -270,6 +270,7 @@ def test_a_build_says_how_far_it_is_and_keeps_its_output():
     progress = build_progress.Progress(log, screen, lambda: next(times))
     lines = [
         b"running build_ext\n",
+        b"kernel_build: no option leaves these out: new.cu\n",
         b"[1/4] nvcc a.cu\n",
         b"[2/4] nvcc b.cu\n",
         b"warning: b\n",
@@ -282,6 +283,7 @@ def test_a_build_says_how_far_it_is_and_keeps_its_output():
     # The second file came a second after the first: not every line is worth printing where nothing overwrites
     # it.
     assert screen.getvalue().splitlines() == [
+        "kernel_build: no option leaves these out: new.cu",
         "compiled 1 of 4 files, 0:30 elapsed, about 1:30 left",
         "compiled 3 of 4 files, 1:00 elapsed, about 0:20 left",
         "compiled 4 of 4 files, 1:30 elapsed, linking",

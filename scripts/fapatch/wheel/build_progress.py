@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 NINJA = re.compile(rb"^\[(\d+)/(\d+)\] ")
+NOTE = b"kernel_build: "  # what kernel_build.py of the overlay tells whoever builds
 SECONDS_BETWEEN_LINES = 20  # where the output is no terminal
 
 
@@ -22,7 +23,7 @@ def clock(seconds: float) -> str:
 
 class Progress:
     """Takes the lines of a build; writes them to ``log`` and a progress line to ``screen`` for each file that
-    ninja has finished.
+    ninja has finished, and what the build itself tells people.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class Progress:
         self.log.flush()
         if match := NINJA.match(line):
             self._show(int(match[1]), int(match[2]))
+        elif line.startswith(NOTE):
+            self.screen.write(line.decode("utf-8", "replace"))
 
     def _show(self, done: int, total: int) -> None:
         elapsed = self.now() - self.start

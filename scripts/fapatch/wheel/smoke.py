@@ -1,5 +1,5 @@
-"""One forward and backward without softmax through the installed package, against the same sum written out in
-float64.
+"""One forward and backward without softmax through the installed package, and one call of every public
+function with softmax and without, against the same sum written out in float64.
 
 The shape is causal, bottom-right aligned, with more queries than keys, so that some rows see no key and must
 come out exactly 0: there a kernel that still divides by a softmax sum gives NaN. Two key heads serve four
@@ -50,7 +50,8 @@ class Target:
     """Where the package runs, what that is called, and with what it is called there: the kernels that the
     installed build has.
 
-    ``module`` has the function that is called.
+    ``module`` has the functions that are called; ``cache`` and ``softmax``: whether the build has kernels for
+    a KV cache and for softmax.
     """
 
     device: str
@@ -59,30 +60,92 @@ class Target:
     head_dim: int = 64
     backward: bool = True
     module: str = "flash_attn"
+    cache: bool = True
+    softmax: bool = True
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What keeps a call without softmax on this wheel's kernels where another wheel is beside it."""
+        return {"backend": "fa2"} if (self.device, self.module) == ("cuda", "flash_attn") else {}
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
         """Without softmax, by what this wheel has for the device and not by another wheel beside it."""
-        options = {"backend": "fa2"} if (self.device, self.module) == ("cuda", "flash_attn") else {}
-        out = importlib.import_module(self.module).flash_attn_func(
-            q, k, v, causal=causal, use_softmax=False, **options
-        )
-        return out[0] if isinstance(out, tuple) else out  # flash_attn.cute also returns an empty log-sum-exp
+        function = importlib.import_module(self.module).flash_attn_func
+        return _first(function(q, k, v, causal=causal, use_softmax=False, **self.options))
 
     @property
     def passes(self) -> str:
         return "forward and backward" if self.backward else "forward"
 
 
-def in_float64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """out = (M * (scale q k^T)) v. q: (batch, seqlen_q, nheads, head_dim), k, v: (batch, seqlen_k, nheads_k,
-    head_dim), all float64.
+def _first(out: torch.Tensor | tuple) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out  # flash_attn.cute also returns an empty log-sum-exp
+
+
+def in_float64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, use_softmax: bool = False) -> torch.Tensor:
+    """out = (M * (scale q k^T)) v, or with the softmax of the visible scores in the place of M * (...).
+
+    q: (batch, seqlen_q, nheads, head_dim), k, v: (batch, seqlen_k, nheads_k, head_dim), all float64.
     """
     import torch
 
     k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
     visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[1] - q.shape[1])
-    return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~visible, 0), v)
+    hidden = scores.masked_fill(~visible, float("-inf") if use_softmax else 0)
+    return torch.einsum("bhij,bjhd->bihd", hidden.softmax(-1) if use_softmax else hidden, v)
+
+
+def calls(target: Target, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, tuple]:
+    """name -> positional and keyword arguments of a call that attends from q to k and v, all of one shape,
+    for every public function that ``target`` has.
+    """
+    import torch
+
+    batch, seqlen = q.shape[:2]
+    ends = torch.arange(0, (batch + 1) * seqlen, seqlen, dtype=torch.int32, device=q.device)
+    flat = [t.flatten(0, 1) for t in (q, k, v)]
+    both = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": seqlen, "max_seqlen_k": seqlen}
+    one = {"cu_seqlens": ends, "max_seqlen": seqlen}
+    found = {
+        "flash_attn_func": ((q, k, v), {}),
+        "flash_attn_kvpacked_func": ((q, torch.stack((k, v), 2)), {}),
+        "flash_attn_qkvpacked_func": ((torch.stack((q, k, v), 2),), {}),
+        "flash_attn_varlen_func": (flat, both),
+        "flash_attn_varlen_kvpacked_func": ((flat[0], torch.stack(flat[1:], 1)), both),
+        "flash_attn_varlen_qkvpacked_func": ((torch.stack(flat, 1),), one),
+    }
+    if target.cache:
+        found["flash_attn_with_kvcache"] = ((q, k, v), {"cache_seqlens": seqlen})
+    module = importlib.import_module(target.module)
+    return {name: arguments for name, arguments in found.items() if hasattr(module, name)}
+
+
+def wrong_functions(target: Target) -> tuple[int, list[str]]:
+    """(how many calls of public functions were made, a line for each that failed or gave a wrong result)."""
+    import torch
+
+    dtype, wrong, made = getattr(torch, target.dtypes[0]), [], 0
+    torch.manual_seed(0)
+    shape = (BATCH, SEQLEN_K, NHEADS, target.head_dim)
+    q, k, v = (torch.randn(shape, device=target.device, dtype=dtype) for _ in range(3))
+    module = importlib.import_module(target.module)
+    for use_softmax in (True, False) if target.softmax else (False,):
+        expected = in_float64(*(t.double() for t in (q, k, v)), use_softmax)
+        options = {"causal": True, "use_softmax": use_softmax, **({} if use_softmax else target.options)}
+        for name, (args, keywords) in calls(target, q, k, v).items():
+            made += 1
+            try:
+                with torch.no_grad():
+                    out = _first(getattr(module, name)(*args, **keywords, **options))
+                error = float((out.view(shape).double() - expected).abs().max() / expected.abs().max())
+                said = f"relative error {error:.1e}"
+                fine = error <= TOLERANCE[target.dtypes[0]]
+            except Exception as e:  # whatever a call raises is what is wrong with that function
+                said, fine = f"{type(e).__name__}: {e}", False
+            if not fine:
+                wrong.append(f"{name}, use_softmax={use_softmax}: {said}")
+    return made, wrong
 
 
 def measure(target: Target, dtype: torch.dtype) -> tuple[dict[str, float], int, float]:
@@ -145,6 +208,8 @@ def on_gpu() -> Target:
         head_dims = getattr(extension, "built_head_dims", (Target.head_dim,))
         head_dim = Target.head_dim if Target.head_dim in head_dims else head_dims[0]
         built |= {"head_dim": head_dim, "backward": "bwd" in passes}
+        built["cache"] = "splitkv" in getattr(extension, "built_passes", ("splitkv",))
+        built["softmax"] = getattr(extension, "built_with_softmax", True)
     target = Target("cuda", torch.cuda.get_device_name(), **built)
     probe(target, getattr(torch, target.dtypes[0] if built else "float16"))
     return target
@@ -183,7 +248,11 @@ def report(target: Target, package: str) -> bool:
             f"ms  {verdict}"
         )
         good &= fine
-    return good
+    made, wrong = wrong_functions(target)
+    print(f"           every public function, {made} calls: {f'{len(wrong)} WRONG' if wrong else 'ok'}")
+    for line in wrong:
+        print(f"           {line}")
+    return good and not wrong
 
 
 def parsed(family: Family) -> int:

@@ -10,6 +10,7 @@ Options, from the environment; each one left out means everything:
                       present,
                       else FLASH_ATTN_CUDA_ARCHS, else 80 and 90
 A call that needs a kernel outside the build raises an error that names the option (src/built_kernels.h).
+Kernel files of upstream's that no rule knows belong to every build, which names them.
 """
 
 import os
@@ -123,12 +124,21 @@ def language_standard(flags: Sequence[str], torch_version: str) -> list[str]:
     return [flag.replace("c++17", "c++20") for flag in flags] if release >= (2, 14) else list(flags)
 
 
+def unknown(sources: Sequence[str]) -> list[str]:
+    """The kernel files among `sources` that no rule knows."""
+    names = [Path(source).name for source in sources if source.endswith(".cu")]
+    return [name for name in names if not KERNEL_FILE.fullmatch(name)]
+
+
 def configure(extension, environ: Mapping[str, str] = os.environ) -> None:
     """Gives the setuptools extension the sources and the flags of the build that the options ask for."""
     import torch
 
     subset = subset_from(environ)
     source_dir = Path(__file__).parent / "src"
+    if strange := unknown(extension.sources):
+        # fapatch/wheel/build_progress.py shows the line to who builds.
+        print(f"kernel_build: no option leaves these out: {', '.join(strange)}", flush=True)
     own = [*sorted(source_dir.glob("flash_nosoftmax_*.cu")), source_dir / "slack_rows.cu"]
     relative = [os.path.relpath(path, Path(__file__).parents[2]) for path in own]
     extension.sources = [source for source in [*extension.sources, *relative] if source in subset]
