@@ -21,7 +21,7 @@ from ..base.errors import FapError, UsageError
 from ..base.lock import Family, Release, load
 from ..base.project import Project
 from ..source import download, fetch
-from . import apply, series
+from . import apply, arguments, overlay, series
 
 EXCLUSIVE = True
 ANY_RELEASE = True  # VERSION may name one that is not in the lock yet
@@ -31,7 +31,7 @@ def _edit(project: Project, change) -> Family:
     """Let ``change`` alter the family's table of upstream.toml, comments kept; returns the new family."""
     document = tomlkit.parse(project.lock.path.read_text(encoding="utf-8"))
     change(document["family"][project.family.name])
-    files.write(project.lock.path, tomlkit.dumps(document))
+    files.write(project.lock.path, tomlkit.dumps(document).rstrip("\n") + "\n")
     return load(project.lock.path).family(project.family.name)
 
 
@@ -86,9 +86,13 @@ def standing(project: Project, release: Release) -> str:
     one, patches = replace(project, release=release), series.load(project)
     if reason := series.not_carried(patches, release.version):
         return f"not carried yet: {reason}  ->  {apply.rebase_command(one)}"
-    taken = [p for p in patches if p.applies_to(release.version)]
-    if failed := apply.failures(one, fetch.pinned(one).commit, taken):
+    base, taken = fetch.pinned(one), [p for p in patches if p.applies_to(release.version)]
+    if failed := apply.failures(one, base.commit, taken):
         return f"not carried yet: {', '.join(failed)} do not apply  ->  {apply.rebase_command(one)}"
+    try:
+        arguments.check(one, base, overlay.load(one))
+    except FapError as e:
+        return f"not carried yet: {e}"
     return f"carried: {len(taken)} patches apply as they are"
 
 
