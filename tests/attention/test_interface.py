@@ -733,6 +733,21 @@ def test_rocm_has_softmax_alone(cuda_call, extension, kind, monkeypatch):
     assert "ROCm" in fa2.obstacle(nosoftmax_call(cuda_call[0]))
 
 
+def test_an_argument_that_some_releases_lack(cuda_call, extension, monkeypatch):
+    """[in brackets]: the extension gets it, the CPU does without, and any other number is refused."""
+    table = stands_for_extension.SIGNATURES["fwd"]
+    monkeypatch.setitem(stands_for_extension.SIGNATURES, "fwd", f"{table} [num_splits]")
+    fwd = stands_for_extension._entry("fwd")
+    for call in (cuda_call, (*cuda_call, 0)):
+        fwd(*call)
+        assert extension.given.pop() == ("fwd", call)
+    with pytest.raises(TypeError, match=r"takes 13 or 14 arguments .* and got 15"):
+        fwd(*cuda_call, 0, 0)
+    q = torch.randn(1, 2, 1, 8)
+    rest = (None, None, 0.0, 1.0, False, -1, -1, 0.0, False, None)
+    assert torch.equal(fwd(q, q, q, *rest, 0)[0], fwd(q, q, q, *rest)[0])
+
+
 def test_too_few_arguments(cuda_call):
     with pytest.raises(TypeError, match=r"fwd\(\) takes 13 arguments .*return_softmax, gen\) and got 11"):
         stands_for_extension.fwd(*cuda_call[:-2])

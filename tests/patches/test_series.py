@@ -10,13 +10,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from unidiff import PatchSet
 
 from fapatch.base import git
-from fapatch.series import apply, bundle, refresh, series
+from fapatch.base.errors import FapError
+from fapatch.series import apply, arguments, bundle, refresh, series
 from fapatch.source import download, origins
 
 pytestmark = pytest.mark.source
@@ -112,6 +114,23 @@ def test_patches_only_change_lines_of_shared_files(patched):
                 f"{patch.name}: {changed.path} is not a file that both sources have"
             )
         assert b"\nold mode " not in patch.data and b"\nGIT binary patch" not in patch.data
+
+
+@pytest.mark.parametrize(
+    "old, new, told",
+    [
+        ("return_softmax gen", "return_softmax gen [num_splits]", ""),
+        ("return_softmax gen", "return_softmax", "fwd takes gen"),
+        ("return_softmax gen", "return_softmax gen num_splits", "fwd lacks num_splits"),
+        ("softcap return_softmax", "return_softmax softcap", "fwd has another order"),
+    ],
+)
+def test_an_argument_of_the_extension_that_the_table_lacks_is_named(with_extension, old, new, told):
+    text = with_extension.files.overlay[arguments.STAND_IN].decode()
+    assert old in text
+    files = {arguments.STAND_IN: text.replace(old, new).encode()}
+    with pytest.raises(FapError, match=f"{told}.*correct SIGNATURES") if told else nullcontext():
+        arguments.check(with_extension.project, with_extension.base, files)
 
 
 def test_generated_kernels_are_up_to_date(with_extension, tmp_path):

@@ -187,6 +187,8 @@ def test_a_checkout_is_a_source_like_any_other(toy, fork, monkeypatch):
     for version in ("1.0", "1.1"):
         assert "clean, 2 patches" in toy.fap("apply", version=version) + toy.fap("status", version=version)
     assert "is not a release of toy" in toy.fap("apply", code=2, version="1.2.dev0")
+    toy.fap("lock", "drop", "1.1")
+    assert (toy.patches / "core-change-line-eight-1-2-dev0.patch").exists()  # no release of the lock takes it
     # His next checkout starts from this one.
     monkeypatch.setenv("FA_SRC_DIR", str(fork))
     said = toy.fap("rebase", "--from", "1.2.dev0", version="1.2.dev1")
