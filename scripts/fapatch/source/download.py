@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import errno
 import html
 import json
 import os
@@ -143,7 +144,7 @@ def get(link: Link, into: Path, most: int) -> Path:
                     of = f" of {total / 1e6:.1f}" if total else ""
                     print(f"  {done / 1e6:.1f}{of} MB", flush=True)
     except (OSError, HTTPException, ValueError) as e:
-        if isinstance(e, OSError) and e.errno:  # the disk, not the network
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # the disk, not the network
             raise
         raise FapError(
             f"{link.name} could not be downloaded: {getattr(e, 'reason', '') or e}",
