@@ -149,16 +149,8 @@ class Workshop:
             folder = self.tree(side)
             folder.mkdir(parents=True, exist_ok=True)
             index = {"GIT_INDEX_FILE": str(self.folder / f"{side}.index")}
-            git.git(
-                f"--work-tree={folder}",
-                "read-tree",
-                "--reset",
-                "-u",
-                tree,
-                repo=project.store,
-                cwd=folder,
-                env=index,
-            )
+            command = (f"--work-tree={folder}", "read-tree", "--reset", "-u", tree)
+            git.git(*command, repo=project.store, cwd=folder, env=index)
             cutlass = folder / project.family.cutlass_submodule
             if not cutlass.is_symlink():
                 cutlass.symlink_to(os.path.relpath(self.folder / "cutlass", cutlass.parent))

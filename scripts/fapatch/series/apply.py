@@ -115,17 +115,12 @@ def _commit_overlay(folder: Path, files: dict[str, bytes]) -> None:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
-    paths = "\0".join(files).encode()
-    git.git(
-        "add",
-        "--force",
-        "--chmod=-x",
-        "--pathspec-from-file=-",
-        "--pathspec-file-nul",
-        cwd=folder,
-        stdin=paths,
-        env={"GIT_LITERAL_PATHSPECS": "1"},
+    options, paths = (
+        ("--force", "--chmod=-x", "--pathspec-from-file=-", "--pathspec-file-nul"),
+        "\0".join(files),
     )
+    literal = {"GIT_LITERAL_PATHSPECS": "1"}
+    git.git("add", *options, cwd=folder, stdin=paths.encode(), env=literal)
     git.git("commit", "--quiet", "--file=-", cwd=folder, stdin=_OVERLAY_MESSAGE.encode(), env=_OVERLAY_DATE)
 
 

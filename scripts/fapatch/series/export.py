@@ -78,17 +78,8 @@ def export(folder: Path, base: str) -> Exported:
         paths = _upstream_paths(folder, commit, upstream)
         if not paths:
             continue
-        raw = git.git(
-            "format-patch",
-            "-1",
-            "--stdout",
-            *_FORMAT,
-            commit,
-            "--",
-            *paths,
-            cwd=folder,
-            env={"GIT_LITERAL_PATHSPECS": "1"},
-        ).stdout
+        command, literal = ("format-patch", "-1", "--stdout", *_FORMAT), {"GIT_LITERAL_PATHSPECS": "1"}
+        raw = git.git(*command, commit, "--", *paths, cwd=folder, env=literal).stdout
         name, data = series.without_name(raw)
         taken = [p.name for p in patches]
         if name in taken:

@@ -43,9 +43,9 @@ def main(project: Project, args: argparse.Namespace) -> int:
     tree, waiting = project.source.relative_to(project.root), not_carried(project)
     for line in waiting:
         print(line)
-    if waiting and [f.reason for f in found] == [state.Reason.NOT_APPLIED]:
-        if series.not_carried(series.load(project), project.release.version):
-            return 1
+    own = series.not_carried(series.load(project), project.release.version)
+    if own and [f.reason for f in found] == [state.Reason.NOT_APPLIED]:
+        return 1  # it cannot be made yet
     if not found:
         recorded = state.read(project)
         assert recorded is not None

@@ -19,6 +19,7 @@ Files = Iterator[tuple[str, bytes]]
 Wanted = Callable[[str], bool]
 PROBE_SECONDS = 20.0
 CLONE_SECONDS = 600.0
+CLONE = ("submodule", "update", "--init", "--depth", "1", "--")
 
 
 def _checked_path(member: tarfile.TarInfo, archive: Path) -> str:
@@ -115,17 +116,7 @@ def _clone_submodule(project: Project) -> str:
     try:
         # Fails at once, or in bounded time, where the host cannot be reached; a clone would hang for minutes.
         git.git("ls-remote", "--exit-code", url, "HEAD", timeout=PROBE_SECONDS)
-        git.git(
-            "submodule",
-            "update",
-            "--init",
-            "--depth",
-            "1",
-            "--",
-            path,
-            cwd=project.root,
-            timeout=CLONE_SECONDS,
-        )
+        git.git(*CLONE, path, cwd=project.root, timeout=CLONE_SECONDS)
     except FapError as e:
         return e.message
     return ""
@@ -176,17 +167,7 @@ def cutlass_from_submodule(project: Project, online: bool) -> Files | None:
         return None
     if online and not (nested / ".git").exists():
         try:
-            git.git(
-                "submodule",
-                "update",
-                "--init",
-                "--depth",
-                "1",
-                "--",
-                project.family.cutlass_submodule,
-                cwd=project.submodule,
-                timeout=CLONE_SECONDS,
-            )
+            git.git(*CLONE, project.family.cutlass_submodule, cwd=project.submodule, timeout=CLONE_SECONDS)
         except FapError:
             return None
     if not (nested / ".git").exists() or not git.resolve(f"{wanted}^{{commit}}", cwd=nested):

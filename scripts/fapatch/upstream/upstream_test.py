@@ -164,35 +164,13 @@ def _run_batch(
     ini.write_text("[pytest]\n", encoding="utf-8")
     threads = max(1, (os.cpu_count() or 1) // jobs)
     try:
+        plugins = [word for name in ("no:cacheprovider", "cpu_as_cuda", "pick") for word in ("-p", name)]
+        quiet = ("-q", "--no-header", "--no-summary", f"--junitxml={folder / 'junit.xml'}")
+        spread = ("-n", str(jobs), "--dist", "worksteal", f"--timeout={CASE_TIMEOUT}")
+        where = ("-c", ini, "--rootdir", folder, "--import-mode=importlib")
+        files = ("--pick", plan_file, "--journal", journal, test_file)
         result = run(
-            sys.executable,
-            "-m",
-            "pytest",
-            "-c",
-            ini,
-            "--rootdir",
-            folder,
-            "--import-mode=importlib",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "cpu_as_cuda",
-            "-p",
-            "pick",
-            "--pick",
-            plan_file,
-            "--journal",
-            journal,
-            f"--junitxml={folder / 'junit.xml'}",
-            "-q",
-            "--no-header",
-            "--no-summary",
-            "-n",
-            str(jobs),
-            "--dist",
-            "worksteal",
-            f"--timeout={CASE_TIMEOUT}",
-            test_file,
+            *(sys.executable, "-m", "pytest", *where, *plugins, *quiet, *spread, *files),
             cwd=folder,
             env=_environment(project, threads),
             check=False,
