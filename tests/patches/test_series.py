@@ -139,9 +139,7 @@ def test_generated_kernels_are_up_to_date(with_extension, tmp_path):
         [sys.executable, folder / "generate_kernels.py", "-o", tmp_path], check=True, capture_output=True
     )
     made = {p.name: p.read_bytes() for p in tmp_path.glob("*.cu")}
-    ours = {
-        Path(name).name for name in with_extension.files.overlay
-    }  # their generator is tested in tests/unit/test_kernel_build.py
+    ours = {Path(name).name for name in with_extension.files.overlay}
     assert made and made == {p.name: p.read_bytes() for p in folder.glob("*.cu") if p.name not in ours}
 
 

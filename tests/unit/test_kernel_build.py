@@ -1,26 +1,12 @@
 """Build options of the CUDA extension: which sources and flags a build gets."""
 
-import importlib.util
+import os
 import re
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
+import kernel_build
 import pytest
-
-OVERLAY = Path(__file__).parents[2] / "overlay" / "flash-attn" / "csrc" / "flash_attn"
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-kernel_build = load(OVERLAY / "kernel_build.py")
-generator = load(OVERLAY / "src" / "generate_nosoftmax_kernels.py")
 
 STOCK = [
     "csrc/flash_attn/flash_api.cpp",
@@ -57,25 +43,62 @@ def test_subset_of_sources(options, expected):
     assert kept(**options) == [STOCK[i] for i in expected]
 
 
-def test_a_kernel_that_no_rule_knows_is_named_and_built(monkeypatch, capsys):
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of the one where setup.py lies."""
+    monkeypatch.setattr(kernel_build, "ROOT", tmp_path)
+    return tmp_path
+
+
+def configured(sources: list[str], **options: str) -> list[str]:
+    """What setup.py compiles of its `sources` and of ours after its call of `configure`."""
+    extension = SimpleNamespace(sources=sources, extra_compile_args={"cxx": [], "nvcc": []})
+    kernel_build.configure(extension, {"ARCHS": "90", **options})
+    return extension.sources
+
+
+def test_own_kernels_follow_the_options(root):
+    folder, shared = "build/nosoftmax_kernels", "csrc/flash_attn/src/slack_rows.cu"
+    own = configured(STOCK, HEAD_DIMS="64,128", DTYPES="fp16", PASSES="fwd", NO_SOFTMAX_ONLY="1")
+    assert own == [STOCK[0], f"{folder}/fwd_hdim64_fp16.cu", f"{folder}/fwd_hdim128_fp16.cu", shared]
+    everything = configured(STOCK)
+    assert everything[: len(STOCK)] == STOCK and everything[-1] == shared
+    assert len({*everything}) == len(STOCK) + 3 * 6 * 2 + 1
+    assert all((root / source).is_file() for source in everything if source.startswith(folder))
+
+
+def test_each_own_kernel_file_instantiates_what_its_name_says(root):
+    found = {path.stem: path.read_text() for path in subset().own_sources() if "build" in path.parts}
+    assert len({*found.values()}) == len(found) == 36
+    functions = {"fwd": "run_mha_fwd_", "bwd": "run_mha_bwd_", "splitkv": "run_mha_fwd_splitkv_"}
+    types = {"fp16": "half_t", "bf16": "bfloat16_t"}
+    for name, text in found.items():
+        of_pass, head_dim, dtype = name.split("_")
+        args = f"cutlass::{types[dtype]}, {head_dim.removeprefix('hdim')}"
+        assert f"template void {functions[of_pass]}nosoftmax<{args}>(" in text
+
+
+def test_a_second_build_writes_what_differs_and_nothing_else(root):
+    """ninja decides by time stamps what to compile."""
+    kernels = [path for path in subset().own_sources() if path.is_relative_to(root / "build")]
+    changed, *untouched = kernels
+    text = changed.read_text()
+    for path in kernels:
+        os.utime(path, (0, 0))
+    changed.write_text("another")
+    subset().own_sources()
+    assert changed.read_text() == text
+    assert {path.stat().st_mtime for path in untouched} == {0}
+
+
+def test_a_kernel_that_no_rule_knows_is_named_and_built(root, capsys):
     new = "csrc/flash_attn/src/flash_fwd_split_align_hdim64_bf16_sm80.cu"
     assert new in subset(HEAD_DIMS="128", PASSES="bwd") and kernel_build.unknown([*STOCK, new]) == [
         Path(new).name
     ]
-    extension = SimpleNamespace(sources=[*STOCK, new], extra_compile_args={"cxx": [], "nvcc": []})
-    kernel_build.configure(extension, {"ARCHS": "90", "HEAD_DIMS": "128"})
+    sources = configured([*STOCK, new], HEAD_DIMS="128")
     assert capsys.readouterr().out == f"kernel_build: no option leaves these out: {Path(new).name}\n"
-    assert new in extension.sources and STOCK[1] not in extension.sources
-
-
-def test_generated_kernels_follow_the_options():
-    names = [file.name for file in generator.kernel_files()]
-    chosen = [
-        name
-        for name in names
-        if name in subset(HEAD_DIMS="64,128", DTYPES="fp16", PASSES="fwd", NO_SOFTMAX_ONLY="1")
-    ]
-    assert chosen == ["flash_nosoftmax_fwd_hdim64_fp16_sm80.cu", "flash_nosoftmax_fwd_hdim128_fp16_sm80.cu"]
+    assert new in sources and STOCK[1] not in sources
 
 
 def test_macros_list_what_is_built():
@@ -89,10 +112,10 @@ def test_macros_list_what_is_built():
 
 
 def test_every_macro_is_one_that_the_extension_reads():
-    header = (OVERLAY / "src" / "built_kernels.h").read_text()
+    header = Path(kernel_build.__file__).with_name("src") / "built_kernels.h"
     for flag in subset().macros():
         name, _, _ = flag.removeprefix("-D").partition("=")
-        assert re.search(rf"\b{name}\b", header), flag
+        assert re.search(rf"\b{name}\b", header.read_text()), flag
 
 
 @pytest.mark.parametrize(
@@ -119,12 +142,3 @@ def test_architectures_replace_those_of_upstream():
 )
 def test_language_standard_follows_torch(torch_version, standard):
     assert kernel_build.language_standard(["-std=c++17"], torch_version) == [f"-std={standard}"]
-
-
-def test_generated_files_are_what_the_generator_writes(tmp_path):
-    assert generator.differing(OVERLAY / "src") == []
-    assert generator.main(["-o", str(tmp_path)]) == 0
-    changed = tmp_path / "flash_nosoftmax_bwd_hdim64_bf16_sm80.cu"
-    changed.write_text(changed.read_text() + "\n")
-    assert generator.differing(tmp_path) == [changed.name]
-    assert generator.main(["-o", str(tmp_path), "--check"]) == 1

@@ -7,8 +7,7 @@ Options, from the environment; each one left out means everything:
     PASSES            "fwd", "bwd", "splitkv" (KV cache, decoding), or several
     NO_SOFTMAX_ONLY   1: only the kernels for use_softmax=False
     ARCHS             compute capabilities, such as "80,90" (80, 90, 100, 120); by default those of the GPUs
-                      present,
-                      else FLASH_ATTN_CUDA_ARCHS, else 80 and 90
+                      present, else FLASH_ATTN_CUDA_ARCHS, else 80 and 90
 A call that needs a kernel outside the build raises an error that names the option (src/built_kernels.h).
 Kernel files of upstream's that no rule knows belong to every build, which names them.
 """
@@ -19,15 +18,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-HEAD_DIMS = ("32", "64", "96", "128", "192", "256")
-DTYPES = ("fp16", "bf16")
-PASSES = ("fwd", "bwd", "splitkv")
+import generate_nosoftmax_kernels
+from generate_nosoftmax_kernels import ELEMENT_TYPES, FUNCTIONS, HEAD_DIMS
+
+DTYPES = tuple(ELEMENT_TYPES)
+PASSES = tuple(FUNCTIONS)
 ARCHS = ("80", "90", "100", "120")
 
-PASS_OF_FILE = {"fwd": "fwd", "bwd": "bwd", "split": "splitkv"}
+ROOT = Path(__file__).parents[2]  # where setup.py lies, and its build folder
+PASS_OF_FILE = {"fwd": "fwd", "bwd": "bwd", "fwd_split": "splitkv"}
 KERNEL_FILE = re.compile(
-    r"flash_(?P<nosoftmax>nosoftmax_)?(?:fwd_(?=split))?(?P<kind>fwd|bwd|split)_"
-    r"hdim(?P<head_dim>\d+)_(?P<dtype>fp16|bf16)_(?:causal_)?sm80\.cu"
+    r"flash_(?P<kind>fwd|bwd|fwd_split)_hdim(?P<head_dim>\d+)_(?P<dtype>fp16|bf16)_(?:causal_)?sm80\.cu"
 )
 
 
@@ -42,14 +43,21 @@ class KernelSubset:
     with_softmax: bool = True
 
     def __contains__(self, source: str) -> bool:
-        """Whether the build compiles this source file; what is no kernel file belongs to every build."""
+        """Whether the build compiles this file of upstream's; what is no kernel file is in every build."""
         match = KERNEL_FILE.fullmatch(Path(source).name)
         return match is None or (
-            match["head_dim"] in self.head_dims
+            self.with_softmax
+            and match["head_dim"] in self.head_dims
             and match["dtype"] in self.dtypes
             and PASS_OF_FILE[match["kind"]] in self.passes
-            and (self.with_softmax or match["nosoftmax"] is not None)
         )
+
+    def own_sources(self) -> list[Path]:
+        """The kernels without softmax, which this writes to the build folder, and what they share."""
+        kernels = generate_nosoftmax_kernels.write(
+            ROOT / "build" / "nosoftmax_kernels", self.passes, self.head_dims, self.dtypes
+        )
+        return [*kernels, ROOT / "csrc" / "flash_attn" / "src" / "slack_rows.cu"]
 
     def macros(self) -> list[str]:
         """The same lists for src/built_kernels.h, as compiler flags."""
@@ -135,13 +143,12 @@ def configure(extension, environ: Mapping[str, str] = os.environ) -> None:
     import torch
 
     subset = subset_from(environ)
-    source_dir = Path(__file__).parent / "src"
     if strange := unknown(extension.sources):
         # fapatch/wheel/build_progress.py shows the line to who builds.
         print(f"kernel_build: no option leaves these out: {', '.join(strange)}", flush=True)
-    own = [*sorted(source_dir.glob("flash_nosoftmax_*.cu")), source_dir / "slack_rows.cu"]
-    relative = [os.path.relpath(path, Path(__file__).parents[2]) for path in own]
-    extension.sources = [source for source in [*extension.sources, *relative] if source in subset]
+    extension.sources = [source for source in extension.sources if source in subset] + [
+        os.path.relpath(path, ROOT) for path in subset.own_sources()
+    ]
     cxx, nvcc = extension.extra_compile_args["cxx"], extension.extra_compile_args["nvcc"]
     extension.extra_compile_args = {
         "cxx": language_standard(cxx, torch.__version__) + subset.macros(),

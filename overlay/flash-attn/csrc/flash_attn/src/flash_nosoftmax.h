@@ -1,5 +1,5 @@
 // Entry points of the kernels without softmax, one set for each element type and head size. They are defined in
-// flash_nosoftmax_launch_template.h and instantiated in the generated flash_nosoftmax_*.cu files.
+// flash_nosoftmax_launch_template.h and instantiated in the files that ../generate_nosoftmax_kernels.py writes.
 
 #pragma once
 
