@@ -14,6 +14,7 @@ import pytest
 from fapatch.base import env
 from fapatch.base.errors import FapError
 from fapatch.base.process import run
+from fapatch.workers.missing import Requirement, is_met
 
 pytestmark = pytest.mark.slow
 
@@ -145,3 +146,16 @@ def test_the_list_of_missing_packages_needs_no_package(root):
         sys.executable, "-S", script, root / "pyproject.toml", *GROUPS, env={"PYTHONPATH": str(only_pip)}
     ).stdout
     assert json.loads(said) == ["torch==2.13.0", "pip>=1"]
+
+
+def test_an_extra_is_met_when_what_it_brings_is_there(tmp_path, monkeypatch):
+    def install(name: str, *lines: str) -> None:
+        (tmp_path / f"{name}-1.dist-info").mkdir()
+        text = "\n".join([f"Metadata-Version: 2.1\nName: {name}\nVersion: 1", *lines, ""])
+        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(text)
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    install("parent", "Provides-Extra: more", "Requires-Dist: child<2; extra == 'more'")
+    assert is_met(Requirement("parent")) and not is_met(Requirement("parent[more]"))
+    install("child")
+    assert is_met(Requirement("parent[more]")) and not is_met(Requirement("parent[more]>1"))

@@ -22,14 +22,19 @@ else:
     from pip._vendor import tomli as tomllib
 
 
-def is_met(requirement: Requirement) -> bool:
-    """Whether ``requirement`` does not apply to this Python or an installed distribution satisfies it."""
-    if requirement.marker and not requirement.marker.evaluate():
+def is_met(requirement: Requirement, extra: str = "") -> bool:
+    """Whether ``requirement`` does not apply to this Python, or installed distributions satisfy it and what
+    its extras bring. ``extra``: the one of another distribution that asks for it.
+    """
+    if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
         return True
     try:
-        return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
+        found = metadata.distribution(requirement.name)
     except metadata.PackageNotFoundError:
         return False
+    return requirement.specifier.contains(found.version, prereleases=True) and all(
+        is_met(Requirement(brought), name) for name in requirement.extras for brought in found.requires or ()
+    )
 
 
 def main(argv: list[str]) -> int:
