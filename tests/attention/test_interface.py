@@ -114,12 +114,12 @@ def test_old_positional_callers_of_operators_and_extension(device):
     q, k, v = (t.detach().contiguous() for t in inputs("flash_attn_func", device)[0])
     out, lse, _, rng_state = ops._flash_attn_forward(q, k, v, *options, None, False)
     fwd = (q, k, v, None, None, *options, False, None)
-    assert len(fwd) == EXTENSION_ARGUMENTS["fwd"] and torch.equal(interface.flash_attn_gpu.fwd(*fwd)[0], out)
+    assert len(fwd) == EXTENSION_ARGUMENTS["fwd"] and torch.equal(stands_for_extension.fwd(*fwd)[0], out)
     gradients = [torch.empty_like(x) for x in (q, k, v)]
     ops._flash_attn_backward(q, q, k, v, out, lse, *gradients, *options, None, True, rng_state)
     bwd = (q, q, k, v, out, lse, None, None, None, None, *options, True, None, rng_state)
     assert len(bwd) == EXTENSION_ARGUMENTS["bwd"]
-    for actual, expected in zip(interface.flash_attn_gpu.bwd(*bwd)[:3], gradients, strict=True):
+    for actual, expected in zip(stands_for_extension.bwd(*bwd)[:3], gradients, strict=True):
         assert torch.equal(actual, expected)
 
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
@@ -151,7 +151,7 @@ def test_old_positional_callers_of_operators_and_extension(device):
         None,
     )
     assert len(varlen_fwd) == EXTENSION_ARGUMENTS["varlen_fwd"]
-    assert torch.equal(interface.flash_attn_gpu.varlen_fwd(*varlen_fwd)[0], varlen_out)
+    assert torch.equal(stands_for_extension.varlen_fwd(*varlen_fwd)[0], varlen_out)
     flat = [torch.empty_like(x) for x in (q, k, v)]
     ops._flash_attn_varlen_backward(
         q, q, k, v, varlen_out, lse, *flat, *packed, *options, None, True, rng_state
@@ -160,7 +160,7 @@ def test_old_positional_callers_of_operators_and_extension(device):
     -1, -1, 0.0,
                   True, None, rng_state)  # fmt: skip
     assert len(varlen_bwd) == EXTENSION_ARGUMENTS["varlen_bwd"]
-    by_extension = interface.flash_attn_gpu.varlen_bwd(*varlen_bwd)[:3]
+    by_extension = stands_for_extension.varlen_bwd(*varlen_bwd)[:3]
     for actual, by_operator, expected in zip(by_extension, flat, gradients, strict=True):
         assert torch.equal(actual, by_operator)
         close(actual, expected.flatten(0, 1))
@@ -182,7 +182,7 @@ def test_old_positional_callers_of_the_cache(device):
     True, -1,
                     -1, 0.0, True, 0)  # fmt: skip
     assert len(by_extension) == EXTENSION_ARGUMENTS["fwd_kvcache"]
-    assert torch.equal(interface.flash_attn_gpu.fwd_kvcache(*by_extension)[0], expected)
+    assert torch.equal(stands_for_extension.fwd_kvcache(*by_extension)[0], expected)
 
 
 @FUNCTIONS
@@ -541,9 +541,10 @@ def looked_for_again():
 
 def test_cuda_tensor_without_the_extension(cuda_call, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", None)
-    with pytest.raises(ImportError, match="make wheel BACKEND=cuda"):
+    with pytest.raises(ImportError, match='make wheel BACKEND=cuda.*attn_implementation="sdpa"'):
         stands_for_extension.fwd(*cuda_call)
-    assert "make wheel BACKEND=cuda" in fa2.obstacle(nosoftmax_call(cuda_call[0]))
+    reason = fa2.obstacle(nosoftmax_call(cuda_call[0]))
+    assert "make wheel BACKEND=cuda" in reason and "sdpa" not in reason
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_the_wheel_is_the_patched_package_and_the_same_each_time(patched, backen
     first = wheel.build(elsewhere, backend, Path(sys.executable), patched[1])
     release, label, package = (
         elsewhere.release.version,
-        elsewhere.family.local_label,
+        elsewhere.family.wheel_label(backend),
         elsewhere.family.package,
     )
     assert first == elsewhere.dist / f"{package}-{release}+{label}-py3-none-any.whl"

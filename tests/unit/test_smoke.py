@@ -94,7 +94,7 @@ def test_a_function_that_cannot_be_called_is_named(package, monkeypatch, capsys)
     def more(*args):
         raise TypeError("varlen_fwd() takes 21 arguments and got 22")
 
-    monkeypatch.setattr(flash_attn_interface.flash_attn_gpu, "varlen_fwd", more)
+    monkeypatch.setattr(flash_attn_interface.extension, "varlen_fwd", more)
     assert not smoke.report(smoke.Target("cpu", "here", ("float32",)), "flash_attn")
     said = capsys.readouterr().out
     assert "14 calls: 3 WRONG" in said

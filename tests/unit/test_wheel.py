@@ -100,7 +100,9 @@ FILES = {
 }
 LABEL = Project.open().family.local_label
 MADE = State("b", "t", True, (), ("a.patch",), {"flash_attn/nosoftmax/__init__.py": "blob"}, "c", "1" * 40)
-GOOD = f"flash_attn-2.8.3.post1+{LABEL}-py3-none-any.whl"
+CPU = f"{LABEL}.cpu"
+GOOD = f"flash_attn-2.8.3.post1+{CPU}-py3-none-any.whl"
+COMPILED = f"flash_attn-2.8.3.post1+{LABEL}-cp311-cp311-linux_x86_64.whl"
 
 
 @pytest.fixture
@@ -116,9 +118,9 @@ def make(
     folder: Path,
     name: str = GOOD,
     changes: dict[str, bytes | None] | None = None,
-    version: str = f"2.8.3.post1+{LABEL}",
     says: State = MADE,
 ) -> Path:
+    version = name.split("-")[1]
     info = f"flash_attn-{version}.dist-info"
     metadata = f"Name: flash_attn\nVersion: {version}\n".encode()
     record = f"{info}/RECORD"
@@ -139,26 +141,24 @@ def make(
 
 def test_a_good_wheel_passes(project, tree, tmp_path):
     wheel_check.check(make(tmp_path), project, "cpu", tree, MADE)
-    compiled = make(
-        tmp_path,
-        GOOD.replace("py3-none-any", "cp311-cp311-linux_x86_64"),
-        {"flash_attn_2_cuda.cpython-311.so": b""},
-    )
+    compiled = make(tmp_path, COMPILED, {"flash_attn_2_cuda.cpython-311.so": b""})
     wheel_check.check(compiled, project, "cuda", tree, MADE)
 
 
 @pytest.mark.parametrize(
     "name, changes, backend, message",
     [
-        (GOOD.replace(LABEL, "nosoftmax.7"), {}, "cpu", "expected flash_attn 2.8.3.post1"),
-        (GOOD.replace(f"+{LABEL}", ""), {}, "cpu", "expected flash_attn 2.8.3.post1"),
+        (GOOD.replace(CPU, "nosoftmax.7.cpu"), {}, "cpu", "expected flash_attn 2.8.3.post1"),
+        (GOOD.replace(f"+{CPU}", ""), {}, "cpu", "expected flash_attn 2.8.3.post1"),
+        (GOOD.replace(CPU, LABEL), {}, "cpu", f"expected flash_attn 2.8.3.post1+{CPU}"),
+        (GOOD, {}, "cuda", f"expected flash_attn 2.8.3.post1+{LABEL}"),
         (GOOD, {"flash_attn/flash_attn_interface.py": b"tampered"}, "cpu", "differs from the patched tree"),
         (GOOD, {"flash_attn/flash_attn_interface.py": None}, "cpu", "differs from the patched tree"),
         (GOOD, {"flash_attn/cute/interface.py": b""}, "cpu", "first: flash_attn/cute/interface.py"),
-        (GOOD, {f"flash_attn-2.8.3.post1+{LABEL}.dist-info/licenses/LICENSE": b"MIT"}, "cpu", "LICENSE"),
+        (GOOD, {f"flash_attn-2.8.3.post1+{CPU}.dist-info/licenses/LICENSE": b"MIT"}, "cpu", "LICENSE"),
         (GOOD, {"flash_attn_2_cuda.cpython-311.so": b""}, "cpu", "not a pure Python wheel"),
         (GOOD.replace("py3-none-any", "cp311-cp311-linux_x86_64"), {}, "cpu", "not a pure Python wheel"),
-        (GOOD, {}, "cuda", "lacks the compiled extension"),
+        (COMPILED, {}, "cuda", "lacks the compiled extension"),
     ],
 )
 def test_a_wrong_wheel_is_refused(project, tree, tmp_path, name, changes, backend, message):

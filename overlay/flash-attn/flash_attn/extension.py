@@ -8,6 +8,7 @@ CUDA tensors fails.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Optional
@@ -34,17 +35,33 @@ SIGNATURES = {
     "is_rotary_interleaved num_splits",
 }
 _BUILD = "build the CUDA wheel with `make wheel BACKEND=cuda` on a machine with nvcc and install it"
+# For those who call this package because it is installed.
+_INSTEAD = (
+    'move the tensors to the CPU, or let the caller take another attention: attn_implementation="sdpa" in '
+    "transformers"
+)
 
 
-def load() -> Any:
-    """The extension, or its stand-in for ROCm. Raises ImportError with the way to build it."""
+def load(otherwise: str = "move the tensors to the CPU") -> Any:
+    """The extension, or its stand-in for ROCm. Raises ImportError with the way to build it, and with another
+    way out.
+    """
     module, error = _found()
     if module is None:
         raise ImportError(
             f"this flash_attn can't run on CUDA tensors, its compiled extension did not load ({error}); "
-            f"{_BUILD}, or move the tensors to the CPU"
+            f"{_BUILD}, or {otherwise}"
         ) from error
     return module
+
+
+def attribute_of_interface(name: str) -> Any:
+    """What flash_attn_interface has beside its own names: flash_attn_gpu, by which other packages find the
+    extension. Raises AttributeError without one, so that they don't take this module for it.
+    """
+    if name == "flash_attn_gpu" and _found()[0] is not None:
+        return sys.modules[__name__]
+    raise AttributeError(f"module 'flash_attn.flash_attn_interface' has no attribute {name!r}")
 
 
 @cache
@@ -115,7 +132,7 @@ def _entry(function: str) -> Callable[..., Any]:
             raise NotImplementedError(
                 f"q is on {device}: attention runs on CUDA and CPU tensors, move them with .to()"
             )
-        return getattr(load(), function)(*args)
+        return getattr(load(_INSTEAD), function)(*args)
 
     call.__name__ = call.__qualname__ = function
     call.__doc__ = f"{function}({', '.join(table)})"

@@ -81,8 +81,12 @@ class Family:
 
     @property
     def local_label(self) -> str:
-        """The local version label of our wheels, the part after the ``+``."""
+        """The local version label of the patched tree, the part after the ``+``."""
         return f"nosoftmax.{self.revision}"
+
+    def wheel_label(self, backend: str) -> str:
+        """That of a wheel, which says when it lacks the extension that others of its release have."""
+        return f"{self.local_label}.cpu" if backend == "cpu" else self.local_label
 
     def release(self, version: str | None = None, checkout: bool = False) -> Release:
         """The release called ``version``, or the default one. Raises UsageError for a version that is not in

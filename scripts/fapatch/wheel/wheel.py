@@ -123,15 +123,16 @@ def build_environment(project: Project, backend: str) -> dict[str, str]:
     environment win.
     """
     jobs = max_jobs(len(os.sched_getaffinity(0)), psutil.virtual_memory().available)
+    label = project.family.wheel_label(backend)
     return {
         "MAX_JOBS": os.environ.get("MAX_JOBS") or str(jobs),
         "NVCC_THREADS": os.environ.get("NVCC_THREADS") or "1",
         "FLASH_ATTENTION_FORCE_BUILD": "TRUE",
-        "FLASH_ATTN_LOCAL_VERSION": project.family.local_label,
+        "FLASH_ATTN_LOCAL_VERSION": label,
         "FLASH_ATTENTION_SKIP_CUDA_BUILD": "FALSE" if backend == "cuda" else "TRUE",
         "FLASH_ATTENTION_TRITON_AMD_ENABLE": "FALSE",
         # there is no git to ask
-        "SETUPTOOLS_SCM_PRETEND_VERSION": f"{project.release.version}+{project.family.local_label}",
+        "SETUPTOOLS_SCM_PRETEND_VERSION": f"{project.release.version}+{label}",
         "PYTHONPATH": "",  # the build sees .venv alone
         "SOURCE_DATE_EPOCH": git.FIXED_DATE.split()[0],  # equal inputs, equal bytes
     }

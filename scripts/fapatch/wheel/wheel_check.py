@@ -45,7 +45,7 @@ def check(wheel: Path, project: Project, backend: str, tree: Path, made: State) 
     A cuda wheel must hold the extension; any other must be pure Python for any platform.
     """
     name, version, _, tags = parse_wheel_filename(wheel.name)
-    expected = Version(f"{project.release.version}+{project.family.local_label}")
+    expected = Version(f"{project.release.version}+{project.family.wheel_label(backend)}")
     package = project.family.package
     if (name, version) != (canonicalize_name(package), expected):
         hint = (
