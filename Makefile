@@ -1,8 +1,8 @@
 # Thin on purpose: every target is one call of scripts/fap.py, which `scripts/fap.py --help` explains.
 # Variables: VERSION (upstream release), BACKEND (auto, cpu, cuda), SOURCE (submodule, sdist, path), FA_SRC_DIR, FAMILY,
 #            HEAD_DIMS, DTYPES, PASSES, ARCHS, NO_SOFTMAX_ONLY, MAX_JOBS (CUDA builds: csrc/flash_attn/kernel_build.py in the overlay),
-#            FRACTION, COUNT, SEED, FULL (upstream-test; FULL also sass-identity, compile-check), FORCE (clean), WIDEN (rebase), PYTHON (the interpreter that .venv is made from).
-PYTHON ?= python3
+#            FRACTION, COUNT, SEED, FULL (upstream-test; FULL also sass-identity, compile-check), FORCE (clean), WIDEN (rebase), PYTHON (the interpreter that .venv is made from; remembered).
+PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
 PY     := .venv/bin/python
 FAP    := $(PY) scripts/fap.py
 JOBS   ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 2)')

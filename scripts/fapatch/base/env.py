@@ -2,7 +2,8 @@
 
 Standard library only: this is the one command that runs before the environment is there. An interpreter that
 already has a usable torch (a GPU machine without network) shares its packages with .venv, and only what is
-missing is installed. The second run does nothing.
+missing is installed. The second run does nothing. PYTHON= chooses the interpreter, for this command and for
+those after it.
 """
 
 from __future__ import annotations
@@ -68,14 +69,24 @@ def _runs(python: Path) -> bool:
     return python.exists() and run(python, "-c", "import pip", check=False).returncode == 0
 
 
-def base_interpreter() -> Path:
-    """The interpreter to make .venv from: PYTHON= when given, else the one that runs this. Raises FapError
-    when there is none.
+def base_interpreter(venv: Path, before: str) -> Path:
+    """The interpreter to make .venv from: PYTHON= when given, else ``before``, the one that .venv was made
+    from, as long as it is there, else the one that runs this. Raises UsageError for a PYTHON= that can't be.
     """
-    wanted = os.environ.get("PYTHON") or sys.executable
+    wanted = os.environ.get("PYTHON")
+    if not wanted:
+        own = Path(sys.prefix).resolve() == venv.resolve()
+        return Path(
+            before if before and shutil.which(before) else sys._base_executable if own else sys.executable
+        )
     found = shutil.which(wanted)
     if found is None:
         raise UsageError(f"PYTHON={wanted} is not an executable", "give the path of a Python 3.10 or newer")
+    if venv.absolute() in Path(found).absolute().parents:
+        raise UsageError(
+            f"PYTHON={wanted} lies in .venv itself",
+            "leave PYTHON= out: .venv stays with the Python that it was made from",
+        )
     return Path(found)
 
 
@@ -93,6 +104,15 @@ def about(base: Path) -> dict:
 def has_usable_torch(version: str) -> bool:
     found = re.match(r"(\d+)\.(\d+)", version)
     return found is not None and tuple(map(int, found.groups())) >= LEAST_TORCH
+
+
+def _why_anew(venv: Path, base: Path, before: str) -> str:
+    """Why ``venv``, made from ``before``, can't be kept; "" when it can."""
+    if not _runs(venv_python(venv)):
+        return "its Python does not run"
+    if not before:
+        return "this command has not made it"
+    return f"it was made from {before}, and PYTHON={base} asks for another" if before != str(base) else ""
 
 
 def _create(venv: Path, base: Path, shared: bool) -> None:
@@ -148,16 +168,16 @@ def ensure(root: Path, venv: Path, groups: list[str]) -> str:
     """Bring ``venv`` to what ``root``/pyproject.toml asks for; returns one line that says what was done."""
     pyproject = root / "pyproject.toml"
     python, stamp = venv_python(venv), _stamp(venv)
-    # Called by .venv's own interpreter without PYTHON=, the base is the one that .venv was made from.
-    own = Path(sys.prefix).resolve() == venv.resolve() and not os.environ.get("PYTHON")
-    base = Path(stamp.get("base") or sys._base_executable) if own else base_interpreter()
+    base = base_interpreter(venv, stamp.get("base", ""))
     key = content_hash(pyproject, base, groups)
     if stamp.get("hash") == key and _runs(python):
         return f".venv is up to date: Python {stamp['python']}, torch {stamp['torch']}"
 
     facts = about(base)
     shared = has_usable_torch(facts["torch"])
-    if stamp.get("base") != str(base) or not _runs(python):
+    if why := _why_anew(venv, base, stamp.get("base", "")):
+        if venv.exists():
+            print(f".venv is made anew, and its packages are installed again: {why}", flush=True)
         _create(venv, base, shared)
         if shared and not has_usable_torch(about(python)["torch"]):
             _share_packages(venv, base)

@@ -19,9 +19,12 @@ OFFLINE = "connect to a package index, or put the files into a folder and set PI
 def pip(python: Path, *args: str | Path, what: str, offline: str = OFFLINE) -> None:
     """Run pip of ``python``. ``what`` names what it shall get; ``offline`` is the hint for a failure that is
     none of the machine's. Raises FapError with pip's own reason.
+
+    pip shows what it does: with a bar on a terminal, elsewhere a line for each step.
     """
+    options = ("--disable-pip-version-check", "--no-input")
     try:
-        run(python, "-m", "pip", *args, "--quiet", "--disable-pip-version-check", "--no-input")
+        run(python, "-m", "pip", *args, *options, show=True, env={"PYTHONUNBUFFERED": "1"})
     except CommandFailed as e:
         said = e.stderr.decode("utf-8", "replace")
         errors = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR:")]

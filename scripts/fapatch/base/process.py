@@ -71,6 +71,7 @@ def run(
     stdin: bytes | None = None,
     check: bool = True,
     capture: bool = True,
+    show: bool = False,
     timeout: float | None = None,
     hint: str = "",
     on_line: Callable[[bytes], None] | None = None,
@@ -79,8 +80,9 @@ def run(
     stderr.
 
     ``env`` is added to this process's environment; None takes a variable away. ``capture=False`` lets the
-    program write to the terminal; ``on_line`` is called with each line of its output, both streams together,
-    as it comes (the result then holds none, and there is no ``stdin`` and no ``timeout``).
+    program write to the terminal, ``show`` all but its errors; ``on_line`` is called with each line of its
+    output, both streams together, as it comes (the result then holds none, and there is no ``stdin`` and no
+    ``timeout``).
     Raises CommandFailed (with ``hint``) when ``check`` and the exit status is not 0, FapError when the
     program is missing or runs past ``timeout`` seconds.
     """
@@ -95,7 +97,7 @@ def run(
             cwd=cwd,
             env=environment,
             stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
-            stdout=pipe,
+            stdout=None if show else pipe,
             stderr=pipe if on_line is None else subprocess.STDOUT,
             start_new_session=timeout is not None,
         ) as process:

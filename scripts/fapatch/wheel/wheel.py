@@ -217,7 +217,8 @@ def build(
 
 def install(python: Path, wheel: Path) -> None:
     """Put the wheel in the place of any other of that package in the environment of ``python``."""
-    pip(python, "install", "--no-index", "--no-deps", "--force-reinstall", wheel, what=wheel.name)
+    options = ("--quiet", "--no-index", "--no-deps", "--force-reinstall")
+    pip(python, "install", *options, wheel, what=wheel.name)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
