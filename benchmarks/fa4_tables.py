@@ -1,13 +1,15 @@
-"""Write docs/results/fa4_tflops.md and docs/fa4_tflops.png from the JSON of fa4_tflops.py."""
+"""Write docs/results/fa4_tflops.md, its section of docs/speed.md and docs/fa4_tflops.png from the JSON of
+fa4_tflops.py.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import results_page
-from fa4_tflops import CONTENDERS, DENSE
+from fa4_tflops import ACTIVATIONS, CONTENDERS, DENSE
 from gpu_record import BACKWARD, FORWARD
-from gpu_tables import table
+from gpu_tables import table, tokens
 from legend import legend_below
 from matplotlib.figure import Figure
 
@@ -29,9 +31,7 @@ def _kind(row: dict) -> str:
 
 
 def _length(row: dict) -> str:
-    n = row["seqlen"]
-    length = f"{n // 1024}k" if n % 1024 == 0 else str(n)
-    return f"{_kind(row)}, N = {length}" + ("" if row["name"] == DENSE else f", {row['name']}")
+    return f"{_kind(row)}, N = {tokens(row['seqlen'])}" + ("" if row["name"] == DENSE else f", {row['name']}")
 
 
 def markdown(record: dict) -> str:
@@ -68,6 +68,28 @@ varlen: six sequences of uneven length. Written by `benchmarks/fa4_tables.py` fr
     return text
 
 
+def summary(record: dict) -> str:
+    """The section of docs/speed.md: the dense rows of 16k tokens."""
+    rows = sorted(
+        (r for r in record["rows"] if r["name"] == DENSE and r["seqlen"] == 16384),
+        key=lambda r: (r["head_dim"], r["causal"], r["direction"] == BACKWARD),
+    )
+    speeds = table(
+        [{**row, "contender": name} for row in rows for name in ("softmax", *ACTIVATIONS)],
+        "head_dim, mask, pass",
+        lambda r: f"{_kind(r)}, {r['direction']}",
+        lambda r: r["contender"],
+        lambda r: f"{r['tflops'][r['contender']]:.0f}",
+    )
+    return (
+        f"{record['device']}, torch {record['torch']}, flash-attn-4 {record['flash_attn_4']}, "
+        f"{record['date']}, `make bench-fa4`:\nTFLOP/s at N = 16k, 16k tokens in all, hidden 2048, bfloat16. "
+        f"In the same run cuBLAS reached {record['matmul_tflops']:.0f} on 8192³.\n\n{speeds}\n"
+        "GQA, varlen, other lengths, FA2's kernels and a peer in Triton: "
+        "[all figures](results/fa4_tflops.md)."
+    )
+
+
 def draw(record: dict, target: Path) -> None:
     """TFLOP/s against N: a column for each head size and mask, forward above backward."""
     rows = [r for r in record["rows"] if r["name"] == DENSE]
@@ -99,7 +121,7 @@ def draw(record: dict, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return results_page.write(__doc__, "fa4_tflops", markdown, draw, argv)
+    return results_page.write(__doc__, "fa4_tflops", markdown, summary, draw, argv)
 
 
 if __name__ == "__main__":

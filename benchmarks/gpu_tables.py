@@ -1,5 +1,5 @@
-"""Write docs/results/gpu_vs_softmax.md and docs/gpu_vs_softmax.png from the JSON of gpu_vs_softmax.py (`make
-bench-gpu`).
+"""Write docs/results/gpu_vs_softmax.md, its section of docs/speed.md and docs/gpu_vs_softmax.png from the
+JSON of gpu_vs_softmax.py (`make bench-gpu`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import results_page
 from gpu_record import BACKWARD, FORWARD, NO_SOFTMAX, NO_SOFTMAX_KERNEL, SOFTMAX
 from legend import legend_below
 from matplotlib.axes import Axes
@@ -29,8 +30,12 @@ def _mask(causal: bool) -> str:
     return "causal" if causal else "full"
 
 
-def _tokens(n: int) -> str:
-    return f"{n // 1024}k" if n % 1024 == 0 else str(n)
+def tokens(n: int) -> str:
+    """A number of tokens, such as 512, 16k or 1M."""
+    for size, unit in ((1 << 20, "M"), (1 << 10, "k")):
+        if n % size == 0:
+            return f"{n // size}{unit}"
+    return str(n)
 
 
 def _bar(cells: Iterable[object]) -> str:
@@ -83,7 +88,7 @@ def _mib(row: dict, name: str) -> str:
 def _dense(rows: list[dict]) -> str:
     size_and_mask, seqlen = (
         lambda r: f"{r['head_dim']} {_mask(r['causal'])}",
-        lambda r: f"N = {_tokens(r['seqlen'])}",
+        lambda r: f"N = {tokens(r['seqlen'])}",
     )
     text = ""
     for direction in (FORWARD, BACKWARD):
@@ -102,7 +107,7 @@ def _dense(rows: list[dict]) -> str:
 
 
 def _features(rows: list[dict]) -> str:
-    text = f"\n## With other options: ratio at N = {_tokens(rows[0]['seqlen'])}\n\n"
+    text = f"\n## With other options: ratio at N = {tokens(rows[0]['seqlen'])}\n\n"
     ways = {r["name"]: r["backward_by"] for r in rows if r["direction"] == BACKWARD}
     listed = (
         f"{way}: {', '.join(name for name in ways if ways[name] == way)}"
@@ -128,13 +133,13 @@ def _decode(rows: list[dict]) -> str:
         rows,
         "head_dim, batch",
         lambda r: f"{r['head_dim']}, {r['batch']}",
-        lambda r: f"context {_tokens(r['seqlen'])}",
+        lambda r: f"context {tokens(r['seqlen'])}",
         _step,
     )
 
 
 def _memory(rows: list[dict]) -> str:
-    text = f"\n## Memory of a training step: batch 1, N = {_tokens(rows[0]['seqlen'])}, causal, MiB\n\n"
+    text = f"\n## Memory of a training step: batch 1, N = {tokens(rows[0]['seqlen'])}, causal, MiB\n\n"
     text += (
         "What a forward and backward takes beside q, k, v and dout: kept by the graph between the two, "
         "if nothing else keeps\n"
@@ -182,6 +187,35 @@ copy within device memory {yardsticks["copy_tb_per_s"]:.2f} TB/s. Written by `be
     return text
 
 
+def summary(record: dict) -> str:
+    """The section of docs/speed.md: three lengths, and the ranges of the other parts."""
+
+    def range_of(part: str) -> str:
+        ratios = [r["ratio"] for r in record[part] if r["ratio"] is not None]
+        return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+    dense = table(
+        [r for r in record["dense"] if r["seqlen"] in (2048, 8192, 16384)],
+        "head_dim, mask",
+        lambda r: f"{r['head_dim']} {_mask(r['causal'])}",
+        lambda r: f"{r['direction']} {tokens(r['seqlen'])}",
+        _speed,
+    )
+    measured = (r for r in record["memory"] if r["side"] == SOFTMAX and not r["skipped"])
+    step = max(measured, key=lambda r: r["peak_bytes"])
+    kept, peak = (f"{step[name] / 2**20:.0f} MiB" for name in ("kept_bytes", "peak_bytes"))
+    return (
+        f"{record['device']}, CUDA {record['cuda']}, torch {record['torch']}, {record['date']}, "
+        "`make bench-gpu`: `use_softmax=False` against softmax,\nsame wheel, same run; "
+        f"{record['dtype']}, {tokens(record['tokens'])} tokens in all, hidden {record['hidden']}; "
+        f"TFLOP/s without softmax, and the ratio to softmax.\n\n{dense}\n"
+        f"With other options (dropout, softcap, ALiBi, windows, GQA, varlen) it is {range_of('features')} "
+        f"times as fast,\ndecoding {range_of('decode')} times. Beside q, k, v and the gradients a training "
+        f"step at {tokens(step['seqlen'])} tokens\nkeeps {kept} with softmax and takes {peak} at its peak, "
+        "without softmax none. [All figures](results/gpu_vs_softmax.md)."
+    )
+
+
 def draw(record: dict, target: Path) -> None:
     """TFLOP/s against N: a column for each head size, forward above backward; softmax dashed,
     use_softmax=False solid.
@@ -202,12 +236,12 @@ def draw(record: dict, target: Path) -> None:
     seqlens = sorted({r["seqlen"] for r in rows})
     for axes in grid[-1]:
         axes.set_xlabel("N, tokens of a sequence")
-        axes.set_xticks(seqlens, [_tokens(n) for n in seqlens])
+        axes.set_xticks(seqlens, [tokens(n) for n in seqlens])
         axes.minorticks_off()
     grid[0][0].set_ylim(bottom=0)
     legend_below(figure, ncols=5, frameon=False)
     figure.suptitle(
-        f"{record['device']}, {record['dtype']}, {_tokens(record['tokens'])} tokens in all, hidden "
+        f"{record['device']}, {record['dtype']}, {tokens(record['tokens'])} tokens in all, hidden "
         f"{record['hidden']}, {record['date']}",
         fontsize=11,
     )
@@ -243,6 +277,8 @@ def main(argv: list[str] | None = None) -> int:
     record = json.loads(args.json.read_text(encoding="utf-8"))
     args.markdown.write_text(markdown(record), encoding="utf-8")
     print(f"wrote {args.markdown}")
+    if all(record.get(part) for part in PARTS):
+        results_page.summarize(args.json, summary(record))
     if record.get("dense"):
         draw(record, args.plot)
         print(f"wrote {args.plot}")

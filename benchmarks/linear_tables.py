@@ -1,5 +1,5 @@
-"""Write a page beside the JSON of linear_vs_quadratic.py, and draw its plot in docs/: time against length,
-log-log.
+"""Write a page beside the JSON of linear_vs_quadratic.py and its section of docs/speed.md, and draw its plot
+in docs/: time against length, log-log.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import results_page
+from gpu_tables import table, tokens
 from legend import legend_below
 
 STYLES = {
@@ -98,6 +99,43 @@ Written by `benchmarks/linear_tables.py` from the JSON file beside this one.
     return text
 
 
+def summary(record: dict) -> str:
+    """The section of docs/speed.md: causal, batch 1, four lengths."""
+    longest = 1 << 20
+    chosen: dict[tuple, dict[str, dict]] = {}
+    for r in record["results"]:
+        if r["causal"] and r["batch"] == 1 and r["seqlen"] in (4096, 16384, 65536, longest):
+            chosen.setdefault((r["head_dim"], r["direction"], r["seqlen"]), {})[r["contender"]] = r
+
+    def cell(row: tuple) -> str:
+        of = row[1]
+        times = " / ".join(_milliseconds(of.get(name, {}).get("ms")) for name in ("linear", "fla", "fa4"))
+        graph = [of.get(name, {}).get("graph_ms") for name in ("linear", "fla")]
+        return times if None in graph else f"{times} ({' / '.join(map(_milliseconds, graph))})"
+
+    def share(causal: bool) -> str:
+        wanted = ("linear", causal, "forward", longest)
+        kinds = ("contender", "causal", "direction", "seqlen")
+        shares = [r["memory_floor_share"] for r in record["results"] if tuple(r[k] for k in kinds) == wanted]
+        return f"{min(shares):.0%} to {max(shares):.0%}"
+
+    times = table(
+        sorted(chosen.items(), key=lambda row: row[0]),
+        "head_dim, pass",
+        lambda row: f"{row[0][0]}, {row[0][1]}",
+        lambda row: f"N = {tokens(row[0][2])}",
+        cell,
+    )
+    return (
+        f"{record['device']}, torch {record['torch']}, {record['date']}, `make bench-linear`: causal, batch "
+        f"1, 16 heads, {record['dtype']}, ms:\nflash_attn in linear time / fla-core's `chunk_linear_attn` / "
+        "FA4's quadratic kernels, and in brackets\nthe first two in a CUDA graph, without the host's share."
+        f"\n\n{times}\nAt {tokens(longest)} tokens forward runs at {share(True)} of the speed of reading q, "
+        f"k, v and writing the output once,\nwith full masks at {share(False)}. "
+        "[All figures](results/linear_vs_quadratic_h100.md)."
+    )
+
+
 def draw(record: dict, target: Path) -> None:
     """One panel for each head size, mask and pass, at batch 1; a line for each contender, and the memory
     floor.
@@ -136,7 +174,7 @@ def draw(record: dict, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return results_page.write(__doc__, "linear_vs_quadratic_cpu", markdown, draw, argv)
+    return results_page.write(__doc__, "linear_vs_quadratic_cpu", markdown, summary, draw, argv)
 
 
 if __name__ == "__main__":

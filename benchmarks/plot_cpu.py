@@ -1,4 +1,6 @@
-"""Draw docs/cpu_vs_sdpa.png from docs/results/cpu_vs_sdpa.json, which `make bench` writes."""
+"""Draw docs/cpu_vs_sdpa.png and write the section of docs/speed.md from docs/results/cpu_vs_sdpa.json, which
+`make bench` writes.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,30 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import results_page
+from gpu_tables import table, tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 BARS_WIDTH = 0.85  # of a group of bars; groups are 1 apart
+
+
+def summary(record: dict) -> str:
+    """The section of docs/speed.md."""
+    shape = record["shape"]
+    ratios = table(
+        record["results"],
+        "dtype, scores",
+        lambda r: f"{r['dtype']}, {r['score_function']}",
+        lambda r: f"{'causal' if r['causal'] else 'full'}, {r['direction']}",
+        lambda r: f"{r['ratio']:.2f}",
+    )
+    return (
+        f"Against torch's own `scaled_dot_product_attention` ({record['threads']} threads, torch "
+        f"{record['torch']}, {record['date']}, `make bench`):\nbatch {shape['batch']}, "
+        f"{tokens(shape['seqlen'])} tokens, {shape['heads']} heads, head_dim {shape['head_dim']}, ratio of "
+        "median times, below 1 where flash_attn is faster.\nThe identity runs in linear time here.\n\n"
+        f"{ratios}"
+    )
 
 
 def draw(record: dict, target: Path) -> None:
@@ -53,7 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=ROOT / "docs/results/cpu_vs_sdpa.json")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/cpu_vs_sdpa.png")
     args = parser.parse_args(argv)
-    draw(json.loads(args.json.read_text(encoding="utf-8")), args.out)
+    record = json.loads(args.json.read_text(encoding="utf-8"))
+    results_page.summarize(args.json, summary(record))
+    draw(record, args.out)
     print(f"wrote {args.out}")
     return 0
 
