@@ -30,7 +30,7 @@ f is chosen by ``activation``:
     "relu"       max(s, 0)                                 Wortsman et al., arXiv 2309.08586 (with "1/n")
     "relu2"      max(s, 0)^2                               Hua et al., GAU / FLASH, arXiv 2202.10447
     "sigmoid"    1 / (1 + exp(-(s + sigmoid_bias)))        Ramapuram et al., arXiv 2409.04431 (with "-log n")
-    "silu"       s / (1 + exp(-s))                         Zhai et al., HSTU, arXiv 2402.17152 (with "1/n")
+    "silu"       s / (1 + exp(-s))                         Zhai et al., HSTU, arXiv 2402.17152 (see below)
     "gelu"       s (1 + erf(s / sqrt 2)) / 2               Hendrycks and Gimpel, arXiv 1606.08415, the exact
                  form
     "softplus"   log(1 + exp(s))                           Dugas et al., NIPS 2000
@@ -40,7 +40,7 @@ f is chosen by ``activation``:
 norm_i is chosen by ``normalization``:
 
     None         1
-    "1/n"        1 / n                                     arXiv 2309.08586, 2402.17152
+    "1/n"        1 / n                                     arXiv 2309.08586
     "1/visible"  1 / number of keys that query i sees      by mask; dropped keys count
     "1/sqrt(n)"  1 / sqrt(n)                               Frobenius-norm argument of arXiv 2410.18613
 
@@ -49,7 +49,8 @@ seqused_k less leftpad_k (varlen), the cache length with the appended keys less 
 multiplies the accumulated output (and, in the backward pass, the rows of dO) in float32; it is never folded
 into P, which would lose bits of a 16-bit P. Scores grow with the number of keys unless the activation or the
 normalization bounds them: the works above follow the attention by an RMSNorm or GroupNorm (arXiv 2104.07012,
-2210.10340).
+2210.10340). Meta's HSTU divides all sequences of a batch by its longest length: pass None and divide the
+output.
 
 Backward, with dO'_i = norm_i dO_i, dP_ij = dO'_i . v_j and r = 1 / (1 - dropout_p):
 
