@@ -15,11 +15,14 @@ import logging
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 
+from fapatch.base import locking
 from fapatch.base.errors import FapError, UsageError
 from fapatch.base.project import Project
+from fapatch.source import store
 
 # command: (module below fapatch with add_arguments(parser) and main(project, args) -> int, one line of help).
 # A module that sets EXCLUSIVE = True is alone in the checkout while it runs; with ANY_RELEASE = True it does
@@ -88,11 +91,9 @@ def run(argv: list[str]) -> int:
             f"{args.command} is about a compiled extension, and FAMILY={project.family.name} is Python alone",
             f"leave FAMILY= out: {project.lock.default_family} is the default",
         )
-    if not getattr(args.module, "EXCLUSIVE", False):
-        return args.module.main(project, args)
-    from fapatch.base import locking
-
-    with locking.exclusive(project, args.command):
+    alone = getattr(args.module, "EXCLUSIVE", False)
+    with locking.exclusive(project, args.command) if alone else nullcontext():
+        store.own(project)
         return args.module.main(project, args)
 
 

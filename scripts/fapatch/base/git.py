@@ -38,6 +38,7 @@ def environment() -> dict[str, str | None]:
         "GIT_CONFIG_GLOBAL": str(CONFIG),
         "GIT_CONFIG_NOSYSTEM": "1",
         "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_NO_REPLACE_OBJECTS": "1",
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": "include.path",
         "GIT_CONFIG_VALUE_0": str(CONFIG),

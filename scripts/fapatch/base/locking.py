@@ -18,7 +18,7 @@ WAIT_SECONDS = 600.0
 
 def _try(path: Path) -> int | None:
     """An open file descriptor that holds the lock, or None when somebody else has it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # `distclean` removes the file: a lock on a file that lies there no more keeps nobody out.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ..base.project import PINNED_SOURCES, Project, chosen_checkout, chosen_sour
 from . import origins, store
 
 EXCLUSIVE = True
+Find = Callable[[Project, str], tuple[str, str] | None]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ def _subject(project: Project) -> str:
 
 def _own_checkout(project: Project, folder: Path) -> Base:
     """Import ``folder`` anew: nobody can say what was edited in it since the last time."""
+    store.sound(project, store.local_ref(project))
     commit, tree = store.import_files(
         project, store.local_ref(project), origins.from_folder(project, folder), _subject(project)
     )
@@ -80,9 +83,9 @@ def _pinned_files(project: Project, wanted: str) -> tuple[origins.Files, str]:
     )
 
 
-def _stored(project: Project) -> Base | None:
+def _stored(project: Project, find: Find = store.lookup) -> Base | None:
     """What is in the store already, if it is what the lock names."""
-    found = store.lookup(project, store.upstream_ref(project))
+    found = find(project, store.upstream_ref(project))
     if found and project.release.tree in ("", found[1]):
         return Base(*found, True, "the store")
     return None
@@ -98,11 +101,7 @@ def pinned(project: Project, wanted: str = "", again: bool = False) -> Base:
     ``wanted``: "" or one of PINNED_SOURCES. Raises FapError when no source can be reached or one gives other
     files.
     """
-    stored = _stored(project)
-    if stored and not store.is_sound(project, stored.commit):
-        away = store.set_aside(project)
-        print(f"the store was damaged; it lies in {away} now and is filled again", file=sys.stderr)
-        stored = None
+    stored = _stored(project, store.sound)
     if stored and not again:
         return stored
     files, origin = _pinned_files(project, wanted)
@@ -132,7 +131,7 @@ def cutlass(project: Project) -> str:
     there.
     """
     ref = store.cutlass_ref(project)
-    if project.release.sdist and (found := store.lookup(project, ref)) and store.is_sound(project, found[0]):
+    if (found := store.sound(project, ref)) and project.release.sdist:
         return found[0]
     for online in (False, True):
         files = (

@@ -10,6 +10,9 @@ refs/heads/<family>/<version>      the patched tree, with whatever was committed
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +25,31 @@ _INCOMING = "refs/incoming"
 _AUTHOR = f"upstream <upstream@localhost> {git.FIXED_DATE}"
 # What running the tree leaves in it is no change of the source.
 EXCLUDE = "__pycache__/\n*.egg-info/\n.pytest_cache/\n.hypothesis/\n/build/\n*.so\n"
+_CONFIG = """[core]
+	repositoryformatversion = 0
+	bare = true
+	useReplaceRefs = false
+	commitGraph = false
+	multiPackIndex = false
+"""
+# What the settings of a store may hold beside that: facts of the file system, what `@{upstream}` means, and a
+# person's name.
+_SETTING = re.compile(
+    r"core\.(filemode|ignorecase|precomposeunicode|symlinks)\n(true|false)"
+    r"|branch\.[\w./+-]+\.(remote\n\.|merge\nrefs/[\w./+-]+)"
+    r'|user\.(name|email)\n[^"\\\n]+'
+)
+# What would make git run a program, or read something else than the objects of this store.
+_FOREIGN = (
+    "hooks/*",
+    "info/attributes",
+    "info/grafts",
+    "objects/info/*alternates",
+    "commondir",
+    "shallow",
+    "config.worktree",
+    "worktrees/*/config.worktree",
+)
 
 
 def upstream_ref(project: Project) -> str:
@@ -49,10 +77,59 @@ def ensure(project: Project) -> None:
     project.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=project.cache, prefix=".store-") as scratch:
         new = Path(scratch) / "store.git"
-        git.git("init", "--quiet", "--bare", new)
-        (new / "info").mkdir(exist_ok=True)
-        (new / "info" / "exclude").write_text(EXCLUDE, encoding="utf-8")
+        git.git("init", "--quiet", "--bare", "--template=", new)
         os.replace(new, project.store)
+    own(project)
+
+
+def _own_config(config: Path) -> list[str]:
+    """Write the settings of a store to ``config``, with those of _SETTING that it has; returns the names of
+    the others.
+    """
+    said = git.git("config", "--file", config, "--no-includes", "--null", "--list", check=False)
+    found = said.stdout.decode("utf-8", "replace").split("\0")[:-1]
+    kept = [setting for setting in found if _SETTING.fullmatch(setting)]
+    text = _CONFIG
+    for setting in kept:
+        name, value = setting.split("\n")
+        section, key = name.rsplit(".", 1)
+        section, _, about = section.partition(".")
+        text += f'[{section} "{about}"]\n' if about else f"[{section}]\n"
+        text += f"\t{key} = {value}\n"
+    if not config.is_file() or config.read_bytes() != text.encode():
+        config.write_bytes(text.encode())
+    ours = {f"core.{line.strip().lower()}".replace(" = ", "\n") for line in _CONFIG.splitlines()}
+    return [setting.split("\n")[0] for setting in found if setting not in {*kept, *ours}]
+
+
+def own(project: Project) -> None:
+    """Take from the store, which may come from another machine, all that could run a program or change what
+    an id stands for, and say what that was. (``sound`` looks at the objects.)
+
+    Raises FapError when there is a symbolic link in it, which could lead anywhere.
+    """
+    store = project.store
+    if not store.is_dir():
+        return
+    if link := next((path for path in store.rglob("*") if path.is_symlink()), None):
+        raise FapError(
+            f"{link} is a symbolic link, and a store holds none",
+            f"move {store.relative_to(project.root)} away; `make fetch` makes another",
+        )
+    dropped = _own_config(store / "config")
+    for path in [path for pattern in _FOREIGN for path in store.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.suffix != ".sample":  # git's own examples of hooks
+            dropped.append(path.relative_to(store).as_posix())
+    exclude = store / "info" / "exclude"
+    exclude.parent.mkdir(exist_ok=True)
+    exclude.write_text(EXCLUDE, encoding="utf-8")
+    if dropped:
+        print(
+            f"warning: dropped from {store.relative_to(project.root)}, where they do not belong: "
+            + ", ".join(dropped),
+            file=sys.stderr,
+        )
 
 
 def set_aside(project: Project) -> Path | None:
@@ -77,12 +154,20 @@ def lookup(project: Project, ref: str) -> tuple[str, str] | None:
     return (commit, tree) if tree else None
 
 
-def is_sound(project: Project, commit: str) -> bool:
-    """Whether every object of ``commit`` can be read and has the content that its id says."""
-    checked = git.git(
-        "fsck", "--no-dangling", "--no-reflogs", "--no-progress", commit, repo=project.store, check=False
-    )
-    return checked.returncode == 0
+def sound(project: Project, ref: str) -> tuple[str, str] | None:
+    """``lookup``, after every object of the store was read and compared with its id. A store with a wrong one
+    is moved out of the way.
+    """
+    if not project.store.is_dir():
+        return None
+    found = lookup(project, ref)
+    # git compares all objects with their ids, whichever commit it is asked for.
+    fsck = ("fsck", "--no-dangling", "--no-reflogs", "--no-progress")
+    if git.git(*fsck, *(found or ())[:1], repo=project.store, check=False).returncode == 0:
+        return found
+    away = set_aside(project)
+    print(f"the store was damaged; it lies in {away} now and is filled again", file=sys.stderr)
+    return None
 
 
 def import_files(
