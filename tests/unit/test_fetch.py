@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -154,18 +155,26 @@ def bad_member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarf
 @pytest.mark.parametrize(
     "member, told",
     [
-        (bad_member("toy-1.0/toy/link.py", tarfile.SYMTYPE, "/etc/passwd"), "toy/link.py is a link"),
-        (bad_member("toy-1.0/docs/link", tarfile.LNKTYPE, "toy-1.0/setup.py"), "docs/link is a link"),
-        (bad_member("toy-1.0/pipe", tarfile.FIFOTYPE), "pipe is a link or a device"),
+        (bad_member("toy-1.0/toy/link.py", tarfile.SYMTYPE, "/etc/passwd"), "toy/link.py' is a link"),
+        (bad_member("toy-1.0/docs/link", tarfile.LNKTYPE, "toy-1.0/setup.py"), "docs/link' is a link"),
+        (bad_member("toy-1.0/pipe", tarfile.FIFOTYPE), "pipe' is a link or a device"),
         (bad_member("toy-1.0/../../evil.py"), "would leave the archive's folder"),
         (bad_member("/etc/evil.py"), "would leave the archive's folder"),
         (bad_member("toy-1.0/toy/new\nline.py"), "not a name that a source file has"),
+        (bad_member("toy-1.0/toy/not-utf-8-\udcff.py"), r"toy/not-utf-8-\udcff.py' is not a name"),
+        (bad_member("toy-1.0/toy/.git/hooks/evil.py"), "a path that git keeps for itself"),
+        (bad_member("toy-1.0/.GIT/config"), "a path that git keeps for itself"),
+        (bad_member("toy-1.0/setup.py"), "setup.py' is there twice"),
+        (bad_member("another/setup.py"), "another/setup.py' is there twice"),
+        (bad_member("toy-1.0/setup.py/evil.py"), "makes one path a file and a folder"),
+        (bad_member("toy-1.0/setup.py", tarfile.DIRTYPE), "makes one path a file and a folder"),
+        (bad_member("toy-1.0/toy"), "makes one path a file and a folder"),
     ],
 )
 def test_archive_with_what_does_not_belong_there(fresh, tmp_path, member, told):
     pin(fresh, make_sdist(sdist(fresh), "1.0", [member]))
     said = fresh.fap("fetch", code=1)
-    assert "toy-1.0.tar.gz" in said and told in said
+    assert "toy-1.0.tar.gz" in said and told in said and len(said.splitlines()) == 1
     assert not tree(fresh) and not fresh.leftovers() and not list(tmp_path.rglob("evil.py"))
 
 
@@ -244,6 +253,19 @@ def test_own_checkout_that_differs_is_used_with_a_warning_and_not_compared(toy, 
     assert "made from other upstream files" in toy.fap("status", code=1)
     toy.fap("apply")
     assert "line twenty" not in (toy.source / "toy" / "core.py").read_text()
+
+
+@pytest.mark.parametrize("name, told", [(b"\xff.py", r"toy/\udcff.py'"), (b".git/x.py", "toy/.git/x.py'")])
+def test_own_checkout_with_a_file_of_a_wrong_name(fresh, tmp_path, monkeypatch, name, told):
+    for path, text in release_files("1.0").items():
+        (tmp_path / "own" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / path).write_text(text)
+    odd = tmp_path / "own" / "toy" / os.fsdecode(name)
+    odd.parent.mkdir(exist_ok=True)
+    odd.touch()
+    monkeypatch.setenv("FA_SRC_DIR", str(tmp_path / "own"))
+    said = fresh.fap("fetch", code=1)
+    assert told in said and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Path patterns, and files that are written whole or not at all."""
+"""Path patterns, names that a source file may have, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -33,6 +33,15 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def name_fault(path: str) -> str:
+    """What is wrong with ``path`` as the path of a source file, relative to its tree; "" when nothing is."""
+    if any(ord(c) < 32 or c in '"\\' or "\ud800" <= c <= "\udfff" for c in path):
+        return "is not a name that a source file has"
+    if {".git", "git~1"} & set(path.lower().split("/")):
+        return "is a path that git keeps for itself"
+    return ""
 
 
 def write(path: Path, content: bytes | str) -> None:

@@ -4,6 +4,7 @@ when it has nothing. Nothing of an archive ever becomes a path on this machine.
 
 from __future__ import annotations
 
+import gzip
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from ..base import git
 from ..base.errors import FapError, UsageError
-from ..base.files import matches
+from ..base.files import matches, name_fault
 from ..base.project import Project
 from . import download
 
@@ -22,42 +23,43 @@ CLONE_SECONDS = 600.0
 CLONE = ("submodule", "update", "--init", "--depth", "1", "--")
 
 
-def _checked_path(member: tarfile.TarInfo, archive: Path) -> str:
-    """The path of ``member`` below the archive's top folder. Raises FapError for what no source distribution
-    should hold.
+def _member_fault(member: tarfile.TarInfo, path: PurePosixPath, kinds: dict[PurePosixPath, bool]) -> str:
+    """What is wrong with ``member``, which lies at ``path`` below the archive's top folder; "" when nothing
+    is. ``kinds``: path -> whether it is a file, of the members before it.
     """
-    path = PurePosixPath(member.name)
-    if path.is_absolute() or ".." in path.parts:
-        raise FapError(
-            f"{archive.name}: {member.name} would leave the archive's folder", "do not use this file"
-        )
+    if fault := name_fault(member.name):
+        return fault
+    if member.name.startswith("/") or ".." in path.parts:
+        return "would leave the archive's folder"
     if not (member.isfile() or member.isdir()):
-        raise FapError(
-            f"{archive.name}: {member.name} is a link or a device, not a plain file", "do not use this file"
-        )
-    if any(ord(c) < 32 or c in '"\\' for c in member.name):
-        raise FapError(
-            f"{archive.name}: {member.name!r} is not a name that a source file has", "do not use this file"
-        )
-    return "/".join(path.parts[1:])
+        return "is a link or a device, not a plain file"
+    if member.isfile() and kinds.get(path):
+        return "is there twice"
+    for place, is_file in [(path, member.isfile()), *((folder, False) for folder in path.parents)]:
+        if kinds.setdefault(place, is_file) != is_file:
+            return "makes one path a file and a folder"
+    return ""
 
 
 def read_archive(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
     """(path below the top folder, content) of every file whose path is ``wanted``. Every member is checked,
     wanted or not.
 
-    Raises FapError, naming the archive, when it is truncated or damaged, or holds a link, an absolute path or
-    a ``..``.
+    Raises FapError, naming the archive, when it is truncated or damaged, or holds what no source distribution
+    should.
     """
+    kinds: dict[PurePosixPath, bool] = {}
     try:
         with tarfile.open(archive, "r:*") as tar:
             for member in tar:
-                path = _checked_path(member, archive)
-                if member.isfile() and wanted(path):
+                path = PurePosixPath(*PurePosixPath(member.name).parts[1:])
+                if fault := _member_fault(member, path, kinds):
+                    raise FapError(f"{archive.name}: {member.name!r} {fault}", "do not use this file")
+                if member.isfile() and wanted(str(path)):
                     content = tar.extractfile(member)
                     assert content is not None
-                    yield path, content.read()
-    except (tarfile.TarError, EOFError, zlib.error) as e:
+                    yield str(path), content.read()
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise FapError(f"{archive} is damaged or cut short: {e}", f"rm {archive} and fetch again") from e
 
 

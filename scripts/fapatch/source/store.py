@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ..base import git
 from ..base.errors import FapError
+from ..base.files import name_fault
 from ..base.project import Project
 
 _INCOMING = "refs/incoming"
@@ -176,12 +177,14 @@ def import_files(
     """Commit ``files`` (path, content) as plain files under ``ref``; returns (commit, tree).
 
     Author, date and modes are fixed, so that equal files give an equal commit. Raises FapError, with ``ref``
-    as it was, when there is no file, or when the tree is not ``expected``.
+    as it was, when there is no file or one with a wrong name, or when the tree is not ``expected``.
     """
     ensure(project)
     message = subject.encode()
     stream = [f"commit {_INCOMING}\ncommitter {_AUTHOR}\ndata {len(message)}\n".encode(), message, b"\n"]
     for path, content in files:
+        if fault := name_fault(path):
+            raise FapError(f"{subject}: {path!r} {fault}", "check the source that was used")
         stream += [f"M 100644 inline {path}\ndata {len(content)}\n".encode(), content, b"\n"]
     if len(stream) == 3:
         raise FapError(f"{subject}: no file of it was found", "check the source that was used")
