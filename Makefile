@@ -7,9 +7,9 @@ PY     := .venv/bin/python
 FAP    := $(PY) scripts/fap.py
 JOBS   ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 2)')
 export HEAD_DIMS DTYPES PASSES ARCHS NO_SOFTMAX_ONLY
-export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN WIDEN
+export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN WIDEN UPGRADE
 
-.PHONY: help env fetch apply status refresh rebase rebase-continue rebase-abort bundle lint toolchain wheel smoke sass-identity compile-check \
+.PHONY: help env lock-tools fetch apply status refresh rebase rebase-continue rebase-abort bundle lint toolchain wheel smoke sass-identity compile-check \
         test test-fast test-unit test-patches test-attention upstream-test sanitize bench bench-gpu bench-fa4 bench-host bench-linear clean distclean
 
 help:  ## list the targets
@@ -17,6 +17,9 @@ help:  ## list the targets
 
 env:  ## make .venv, the project's own Python environment
 	@$(PYTHON) scripts/fap.py env
+
+lock-tools: env  ## renew requirements.lock, the versions and hashes of what .venv gets (UPGRADE=1)
+	@$(FAP) lock-tools
 
 fetch: env  ## bring upstream's source into .cache, verified
 	@$(FAP) fetch

@@ -30,6 +30,7 @@ from fapatch.source import store
 # Modules are imported when asked for: `env` must run before any package is installed.
 COMMANDS = {
     "env": ("base.env", "make .venv, the project's own Python environment"),
+    "lock-tools": ("base.lock_tools", "renew requirements.lock, the versions and hashes of what .venv gets"),
     "fetch": ("source.fetch", "bring upstream's source into .cache, verified"),
     "apply": ("series.apply", "make the patched tree in build/src"),
     "status": ("series.status", "say whether the patched tree is up to date, and if not, why"),

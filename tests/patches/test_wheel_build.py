@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fapatch.base import locking
+from fapatch.base import files, locking
 from fapatch.base.project import Project
 from fapatch.series import apply, overlay
 from fapatch.series.state import State
@@ -122,7 +122,7 @@ def test_the_wheel_is_the_patched_package_and_the_same_each_time(patched, backen
         elsewhere.family.package,
     )
     assert first == elsewhere.dist / f"{package}-{release}+{label}-py3-none-any.whl"
-    digest = wheel.sha256(first)
+    digest = files.sha256(first)
     with zipfile.ZipFile(first) as archive:
         names = archive.namelist()
         metadata = BytesParser().parsebytes(archive.read(next(n for n in names if n.endswith("/METADATA"))))
@@ -141,7 +141,7 @@ def test_the_wheel_is_the_patched_package_and_the_same_each_time(patched, backen
         n.startswith("flash_attn/cute/") == (package == "flash_attn_4") for n in names if n.endswith(".py")
     )
 
-    assert wheel.sha256(wheel.build(elsewhere, backend, Path(sys.executable), patched[1])) == digest
+    assert files.sha256(wheel.build(elsewhere, backend, Path(sys.executable), patched[1])) == digest
 
 
 def test_a_failed_build_leaves_dist_alone_and_says_where_to_look(patched, elsewhere, monkeypatch):

@@ -6,16 +6,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from fapatch import workers
-from fapatch.base import env
+from fapatch.base import env, files
 from fapatch.base.errors import FapError
 from fapatch.base.process import run
-from fapatch.workers.missing import Requirement, is_met
+from fapatch.workers.missing import unmet
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +29,7 @@ torch = [{torch}]
 build = ["pip>=1", "no-such-thing; python_version < '3'"]
 """
 GROUPS = ["torch", "build"]
+LOCKED = "no-such-package-at-all==3.1 \\\n    --hash=sha256:" + "0" * 64 + "\n"
 
 
 @pytest.fixture
@@ -37,7 +40,62 @@ def root(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PYTHON", sys._base_executable)
     (tmp_path / "pyproject.toml").write_text(PYPROJECT.format(torch=""))
+    (tmp_path / env.LOCK).write_text(LOCKED)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment to copy: making one takes seconds."""
+    folder = tmp_path_factory.mktemp("made") / ".venv"
+    run(sys._base_executable, "-m", "venv", folder)
+    return folder
+
+
+@pytest.fixture
+def wheels(root: Path, made: Path, monkeypatch) -> Path:
+    """Beside an empty .venv, the only folder that pip looks into. top 1.0, which needs below, and below are
+    in the lock, top 2.0 is not.
+    """
+    shutil.copytree(made, root / ".venv", symlinks=True)
+    folder = root / "wheels"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    below = make_wheel(folder, "below", "1.2")
+    top = make_wheel(folder, "top", "1.0", "below>=1", "no-such-thing; extra == 'more'")
+    make_wheel(folder, "top", "2.0")
+    (root / env.LOCK).write_text(f"# locked\n{entry(below)}{entry(top)}")
+    return folder
+
+
+def install_top(root: Path) -> bool:
+    return env.install_missing(env.venv_python(root / ".venv"), root / env.LOCK, ["top"])
+
+
+def make_wheel(folder: Path, name: str, version: str, *requires: str) -> Path:
+    info = f"{name}-{version}.dist-info"
+    needs = "".join(f"Requires-Dist: {line}\n" for line in requires)
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", f"version = '{version}'\n")
+        wheel.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}"
+        )
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return Path(wheel.filename)
+
+
+def entry(*wheels: Path) -> str:
+    """What a lock says of builds of one version."""
+    name, version = wheels[0].name.split("-")[:2]
+    hashes = [f"--hash=sha256:{files.sha256(wheel)}" for wheel in wheels]
+    return f"{name}=={version} \\\n    " + " \\\n    ".join(hashes) + "\n"
+
+
+def have(root: Path, *packages: str) -> list[str]:
+    """The versions that .venv sees."""
+    code = "import sys; from importlib.metadata import version as v; print(*map(v, sys.argv[1:]))"
+    return run(env.venv_python(root / ".venv"), "-c", code, *packages).stdout.decode().split()
 
 
 def ensure(root: Path) -> str:
@@ -103,13 +161,9 @@ def test_the_python_of_the_environment_itself_is_refused(root, monkeypatch):
         ensure(root)
 
 
-def test_pip_shows_what_it_does(root, monkeypatch, capfd):
-    (root / "one.py").touch()
-    (root / "setup.py").write_text("import setuptools; setuptools.setup(name='one', py_modules=['one'])")
-    (root / "pyproject.toml").write_text(PYPROJECT.format(torch=f"'one @ file://{root}'"))
-    with pytest.raises(FapError, match="pip could not get one @"):  # without network there is no setuptools
-        ensure(root)
-    assert f"Processing {root}" in capfd.readouterr().out
+def test_pip_shows_what_it_does(root, wheels, capfd):
+    install_top(root)
+    assert "Installing collected packages: top" in capfd.readouterr().out
 
 
 def test_what_cannot_be_had_is_named_with_a_way_out(root):
@@ -123,6 +177,71 @@ def test_what_cannot_be_had_is_named_with_a_way_out(root):
         ensure(root)
 
 
+def test_the_lock_gives_the_versions_and_all_that_they_need(root, wheels):
+    assert install_top(root) and have(root, "top", "below") == ["1.0", "1.2"]
+    assert not install_top(root)
+    # A lock that was renewed is followed.
+    (root / env.LOCK).write_text(entry(wheels / "top-2.0-py3-none-any.whl"))
+    assert install_top(root) and have(root, "top", "below") == ["2.0", "1.2"]
+
+
+def test_a_file_that_is_not_the_one_of_the_lock_is_not_installed(root, wheels):
+    make_wheel(wheels, "below", "1.2", "no-such-thing; extra == 'another'")
+    with pytest.raises(FapError, match="DO NOT MATCH THE HASHES.*->.*do not use that file") as caught:
+        install_top(root)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FapError):
+        have(root, "below")
+
+
+def test_what_the_lock_does_not_give_is_named(root, wheels):
+    top = entry(wheels / "top-1.0-py3-none-any.whl")
+    too_old = entry(make_wheel(wheels, "below", "0.2"))
+    for lock, told in (
+        (top.replace("1.0", "1.0 ; python_version < '3'"), "top"),
+        (top, "below>=1"),
+        (top + too_old, "below>=1"),
+    ):
+        (root / env.LOCK).write_text(lock)
+        with pytest.raises(FapError, match=f"requirements.lock has no {told} for this.*->.*make lock-tools"):
+            install_top(root)
+
+
+def test_a_build_of_a_locked_version_may_come_from_a_folder(root, wheels, monkeypatch):
+    """As torch 2.13.0+cpu does, whose hash is in the lock beside those of the index. pip alone would take the
+    file of the index, whose page names the hash.
+    """
+    for wheel in list(wheels.glob("*-1.*.whl")):
+        page = root / "simple" / wheel.name.partition("-")[0] / "index.html"
+        page.parent.mkdir(parents=True)
+        wheel = wheel.rename(page.with_name(wheel.name))
+        page.write_text(f'<a href="{wheel.name}#sha256={files.sha256(wheel)}">{wheel.name}</a>')
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", (root / "simple").as_uri())
+    built = make_wheel(wheels, "top", "1.0+cpu", "below")
+    (root / env.LOCK).write_text(
+        entry(root / "simple" / "below" / "below-1.2-py3-none-any.whl")
+        + entry(root / "simple" / "top" / "top-1.0-py3-none-any.whl", built)
+    )
+    assert install_top(root) and have(root, "top", "below") == ["1.0+cpu", "1.2"]
+
+
+def test_beside_a_shared_torch_only_what_is_missing_is_installed(root, wheels, made, tmp_path, monkeypatch):
+    """The base is a virtual environment, whose packages --system-site-packages passes by. It has one package
+    in another version than the lock, which will do, and without what that needs.
+    """
+    shutil.rmtree(root / ".venv")
+    parent = shutil.copytree(made, tmp_path / "parent", symlinks=True)
+    site = next((parent / "lib").glob("python*/site-packages"))
+    (site / "torch.py").write_text("__version__ = '9.9.0'\n")
+    old = make_wheel(tmp_path, "below", "1.1", "what-its-owner-does-not-have")
+    run(env.venv_python(parent), "-m", "pip", "install", "--no-deps", old)
+    monkeypatch.setenv("PYTHON", str(env.venv_python(parent)))
+    (root / "pyproject.toml").write_text(PYPROJECT.format(torch="'torch==2.13.0', 'top'"))
+    assert "torch 9.9.0, shared with" in ensure(root)
+    assert have(root, "top", "below") == ["1.0", "1.1"]
+
+
 def test_a_torch_that_is_there_is_shared(root, tmp_path, monkeypatch):
     (tmp_path / "packages" / "torch").mkdir(parents=True)
     (tmp_path / "packages" / "torch" / "__init__.py").write_text("__version__ = '2.9.1+cu128'")
@@ -131,16 +250,6 @@ def test_a_torch_that_is_there_is_shared(root, tmp_path, monkeypatch):
     said = ensure(root)
     assert "torch 2.9.1+cu128, shared with" in said
     assert "include-system-site-packages = true" in (root / ".venv" / "pyvenv.cfg").read_text()
-
-
-def test_the_packages_of_a_virtual_environment_are_shared_too(root, tmp_path, monkeypatch):
-    """--system-site-packages shares those of the interpreter beneath it, not its own."""
-    parent = tmp_path / "parent"
-    run(sys.executable, "-m", "venv", parent)
-    site = next((parent / "lib").glob("python*/site-packages"))
-    (site / "torch.py").write_text("__version__ = '9.9.0'\n")
-    monkeypatch.setenv("PYTHON", str(env.venv_python(parent)))
-    assert "torch 9.9.0, shared with" in ensure(root)
 
 
 @pytest.mark.parametrize(
@@ -178,12 +287,11 @@ def test_the_list_of_missing_packages_needs_no_package(root):
     only_pip = root / "only"
     only_pip.mkdir()
     (only_pip / "pip").symlink_to(Path(pip_home) / "pip")
-    (root / "pyproject.toml").write_text(PYPROJECT.format(torch="'torch==2.13.0'"))
-    script = workers.HERE / "missing.py"
+    script, wanted = workers.HERE / "missing.py", ["torch==2.13.0", "pip>=1", "x; python_version < '3'"]
     said = run(
-        sys.executable, "-S", script, root / "pyproject.toml", *GROUPS, env={"PYTHONPATH": str(only_pip)}
+        sys.executable, "-S", script, root / env.LOCK, *wanted, env={"PYTHONPATH": str(only_pip)}
     ).stdout
-    assert json.loads(said) == ["torch==2.13.0", "pip>=1"]
+    assert json.loads(said) == ["pip>=1", "torch==2.13.0"]
 
 
 def test_an_extra_is_met_when_what_it_brings_is_there(tmp_path, monkeypatch):
@@ -193,7 +301,8 @@ def test_an_extra_is_met_when_what_it_brings_is_there(tmp_path, monkeypatch):
         (tmp_path / f"{name}-1.dist-info" / "METADATA").write_text(text)
 
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
     install("parent", "Provides-Extra: more", "Requires-Dist: child<2; extra == 'more'")
-    assert is_met(Requirement("parent")) and not is_met(Requirement("parent[more]"))
+    assert unmet(["parent"], {}) == [] and unmet(["parent[more]"], {}) == ["child<2"]
     install("child")
-    assert is_met(Requirement("parent[more]")) and not is_met(Requirement("parent[more]>1"))
+    assert unmet(["parent[more]"], {}) == [] and unmet(["parent[more]>1"], {}) == ["parent>1"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fapatch.base import git
+from fapatch.base import files, git
 from fapatch.base.errors import FapError, UsageError
 from fapatch.base.project import Project
 from fapatch.series import state
@@ -84,7 +84,7 @@ def test_a_wheel_that_is_there_is_not_built_again_and_a_damaged_one_is(project):
     project.dist.mkdir()
     path = project.dist / "x.whl"
     path.write_bytes(b"wheel")
-    state = {"inputs": wheel.asdict(INPUTS), "wheel": "x.whl", "sha256": wheel.sha256(path)}
+    state = {"inputs": wheel.asdict(INPUTS), "wheel": "x.whl", "sha256": files.sha256(path)}
     assert wheel.up_to_date(project, INPUTS, state) == (path, "")
     path.write_bytes(b"whee")
     assert wheel.up_to_date(project, INPUTS, state) == (None, "dist/x.whl is not the file that was built")

@@ -1,4 +1,5 @@
-"""Make .venv, the project's own Python environment, from the packages that pyproject.toml names.
+"""Make .venv, the project's own Python environment: the packages that pyproject.toml names, in the versions
+and with the hashes of requirements.lock.
 
 Standard library only: this is the one command that runs before the environment is there. An interpreter that
 already has a usable torch (a GPU machine without network) shares its packages with .venv, and only what is
@@ -15,17 +16,21 @@ import os
 import re
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from .. import workers
 from . import files
 from .errors import FapError, UsageError
-from .pip import OFFLINE, pip
+from .lock import tomllib
+from .pip import local_wheels, pip
 from .process import CommandFailed, run
 from .project import Project
 
 EXCLUSIVE = True
 GROUPS = ("torch", "build", "test", "lint")
+LOCK = "requirements.lock"
 STAMP = "fapatch.json"  # inside .venv
 LEAST_PYTHON = (3, 10)
 LEAST_TORCH = (2, 4)  # the first with torch.library.custom_op, which the patched package needs
@@ -55,11 +60,10 @@ def _write_stamp(venv: Path, **facts: str) -> None:
     files.write(venv / STAMP, json.dumps(facts) + "\n")
 
 
-def content_hash(pyproject: Path, base: Path, groups: list[str]) -> str:
-    """What the environment is made from: the list of packages, the interpreter, the chosen groups."""
-    return hashlib.sha256(
-        b"\0".join([pyproject.read_bytes(), str(base).encode(), " ".join(groups).encode()])
-    ).hexdigest()
+def content_hash(root: Path, base: Path, groups: list[str]) -> str:
+    """What the environment is made from: the packages, their lock, the interpreter, the chosen groups."""
+    texts = [(root / name).read_bytes() for name in ("pyproject.toml", LOCK)]
+    return hashlib.sha256(b"\0".join([*texts, str(base).encode(), " ".join(groups).encode()])).hexdigest()
 
 
 def _runs(python: Path) -> bool:
@@ -145,31 +149,84 @@ def _share_packages(venv: Path, base: Path) -> None:
     )
 
 
-def missing(python: Path, pyproject: Path, groups: list[str]) -> list[str]:
-    """The requirements of ``groups``, or of the project itself without any, that the environment of
-    ``python`` does not meet.
+def dependencies(pyproject: Path) -> dict[str, list[str]]:
+    """The requirements that ``pyproject`` names: those of each group of its optional ones, and "" for the
+    others.
     """
-    return json.loads(run(python, "-I", workers.HERE / "missing.py", pyproject, *groups).stdout)
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    return {"": project.get("dependencies", []), **project.get("optional-dependencies", {})}
 
 
-def _install(python: Path, requirements: list[str]) -> None:
-    print(f"installing {', '.join(requirements)}", flush=True)
-    pip(
-        python,
-        "install",
-        *requirements,
-        what=f"{', '.join(requirements)}, which .venv lacks",
-        offline=f"{OFFLINE}, or set PYTHON= to an interpreter that has them; `scripts/fap.py env --groups "
-        "torch,build` is enough for a wheel",
+def install_missing(python: Path, lock: Path, wanted: list[str], leave: Iterable[str] = ()) -> bool:
+    """Install from ``lock`` what the environment of ``python`` lacks of ``wanted``, and what that needs in
+    turn; returns whether anything was. ``leave``: packages to leave as they are.
+
+    Raises FapError when the lock does not give a package that will do, or pip cannot get it.
+    """
+    listed = entries(lock.read_text(encoding="utf-8"))
+    tried: set[str] = set()
+    while lacking := missing(python, lock, wanted, leave):
+        names = {canonical(requirement): requirement for requirement in lacking}
+        chosen = [entry for entry in listed if canonical(entry) in names]
+        if unknown := sorted(names.keys() & tried or names.keys() - set(map(canonical, chosen))):
+            raise FapError(
+                f"{lock.name} has no {names[unknown[0]]} for this machine and the Python of {python}",
+                "make env PYTHON= with a Python from 3.10 to 3.13, or `make lock-tools`",
+            )
+        _install(python, chosen, lacking)
+        tried.update(names)
+    return bool(tried)
+
+
+def entries(lock: str) -> list[str]:
+    """The entries of the text of a lock: a package, a version, a marker where there are several, hashes."""
+    return re.findall(r"^\w(?:.*\\\n)*.*\n", lock, re.MULTILINE)
+
+
+def canonical(requirement: str) -> str:
+    """The name of the package, in the form in which two names of one package are equal."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+
+def missing(python: Path, lock: Path, wanted: list[str], leave: Iterable[str] = ()) -> list[str]:
+    """What the environment of ``python`` lacks (workers/missing.py), but for the packages of ``leave``."""
+    said = run(python, "-I", workers.HERE / "missing.py", lock, *wanted).stdout
+    return [requirement for requirement in json.loads(said) if canonical(requirement) not in leave]
+
+
+def _install(python: Path, chosen: list[str], what: list[str]) -> None:
+    print(f"installing {', '.join(what)}", flush=True)
+    names = set(map(canonical, chosen))
+    # pip takes a file whose hash it was told before one that it would have to read, and a build of one's own
+    # (2.13.0+cpu) lies in a folder that tells no hashes.
+    links = "".join(
+        f'<a href="{wheel.resolve().as_uri()}#sha256={files.sha256(wheel)}">{wheel.name}</a>\n'
+        for wheel in local_wheels(python)
+        if canonical(wheel.name.partition("-")[0]) in names
     )
+    with tempfile.TemporaryDirectory() as scratch:
+        page, listed = Path(scratch) / "wheels.html", Path(scratch) / "requirements.txt"
+        page.write_text(links, encoding="utf-8")
+        listed.write_text("".join(chosen), encoding="utf-8")
+        pip(
+            python,
+            "install",
+            "--no-deps",
+            "--require-hashes",
+            "--only-binary=:all:",
+            f"--find-links={page}",
+            f"--requirement={listed}",
+            what=f"{', '.join(what)}, which .venv lacks",
+            or_else=", or set PYTHON= to an interpreter that has them; `scripts/fap.py env --groups "
+            "torch,build` is enough for a wheel",
+        )
 
 
 def ensure(root: Path, venv: Path, groups: list[str]) -> str:
     """Bring ``venv`` to what ``root``/pyproject.toml asks for; returns one line that says what was done."""
-    pyproject = root / "pyproject.toml"
     python, stamp = venv_python(venv), _stamp(venv)
     base = base_interpreter(venv, stamp.get("base", ""))
-    key = content_hash(pyproject, base, groups)
+    key = content_hash(root, base, groups)
     if stamp.get("hash") == key and _runs(python):
         return f".venv is up to date: Python {stamp['python']}, torch {stamp['torch']}"
 
@@ -182,12 +239,10 @@ def ensure(root: Path, venv: Path, groups: list[str]) -> str:
         if shared and not has_usable_torch(about(python)["torch"]):
             _share_packages(venv, base)
     _write_stamp(venv, base=str(base))  # no hash: from here to the end the environment counts as half made
-    wanted = missing(python, pyproject, groups)
-    if shared and has_usable_torch(about(python)["torch"]):
-        # A torch that is shared keeps its version: it fits the driver and the compiler of that machine.
-        wanted = [r for r in wanted if not re.match(r"torch\b", r)]
-    if wanted:
-        _install(python, wanted)
+    # A torch that is shared keeps its version: it fits the driver and the compiler of that machine.
+    leave = ("torch",) if shared and has_usable_torch(about(python)["torch"]) else ()
+    asked = dependencies(root / "pyproject.toml")
+    install_missing(python, root / LOCK, [line for group in groups for line in asked[group]], leave)
     have = about(python)
     version, torch = ".".join(map(str, have["python"])), have["torch"] or "absent"
     _write_stamp(venv, base=str(base), hash=key, python=version, torch=torch)

@@ -1,4 +1,4 @@
-"""Path patterns, names that a source file may have, and files that are written whole or not at all."""
+"""Path patterns, names and digests of files, and files that are written whole or not at all."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from .errors import FapError
@@ -14,6 +15,24 @@ _HINTS = {
     "DO NOT MATCH THE HASHES": "do not use that file: empty pip's cache (pip cache purge), ask another index",
 }
 OFFLINE = "connect to a package index, or put the files into a folder and set PIP_FIND_LINKS to it"
+
+
+def settings(python: Path) -> dict[str, str]:
+    """What pip of ``python`` is set to, by its files and by the environment, which wins: "index-url" and
+    so on.
+    """
+    said = run(python, "-m", "pip", "config", "list").stdout.decode()
+    found = re.findall(r"^(global|install|:env:)\.([\w-]+)='(.*)'$", said, re.MULTILINE)
+    ranked = sorted(found, key=lambda setting: ("global", "install", ":env:").index(setting[0]))
+    return {name: value for _, name, value in ranked}
+
+
+def local_wheels(python: Path) -> list[Path]:
+    """The wheels in the folders that pip of ``python`` is set to look into (find-links)."""
+    folders = re.split(r"\s+|\\n", settings(python).get("find-links", ""))
+    return [
+        wheel for folder in folders if folder for wheel in Path(folder.removeprefix("file://")).glob("*.whl")
+    ]
 
 
 def pip(python: Path, *args: str | Path, what: str, offline: str = OFFLINE) -> None:

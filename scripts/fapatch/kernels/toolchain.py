@@ -15,8 +15,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from packaging.requirements import Requirement
-
 from ..base import env
 from ..base.errors import FapError
 from ..base.pip import pip
@@ -25,7 +23,6 @@ from ..base.project import Project
 from ..series import apply
 from ..wheel import cuda_toolkit
 from ..wheel.cuda_toolkit import Torch
-from ..workers.missing import is_met
 
 EXCLUSIVE = True
 STAMP = "requirements.txt"  # what the folder was made from
@@ -136,16 +133,16 @@ def ensure(venv: Path, torch: Torch) -> str:
 
 
 def ensure_requirements(project: Project, python: Path) -> str:
-    """Install what the wheel of the project's release requires; returns one line that says what was done."""
+    """Install from requirements.lock what the wheel of the project's release requires, with its extra for
+    torch's CUDA version if it has one; returns one line that says what was done.
+    """
+    asked = env.dependencies(apply.ensure(project) / project.family.folder / "pyproject.toml")
+    cuda = (Torch.of(python).cuda or "").partition(".")[0]
+    wanted = [*asked[""], *asked.get(f"cu{cuda}", ()), *project.family.undeclared]
+    # torch is what `make env` chose.
+    did = env.install_missing(python, project.root / env.LOCK, wanted, leave=("torch",))
     name = f"{project.family.package} {project.release.version}"
-    wanted = env.missing(python, apply.ensure(project) / project.family.folder / "pyproject.toml", [])
-    wanted += [
-        requirement for requirement in project.family.undeclared if not is_met(Requirement(requirement))
-    ]
-    if not wanted:
-        return f".venv has all that {name} requires. Nothing to do."
-    _install(python, wanted)
-    return f".venv has all that {name} requires"
+    return f".venv has all that {name} requires" + ("" if did else ". Nothing to do.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -278,13 +278,10 @@ def parsed(family: Family) -> int:
 
 
 def lacking(family: Family) -> list[str]:
-    """The requirements of the installed package, declared or not, that this environment does not meet."""
-    from packaging.requirements import Requirement
+    """What the installed package needs, declared or not and at any depth, and this environment lacks."""
+    from ..workers.missing import unmet
 
-    from ..workers.missing import is_met
-
-    wanted = [Requirement(line) for line in [*(metadata.requires(family.package) or ()), *family.undeclared]]
-    return [str(r) for r in wanted if not is_met(r)]
+    return unmet([*(metadata.requires(family.package) or ()), *family.undeclared], {})
 
 
 def compile_one() -> float:

@@ -1,47 +1,61 @@
-"""Print as JSON which packages of a pyproject.toml the running Python lacks: those of the optional
-dependencies GROUP..., or without a group those that the project itself depends on. Run by .venv's Python.
+"""Print as JSON which of REQUIREMENT... the running Python lacks, or what those that it has need in turn.
 
-    python missing.py PYPROJECT GROUP...      ->  ["ninja", "torch==2.13.0"]
+    python missing.py LOCK REQUIREMENT...      ->  ["ninja", "torch==2.13.0"]
 
-Needs nothing but the standard library and pip, whose own copies of `packaging` and `tomli` it reads: it runs
-before anything is installed.
+A package of this environment's own counts when it has the version that LOCK, a requirements file of pip,
+names. A package that it shares with its base counts as its owner left it: in any version that will do.
+
+Needs nothing but the standard library and pip, whose own copy of `packaging` it reads: it runs before
+anything is installed.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 from pip._vendor.packaging.requirements import Requirement
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    from pip._vendor import tomli as tomllib
+from pip._vendor.packaging.specifiers import SpecifierSet
+from pip._vendor.packaging.utils import canonicalize_name
 
 
-def is_met(requirement: Requirement, extra: str = "") -> bool:
-    """Whether ``requirement`` does not apply to this Python, or installed distributions satisfy it and what
-    its extras bring. ``extra``: the one of another distribution that asks for it.
-    """
-    if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
-        return True
-    try:
-        found = metadata.distribution(requirement.name)
-    except metadata.PackageNotFoundError:
-        return False
-    return requirement.specifier.contains(found.version, prereleases=True) and all(
-        is_met(Requirement(brought), name) for name in requirement.extras for brought in found.requires or ()
-    )
+def pins(lock: str) -> dict[str, SpecifierSet]:
+    """Package -> the version that the text of a lock names for the running Python."""
+    lines = (Requirement(line) for line in re.findall(r"^(\w.*?)\s*\\?$", lock, re.MULTILINE))
+    return {canonicalize_name(r.name): r.specifier for r in lines if not r.marker or r.marker.evaluate()}
+
+
+def unmet(requirements: Iterable[str], pinned: dict[str, SpecifierSet]) -> list[str]:
+    """Those of ``requirements``, and of what they need at any depth, that no installed package meets."""
+    own, found, seen = Path(sys.prefix).resolve(), [], set()
+    queue = [(line, "") for line in requirements]
+    while queue:
+        line, extra = queue.pop(0)
+        wanted = Requirement(line)
+        if (wanted.marker and not wanted.marker.evaluate({"extra": extra})) or line in seen:
+            continue
+        seen.add(line)
+        try:
+            have = metadata.distribution(wanted.name)
+        except metadata.PackageNotFoundError:
+            found.append(f"{wanted.name}{wanted.specifier}")
+            continue
+        is_own = Path(have.locate_file("")).resolve().is_relative_to(own)
+        exact = pinned.get(canonicalize_name(wanted.name), SpecifierSet()) if is_own else SpecifierSet()
+        if not (wanted.specifier & exact).contains(have.version, prereleases=True):
+            found.append(f"{wanted.name}{wanted.specifier}")
+        elif is_own:
+            queue += [(need, extra) for extra in ("", *wanted.extras) for need in have.requires or ()]
+    return sorted(set(found))
 
 
 def main(argv: list[str]) -> int:
-    project = tomllib.loads(Path(argv[0]).read_text(encoding="utf-8"))["project"]
-    groups = [project["optional-dependencies"][group] for group in argv[1:]] or [project["dependencies"]]
-    wanted = [requirement for group in groups for requirement in group]
-    json.dump([r for r in wanted if not is_met(Requirement(r))], sys.stdout)
+    lock, *requirements = argv
+    json.dump(unmet(requirements, pins(Path(lock).read_text(encoding="utf-8"))), sys.stdout)
     return 0
 
 
