@@ -18,7 +18,7 @@ from fapatch.base.errors import FapError, UsageError
 from fapatch.base.project import Project
 from fapatch.series import state
 from fapatch.series.state import State
-from fapatch.wheel import build_copy, build_progress, facts, wheel, wheel_check
+from fapatch.wheel import build_copy, build_progress, facts, normal, wheel, wheel_check
 from fapatch.wheel.cuda_toolkit import Search, Toolkit, Torch
 
 INPUTS = wheel.Inputs(tree="a" * 40, lock="b" * 64, backend="cpu", python="3.11", torch="2.13.0", options="")
@@ -123,19 +123,20 @@ def make(
     version = name.split("-")[1]
     info = f"flash_attn-{version}.dist-info"
     metadata = f"Name: flash_attn\nVersion: {version}\n".encode()
-    record = f"{info}/RECORD"
     members = {
         **FILES,
         f"{info}/METADATA": metadata,
+        f"{info}/WHEEL": b"",
+        f"{info}/RECORD": b"",
         f"{info}/licenses/LICENSE": FILES["LICENSE"],
-        record: b"",
     }
     del members["LICENSE"]
     with zipfile.ZipFile(folder / name, "w") as archive:
         for member, content in {**members, **(changes or {})}.items():
             if content is not None:
                 archive.writestr(member, content)
-    facts.add(folder / name, facts.of(Project.open(family="flash-attn", version="2.8.3.post1"), says))
+    said = facts.of(Project.open(family="flash-attn", version="2.8.3.post1"), says)
+    normal.rewrite(folder / name, {facts.NAME: facts.text(said)})
     return folder / name
 
 
@@ -183,7 +184,64 @@ def test_the_facts_in_a_wheel_are_compared_and_recorded(project, tree, tmp_path)
         content = archive.read(f"{facts.info(archive)}/nosoftmax.json")
     assert said["patched tree"] == MADE.tree and said["patches"] == ["a.patch"]
     digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
-    assert record.endswith(f"/nosoftmax.json,sha256={digest},{len(content)}\n")
+    assert f"/nosoftmax.json,sha256={digest},{len(content)}\n" in record
+
+
+def written_by_setuptools(path: Path, new: bool, mode: int) -> Path:
+    """A wheel as setuptools wrote it before version 77, or after."""
+    info = "x-1.dist-info"
+
+    def pick(old: str, young: str) -> str:
+        return young if new else old
+
+    metadata = [
+        f"Metadata-Version: {pick('2.1', '2.4')}",
+        "Name: x",
+        "License-File: LICENSE",
+        f"Requires-Dist: {pick('typing-extensions >=4', 'typing_extensions>=4')}",
+        "Requires-Dist: " + pick("a ; extra == 'b'", 'a; extra == "b"'),
+        *(["Dynamic: license-file"] if new else []),
+        "",
+        "Dynamic: this is the description",
+    ]
+    members = {
+        "x.py": "x",
+        "x.so": "so",
+        f"{info}/{pick('', 'licenses/')}LICENSE": "BSD",
+        f"{info}/METADATA": "\n".join(metadata),
+        f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: {pick('bdist_wheel', 'setuptools')}\nTag: a-b-c\n",
+        f"{info}/RECORD": "",
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in sorted(members, reverse=new):
+            member = zipfile.ZipInfo(name, (2020 + new, 1, 1, 0, 0, 0))
+            member.external_attr = mode << 16
+            archive.writestr(member, members[name])
+    return path
+
+
+def test_a_wheel_has_one_form_whatever_built_it(tmp_path):
+    one = written_by_setuptools(tmp_path / "one.whl", False, 0o100644)
+    two = written_by_setuptools(tmp_path / "two.whl", True, 0o100600)
+    for path in (one, two):
+        normal.rewrite(path)
+    assert one.read_bytes() == two.read_bytes()
+    with zipfile.ZipFile(one) as archive:
+        modes = {entry.filename: oct(entry.external_attr >> 16) for entry in archive.infolist()}
+        metadata = archive.read("x-1.dist-info/METADATA").decode().splitlines()
+        record = archive.read("x-1.dist-info/RECORD").decode().splitlines()
+    assert modes["x.py"] == "0o100644" and modes["x.so"] == "0o100755"
+    assert metadata == [
+        "Metadata-Version: 2.4",
+        "Name: x",
+        "Requires-Dist: typing-extensions>=4",
+        'Requires-Dist: a; extra == "b"',
+        "License-File: LICENSE",
+        "",
+        "Dynamic: this is the description",
+    ]
+    assert [line.partition(",")[0] for line in record] == list(modes)
+    assert record[0] == "x.py,sha256=LXEWQrcmsEQBYnyp-6wy9chTD7GQPMTbAiWHF5IaSIE,1"
 
 
 @pytest.fixture

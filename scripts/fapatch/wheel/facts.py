@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import os
-import time
 import zipfile
-from pathlib import Path
 
-from ..base import git
 from ..base.project import Project
 from ..series.state import State
 
 NAME = "nosoftmax.json"
-_DATE = time.gmtime(int(git.FIXED_DATE.split()[0]))[:6]
 
 
 def of(project: Project, made: State) -> dict[str, object]:
@@ -40,18 +33,5 @@ def read(archive: zipfile.ZipFile) -> dict[str, object]:
     return json.loads(archive.read(name)) if name in archive.namelist() else {}
 
 
-def add(wheel: Path, facts: dict[str, object]) -> None:
-    """Write ``facts`` into ``wheel`` and its RECORD. The other files stay as they are, byte for byte."""
-    new = wheel.with_suffix(".new")
-    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as archive:
-        folder = info(old)
-        name, record = f"{folder}/{NAME}", f"{folder}/RECORD"
-        text = json.dumps(facts, indent=1).encode() + b"\n"
-        digest = base64.urlsafe_b64encode(hashlib.sha256(text).digest()).rstrip(b"=").decode()
-        for member in old.infolist():
-            content = old.read(member)
-            if member.filename == record:  # the last one
-                archive.writestr(zipfile.ZipInfo(name, _DATE), text)
-                content += f"{name},sha256={digest},{len(text)}\n".encode()
-            archive.writestr(member, content, zipfile.ZIP_DEFLATED)
-    os.replace(new, wheel)
+def text(facts: dict[str, object]) -> bytes:
+    return json.dumps(facts, indent=1).encode() + b"\n"

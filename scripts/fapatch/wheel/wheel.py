@@ -27,7 +27,7 @@ from ..base.process import CommandFailed, run
 from ..base.project import Project
 from ..series import apply
 from ..series.state import State
-from . import build_copy, build_progress, cuda_toolkit, facts, wheel_check
+from . import build_copy, build_progress, cuda_toolkit, facts, normal, wheel_check
 from .cuda_toolkit import Search, Torch
 
 EXCLUSIVE = True
@@ -204,7 +204,7 @@ def build(
             f"the whole output is in {log.relative_to(project.root)}; what was compiled is kept",
         ) from e
     (built,) = fresh.glob("*.whl")
-    facts.add(built, facts.of(project, made))
+    normal.rewrite(built, {facts.NAME: facts.text(facts.of(project, made))})
     wheel_check.check(built, project, backend, project.wheel_dir, made)
     project.dist.mkdir(exist_ok=True)
     target = project.dist / built.name
