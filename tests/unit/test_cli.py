@@ -253,6 +253,13 @@ def test_what_git_says_gets_a_next_step(said, told):
         process.run("sh", "-c", f"echo '{said}' >&2; exit 128")
 
 
+def test_git_without_a_name_says_how_to_give_one(tmp_path, person):
+    person.write_text("[user]\n useConfigOnly = true\n")
+    shell("git", "init", "--quiet", tmp_path, cwd=tmp_path)
+    with pytest.raises(FapError, match="->  git config --global user.name and user.email, and run this"):
+        process.run("git", "commit", "--quiet", "--allow-empty", "--message=x", cwd=tmp_path)
+
+
 def test_distclean_needs_no_package(toy):
     """`make distclean` runs with a bare Python, because .venv goes too."""
     ended = subprocess.run(

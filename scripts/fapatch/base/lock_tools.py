@@ -34,7 +34,7 @@ def resolve(root: Path, python: Path, old: str, upgrade: bool) -> str:
     fits, or the index cannot be reached.
     """
     # In the environment, not among the arguments: an address may hold a password, and errors show arguments.
-    of_pip = settings(python)
+    of_pip = settings(python, "install")
     variables = {
         "UV_DEFAULT_INDEX": of_pip.get("index-url"),
         "SSL_CERT_FILE": of_pip.get("cert") or os.environ.get("SSL_CERT_FILE"),

@@ -15,13 +15,21 @@ from .errors import FapError
 log = logging.getLogger("fapatch")
 
 
-# What a program says when the machine is to blame, and what to do about it.
+# What a program says when the machine or its owner is to blame, and what to do about it. The first that fits
+# is taken.
 _HINTS = {
+    b"DO NOT MATCH THE HASHES": "do not use that file: pip cache purge, or take another index",
     b"No space left on device": "free some space and run this again; nothing was lost",
     b"Disk quota exceeded": "free some space and run this again; nothing was lost",
     b"Permission denied": "check the owner and the permissions of that file, and run this again",
     b"Read-only file system": "check the owner and the permissions of that file, and run this again",
+    b"Please tell me who you are": "git config --global user.name and user.email, and run this again",
 }
+
+
+def hint_for(said: bytes) -> str:
+    """What to do about a failure of which a program ``said`` this; "" when that is not known."""
+    return next((hint for words, hint in _HINTS.items() if words in said), "")
 
 
 class CommandFailed(FapError):
@@ -34,9 +42,7 @@ class CommandFailed(FapError):
         self.stdout = result.stdout or b""
         self.stderr = result.stderr or b""
         said = (self.stderr.strip() or self.stdout.strip()).decode("utf-8", "replace").splitlines()
-        hint = next(
-            (h for words, h in _HINTS.items() if words in self.stderr), hint or "fap.py -v shows what was run"
-        )
+        hint = hint_for(self.stderr) or hint or "fap.py -v shows what was run"
         super().__init__(
             f"`{shlex.join(argv)}` exited with {result.returncode}: {said[-1] if said else 'no output'}", hint
         )

@@ -7,7 +7,6 @@ has to be executed to learn what it is, which `pip download` would do.
 
 from __future__ import annotations
 
-import ast
 import base64
 import errno
 import html
@@ -28,7 +27,7 @@ from ..base.env import venv_python
 from ..base.errors import FapError
 from ..base.files import sha256
 from ..base.lock import Sdist
-from ..base.process import run
+from ..base.pip import settings
 from ..base.project import Project
 
 SECONDS = 60.0
@@ -66,13 +65,7 @@ def verify(path: Path, sdist: Sdist) -> None:
 def indexes(project: Project) -> list[str]:
     """The indexes and folders that pip is configured for, in its order."""
     own = venv_python(project.venv)
-    said = run(own if own.exists() else sys.executable, "-m", "pip", "config", "list").stdout.decode()
-    settings = (line.partition("=") for line in said.splitlines())
-    values = {key: str(ast.literal_eval(value)) for key, _, value in settings}
-    sections = ("global", "download", ":env:")  # the last one wins
-    found = {
-        key.rpartition(".")[2]: v for s in sections for key, v in values.items() if key.startswith(f"{s}.")
-    }
+    found = settings(own if own.exists() else Path(sys.executable), "download")
     main = [] if found.get("no-index") else [found.get("index-url", "https://pypi.org/simple")]
     extra = found.get("extra-index-url", "").split() if main else []
     return [*found.get("find-links", "").split(), *main, *extra]
