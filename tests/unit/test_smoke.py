@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+import fapatch
+from fapatch.base import process
 from fapatch.wheel import smoke
 
 
@@ -106,3 +110,25 @@ def test_a_wrong_result_is_noticed(package, monkeypatch, capsys):
     monkeypatch.setattr(package, "flash_attn_func", lambda *a, **k: right(*a, **k) * 1.05)
     assert not smoke.report(smoke.best_target(), "flash_attn")
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_a_flash_attn_of_the_base_does_not_hide_the_folder_of_the_second_wheel(tmp_path):
+    """As in a .venv that shares the packages of an interpreter which has upstream's flash_attn."""
+    site, base = tmp_path / "site", tmp_path / "base"
+    info = site / "flash_attn_4-1.dist-info"
+    for path, text in {
+        base / "flash_attn/__init__.py": "raise ImportError('its extension is for another machine')\n",
+        site / "flash_attn/cute/__init__.py": "",
+        info / "METADATA": "Name: flash_attn_4\nVersion: 1\nRequires-Dist: no-such-thing\n",
+        info / "RECORD": "flash_attn/cute/__init__.py,,\n",
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    code = (
+        "from fapatch.base.project import Project; from fapatch.wheel import smoke; "
+        "smoke.report_compiled(Project.open(family='flash-attn-4').family)"
+    )
+    paths = os.pathsep.join(map(str, (site, base, Path(fapatch.__file__).parents[1])))
+    said = process.run(sys.executable, "-c", code, env={"PYTHONPATH": paths}).stdout.decode()
+    assert f"{base}/flash_attn/__init__.py hides {site}/flash_attn; `make wheel` puts this" in said
+    assert "flash_attn_4 1: 1 Python files are installed and parse" in said

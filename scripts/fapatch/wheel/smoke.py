@@ -17,11 +17,13 @@ import ast
 import importlib
 import math
 import os
+import sys
 import time
 import warnings
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata, util
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ..base.errors import FapError
@@ -255,6 +257,20 @@ def report(target: Target, package: str) -> bool:
     return good and not wrong
 
 
+def step_past_base(family: Family) -> None:
+    """Import the package's code from where it is installed. It is one folder of flash_attn, and a flash_attn
+    with an __init__.py among the packages that .venv shares with its base is where Python would look alone.
+    """
+    top = family.code.partition("/")[0]
+    own = str(metadata.distribution(family.package).locate_file(top))
+    found = util.find_spec(top)
+    if found is None or own in map(str, found.submodule_search_locations or ()):
+        return
+    sys.modules[top] = module = ModuleType(top)
+    module.__path__ = [own]
+    print(f"note       {found.origin} hides {own}; `make wheel` puts this project's {top} before it")
+
+
 def parsed(family: Family) -> int:
     """How many Python files of the package are installed. Raises FapError when one is gone or does not parse,
     or Python finds others.
@@ -311,6 +327,7 @@ def compile_one() -> float:
 
 def report_compiled(family: Family) -> bool:
     """Print what was checked and what was not; returns whether all that was checked is right."""
+    step_past_base(family)
     if missing := lacking(family):
         print(
             f"smoke      {family.package} {metadata.version(family.package)}: {parsed(family)} Python files "
