@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from flash_attn import flash_attn_func, flash_attn_varlen_func
 
 BATCH, SEQLEN, NHEADS, HEAD_DIM = 1, 128, 8, 64
 CALLS = {"cuda": 300, "cpu": 30}
+TURNS = 9
 Contender = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -87,44 +89,52 @@ def _entries(device: str) -> dict[str, Contender]:
     return entries
 
 
-def microseconds(call: Callable[[], object], device: str, repeats: int = 5) -> float:
-    """Wall time of one call: the median of the means of runs of many calls. A GPU is waited for at the end of
-    each run.
-    """
-    means = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        for _ in range(CALLS[device]):
-            call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        means.append((time.perf_counter() - start) / CALLS[device] * 1e6)
-    return statistics.median(means[1:])  # the first one compiles
+def microseconds(call: Callable[[], object], device: str) -> float:
+    """Wall time of one of many calls in a row. A GPU is waited for at the end."""
+    start = time.perf_counter()
+    for _ in range(CALLS[device]):
+        call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / CALLS[device] * 1e6
 
 
 def measure(device: str) -> list[dict]:
+    """The contenders take turns, so that a slow moment of the host is in all of them; medians."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
     shape = (BATCH, SEQLEN, NHEADS, HEAD_DIM)
     q, k, v, dout = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    rows = []
+    rows: list[dict] = []
+    timed: list[tuple[dict, str, Callable[[], object]]] = []
     for name, attend in contenders(device).items():
         row: dict = {"contender": name, "forward": None, "both": None}
         rows.append(row)
         try:
-            row["forward"] = microseconds(lambda: attend(q, k, v), device)
+            forward = partial(attend, q, k, v)
+            microseconds(forward, device)  # compiles
+            timed.append((row, "forward", forward))
             out = attend(*leaves)
             if out.requires_grad:
-                grad = dout.reshape(out.shape) if out.numel() == dout.numel() else torch.ones_like(out)
-                row["both"] = microseconds(lambda: torch.autograd.grad(attend(*leaves), leaves, grad), device)
+                both = partial(_both, attend, leaves, dout.reshape(out.shape))
+                microseconds(both, device)
+                timed.append((row, "both", both))
         except (ValueError, ImportError, NotImplementedError, RuntimeError, AttributeError) as error:
             row["skipped"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    turns = [[microseconds(call, device) for _, _, call in timed] for _ in range(TURNS)]
+    for (row, key, _), times in zip(timed, zip(*turns)):
+        row[key] = statistics.median(times)
+    for row in rows:
         print(
-            f"{name:22} {_cell(row['forward']):>8} {_cell(row['both']):>8}  {row.get('skipped', '')[:90]}",
-            flush=True,
+            f"{row['contender']:22} {_cell(row['forward']):>8} {_cell(row['both']):>8}  "
+            f"{row.get('skipped', '')[:90]}"
         )
     return rows
+
+
+def _both(attend: Contender, leaves: list[torch.Tensor], dout: torch.Tensor) -> None:
+    torch.autograd.grad(attend(*leaves), leaves, dout)
 
 
 def _cell(x: float | None) -> str:
@@ -139,7 +149,8 @@ def page(record: dict) -> str:
     {record["command"]}
 
 Microseconds of wall time a call, causal, batch {BATCH}, {SEQLEN} tokens, {NHEADS} heads, head_dim {HEAD_DIM}, {record["dtype"]}.
-An “entry” is the backend's own function, without the door. Written by `benchmarks/host.py` with the JSON file beside this one.
+Medians; the contenders take turns. An “entry” is the backend's own function, without the door. Written by
+`benchmarks/host.py` with the JSON file beside this one.
 
 | | forward | forward + backward |
 |---|---|---|
