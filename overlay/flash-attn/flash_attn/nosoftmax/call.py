@@ -4,7 +4,7 @@ names.
 Imports torch and its neighbours alone: both wheels have a copy, and nothing may ask for the class of a Call.
 """
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, get_type_hints
 
 import torch
 
@@ -108,6 +108,16 @@ class Call(NamedTuple):
 
 
 TENSORS = 9
+_IN_A_SCHEMA = {
+    torch.Tensor: "Tensor", Optional[torch.Tensor]: "Tensor?", int: "SymInt", float: "float",
+    Optional[float]: "float?", bool: "bool", str: "str", Optional[str]: "str?",
+}  # fmt: skip
+
+
+def declared(fields: type, names: tuple = ()) -> str:
+    """The fields of a NamedTuple, of these names or all, as arguments of an operator's schema."""
+    hints = get_type_hints(fields)
+    return ", ".join(f"{_IN_A_SCHEMA[hints[name]]} {name}" for name in names or fields._fields)
 
 
 def _look(x: Any) -> Any:

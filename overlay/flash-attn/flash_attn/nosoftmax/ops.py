@@ -12,14 +12,14 @@ order, on every backend. ALiBi adds to the scores a constant, which belongs to P
 place, and to no other term.
 """
 
-from typing import Any, Optional, get_type_hints
+from typing import Any, Optional
 
 import torch
 from torch.autograd import forward_ad
 
 from . import checks
 from .backends import Result
-from .call import TENSORS, Cache, Call, Options, needs_grad
+from .call import TENSORS, Cache, Call, Options, declared, needs_grad
 from .choice import MODULES, choose, wanted
 
 _NAMESPACE = "flash_attn_nosoftmax"
@@ -334,19 +334,7 @@ class _Operators:
 
 
 _OPERATORS = _Operators()
-_IN_A_SCHEMA = {
-    torch.Tensor: "Tensor", Optional[torch.Tensor]: "Tensor?", int: "SymInt", float: "float",
-    Optional[float]: "float?", bool: "bool", str: "str", Optional[str]: "str?",
-}  # fmt: skip
-
-
-def _declared(fields: type, names: tuple = ()) -> str:
-    """The fields of a NamedTuple, of these names or all, as arguments of a schema."""
-    hints = get_type_hints(fields)
-    return ", ".join(f"{_IN_A_SCHEMA[hints[name]]} {name}" for name in names or fields._fields)
-
-
-_TENSORS, _OPTIONS = _declared(Call, Call._fields[:TENSORS]), _declared(Options)
+_TENSORS, _OPTIONS = declared(Call, Call._fields[:TENSORS]), declared(Options)
 _CACHE_TENSORS = Cache._fields[:6]
 
 
@@ -487,8 +475,8 @@ def attend_cached(call: Call, backend: str) -> torch.Tensor:
 
 @_operator(
     "kvcache",
-    f"(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, {_declared(Cache, _CACHE_TENSORS)}, Tensor? "
-    f"cache_leftpad, Tensor? block_table, Tensor? alibi_slopes, {_declared(Cache, Cache._fields[6:])}, "
+    f"(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, {declared(Cache, _CACHE_TENSORS)}, Tensor? "
+    f"cache_leftpad, Tensor? block_table, Tensor? alibi_slopes, {declared(Cache, Cache._fields[6:])}, "
     f"{_OPTIONS}, str backend) -> Tensor",
 )
 def _kvcache(q, k_cache, v_cache, *arguments):
