@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -103,38 +103,69 @@ def load_everything(self, x, visible):
 
 
 MASKS = [
-    mutant("-inf fill", "test_finite.test_masked_entries",
-           mask_weights=lambda self, p, visible: torch.where(visible, p, -math.inf), narrow=unlimited),
-    mutant("-inf fill, saturated", "test_masks.test_causal",
-           mask_weights=lambda self, p, visible: torch.where(visible, p, -math.inf)),
-    mutant("mask by multiplying", "test_finite.test_poisoned_outside_every_window",
-           mask_weights=multiply, mask_gradient=multiply, load_keys=load_everything),
-    mutant("values that nobody sees are loaded", "test_finite.test_poisoned_outside_every_window",
-           load_keys=load_everything),
-    mutant("mask before f, filled with 0", "test_masks.test_masked_is_zero_not_function_of_zero",
-           function=mask_scores_before_function, mask_weights=lambda self, p, visible: p),
-    mutant("mask before f, filled with -inf", "test_finite.test_masked_entries",
-           function=lambda self, s, h: mask_scores_before_function(self, s, h, -math.inf),
-           mask_weights=lambda self, p, visible: p),
+    mutant(
+        "-inf fill",
+        "test_finite.test_masked_entries",
+        mask_weights=lambda self, p, visible: torch.where(visible, p, -math.inf),
+        narrow=unlimited,
+    ),
+    mutant(
+        "-inf fill, saturated",
+        "test_masks.test_causal",
+        mask_weights=lambda self, p, visible: torch.where(visible, p, -math.inf),
+    ),
+    mutant(
+        "mask by multiplying",
+        "test_finite.test_poisoned_outside_every_window",
+        mask_weights=multiply,
+        mask_gradient=multiply,
+        load_keys=load_everything,
+    ),
+    mutant(
+        "values that nobody sees are loaded",
+        "test_finite.test_poisoned_outside_every_window",
+        load_keys=load_everything,
+    ),
+    mutant(
+        "mask before f, filled with 0",
+        "test_masks.test_masked_is_zero_not_function_of_zero",
+        function=mask_scores_before_function,
+        mask_weights=lambda self, p, visible: p,
+    ),
+    mutant(
+        "mask before f, filled with -inf",
+        "test_finite.test_masked_entries",
+        function=lambda self, s, h: mask_scores_before_function(self, s, h, -math.inf),
+        mask_weights=lambda self, p, visible: p,
+    ),
     mutant("dS not masked", "test_masks.test_causal", mask_gradient=lambda self, ds, visible, p: ds),
-    mutant("P != 0 taken for the mask of dS", "test_scores.test_zero_query_has_a_gradient",
-           mask_gradient=lambda self, ds, visible, p: torch.where(p != 0, ds, 0)),
+    mutant(
+        "P != 0 taken for the mask of dS",
+        "test_scores.test_zero_query_has_a_gradient",
+        mask_gradient=lambda self, ds, visible, p: torch.where(p != 0, ds, 0),
+    ),
     mutant("causal aligned to the top left", "test_masks.test_causal", visible=top_left),
     mutant("causal hides the diagonal", "test_masks.test_causal", visible=shifted_window(0, -1)),
     mutant("window one too wide on the left", "test_masks.test_windows", visible=shifted_window(1, 0)),
     mutant("window one too wide on the right", "test_masks.test_windows", visible=shifted_window(0, 1)),
     mutant("window sides swapped", "test_masks.test_windows", visible=swapped_window),
-    mutant("window ignored", "test_masks.test_windows",
-           visible=lambda self, h: torch.ones(h.seqlen_q, h.seqlen_k, dtype=torch.bool)),
+    mutant(
+        "window ignored",
+        "test_masks.test_windows",
+        visible=lambda self, h: torch.ones(h.seqlen_q, h.seqlen_k, dtype=torch.bool),
+    ),
     mutant("rows past the last query leak", "test_scores.test_every_dtype", load=ordinary_rows_leak),
-    mutant("unmasked bias of rows past the last query",
-    "test_alibi.test_bias_that_overflows_past_the_last_query",
-           phantom_rows_see_keys=lambda self: True,
-           add_bias=lambda self, u, dcap, h: (
-               (u - h.slope * distances(len(u), h.seqlen_k).sub(h.seqlen_q - len(u)).abs()).to(u.dtype),
-               dcap),
-           narrow=unlimited),
-]  # fmt: skip
+    mutant(
+        "unmasked bias of rows past the last query",
+        "test_alibi.test_bias_that_overflows_past_the_last_query",
+        phantom_rows_see_keys=lambda self: True,
+        add_bias=lambda self, u, dcap, h: (
+            (u - h.slope * distances(len(u), h.seqlen_k).sub(h.seqlen_q - len(u)).abs()).to(u.dtype),
+            dcap,
+        ),
+        narrow=unlimited,
+    ),
+]
 
 # --- score, scale, softcap, bias
 # --------------------------------------------------------------------------------------
@@ -168,41 +199,69 @@ def unaligned_bias(self, h):
 
 
 SCORES = [
-    mutant("negative scores dropped", "test_scores.test_negative_scores_count", function=lambda self, s,
-    h: s.relu()), mutant("absolute scores", "test_scores.test_negative_scores_count", function=lambda self,
-    s, h: s.abs()), mutant("exp left in place", "test_scores.test_every_dtype", function=lambda self, s,
-    h: s.exp()), mutant("row maximum still subtracted", "test_scores.test_every_dtype",
-           scores=row_maximum_subtracted),
+    mutant(
+        "negative scores dropped",
+        "test_scores.test_negative_scores_count",
+        function=lambda self, s, h: s.relu(),
+    ),
+    mutant("absolute scores", "test_scores.test_negative_scores_count", function=lambda self, s, h: s.abs()),
+    mutant("exp left in place", "test_scores.test_every_dtype", function=lambda self, s, h: s.exp()),
+    mutant("row maximum still subtracted", "test_scores.test_every_dtype", scores=row_maximum_subtracted),
     mutant("scale missing in P", "test_scores.test_scale", score_scale=lambda self, h: 1.0),
-    mutant("scale times log2(e)", "test_scores.test_scale", score_scale=repeat(math.log2(math.e),
-    "score_scale")),
-    mutant("scale missing in dV", "test_scores.test_scale",
-           weights_again=lambda self, s, h: step("function")(self, s, h) / h.scale),
+    mutant(
+        "scale times log2(e)", "test_scores.test_scale", score_scale=repeat(math.log2(math.e), "score_scale")
+    ),
+    mutant(
+        "scale missing in dV",
+        "test_scores.test_scale",
+        weights_again=lambda self, s, h: step("function")(self, s, h) / h.scale,
+    ),
     mutant("scale twice in dQ and dK", "test_scores.test_scale", gradient_scale=lambda self, h: h.scale**2),
     mutant("scale missing in dQ and dK", "test_scores.test_scale", gradient_scale=lambda self, h: 1.0),
-    mutant("default scale from the padded head size", "test_scores.test_head_dims",
-           score_scale=lambda self,
-           h: (-(-h.head_dim // 8) * 8) ** -0.5 if h.o.softmax_scale is None else h.scale),
+    mutant(
+        "default scale from the padded head size",
+        "test_scores.test_head_dims",
+        score_scale=lambda self, h: (
+            (-(-h.head_dim // 8) * 8) ** -0.5 if h.o.softmax_scale is None else h.scale
+        ),
+    ),
     mutant("softcap applied twice", "test_scores.test_softcap", cap=cap_again),
-    mutant("softcap not multiplied back", "test_scores.test_softcap",
-           cap=lambda self, u, h: (lambda t, d: (t / (h.o.softcap or 1), d))(*step("cap")(self, u, h))),
-    mutant("softcap without its derivative", "test_scores.test_softcap",
-           cap=lambda self, u, h: (step("cap")(self, u, h)[0], torch.ones_like(u))),
-    mutant("scale outside the softcap", "test_scores.test_softcap_and_scale",
-           scores=lambda self, q, k, h: (lambda u, d: self.add_bias(u * h.scale, d, h))(*self.cap(q @ k.T,
-           h))),
+    mutant(
+        "softcap not multiplied back",
+        "test_scores.test_softcap",
+        cap=lambda self, u, h: (lambda t, d: (t / (h.o.softcap or 1), d))(*step("cap")(self, u, h)),
+    ),
+    mutant(
+        "softcap without its derivative",
+        "test_scores.test_softcap",
+        cap=lambda self, u, h: (step("cap")(self, u, h)[0], torch.ones_like(u)),
+    ),
+    mutant(
+        "scale outside the softcap",
+        "test_scores.test_softcap_and_scale",
+        scores=lambda self, q, k, h: (lambda u, d: self.add_bias(u * h.scale, d, h))(*self.cap(q @ k.T, h)),
+    ),
     mutant("softcap's derivative taken after ALiBi", "test_alibi.test_softcap", add_bias=cap_with_bias),
     mutant("column-only ALiBi when causal", "test_alibi.test_bias", bias=column_bias),
     mutant("ALiBi not aligned to the last key", "test_alibi.test_bias", bias=unaligned_bias),
-    mutant("ALiBi without the absolute value", "test_alibi.test_bias",
-           bias=lambda self, h: -h.slope * distances(h.seqlen_q, h.seqlen_k)),
-    mutant("ALiBi missing in dV", "test_alibi.test_bias_reaches_dv_alone",
-           weights_again=lambda self, s, h: s + F.pad(self.bias(h), (0, 0, 0,
-           len(s) - h.seqlen_q)).to(s.dtype)),
-    mutant("ALiBi slopes of the first sequence for all", "test_alibi.test_slopes_per_batch",
-           sequence=lambda self, q, k, v, o, batch=0, *rest, **x: step("sequence")(self, q, k, v, o, 0,
-           *rest, **x)),
-]  # fmt: skip
+    mutant(
+        "ALiBi without the absolute value",
+        "test_alibi.test_bias",
+        bias=lambda self, h: -h.slope * distances(h.seqlen_q, h.seqlen_k),
+    ),
+    mutant(
+        "ALiBi missing in dV",
+        "test_alibi.test_bias_reaches_dv_alone",
+        weights_again=lambda self, s, h: s + F.pad(self.bias(h), (0, 0, 0, len(s) - h.seqlen_q)).to(s.dtype),
+    ),
+    mutant(
+        "ALiBi slopes of the first sequence for all",
+        "test_alibi.test_slopes_per_batch",
+        sequence=lambda self, q, k, v, o, batch=0, *rest, **x: step("sequence")(
+            self, q, k, v, o, 0, *rest, **x
+        ),
+    ),
+]
 
 # --- dropout
 # ----------------------------------------------------------------------------------------------------------
@@ -221,31 +280,67 @@ def one_mask(self, q, k, v, dropout_p, seed, **options):
 
 DROPOUT = [
     mutant("dropout in the sign bit", "test_dropout.test_signed_scores", drop_weights=sign_bit),
-    mutant("relu while converting in the backward", "test_dropout.test_signed_scores",
-           drop_weights_again=lambda self, p, keep: p if keep is None else torch.where(keep, p, 0).relu()),
-    mutant("dropout not applied to P in the backward", "test_dropout.test_signed_scores",
-           drop_weights_again=lambda self, p, keep: p),
-    mutant("dropout not applied to dS", "test_dropout.test_signed_scores", drop_gradient=lambda self, ds,
-    keep, p: ds), mutant("P > 0 taken for the keep mask of dS", "test_dropout.test_all_scores_negative",
-           drop_gradient=lambda self, ds, keep, p: ds if keep is None else torch.where(p > 0, ds, 0)),
-    mutant("P != 0 taken for the keep mask of dS", "test_dropout.test_zero_query_with_dropout",
-           drop_gradient=lambda self, ds, keep, p: ds if keep is None else torch.where(p != 0, ds, 0)),
+    mutant(
+        "relu while converting in the backward",
+        "test_dropout.test_signed_scores",
+        drop_weights_again=lambda self, p, keep: p if keep is None else torch.where(keep, p, 0).relu(),
+    ),
+    mutant(
+        "dropout not applied to P in the backward",
+        "test_dropout.test_signed_scores",
+        drop_weights_again=lambda self, p, keep: p,
+    ),
+    mutant(
+        "dropout not applied to dS",
+        "test_dropout.test_signed_scores",
+        drop_gradient=lambda self, ds, keep, p: ds,
+    ),
+    mutant(
+        "P > 0 taken for the keep mask of dS",
+        "test_dropout.test_all_scores_negative",
+        drop_gradient=lambda self, ds, keep, p: ds if keep is None else torch.where(p > 0, ds, 0),
+    ),
+    mutant(
+        "P != 0 taken for the keep mask of dS",
+        "test_dropout.test_zero_query_with_dropout",
+        drop_gradient=lambda self, ds, keep, p: ds if keep is None else torch.where(p != 0, ds, 0),
+    ),
     mutant("rescale by 1 / (1 - p) lost", "test_dropout.test_signed_scores", rescale=lambda self, h: 1.0),
-    mutant("rescale twice in dQ and dK", "test_dropout.test_signed_scores",
-           gradient_scale=lambda self, h: h.scale / (1 - h.dropout_p)),
-    mutant("1/visible counts what dropout left", "test_dropout.test_normalization_does_not_count_drops",
-           row_factor=lambda self, visible, keep, h: step("row_factor")(
-               self, visible if keep is None else visible & keep, keep, h)),
-    mutant("seed ignored", "test_dropout.test_seed_decides",
-           dropped=lambda self, q, k, v, p, seed, **o: step("dropped")(self, q, k, v, p, 0, **o)),
-    mutant("mask depends on use_softmax", "test_dropout.test_mask_does_not_depend_on_softmax",
-           dropped=lambda self, q, k, v, p, seed, **o: step("dropped")(
-               self, q, k, v, p, seed + o.get("use_softmax", False), **o)),
-    mutant("all heads and sequences share a mask", "test_dropout.test_rows_and_keys_are_independent",
-           dropped=one_mask),
-    mutant("keeps with probability p", "test_dropout.test_fraction_kept",
-           dropped=lambda self, q, k, v, p, seed, **o: step("dropped")(self, q, k, v, 1 - p, seed, **o)),
-]  # fmt: skip
+    mutant(
+        "rescale twice in dQ and dK",
+        "test_dropout.test_signed_scores",
+        gradient_scale=lambda self, h: h.scale / (1 - h.dropout_p),
+    ),
+    mutant(
+        "1/visible counts what dropout left",
+        "test_dropout.test_normalization_does_not_count_drops",
+        row_factor=lambda self, visible, keep, h: step("row_factor")(
+            self, visible if keep is None else visible & keep, keep, h
+        ),
+    ),
+    mutant(
+        "seed ignored",
+        "test_dropout.test_seed_decides",
+        dropped=lambda self, q, k, v, p, seed, **o: step("dropped")(self, q, k, v, p, 0, **o),
+    ),
+    mutant(
+        "mask depends on use_softmax",
+        "test_dropout.test_mask_does_not_depend_on_softmax",
+        dropped=lambda self, q, k, v, p, seed, **o: step("dropped")(
+            self, q, k, v, p, seed + o.get("use_softmax", False), **o
+        ),
+    ),
+    mutant(
+        "all heads and sequences share a mask",
+        "test_dropout.test_rows_and_keys_are_independent",
+        dropped=one_mask,
+    ),
+    mutant(
+        "keeps with probability p",
+        "test_dropout.test_fraction_kept",
+        dropped=lambda self, q, k, v, p, seed, **o: step("dropped")(self, q, k, v, 1 - p, seed, **o),
+    ),
+]
 
 # --- functions, normalizations, 16 bit
 # --------------------------------------------------------------------------------
@@ -287,67 +382,130 @@ FUNCTIONS = [
     mutant("hidden average", "test_laws.test_disjoint_keys_add_up", row_factor=hidden_normalization),
     mutant("1/n with the padded n", "test_varlen.test_options", row_factor=padded_to(16, "row_factor")),
     mutant("-log n with the padded n", "test_varlen.test_options", function=padded_to(16, "function")),
-    mutant("1/visible with n", "test_functions.test_every_pair",
-           row_factor=lambda self, visible, keep, h: step("row_factor")(self, torch.ones_like(visible), keep,
-           h)),
-    mutant("1/visible without a guard for 0", "test_finite.test_rows_without_keys",
-           row_factor=lambda self, visible, keep, h: 1 / visible.sum(-1, keepdim=True).double()
-           if h.o.normalization == "1/visible" else step("row_factor")(self, visible, keep, h)),
-    mutant("normalization not in the gradients", "test_functions.test_every_pair",
-           gradient_scale=lambda self, h: h.scale * (h.seqlen_k if h.o.normalization == "1/n" else 1)),
-    mutant("normalization folded into float16 P",
-    "test_functions.test_normalization_is_not_folded_into_16_bits",
-           narrow=factor_in_weights),
-    mutant("sigmoid without its bias", "test_functions.test_every_pair",
-           function=lambda self, s, h: torch.sigmoid(s)
-           if h.o.activation == "sigmoid" else step("function")(self, s, h)),
-    mutant("+log n", "test_functions.test_minus_log_n",
-           function=lambda self, s, h: torch.sigmoid(s + math.log(max(h.seqlen_k, 1)))
-           if h.o.sigmoid_bias == "-log n" else step("function")(self, s, h)),
+    mutant(
+        "1/visible with n",
+        "test_functions.test_every_pair",
+        row_factor=lambda self, visible, keep, h: step("row_factor")(self, torch.ones_like(visible), keep, h),
+    ),
+    mutant(
+        "1/visible without a guard for 0",
+        "test_finite.test_rows_without_keys",
+        row_factor=lambda self, visible, keep, h: (
+            1 / visible.sum(-1, keepdim=True).double()
+            if h.o.normalization == "1/visible"
+            else step("row_factor")(self, visible, keep, h)
+        ),
+    ),
+    mutant(
+        "normalization not in the gradients",
+        "test_functions.test_every_pair",
+        gradient_scale=lambda self, h: h.scale * (h.seqlen_k if h.o.normalization == "1/n" else 1),
+    ),
+    mutant(
+        "normalization folded into float16 P",
+        "test_functions.test_normalization_is_not_folded_into_16_bits",
+        narrow=factor_in_weights,
+    ),
+    mutant(
+        "sigmoid without its bias",
+        "test_functions.test_every_pair",
+        function=lambda self, s, h: (
+            torch.sigmoid(s) if h.o.activation == "sigmoid" else step("function")(self, s, h)
+        ),
+    ),
+    mutant(
+        "+log n",
+        "test_functions.test_minus_log_n",
+        function=lambda self, s, h: (
+            torch.sigmoid(s + math.log(max(h.seqlen_k, 1)))
+            if h.o.sigmoid_bias == "-log n"
+            else step("function")(self, s, h)
+        ),
+    ),
     mutant("activation ignored", "test_functions.test_every_pair", function=lambda self, s, h: s),
     mutant("f' ignored", "test_functions.test_every_pair", derivative=lambda self, s, h: torch.ones_like(s)),
-    mutant("relu2' without its 2", "test_functions.test_every_pair",
-           derivative=derivative_of("relu2", lambda s: s.relu())),
-    mutant("silu' taken for sigmoid", "test_functions.test_every_pair",
-           derivative=derivative_of("silu", torch.sigmoid)),
-    mutant("relu' of identity", "test_functions.test_every_pair",
-           derivative=derivative_of("identity", lambda s: (s > 0).to(s.dtype))),
-    mutant("P and dS overflow in float16", "test_finite.test_weights_saturate_in_float16",
-           narrow=unlimited),
-    mutant("dS saturates in float16", "test_finite.test_finite_gradients_are_right_in_float16",
-           narrow_gradient=lambda self, x, dtype: step("narrow")(self, x, dtype)),
-    mutant("gradients saturate in float16", "test_finite.test_largest_inputs_that_all_agree",
-           narrow_result=lambda self, x, dtype: step("narrow_output")(self, x, dtype)),
-    mutant("Inf in P becomes 65504", "test_law_nonfinite.test_visible_values_show", narrow=clamped,
-           narrow_output=lambda self, x, dtype: x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)),
-    mutant("NaN in P becomes 0", "test_law_nonfinite.test_visible_values_show",
-           narrow=lambda self, x, dtype: step("narrow")(self, x, dtype).nan_to_num()),
-    mutant("outputs overflow in float16", "test_finite.test_largest_inputs", narrow_output=lambda self, x,
-    dtype: x), mutant("relu2 unlimited in bfloat16", "test_finite.test_largest_inputs_in_several_blocks",
-           narrow=lambda self, x, dtype: step("narrow_output")(self, x, dtype).to(dtype).to(x.dtype)),
-    mutant("bfloat16 clamped like float16", "test_finite.test_weights_do_not_saturate_in_bfloat16",
-           narrow=lambda self, x, dtype: step("narrow")(self, x.clamp(-65504, 65504), dtype)),
-]  # fmt: skip
+    mutant(
+        "relu2' without its 2",
+        "test_functions.test_every_pair",
+        derivative=derivative_of("relu2", lambda s: s.relu()),
+    ),
+    mutant(
+        "silu' taken for sigmoid",
+        "test_functions.test_every_pair",
+        derivative=derivative_of("silu", torch.sigmoid),
+    ),
+    mutant(
+        "relu' of identity",
+        "test_functions.test_every_pair",
+        derivative=derivative_of("identity", lambda s: (s > 0).to(s.dtype)),
+    ),
+    mutant("P and dS overflow in float16", "test_finite.test_weights_saturate_in_float16", narrow=unlimited),
+    mutant(
+        "dS saturates in float16",
+        "test_finite.test_finite_gradients_are_right_in_float16",
+        narrow_gradient=lambda self, x, dtype: step("narrow")(self, x, dtype),
+    ),
+    mutant(
+        "gradients saturate in float16",
+        "test_finite.test_largest_inputs_that_all_agree",
+        narrow_result=lambda self, x, dtype: step("narrow_output")(self, x, dtype),
+    ),
+    mutant(
+        "Inf in P becomes 65504",
+        "test_law_nonfinite.test_visible_values_show",
+        narrow=clamped,
+        narrow_output=lambda self, x, dtype: x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max),
+    ),
+    mutant(
+        "NaN in P becomes 0",
+        "test_law_nonfinite.test_visible_values_show",
+        narrow=lambda self, x, dtype: step("narrow")(self, x, dtype).nan_to_num(),
+    ),
+    mutant(
+        "outputs overflow in float16",
+        "test_finite.test_largest_inputs",
+        narrow_output=lambda self, x, dtype: x,
+    ),
+    mutant(
+        "relu2 unlimited in bfloat16",
+        "test_finite.test_largest_inputs_in_several_blocks",
+        narrow=lambda self, x, dtype: step("narrow_output")(self, x, dtype).to(dtype).to(x.dtype),
+    ),
+    mutant(
+        "bfloat16 clamped like float16",
+        "test_finite.test_weights_do_not_saturate_in_bfloat16",
+        narrow=lambda self, x, dtype: step("narrow")(self, x.clamp(-65504, 65504), dtype),
+    ),
+]
 
 # --- batches, groups, packed sequences, caches
 # ------------------------------------------------------------------------
 
 
-def whole_sequence(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None)):
-    return step("sequence")(self, q, k, v, o, batch, keep, dropout_p)
+def whole_sequence(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None), *more):
+    return step("sequence")(self, q, k, v, o, batch, keep, dropout_p, slice(None), *more)
 
 
 def used_shifted(start: int, stop: int) -> Callable:
-    def sequence(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None)):
+    def sequence(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None), *more):
         if used != slice(None):
             used = slice(max(int(used.start) + start, 0), int(used.stop) + stop)
-        return step("sequence")(self, q, k, v, o, batch, keep, dropout_p, used)
+        return step("sequence")(self, q, k, v, o, batch, keep, dropout_p, used, *more)
 
     return sequence
 
 
-def without_left_padding(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None)):
-    return step("sequence")(self, q, k, v, o, batch, keep, dropout_p, slice(0, used.stop))
+def factors_by_sequence(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None), *more):
+    return step("sequence")(self, q, k, v, o, batch, keep, dropout_p, used)
+
+
+def no_factors(self, q, k, v, o, *more):
+    given = o.normalization if isinstance(o.normalization, str) else None
+    return step("sequence")(self, q, k, v, replace(o, normalization=given), *more)
+
+
+def without_left_padding(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None), *more):
+    return step("sequence")(self, q, k, v, o, batch, keep, dropout_p, slice(0, used.stop), *more)
 
 
 def merged_splits(merge: Callable) -> Callable:
@@ -409,28 +567,52 @@ def swapped_group_order(self, q, k, v, **options):
     return out if q.shape[1] > 1 else out.unflatten(2, (group, k.shape[2])).transpose(2, 3).flatten(2, 3)
 
 
-def last_of_group(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None)):
+def last_of_group(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None), *more):
     """dK and dV of the last query head in place of the group's sum."""
     group = q.shape[1] // k.shape[1]
     lone = [
         [x[:, h // group] if h % group == group - 1 else x[:, h // group].detach() for h in range(q.shape[1])]
         for x in (k, v)
     ]
-    return step("sequence")(self, q, *(torch.stack(x, 1) for x in lone), o, batch, keep, dropout_p, used)
+    return step("sequence")(
+        self, q, *(torch.stack(x, 1) for x in lone), o, batch, keep, dropout_p, used, *more
+    )
 
 
 SEQUENCES = [
-    mutant("heads dealt out in turn", "test_gqa.test_groups",
-           kv_head=lambda self, head, nheads, nheads_k: head % nheads_k),
+    mutant(
+        "row factors read by sequence",
+        "test_given_n.test_as_many_sequences_as_rows",
+        sequence=factors_by_sequence,
+    ),
+    mutant("given factors ignored", "test_given_n.test_dense", sequence=no_factors),
+    mutant(
+        "heads dealt out in turn",
+        "test_gqa.test_groups",
+        kv_head=lambda self, head, nheads, nheads_k: head % nheads_k,
+    ),
     mutant("dK and dV not summed over the group", "test_gqa.test_groups", sequence=last_of_group),
     mutant("heads of a one-query group transposed", "test_gqa.test_one_query", dense=swapped_group_order),
-    mutant("averaged splits", "test_kvcache.test_splits_add_up",
-    kvcache=merged_splits(lambda parts: parts.mean(0))), mutant("the last split wins",
-    "test_kvcache.test_splits_add_up", kvcache=merged_splits(lambda parts: parts[-1])),
-    mutant("empty splits add NaN", "test_kvcache.test_splits_add_up",
-           kvcache=merged_splits(lambda parts: parts.where(parts != 0, math.nan).sum(0))),
-    mutant("averaged splits under a window", "test_kvcache.test_splits_that_a_window_empties",
-           kvcache=merged_splits(lambda parts: parts.mean(0))),
+    mutant(
+        "averaged splits",
+        "test_kvcache.test_splits_add_up",
+        kvcache=merged_splits(lambda parts: parts.mean(0)),
+    ),
+    mutant(
+        "the last split wins",
+        "test_kvcache.test_splits_add_up",
+        kvcache=merged_splits(lambda parts: parts[-1]),
+    ),
+    mutant(
+        "empty splits add NaN",
+        "test_kvcache.test_splits_add_up",
+        kvcache=merged_splits(lambda parts: parts.where(parts != 0, math.nan).sum(0)),
+    ),
+    mutant(
+        "averaged splits under a window",
+        "test_kvcache.test_splits_that_a_window_empties",
+        kvcache=merged_splits(lambda parts: parts.mean(0)),
+    ),
     mutant("whole cache read", "test_kvcache.test_read_only", sequence=whole_sequence),
     mutant("one key past the end read", "test_finite.test_poisoned_cache", sequence=used_shifted(0, 1)),
     mutant("one key past seqused read", "test_finite.test_poisoned_padding", sequence=used_shifted(0, 1)),
@@ -439,22 +621,37 @@ SEQUENCES = [
     mutant("rotary position one too far", "test_kvcache.test_rotary", kvcache=kvcache_with(later_angles)),
     mutant("rotary layouts confused", "test_kvcache.test_rotary", kvcache=kvcache_with(other_layout)),
     mutant("every query turned by its own position", "test_kvcache.test_rotary", kvcache=all_queries_move),
-    mutant("slots ignored", "test_kvcache.test_batch_index",
-           kvcache=kvcache_with(lambda a: {**a, "cache_batch_idx": None})),
-    mutant("new keys written one too far", "test_kvcache.test_append",
-           write=lambda self, cache, row, slot, at, table: step("write")(self, cache, row, slot, at + 1,
-           table)),
-    mutant("new keys not written to the cache", "test_kvcache.test_append",
-           kvcache=lambda self, q, k, v, *new, **o: step("kvcache")(self, q, k.clone(), v.clone(), *new,
-           **o)),
-    mutant("pages read in memory order", "test_kvcache.test_paged",
-           gather=lambda self, pages, blocks: pages[blocks.long().sort().values].flatten(0, 1)),
-    mutant("packed pages read in memory order", "test_varlen.test_paged",
-           gather=lambda self, pages, blocks: pages[blocks.long().sort().values].flatten(0, 1)),
-    mutant("neighbouring sequence read", "test_varlen.test_sequences_do_not_see_each_other",
-           varlen=lambda self, q, k, v, *lengths, **o: step("varlen")(self, q, k.roll(1, 0), v, *lengths,
-           **o)),
-]  # fmt: skip
+    mutant(
+        "slots ignored",
+        "test_kvcache.test_batch_index",
+        kvcache=kvcache_with(lambda a: {**a, "cache_batch_idx": None}),
+    ),
+    mutant(
+        "new keys written one too far",
+        "test_kvcache.test_append",
+        write=lambda self, cache, row, slot, at, table: step("write")(self, cache, row, slot, at + 1, table),
+    ),
+    mutant(
+        "new keys not written to the cache",
+        "test_kvcache.test_append",
+        kvcache=lambda self, q, k, v, *new, **o: step("kvcache")(self, q, k.clone(), v.clone(), *new, **o),
+    ),
+    mutant(
+        "pages read in memory order",
+        "test_kvcache.test_paged",
+        gather=lambda self, pages, blocks: pages[blocks.long().sort().values].flatten(0, 1),
+    ),
+    mutant(
+        "packed pages read in memory order",
+        "test_varlen.test_paged",
+        gather=lambda self, pages, blocks: pages[blocks.long().sort().values].flatten(0, 1),
+    ),
+    mutant(
+        "neighbouring sequence read",
+        "test_varlen.test_sequences_do_not_see_each_other",
+        varlen=lambda self, q, k, v, *lengths, **o: step("varlen")(self, q, k.roll(1, 0), v, *lengths, **o),
+    ),
+]
 
 MUTANTS = MASKS + SCORES + DROPOUT + FUNCTIONS + SEQUENCES
 
@@ -481,7 +678,7 @@ class SoftmaxCommentedOut(Oracle):
             "relu2": lambda s: F.relu(s) ** 2,
         }.get(o.activation, lambda s: s)(scores)
 
-    def sequence(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None)):
+    def sequence(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None), *more):
         """Keys that are not used are masked, not cut off."""
         start, stop, _ = slice(*(None if x is None else int(x) for x in (used.start, used.stop))).indices(
             len(k)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,22 +30,45 @@ class Options:
     alibi_slopes: Tensor | None = None
     use_softmax: bool = False
     activation: str = "identity"
-    sigmoid_bias: float | str = 0.0
-    normalization: str | None = None
+    sigmoid_bias: float | str | Tensor = 0.0
+    normalization: str | float | Tensor | None = None
     deterministic: bool = False  # fixes the order of sums, and with it every bit; the result is the same
 
     def slope(self, batch: int, head: int) -> float | Tensor:
         """The ALiBi slope of one head; slopes are (nheads,) or (batch, nheads)."""
-        if self.alibi_slopes is None:
-            return 0.0
-        slopes = self.alibi_slopes.double()
-        return slopes[batch, head] if slopes.dim() == 2 else slopes[head]
+        return 0.0 if self.alibi_slopes is None else of_head(self.alibi_slopes, batch, head)
+
+    def of_head(self, batch: int, head: int) -> Options:
+        """The options of one head, whose bias is a number, without the factors that `factor` gives."""
+        bias = self.sigmoid_bias
+        return replace(
+            self,
+            sigmoid_bias=of_head(bias, batch, head).item() if isinstance(bias, Tensor) else bias,
+            normalization=self.normalization if isinstance(self.normalization, str) else None,
+        )
+
+    def factor(self, batch: int, rows: slice | None, total: int) -> float | Tensor:
+        """What the caller gave for the rows of one sequence, a number or (seqlen_q, 1, 1). rows: where they
+        are among ``total`` packed ones."""
+        given = self.normalization
+        if given is None or isinstance(given, str):
+            return 1.0
+        if not isinstance(given, Tensor):
+            return given
+        if rows is not None and len(given) == total:
+            return given.double()[rows, None, None]
+        return given.double()[batch].reshape(-1, 1, 1)
 
     @property
     def window(self) -> tuple[float, float]:
         """How far a query sees to its left and to its right; causal is a right side of 0."""
         left, right = self.window_size[0], 0 if self.causal else self.window_size[1]
         return (math.inf if left < 0 else left, math.inf if right < 0 else right)
+
+
+def of_head(given: Tensor, batch: int, head: int) -> Tensor:
+    """An entry of (nheads,) or (batch, nheads)."""
+    return given.double()[batch, head] if given.dim() == 2 else given.double()[head]
 
 
 def distances(seqlen_q: int, seqlen_k: int) -> Tensor:
@@ -139,9 +162,11 @@ class Oracle:
     def kv_head(self, head: int, nheads: int, nheads_k: int) -> int:
         return head // (nheads // nheads_k)
 
-    def sequence(self, q, k, v, o: Options, batch=0, keep=None, dropout_p=0.0, used=slice(None)) -> Tensor:
+    def sequence(
+        self, q, k, v, o: Options, batch=0, keep=None, dropout_p=0.0, used=slice(None), rows=None, total=0
+    ) -> Tensor:
         """One sequence: q (seqlen_q, nheads, d), k and v (seqlen_k, nheads_k, d), of which ``used`` are the
-        keys.
+        keys. rows: where q lies among ``total`` packed rows.
         """
         k, v = k[used], v[used]
         nheads, nheads_k = q.shape[1], k.shape[1]
@@ -149,10 +174,9 @@ class Oracle:
         for head in range(nheads):
             group = self.kv_head(head, nheads, nheads_k)
             kept = None if keep is None else keep[head]
-            heads.append(
-                self.attend(q[:, head], k[:, group], v[:, group], o, o.slope(batch, head), kept, dropout_p)
-            )
-        return torch.stack(heads, 1)
+            of_head, slope = o.of_head(batch, head), o.slope(batch, head)
+            heads.append(self.attend(q[:, head], k[:, group], v[:, group], of_head, slope, kept, dropout_p))
+        return (torch.stack(heads, 1) * o.factor(batch, rows, total)).to(q.dtype)
 
     def dense(
         self, q: Tensor, k: Tensor, v: Tensor, *, keep=None, dropout_p: float = 0.0, **options
@@ -195,7 +219,8 @@ class Oracle:
                 0 if leftpad_k is None else leftpad_k[b], lengths_k[b] if seqused_k is None else seqused_k[b]
             )
             kept = None if keep is None else keep[b, :, : lengths_q[b], : lengths_k[b]]
-            out.append(self.sequence(q_b, k_b, v_b, o, b, kept, dropout_p, used))
+            rows = slice(sum(lengths_q[:b]), sum(lengths_q[: b + 1]))
+            out.append(self.sequence(q_b, k_b, v_b, o, b, kept, dropout_p, used, rows, len(q)))
         return torch.cat(out)
 
     def gather(self, pages: Tensor, blocks: Tensor) -> Tensor:

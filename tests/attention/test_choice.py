@@ -537,7 +537,7 @@ def test_options_as_fa4_is_handed_them(fake_fa4):
     assert call.options == Options(
         max_seqlen_q=16, max_seqlen_k=16, dropout_p=0.0, softmax_scale=0.3, window_left=5, window_right=0,
         softcap=0.0, deterministic=True, return_attn_probs=False, activation="sigmoid", sigmoid_bias=None,
-        normalization="1/n",
+        normalization="1/n", factor=1.0,
     )  # fmt: skip
     assert all(a is b for a, b in zip(call.tensors[:3], (q, k, v), strict=True)) and not any(
         x is not None for x in call.tensors[3:]

@@ -303,13 +303,13 @@ def operator_calls(device: str, seqlen_q: int, dropout_p: float):
     ops, name = torch.ops.flash_attn_nosoftmax, "fa2" if device == "cuda" else "cpu"
 
     def options(*longest: int) -> tuple:
-        return (*longest, dropout_p, 0.3, 3, 0, 0.0, True, dropout_p > 0, "identity", 0.0, None)
+        return (*longest, dropout_p, 0.3, 3, 0, 0.0, True, dropout_p > 0, "identity", 0.0, None, 1.0)
 
     q, k, v = sample(device, 2, seqlen_q, 2, 4, 8)[:, :, 0], *sample(device, 2, 6, 2, 2, 8).unbind(2)
-    dense = (q, k, v, *(None,) * 6)
+    dense = (q, k, v, *(None,) * 8)
     packed = (
         *(x.flatten(0, 1) for x in (q, k, v)), cumulative([seqlen_q, seqlen_q], device), cumulative([0, 12],
-        device), *(None,) * 4
+        device), *(None,) * 6
     )  # fmt: skip
     for tensors, longest in ((dense, (seqlen_q, 6)), (packed, (seqlen_q, 12))):
         yield ops.forward, (*tensors, *options(*longest), name)
@@ -319,7 +319,7 @@ def operator_calls(device: str, seqlen_q: int, dropout_p: float):
     table = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32, device=device)
     lengths = cumulative([300, 200], device)
     if dropout_p == 0.0:
-        paged = (*packed[:1], pages, pages, packed[3], lengths, None, None, table, None)
+        paged = (*packed[:1], pages, pages, packed[3], lengths, None, None, table, *(None,) * 3)
         yield ops.forward, (*paged, *options(seqlen_q, 300), name)
         filled = lengths.diff().int()
         new = sample(device, 2, 1, 2, 8)
@@ -327,7 +327,7 @@ def operator_calls(device: str, seqlen_q: int, dropout_p: float):
             (sample(device, 2, 512, 2, 2, 8).unbind(2), None),
             ((pages, pages.flip(0)), table),
         ):
-            given = (new, new, filled, *(None,) * 4, tables, None, False, 0, True)
+            given = (new, new, filled, *(None,) * 4, tables, *(None,) * 3, False, 0, True)
             yield ops.kvcache, (q[:, :1], *(x.clone() for x in caches), *given, *options(1, 512), name)
 
 
@@ -579,9 +579,11 @@ def nosoftmax_call(
     lengths = lengths or (None, None)
     options = Options(*longest, **{**dict(
         dropout_p=0.0, softmax_scale=0.3, window_left=-1, window_right=-1, softcap=0.0, deterministic=False,
-        return_attn_probs=False, activation="identity", sigmoid_bias=0.0, normalization=None,
+        return_attn_probs=False, activation="identity", sigmoid_bias=0.0, normalization=None, factor=1.0,
     ), **options})  # fmt: skip
-    return Call(q, k, k if v is None else v, *lengths, None, leftpad_k, block_table, None, options, cache)
+    return Call(
+        q, k, k if v is None else v, *lengths, None, leftpad_k, block_table, None, None, None, options, cache
+    )  # fmt: skip
 
 
 def test_softmax_gives_the_extension_upstreams_arguments(cuda_call, extension):

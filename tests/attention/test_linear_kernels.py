@@ -130,6 +130,16 @@ def test_per_visible_keeps_what_is_small(kernels, dtype, sizes):
 
 
 @MASKS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@PER_VISIBLE
+def test_factor(kernels, causal, dtype, normalization):
+    """A number that was given, beside the normalization."""
+    q, dout = (draw(2, 70, 2, 16, seed=i, dtype=dtype) for i in (0, 1))
+    k, v = (draw(2, 90, 1, 16, seed=i, dtype=dtype) for i in (2, 3))
+    check(kernels, q, k, v, dout, Form(0.25, causal, normalization=normalization, factor=1 / 640))
+
+
+@MASKS
 @pytest.mark.parametrize("normalization", ["1/n", "1/sqrt(n)", "1/visible"])
 def test_packed(kernels, causal, normalization):
     lengths = checks.PACKED["lengths_q"], checks.PACKED["lengths_k"]

@@ -17,10 +17,9 @@ def refusal(q, k, v, **options):
         sigmoid_bias=0.0, normalization=None,
     )  # fmt: skip
     given.update((name, options.pop(name)) for name in list(options) if name in given)
-    names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "block_table", "alibi_slopes")
-    lengths = [options.pop(name, None) for name in names]
+    more = [options.pop(name, None) for name in call.Call._fields[3 : call.TENSORS]]
     try:
-        asked = call.Call(q, k, v, *lengths, checks.options(q.shape[-1], **given))
+        asked = call.Call(q, k, v, *more, checks.options(q.shape[-1], **given))
         checks.tensors(asked)
     except (TypeError, ValueError) as error:
         return str(error)

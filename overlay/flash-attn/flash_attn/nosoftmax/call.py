@@ -14,7 +14,8 @@ class Options(NamedTuple):
 
     max_seqlen_q, max_seqlen_k: the longest sequence of a packed call; seqlen_q and seqlen_k of a dense one;
     the capacity of a cache. window_left, window_right: how many keys a query sees on each side of its own, -1
-    is no limit; causal is window_right = 0 and stands for nothing else. sigmoid_bias: None is -log n.
+    is no limit; causal is window_right = 0 and stands for nothing else. sigmoid_bias: None is -log n. factor:
+    on each row of the output, beside normalization and Call.row_factors.
     return_attn_probs: whether S_dmask is asked for. The rest as in the public functions.
     """
 
@@ -30,6 +31,7 @@ class Options(NamedTuple):
     activation: str
     sigmoid_bias: Optional[float]
     normalization: Optional[str]
+    factor: float
 
     @property
     def causal(self) -> bool:
@@ -64,8 +66,9 @@ class Call(NamedTuple):
     nheads_k, head_dim_v). With cu_seqlens_q and cu_seqlens_k, int32 (batch + 1,): (total_q, nheads,
     head_dim), (total_k, nheads_k, head_dim) and (total_k, nheads_k, head_dim_v), or with block_table, int32
     (batch, pages), k and v are (num_pages, page_size, nheads_k, …). seqused_k, leftpad_k: int32 (batch,), the
-    end and the beginning of the keys that count in a sequence, or None. alibi_slopes: float32 (nheads,) or
-    (batch, nheads). Of packed qkv and kv the tensors are views, through which gradients go.
+    end and the beginning of the keys that count in a sequence, or None. alibi_slopes, sigmoid_biases: float32
+    (nheads,) or (batch, nheads). row_factors: float32 (batch,), or a factor for each query: (batch,
+    seqlen_q), packed (total_q,). Of packed qkv and kv the tensors are views, through which gradients go.
     """
 
     q: torch.Tensor
@@ -77,6 +80,8 @@ class Call(NamedTuple):
     leftpad_k: Optional[torch.Tensor]
     block_table: Optional[torch.Tensor]
     alibi_slopes: Optional[torch.Tensor]
+    row_factors: Optional[torch.Tensor]
+    sigmoid_biases: Optional[torch.Tensor]
     options: Options
     cache: Optional[Cache] = None
 
@@ -90,7 +95,7 @@ class Call(NamedTuple):
 
     @property
     def tensors(self) -> tuple:
-        """The nine tensors, None where there is none, in the order in which they are fields."""
+        """The tensors, None where there is none, in the order in which they are fields."""
         return self[:TENSORS]
 
     def looks(self) -> tuple:
@@ -107,7 +112,7 @@ class Call(NamedTuple):
         return looks if self.cache is None else (*looks, k.stride(), v.stride(), *map(_look, self.cache))
 
 
-TENSORS = 9
+TENSORS = 11
 _IN_A_SCHEMA = {
     torch.Tensor: "Tensor", Optional[torch.Tensor]: "Tensor?", int: "SymInt", float: "float",
     Optional[float]: "float?", bool: "bool", str: "str", Optional[str]: "str?",

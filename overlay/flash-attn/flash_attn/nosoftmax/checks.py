@@ -15,7 +15,7 @@ from typing import Any, Optional, Sequence
 import torch
 
 from .call import Call, Options
-from .score import resolve
+from .score import ACTIVATIONS, resolve
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
@@ -166,6 +166,18 @@ _PLAIN = frozenset((int, float, bool, str, type(None)))
 _options_again = lru_cache(4096, typed=True)(_options)
 
 
+def apart(sigmoid_bias: Any, normalization: Any) -> tuple:
+    """(sigmoid_bias, normalization, row_factors, sigmoid_biases): what was given as a tensor stands in the
+    last two, and the first two are then what does nothing.
+    """
+    factors = biases = None
+    if isinstance(normalization, torch.Tensor):
+        normalization, factors = None, normalization
+    if isinstance(sigmoid_bias, torch.Tensor):
+        sigmoid_bias, biases = 0.0, sigmoid_bias
+    return sigmoid_bias, normalization, factors, biases
+
+
 # ---- What can be seen of a tensor ----
 
 
@@ -237,17 +249,33 @@ def integers(name: str, x: Optional[torch.Tensor], *expected: int, axes: str) ->
     shape(name, x, *expected, axes=axes)
 
 
-def alibi_slopes(slopes: Optional[torch.Tensor], batch: int, nheads: int) -> None:
-    if slopes is None:
+def constants(name: str, x: Optional[torch.Tensor], *shapes: tuple) -> None:
+    """x, if it is given, is a float32 tensor of one of the shapes, and asks for no gradient."""
+    if x is None:
         return
-    if slopes.dtype != torch.float32:
-        raise TypeError(f"alibi_slopes has dtype {slopes.dtype}, expected torch.float32")
-    if slopes.shape not in ((nheads,), (batch, nheads)):
+    if x.dtype != torch.float32:
+        raise TypeError(f"{name} has dtype {x.dtype}, expected torch.float32")
+    if x.shape not in shapes:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {' or '.join(map(str, shapes))}")
+    if x.requires_grad:
+        raise ValueError(f"{name} requires a gradient, and gets none: pass {name}.detach()")
+
+
+def _of_the_score(call: Call) -> None:
+    """What is given for each head, sequence or row."""
+    batch, nheads = call.batch, call.q.shape[-2]
+    constants("alibi_slopes", call.alibi_slopes, (nheads,), (batch, nheads))
+    if call.alibi_slopes is not None and call.options.softmax_scale == 0.0:
         raise ValueError(
-            f"alibi_slopes has shape {tuple(slopes.shape)}, expected ({nheads},) or ({batch}, {nheads})"
+            "softmax_scale=0 with alibi_slopes: give another softmax_scale, or leave the slopes out"
         )
-    if slopes.requires_grad:
-        raise ValueError("alibi_slopes requires a gradient, and gets none: pass alibi_slopes.detach()")
+    constants("sigmoid_bias", call.sigmoid_biases, (nheads,), (batch, nheads))
+    if call.sigmoid_biases is not None and not ACTIVATIONS[call.options.activation].takes_bias:
+        raise ValueError(
+            f'sigmoid_bias as a tensor needs activation="sigmoid", got activation={call.options.activation!r}'
+        )
+    of_rows = (call.q.shape[0],) if call.varlen else (batch, call.q.shape[1])
+    constants("normalization", call.row_factors, (batch,), of_rows)
 
 
 def tensors(call: Call, **more: Optional[torch.Tensor]) -> None:
@@ -263,7 +291,8 @@ def tensors(call: Call, **more: Optional[torch.Tensor]) -> None:
     one_device(
         q=q, k=k, v=v, cu_seqlens_q=call.cu_seqlens_q, cu_seqlens_k=call.cu_seqlens_k,
         seqused_k=call.seqused_k, leftpad_k=call.leftpad_k, block_table=call.block_table,
-        alibi_slopes=call.alibi_slopes, **more,
+        alibi_slopes=call.alibi_slopes, normalization=call.row_factors, sigmoid_bias=call.sigmoid_biases,
+        **more,
     )  # fmt: skip
     one_dtype(q, k=k, v=v)
     qkv(
@@ -283,17 +312,13 @@ def tensors(call: Call, **more: Optional[torch.Tensor]) -> None:
         rank(name, x, "batch + 1")
         if x.shape[0] == 0:
             raise ValueError(f"{name} is empty: it has batch + 1 entries, the first of them 0")
-    batch, nheads = call.batch, q.shape[-2]
+    batch = call.batch
     for name, x in given:
         integers(name, x, batch + 1, axes="batch + 1")
     for name, x in more.items():
         integers(name, x, batch, axes="batch")
     _keys(call, batch)
-    alibi_slopes(call.alibi_slopes, batch, nheads)
-    if call.alibi_slopes is not None and call.options.softmax_scale == 0.0:
-        raise ValueError(
-            "softmax_scale=0 with alibi_slopes: give another softmax_scale, or leave the slopes out"
-        )
+    _of_the_score(call)
 
 
 def _keys(call: Call, batch: int) -> None:
@@ -322,6 +347,7 @@ def cache(call: Call) -> None:
         q=q, k_cache=k, v_cache=v, k=given.k, v=given.v, cache_seqlens=given.cache_seqlens,
         rotary_cos=given.rotary_cos, rotary_sin=given.rotary_sin, cache_batch_idx=given.cache_batch_idx,
         cache_leftpad=call.leftpad_k, block_table=call.block_table, alibi_slopes=call.alibi_slopes,
+        normalization=call.row_factors, sigmoid_bias=call.sigmoid_biases,
     )  # fmt: skip
     one_dtype(
         q, k_cache=k, v_cache=v, k=given.k, v=given.v, rotary_cos=given.rotary_cos,
@@ -342,13 +368,9 @@ def cache(call: Call) -> None:
         )
     if not paged and given.cache_batch_idx is None and batch > k.shape[0]:
         raise ValueError(f"{batch} sequences in q, but only {k.shape[0]} in k_cache")
-    alibi_slopes(call.alibi_slopes, batch, q.shape[2])
+    _of_the_score(call)
     _appended(call, names)
     _rotary(call)
-    if call.alibi_slopes is not None and call.options.softmax_scale == 0.0:
-        raise ValueError(
-            "softmax_scale=0 with alibi_slopes: give another softmax_scale, or leave the slopes out"
-        )
 
 
 def _appended(call: Call, names: tuple) -> None:
@@ -459,11 +481,20 @@ def state(
 
 
 def values(call: Call) -> None:
-    """Offsets, lengths, indices and slopes, before anything is read or written by them. The call's tensors
-    are on the CPU.
+    """Offsets, lengths, indices, slopes and factors, before anything is read or written by them. The call's
+    tensors are on the CPU.
     """
-    if call.alibi_slopes is not None and not torch.isfinite(call.alibi_slopes).all():
-        raise ValueError(f"alibi_slopes={call.alibi_slopes.tolist()}: give finite numbers")
+    for name, x in (("alibi_slopes", call.alibi_slopes), ("sigmoid_bias", call.sigmoid_biases)):
+        if x is not None and not torch.isfinite(x).all():
+            raise ValueError(f"{name}={x.tolist()}: give finite numbers")
+    if call.row_factors is not None:
+        wrong = ~((call.row_factors >= 0.0) & torch.isfinite(call.row_factors))
+        if wrong.any():
+            at = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"normalization{at}={call.row_factors[tuple(at)].item()}: give finite factors that are not "
+                "negative"
+            )
     if call.cache is not None:
         _cache_values(call)
     elif call.varlen:

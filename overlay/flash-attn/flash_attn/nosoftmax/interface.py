@@ -18,9 +18,11 @@ _DOC = """\
             row maximum, no normalisation by the row; the docstring of flash_attn.nosoftmax.score says it in
             full. The arguments below are for use_softmax=False.
         activation: f: "identity", "relu", "relu2", "sigmoid", "silu", "gelu" or "softplus".
-        sigmoid_bias: a float, or "-log n" with n the keys of the sequence: added to the scores for
-            activation="sigmoid".
-        normalization: None, "1/n", "1/visible" or "1/sqrt(n)": the factor on each row of the output.
+        sigmoid_bias: a float, or "-log n" with n the keys of the sequence, or a float32 tensor (nheads,) or
+            (batch, nheads): added to the scores for activation="sigmoid".
+        normalization: None, "1/n", "1/visible" or "1/sqrt(n)": the factor on each row of the output. Or the
+            factor itself: a positive number, or a float32 tensor (batch,) or (batch, seqlen_q), packed
+            (batch,) or (total_q,).
         algorithm: "auto" takes linear time where that is exact and predicted faster; "quadratic" and "linear"
             choose.
         backend: "auto" takes the first of "linear" (linear time), "fa4" (flash-attn-4 of this patch set, on
@@ -82,7 +84,7 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
     ):  # fmt: skip
         use_softmax, args, kwargs = split(args, kwargs)
         if use_softmax is True:
-            if (activation, sigmoid_bias, normalization, algorithm, backend) != _PLAIN:
+            if not _is_plain(activation, sigmoid_bias, normalization, algorithm, backend):
                 _check_softmax(
                     bind(args, kwargs), activation, sigmoid_bias, normalization, algorithm, backend
                 )
@@ -122,6 +124,10 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _PLAIN = tuple(_KEYWORDS.values())
+
+
+def _is_plain(*given: Any) -> bool:
+    return not any(isinstance(x, torch.Tensor) for x in given) and given == _PLAIN
 
 
 def _raise_of_binding(
@@ -276,6 +282,11 @@ def _check(call: Call) -> None:
 
 def _check_softmax(arguments: dict, activation, sigmoid_bias, normalization, algorithm, backend) -> Choice:
     """With softmax the device of the tensors decides; an argument that says something else is an error."""
+    for name, x in (("sigmoid_bias", sigmoid_bias), ("normalization", normalization)):
+        if isinstance(x, torch.Tensor):
+            raise ValueError(
+                f"{name} replaces the softmax: pass use_softmax=False, or leave it at its default"
+            )
     resolve(True, activation, sigmoid_bias, normalization)
     asked = (algorithm, backend) != ("auto", "auto")  # the environment is for calls without softmax
     among = wanted(algorithm, backend) if asked else Wanted([])
@@ -303,15 +314,16 @@ def _call_of(a: dict, score: tuple) -> Call:
         longest, lengths = _lengths(a)
     else:
         longest, lengths = (q.shape[1], k.shape[1]) if q.dim() == k.dim() == 4 else (0, 0), (None,) * 5
-    use_softmax, *rest = score
+    use_softmax, activation, *rest = score
+    *rest, factors, biases = checks.apart(*rest)
     if q.dim() == 0 or q.shape[-1] == 0:
         checks.rank("q", q, (checks.DENSE if lengths[0] is None else checks.PACKED)[0])
         checks.heads(1, 1, 0, 1)
     options = checks.options(
         q.shape[-1], *longest, a["dropout_p"], a["softmax_scale"], a["causal"], a["window_size"],
-        a["softcap"], a["deterministic"], a["return_attn_probs"], *rest, use_softmax=use_softmax,
+        a["softcap"], a["deterministic"], a["return_attn_probs"], activation, *rest, use_softmax=use_softmax,
     )  # fmt: skip
-    return Call(q, k, v, *lengths, _slopes(a["alibi_slopes"]), options)
+    return Call(q, k, v, *lengths, _slopes(a["alibi_slopes"]), factors, biases, options)
 
 
 def _lengths(a: dict) -> tuple[tuple, tuple]:
@@ -352,12 +364,13 @@ def _cached_call(a: dict, score: tuple) -> Call:
     capacity = k_cache.shape[1] * (
         1 if block_table is None or block_table.dim() != 2 else block_table.shape[1]
     )
-    use_softmax, *rest = score
+    use_softmax, activation, *rest = score
+    *rest, factors, biases = checks.apart(*rest)
     if q.shape[-1] == 0:
         checks.heads(1, 1, 0, 1)
     options = checks.options(
         q.shape[-1], q.shape[1], capacity, 0.0, a["softmax_scale"], a["causal"], a["window_size"],
-        a["softcap"], False, False, *rest, use_softmax=use_softmax,
+        a["softcap"], False, False, activation, *rest, use_softmax=use_softmax,
     )  # fmt: skip
     if lengths is not None and not (isinstance(lengths, torch.Tensor) and lengths.dim() > 0):
         lengths = torch.full(
@@ -371,7 +384,7 @@ def _cached_call(a: dict, score: tuple) -> Call:
     )  # fmt: skip
     return Call(
         q, k_cache, v_cache, None, None, None, _int32("cache_leftpad", a["cache_leftpad"]), block_table,
-        _slopes(a["alibi_slopes"]), options, cache,
+        _slopes(a["alibi_slopes"]), factors, biases, options, cache,
     )  # fmt: skip
 
 

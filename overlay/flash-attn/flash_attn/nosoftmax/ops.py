@@ -313,13 +313,26 @@ def _folded(count: int, in_dims: tuple, tensors: list, options: Options) -> Call
     if call.varlen:
         raise RuntimeError("vmap of a packed call: pack the entries into one call, with cu_seqlens of all")
     q, k, v = (_fold(count, dim, x) for dim, x in zip(in_dims, call.tensors[:3]))
-    slopes, dim = call.alibi_slopes, in_dims[TENSORS - 1]
-    if slopes is not None and (dim is not None or slopes.dim() == 2):
-        slopes = slopes.unsqueeze(0).expand(count, *slopes.shape) if dim is None else slopes.movedim(dim, 0)
-        if slopes.dim() == 2:
-            slopes = slopes.unsqueeze(1).expand(count, q.shape[0] // count, -1)
-        slopes = slopes.flatten(0, 1)
-    return call._replace(q=q, k=k, v=v, alibi_slopes=slopes)
+    batch = q.shape[0] // count
+    more = {
+        name: _fold_constants(count, in_dims[Call._fields.index(name)], getattr(call, name), batch, dims)
+        for name, dims in (("alibi_slopes", 1), ("sigmoid_biases", 1), ("row_factors", 0))
+    }
+    return call._replace(q=q, k=k, v=v, **more)
+
+
+def _fold_constants(
+    count: int, dim: Optional[int], x: Optional[torch.Tensor], batch: int, shared_dims: int
+) -> Optional[torch.Tensor]:
+    """A tensor with the batch as its first axis, or without it where it has shared_dims axes: (batch,
+    nheads), (nheads,).
+    """
+    if x is None or (dim is None and x.dim() == shared_dims):
+        return x
+    x = x.unsqueeze(0).expand(count, *x.shape) if dim is None else x.movedim(dim, 0)
+    if x.dim() == 1 + shared_dims:
+        x = x.unsqueeze(1).expand(count, batch, *x.shape[1:])
+    return x.flatten(0, 1)
 
 
 # ---- As operators ----
@@ -458,9 +471,7 @@ def attend_cached(call: Call, backend: str) -> torch.Tensor:
             call.k,
             call.v,
             *given[:6],
-            call.leftpad_k,
-            call.block_table,
-            call.alibi_slopes,
+            *call.tensors[6:],
             *given[6:],
             *call.options,
             backend,
@@ -473,34 +484,20 @@ def attend_cached(call: Call, backend: str) -> torch.Tensor:
     return run(call, backend).out
 
 
+_KEPT = declared(Call, Call._fields[6:TENSORS])  # leftpad_k and what follows it
+
+
 @_operator(
     "kvcache",
-    f"(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, {declared(Cache, _CACHE_TENSORS)}, Tensor? "
-    f"cache_leftpad, Tensor? block_table, Tensor? alibi_slopes, {declared(Cache, Cache._fields[6:])}, "
-    f"{_OPTIONS}, str backend) -> Tensor",
+    f"(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, {declared(Cache, _CACHE_TENSORS)}, {_KEPT}, "
+    f"{declared(Cache, Cache._fields[6:])}, {_OPTIONS}, str backend) -> Tensor",
 )
 def _kvcache(q, k_cache, v_cache, *arguments):
-    *rest, backend = arguments
-    tensors, (cache_leftpad, block_table, alibi_slopes), numbers, options = (
-        rest[:6],
-        rest[6:9],
-        rest[9:12],
-        rest[12:],
-    )
-    cache = Cache(*tensors, *numbers)
-    call = Call(
-        q,
-        k_cache,
-        v_cache,
-        None,
-        None,
-        None,
-        cache_leftpad,
-        block_table,
-        alibi_slopes,
-        Options(*options),
-        cache,
-    )
+    given, arguments = arguments[:6], arguments[6:]
+    tensors, arguments = arguments[: TENSORS - 6], arguments[TENSORS - 6 :]
+    numbers, options, backend = arguments[:3], arguments[3:-1], arguments[-1]
+    cache = Cache(*given, *numbers)
+    call = Call(q, k_cache, v_cache, None, None, None, *tensors, Options(*options), cache)
     return run(call, backend).out.contiguous()
 
 

@@ -35,7 +35,8 @@ f is chosen by ``activation``:
                  form
     "softplus"   log(1 + exp(s))                           Dugas et al., NIPS 2000
 
-``sigmoid_bias`` is a finite float, or "-log n" with n the number of keys of that sequence.
+``sigmoid_bias`` is a finite float, or "-log n" with n the number of keys of that sequence, or a float32
+tensor (nheads,) or (batch, nheads), a bias for each query head.
 
 norm_i is chosen by ``normalization``:
 
@@ -43,6 +44,15 @@ norm_i is chosen by ``normalization``:
     "1/n"        1 / n                                     arXiv 2309.08586
     "1/visible"  1 / number of keys that query i sees      by mask; dropped keys count
     "1/sqrt(n)"  1 / sqrt(n)                               Frobenius-norm argument of arXiv 2410.18613
+    a number     the factor itself, at most 1e9            1 / 1024, not 1024: a constant n, such as the
+                                                           longest length of a recommender's training set
+    a tensor     the factors, float32                      (batch,) or (batch, seqlen_q) dense and with a
+                                                           cache; (batch,) or (total_q,) packed, where
+                                                           total_q = batch is read as (total_q,)
+
+A number or a tensor makes pieces equal the whole: decoding step by step, prefill in chunks, and partial
+results over disjoint keys, whose own n is not that of the sequence. Neither has a gradient, and a tensor that
+requires one is refused.
 
 n is the number of keys of that sequence, padding not counted: seqlen_k (dense), the length in cu_seqlens_k or
 seqused_k less leftpad_k (varlen), the cache length with the appended keys less leftpad_k (KV cache). norm_i
@@ -71,10 +81,10 @@ Inf, and only f may end it (the sigmoid of +-Inf, relu of -Inf). NaN or Inf in a
 never reaches a result.
 
 Forward saturates, backward does not. Finite in, finite out: for float16 tensors of any finite size and for
-bfloat16 and float32 tensors up to 1e9 the output is finite. With float16, P and the output saturate at
-+-65504; "relu2" takes scores above 2^40 as 2^40. In backward P saturates where it is computed again, dS and
-the gradients never: what their dtype can't hold becomes Inf or NaN, as everywhere in PyTorch, so that
-torch.amp.GradScaler sees it and backs off. A finite gradient is a right gradient.
+bfloat16 and float32 tensors up to 1e9 the output is finite, if no given factor is above 1. With float16, P
+and the output saturate at +-65504; "relu2" takes scores above 2^40 as 2^40. In backward P saturates where it
+is computed again, dS and the gradients never: what their dtype can't hold becomes Inf or NaN, as everywhere
+in PyTorch, so that torch.amp.GradScaler sees it and backs off. A finite gradient is a right gradient.
 
 The linear algorithm (backends/linear) gives the same sums in another order. It forms only few scores, or
 none, so that float16 scores beyond 65504 are limited there only where it forms them.
@@ -164,23 +174,27 @@ NORMALIZATIONS = {
 
 
 class Score(NamedTuple):
-    """A checked score function. sigmoid_bias: None is -log n, as the operators take it."""
+    """A checked score function. sigmoid_bias: None is -log n, as the operators take it. factor: a
+    normalization that was given as a number; its name is None then.
+    """
 
     activation: str = "identity"
     sigmoid_bias: Optional[float] = 0.0
     normalization: Optional[str] = None
+    factor: float = 1.0
 
 
 DEFAULT = Score()
+_LARGEST_FACTOR = 1e9
 
 
 def resolve(
     use_softmax: bool,
     activation: str = "identity",
     sigmoid_bias: Union[float, str] = 0.0,
-    normalization: Optional[str] = None,
+    normalization: Union[None, str, float] = None,
 ) -> Score:
-    """Check the public arguments and return them as Score.
+    """Check the public arguments, tensors excepted, and return them as Score.
 
     Raises ValueError if an argument is not one of its choices, or has no meaning beside the others, TypeError
     if use_softmax is no bool.
@@ -190,10 +204,8 @@ def resolve(
     # A list, say, can't be looked up.
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {tuple(ACTIVATIONS)}")
-    if not isinstance(normalization, (str, type(None))) or normalization not in NORMALIZATIONS:
-        raise ValueError(f"normalization={normalization!r} is not one of {tuple(NORMALIZATIONS)}")
     bias = _bias(sigmoid_bias)
-    score = Score(activation, bias, normalization)
+    score = Score(activation, bias, *_normalization(normalization))
     if use_softmax and score != DEFAULT:
         raise ValueError(
             f"activation={activation!r}, sigmoid_bias={sigmoid_bias!r}, normalization={normalization!r} "
@@ -206,6 +218,22 @@ def resolve(
     return score
 
 
+def _normalization(given: Union[None, str, float]) -> tuple[Optional[str], float]:
+    """Its name and its factor."""
+    if isinstance(given, (str, type(None))):
+        if given in NORMALIZATIONS:
+            return given, 1.0
+    elif isinstance(given, torch.SymFloat):
+        return None, given
+    elif isinstance(given, (int, float)) and not isinstance(given, bool):
+        if 0.0 < given <= _LARGEST_FACTOR:
+            return None, float(given)
+    raise ValueError(
+        f"normalization={given!r} is not one of {tuple(NORMALIZATIONS)}, and no factor either: a number "
+        f"above 0 and up to {_LARGEST_FACTOR:g} (1 / n, not n) or a float32 tensor"
+    )
+
+
 def _bias(sigmoid_bias: Union[float, str]) -> Optional[float]:
     if isinstance(sigmoid_bias, str) and sigmoid_bias == MINUS_LOG_N:
         return None
@@ -213,7 +241,9 @@ def _bias(sigmoid_bias: Union[float, str]) -> Optional[float]:
         bias = float(sigmoid_bias)
         if abs(bias) < math.inf:  # math.isfinite can't be traced with dynamic shapes
             return bias
-    raise ValueError(f'sigmoid_bias={sigmoid_bias!r}: give a finite number or the string "{MINUS_LOG_N}"')
+    raise ValueError(
+        f'sigmoid_bias={sigmoid_bias!r}: give a finite number, the string "{MINUS_LOG_N}" or a float32 tensor'
+    )
 
 
 def attention_weights(
@@ -221,16 +251,16 @@ def attention_weights(
     visible: Optional[torch.Tensor],
     activation: str = "identity",
     sigmoid_bias: Union[float, str] = 0.0,
-    normalization: Optional[str] = None,
+    normalization: Union[None, str, float] = None,
     n: Union[int, torch.Tensor, None] = None,
 ) -> torch.Tensor:
     """norm * (f(scores) where visible, else 0): the dense, differentiable weights for attention without a
     kernel.
 
     scores: (..., seqlen_q, seqlen_k), already scaled, capped and biased. visible: bool, broadcastable to
-    scores; None sees all. sigmoid_bias: a float, or "-log n". n: the number of keys of the sequence, a number
-    or a tensor broadcastable to scores, such as (batch, 1, 1, 1); seqlen_k by default. Returns the shape and
-    dtype of scores. Raises ValueError as `resolve` does.
+    scores; None sees all. sigmoid_bias: a float, or "-log n". normalization: a name or a number. n: the
+    number of keys of the sequence, a number or a tensor broadcastable to scores, such as (batch, 1, 1, 1);
+    seqlen_k by default. Returns the shape and dtype of scores. Raises ValueError as `resolve` does.
     """
     score = resolve(False, activation, sigmoid_bias, normalization)
     if n is None:
@@ -240,17 +270,17 @@ def attention_weights(
     bias = -torch.log(n).to(scores.dtype) if score.sigmoid_bias is None else score.sigmoid_bias
     if visible is None:
         visible = torch.ones((), dtype=torch.bool, device=scores.device)
-    f, norm = ACTIVATIONS[activation], NORMALIZATIONS[normalization]
+    f, norm = ACTIVATIONS[activation], NORMALIZATIONS[score.normalization]
     # Filled before f as well: a NaN in a hidden score would come back through the product rule (0 * NaN).
     weights = f.value(scores.masked_fill(~visible, 0.0), bias).masked_fill(~visible, 0.0)
-    if normalization is None:
+    if (score.normalization, score.factor) == (None, 1.0):
         return weights
     seen = (
         visible.expand(scores.shape).sum(dim=-1, keepdim=True, dtype=wide).clamp(min=1.0)
         if norm.by_row
         else None
     )
-    return (weights.to(wide) * norm.factor(n, seen)).to(scores.dtype)
+    return (weights.to(wide) * (norm.factor(n, seen) * score.factor)).to(scores.dtype)
 
 
 def saturate_(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -59,8 +59,8 @@ def _without_softmax(
     v: torch.Tensor,
     *,
     activation: str,
-    sigmoid_bias: Union[float, str],
-    normalization: Optional[str],
+    sigmoid_bias: Union[float, str, torch.Tensor],
+    normalization: Union[None, str, float, torch.Tensor],
     softmax_scale: Optional[float] = None,
     causal: bool = False,
     window_size: tuple[Optional[int], Optional[int]] = (None, None),
@@ -92,11 +92,14 @@ def _without_softmax(
     longest = tuple(
         None if n is None or isinstance(n, torch.Tensor) else n for n in (max_seqlen_q, max_seqlen_k)
     )
+    sigmoid_bias, normalization, factors, biases = checks.apart(sigmoid_bias, normalization)
     options = checks.options(
         q.shape[-1] if q.dim() else 1, *(0 if n is None else n for n in longest), 0.0, softmax_scale, causal,
         window_size, softcap, deterministic, False, activation, sigmoid_bias, normalization,
     )  # fmt: skip
-    call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, None, page_table, None, options)
+    call = Call(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, None, page_table, None, factors, biases, options
+    )
     checks.tensors(call, seqused_q=seqused_q)
     reason = obstacle(call, mask_mod=mask_mod, block_sparse_tensors=block_sparse_tensors, **refused)
     if reason is not None:

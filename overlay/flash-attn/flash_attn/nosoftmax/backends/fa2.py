@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from ... import extension
 from ..call import Call, needs_grad
-from ..score import MINUS_LOG_N
 from . import Result
 
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -24,13 +23,11 @@ def obstacle(call: Call) -> Optional[str]:
     reason = extension.obstacle()
     if reason is not None:
         return reason
-    o = call.options
-    if (o.activation, o.sigmoid_bias, o.normalization) != ("identity", 0.0, None):
+    if (name := _beyond_the_identity(call)) is not None:
         return (
-            f"flash_attn_2_cuda has no kernels for activation={o.activation!r}, "
-            f"sigmoid_bias={MINUS_LOG_N if o.sigmoid_bias is None else o.sigmoid_bias!r}, "
-            f"normalization={o.normalization!r}; on Hopper flash-attn-4 of this patch set has them (make "
-            "wheel FAMILY=flash-attn-4), and the CPU has: move the tensors to the CPU"
+            f"flash_attn_2_cuda has no kernels for {name}; on Hopper flash-attn-4 of this patch set has "
+            "every activation and every normalization that has a name (make wheel FAMILY=flash-attn-4), and "
+            "the CPU has all: move the tensors to the CPU"
         )
     if call.q.dtype not in _DTYPES:
         return f"q has dtype {call.q.dtype}, flash_attn_2_cuda takes float16 and bfloat16"
@@ -44,6 +41,17 @@ def obstacle(call: Call) -> Optional[str]:
     if call.block_table is not None and call.k.shape[1] % _PAGE_SIZE:
         return f"pages of {call.k.shape[1]} keys: flash_attn_2_cuda takes multiples of {_PAGE_SIZE}"
     return None
+
+
+def _beyond_the_identity(call: Call) -> Optional[str]:
+    o = call.options
+    if o.activation != "identity":
+        return f"activation={o.activation!r}"
+    if o.normalization is not None:
+        return f"normalization={o.normalization!r}"
+    if o.factor != 1.0:
+        return f"normalization={o.factor}"
+    return None if call.row_factors is None else "normalization as a tensor"
 
 
 def disadvantage(call: Call) -> Optional[str]:

@@ -47,7 +47,7 @@ def backward(
 
     for block in blocks(sequences, heads, group):
         q_block, dout_block = block.of_queries(q), block.of_queries(dout)
-        if (norm := sequences.norm(block.rows)) is not None:
+        if (norm := sequences.norm(block.heads, block.rows)) is not None:
             dout_block = block.by_group(dout_block).mul(norm).view_as(dout_block)
         grad_q_block = torch.zeros_like(q_block)
         for part in block.by_keys():
@@ -98,7 +98,7 @@ def _activation(
     sequences: Sequences, part: Block, s: torch.Tensor, dp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """P and dS = dP * f'(s); s and dp may be overwritten."""
-    ds = sequences.f.times_derivative(dp, s, sequences.sigmoid_bias)
+    ds = sequences.f.times_derivative(dp, s, sequences.bias(part.heads, len(part.rows)))
     # The mask acts on dS as well: it has no factor P that is 0 already, and a P of 0 does not mean hidden.
     sequences.visibility.fill_hidden(part.by_group(ds), part.rows, part.keys, 0.0)
     return weights(sequences, part, s), ds

@@ -104,7 +104,8 @@ def weights(sequences: Sequences, block: Block, s: torch.Tensor) -> torch.Tensor
 
     It saturates as in the GPU kernels, which convert it to the dtype of the inputs.
     """
-    p = saturate_(sequences.f.value(s, sequences.sigmoid_bias), sequences.dtype)
+    bias = sequences.bias(block.heads, len(block.rows))
+    p = saturate_(sequences.f.value(s, bias), sequences.dtype)
     sequences.visibility.fill_hidden(block.by_group(p), block.rows, block.keys, 0.0)
     return p
 

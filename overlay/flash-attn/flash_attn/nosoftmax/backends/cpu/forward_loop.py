@@ -49,7 +49,7 @@ def forward(
             o.div_(softmax.divisor())
             lse[block.index] = block.by_group(softmax.log_sum_exp()).squeeze(-1)
         o = block.by_group(o)
-        if (norm := sequences.norm(block.rows)) is not None:
+        if (norm := sequences.norm(block.heads, block.rows)) is not None:
             o.mul_(norm)
         result[block.index] = o
 

@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 
 from ...call import Call, Options
-from ...score import ACTIVATIONS, NORMALIZATIONS, Activation
+from ...score import ACTIVATIONS, NORMALIZATIONS, Activation, Bias
 from .dropout import Dropout
 from .paged import gather_pages
 from .visibility import Visibility, Window
@@ -18,35 +18,52 @@ from .visibility import Visibility, Window
 class Sequences:
     """Sequences of one length that are computed together: a dense batch, or one sequence of a ragged one.
 
-    dtype: of the call's tensors. alibi_slopes: (batch * nheads_k, group) in the compute dtype, or None.
-    dropout: None where nothing is dropped.
+    dtype: of the call's tensors. alibi_slopes, sigmoid_biases: (batch * nheads_k, group), row_factors: (batch
+    * nheads_k, 1 or seqlen_q), in the compute dtype, or None. dropout: None where nothing is dropped.
     """
 
     options: Options
     dtype: torch.dtype
     visibility: Visibility
     alibi_slopes: Optional[torch.Tensor]
+    sigmoid_biases: Optional[torch.Tensor]
+    row_factors: Optional[torch.Tensor]
     dropout: Optional[Dropout]
     use_softmax: bool
 
     @classmethod
     def of(
-        cls, call: Call, batch: range, seqlens: tuple[int, int], seed: int, use_softmax: bool
+        cls,
+        call: Call,
+        batch: range,
+        seqlens: tuple[int, int],
+        seed: int,
+        use_softmax: bool,
+        rows: Optional[slice] = None,
     ) -> "Sequences":
-        """The batch entries in `batch`, with (seqlen_q, seqlen_k)."""
+        """The batch entries in `batch`, with (seqlen_q, seqlen_k). rows: where a packed sequence's queries
+        are.
+        """
         o, nheads, nheads_k = call.options, call.q.shape[-2], call.k.shape[-2]
-        slopes = None
-        if call.alibi_slopes is not None:
-            slopes = (
-                call.alibi_slopes.expand(batch.stop, nheads)
-                if call.alibi_slopes.dim() == 1
-                else call.alibi_slopes
-            )
-            slopes = slopes[batch.start : batch.stop].to(torch.promote_types(call.q.dtype, torch.float32))
-            slopes = slopes.reshape(len(batch) * nheads_k, nheads // nheads_k)
+        dtype = torch.promote_types(call.q.dtype, torch.float32)
+
+        def by_head(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+            if x is None:
+                return None
+            x = (x.expand(batch.stop, nheads) if x.dim() == 1 else x)[batch.start : batch.stop]
+            return x.to(dtype).reshape(len(batch) * nheads_k, nheads // nheads_k)
+
+        factors = call.row_factors
+        if factors is not None:
+            if rows is not None and len(factors) == len(call.q):
+                factors = factors[None, rows]
+            else:
+                factors = factors[batch.start : batch.stop].view(len(batch), -1)
+            factors = factors.to(dtype).repeat_interleave(nheads_k, dim=0)
         dropout = Dropout(seed, o.dropout_p, batch.start * nheads) if o.dropout_p > 0.0 else None
         visibility = Visibility(*seqlens, Window.of(o.window_left, o.window_right))
-        return cls(o, call.q.dtype, visibility, slopes, dropout, use_softmax)
+        slopes, biases = by_head(call.alibi_slopes), by_head(call.sigmoid_biases)
+        return cls(o, call.q.dtype, visibility, slopes, biases, factors, dropout, use_softmax)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -57,20 +74,34 @@ class Sequences:
     def f(self) -> Activation:
         return ACTIVATIONS[self.options.activation]
 
-    @property
-    def sigmoid_bias(self) -> float:
+    def bias(self, heads: range, rows: int) -> Bias:
+        """What is added to the scores (heads, group * rows, keys) of these key heads."""
+        if self.sigmoid_biases is not None:
+            biases = self.sigmoid_biases[heads.start : heads.stop]
+            return biases.repeat_interleave(rows, dim=1)[:, :, None]
         bias = self.options.sigmoid_bias
         return -math.log(max(self.visibility.seqlen_k, 1)) if bias is None else bias
 
-    def norm(self, rows: range) -> Optional[torch.Tensor]:
-        """The factor of each row in the compute dtype, broadcastable to (len(rows), 1); None is 1."""
-        if self.options.normalization is None:
+    def norm(self, heads: range, rows: range) -> Optional[torch.Tensor]:
+        """The factor of each row in the compute dtype, broadcastable to (heads, group, rows, channels); None
+        is 1.
+        """
+        o = self.options
+        if o.normalization is None and o.factor == 1.0 and self.row_factors is None:
             return None
-        normalization, n = NORMALIZATIONS[self.options.normalization], max(self.visibility.seqlen_k, 1)
+        normalization, n = NORMALIZATIONS[o.normalization], max(self.visibility.seqlen_k, 1)
         seen = (
             self.visibility.counts(rows).clamp(min=1).to(self.compute_dtype) if normalization.by_row else None
         )
-        return torch.as_tensor(normalization.factor(n, seen), dtype=self.compute_dtype, device="cpu")
+        norm = torch.as_tensor(
+            normalization.factor(n, seen) * o.factor, dtype=self.compute_dtype, device="cpu"
+        )
+        if self.row_factors is None:
+            return norm
+        factors = self.row_factors[heads.start : heads.stop]
+        if factors.shape[1] > 1:
+            factors = factors[:, rows.start : rows.stop]
+        return norm * factors[:, None, :, None]
 
 
 @dataclass(frozen=True)
@@ -118,7 +149,7 @@ def parts(call: Call, seed: int, use_softmax: bool = False) -> Iterator[Part]:
         seqlens = rows.stop - rows.start, keys.stop - keys.start
         table = None if call.block_table is None else call.block_table[b]
         yield Part(
-            Sequences.of(call, range(b, b + 1), seqlens, seed, use_softmax),
+            Sequences.of(call, range(b, b + 1), seqlens, seed, use_softmax, rows),
             range(b, b + 1),
             rows,
             keys,

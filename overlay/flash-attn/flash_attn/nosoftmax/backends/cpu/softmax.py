@@ -105,7 +105,9 @@ def fwd(
         softcap, return_softmax
     )  # fmt: skip
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device="cpu")
-    return _forward(Call(q, k, v, None, None, None, None, None, alibi_slopes, options), out, lse, gen)
+    return _forward(
+        Call(q, k, v, None, None, None, None, None, alibi_slopes, None, None, options), out, lse, gen
+    )
 
 
 @_entry_point
@@ -122,7 +124,20 @@ def varlen_fwd(
         softcap, return_softmax
     )  # fmt: skip
     lse = torch.full((q.shape[1], q.shape[0]), torch.inf, dtype=torch.float32, device="cpu")
-    call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, block_table, alibi_slopes, options)
+    call = Call(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_k,
+        leftpad_k,
+        block_table,
+        alibi_slopes,
+        None,
+        None,
+        options,
+    )
     return _forward(call, out, lse, gen)
 
 
@@ -170,7 +185,7 @@ def bwd(
     softmax_d = torch.zeros(
         q.shape[0], q.shape[2], -(-q.shape[1] // 128) * 128, dtype=torch.float32, device="cpu"
     )
-    call = Call(q, k, v, None, None, None, None, None, alibi_slopes, options)
+    call = Call(q, k, v, None, None, None, None, None, alibi_slopes, None, None, options)
     return _backward(call, dout, out, softmax_lse, dq, dk, dv, softmax_d, rng_state)
 
 
@@ -187,7 +202,7 @@ def varlen_bwd(
         q, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
         softcap
     )  # fmt: skip
-    call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, None, None, None, alibi_slopes, options)
+    call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, None, None, None, alibi_slopes, None, None, options)
     softmax_d = torch.zeros(q.shape[1], q.shape[0] + 128 * call.batch, dtype=torch.float32, device="cpu")
     return _backward(call, dout, out, softmax_lse, dq, dk, dv, softmax_d, rng_state)
 
@@ -213,7 +228,9 @@ def fwd_kvcache(
     cache = Cache(
         k, v, seqlens_k, rotary_cos, rotary_sin, cache_batch_idx, rotary_interleaved, num_splits, steps
     )
-    call = Call(q, kcache, vcache, None, None, None, leftpad_k, block_table, alibi_slopes, options, cache)
+    call = Call(
+        q, kcache, vcache, None, None, None, leftpad_k, block_table, alibi_slopes, None, None, options, cache
+    )  # fmt: skip
     checks.cache(call)
     _one_head_dim(call)
     checks.values(call)

@@ -62,6 +62,8 @@ def _inexact(call: Call) -> Optional[str]:
         return f"dropout_p={o.dropout_p}"
     if call.alibi_slopes is not None:
         return "alibi_slopes"
+    if call.row_factors is not None:
+        return "normalization as a tensor"
     # A side that reaches beyond every sequence limits nothing.
     if 0 <= o.window_left < o.max_seqlen_k - 1 or 0 < o.window_right < o.max_seqlen_q - 1:
         return f"window_size={o.window_left, o.window_right}"
@@ -108,7 +110,8 @@ def _causal(call: Call) -> bool:
 
 
 def _form(call: Call) -> Form:
-    return Form(call.options.softmax_scale, _causal(call), normalization=call.options.normalization)
+    o = call.options
+    return Form(o.softmax_scale, _causal(call), normalization=o.normalization, factor=o.factor)
 
 
 def _lengths(call: Call) -> tuple:

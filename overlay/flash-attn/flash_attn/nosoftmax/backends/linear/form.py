@@ -15,6 +15,8 @@ class Form(NamedTuple):  # not a dataclass: to make and to hash one would take s
     that was asked for and the keys its queries, which is what the gradients of k and v are; a causal mask is
     then anticausal (its own position and after it), and the normalization belongs to the keys.
 
+    factor: on each row of the output, beside the normalization.
+
     weights_saturate: the products q_i . k_j are the weights P, which saturate in float16 where they are
     formed, and not dS. output_saturates: the result is the output, and not a gradient.
     """
@@ -23,6 +25,7 @@ class Form(NamedTuple):  # not a dataclass: to make and to hash one would take s
     causal: bool
     transposed: bool = False
     normalization: Optional[str] = None
+    factor: float = 1.0
     weights_saturate: bool = True
     output_saturates: bool = True
 
@@ -50,12 +53,12 @@ class Form(NamedTuple):  # not a dataclass: to make and to hash one would take s
         return self.normalization == "1/visible" and self.causal
 
     def constant(self, seqlen_rows: int, seqlen_keys: int) -> float:
-        """The factor that all rows of a sequence share: softmax_scale, and the normalization if that is a
+        """What all rows of a sequence share: softmax_scale, factor, and the normalization if that is a
         constant.
         """
-        n = max(seqlen_rows if self.transposed else seqlen_keys, 1)
+        n, shared = max(seqlen_rows if self.transposed else seqlen_keys, 1), self.softmax_scale * self.factor
         if self.normalization == "1/n" or (self.normalization == "1/visible" and not self.causal):
-            return self.softmax_scale / n
+            return shared / n
         if self.normalization == "1/sqrt(n)":
-            return self.softmax_scale / math.sqrt(n)
-        return self.softmax_scale
+            return shared / math.sqrt(n)
+        return shared

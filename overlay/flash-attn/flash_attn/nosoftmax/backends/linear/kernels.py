@@ -252,7 +252,8 @@ def _scan(
 @triton.jit(do_not_specialize=["batch", "heads", "all_rows"])
 def _walk(
     q, k, v, out, states, cu_rows, cu_keys, rows, keys, segments, segment_length, batch, heads, all_rows,
-    softmax_scale, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
+    softmax_scale, row_factor,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
     stride_vh, stride_ob, stride_ot, stride_oh, stride_sd, stride_sv,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     GROUP_Q: tl.constexpr, GROUP_K: tl.constexpr, MASK: tl.constexpr,
@@ -294,7 +295,7 @@ def _walk(
     # and not read.
     seeing = first_key if MASK == _CAUSAL else tl.where(keys > 0, 0, total)
     seen = tl.maximum(first_key, first_row) if MASK == _ANTICAUSAL else first_key
-    factor = softmax_scale if late else 1.0
+    factor = row_factor * softmax_scale if late else row_factor
     if NORMALIZATION == _PER_N or NORMALIZATION == _PER_ROOT_N:
         n = tl.maximum(rows if TRANSPOSED else keys, 1).to(tl.float32)
         factor *= 1.0 / n if NORMALIZATION == _PER_N else 1.0 / tl.sqrt(n)
@@ -622,6 +623,7 @@ class _Walk:
             _walk, grid,
             (
                 *segments.numbers, segments.batch, nheads, segments.all_rows, form.softmax_scale,
+                form.factor,
                 *segments.strides(q), *segments.strides(k), *segments.strides(v), *out_strides,
                 *((1, d) if swapped else (d_v, 1)),
             ),

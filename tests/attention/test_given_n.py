@@ -1,0 +1,241 @@
+"""Factors and biases that the caller gives: a number, or a tensor for sequences, rows or heads."""
+
+from __future__ import annotations
+
+import flash_attn
+import pytest
+import torch
+
+from caches import CAPACITY, LENGTHS, caches, check, step
+from measure import compare, compare_output, gradients, integers, packed, qkv, slopes
+from package import cumulative
+
+RAGGED = (5, 0, 9, 2)
+SCORES = [
+    dict(activation="identity"),
+    dict(activation="silu"),
+    dict(activation="sigmoid", sigmoid_bias="-log n"),
+]
+
+
+def factors(like, *shape: int) -> torch.Tensor:
+    """Float32, all different, one of them 0."""
+    return torch.linspace(0.0, 2.0, torch.Size(shape).numel()).reshape(shape).to(like.device)
+
+
+@pytest.mark.parametrize("score", SCORES, ids=lambda score: score["activation"])
+@pytest.mark.parametrize("shape", [None, (2,), (2, 20)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_dense(attention, score, shape, causal):
+    """A number, a factor for each sequence, and one for each query."""
+    given = 1 / 24 if shape is None else factors(attention, *shape)
+    tensors = qkv(attention, 2, 20, 24, nheads=4, nheads_k=2)
+    compare(attention, *tensors, causal=causal, normalization=given, **score)
+
+
+@pytest.mark.parametrize("score", SCORES, ids=lambda score: score["activation"])
+@pytest.mark.parametrize("count", [None, len(RAGGED), sum(RAGGED)], ids=str)
+def test_packed(attention, score, count):
+    given = 1 / 24 if count is None else factors(attention, count)
+    tensors = packed(attention, RAGGED, RAGGED, nheads=4)
+    compare(
+        attention, *tensors, method="varlen", lengths_q=RAGGED, lengths_k=RAGGED, causal=True,
+        normalization=given, **score,
+    )  # fmt: skip
+
+
+def test_as_many_sequences_as_rows(attention):
+    """Where both readings fit, a tensor has a factor for each row."""
+    lengths = (2, 0, 1)
+    tensors = packed(attention, lengths, lengths)
+    given = factors(attention, 3)
+    compare(attention, *tensors, method="varlen", lengths_q=lengths, lengths_k=lengths, normalization=given)
+
+
+@pytest.mark.parametrize("given", [0.02, (3,), (3, 2)], ids=str)
+def test_cache(attention, given):
+    """Appending two tokens to each sequence, with a factor that does not know the lengths."""
+    lengths = integers(attention, *LENGTHS)
+    given = given if isinstance(given, float) else factors(attention, *given)
+    new = step(attention, seqlen=2)
+    check(
+        attention, new[0], *caches(attention), *new[1:], cache_seqlens=lengths, causal=True,
+        activation="silu", normalization=given,
+    )  # fmt: skip
+
+
+@pytest.mark.scores
+@pytest.mark.parametrize("shape", [(4,), (2, 4)], ids=str)
+def test_bias_of_each_head(attention, shape):
+    tensors = qkv(attention, 2, 20, 24, nheads=4, nheads_k=2)
+    bias = slopes(attention, *shape) - 1.0
+    compare(attention, *tensors, activation="sigmoid", sigmoid_bias=bias, causal=True)
+
+
+@pytest.mark.scores
+@pytest.mark.parametrize("shape", [(4,), (len(RAGGED), 4)], ids=str)
+def test_bias_of_each_head_packed(attention, shape):
+    tensors = packed(attention, RAGGED, RAGGED, nheads=4)
+    compare(
+        attention, *tensors, method="varlen", lengths_q=RAGGED, lengths_k=RAGGED, activation="sigmoid",
+        sigmoid_bias=slopes(attention, *shape) - 1.0, normalization="1/n",
+    )  # fmt: skip
+
+
+@pytest.mark.scores
+def test_bias_in_a_cache(attention):
+    lengths = integers(attention, *LENGTHS)
+    q, k, v = step(attention)
+    bias = slopes(attention, 3, 4) - 1.0
+    compare_output(
+        attention, q, *caches(attention), k, v, method="kvcache", cache_seqlens=lengths,
+        activation="sigmoid", sigmoid_bias=bias,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+def test_decoding_equals_prefill(attention, activation):
+    """Token by token through a cache or all at once: with "1/n" these differ, with a number they do not."""
+    q, k, v = qkv(attention, 2, 12, 12)
+    options = dict(causal=True, activation=activation)
+    whole = attention.dense(q, k, v, normalization=1 / 12, **options)
+    cache = [torch.zeros(2, CAPACITY, *x.shape[2:]).to(x) for x in (k, v)]
+    steps = {
+        given: torch.cat([
+            attention.kvcache(
+                *(x[:, i : i + 1] for x in (q,)), *cache, k[:, i : i + 1], v[:, i : i + 1],
+                cache_seqlens=integers(attention, i, i), normalization=given, **options,
+            )
+            for i in range(12)
+        ], dim=1)
+        for given in (1 / 12, "1/n")
+    }  # fmt: skip
+    tolerance = dict(rtol=0.0, atol=1e-12 if whole.dtype == torch.float64 else 1e-2)
+    torch.testing.assert_close(steps[1 / 12], whole, **tolerance)
+    assert (steps["1/n"] - attention.dense(q, k, v, normalization="1/n", **options)).abs().max() > 0.05
+
+
+def test_parts_add_up(attention):
+    """Over disjoint keys, with the whole sequence's n as a number."""
+    q, k, v = qkv(attention, 2, 12, 24)
+    whole = attention.dense(q, k, v, normalization=1 / 24)
+    halves = [attention.dense(q, k[:, half], v[:, half], normalization=1 / 24) for half in
+              (slice(12), slice(12, 24))]  # fmt: skip
+    tolerance = 1e-12 if whole.dtype == torch.float64 else 1e-2
+    torch.testing.assert_close(sum(halves), whole, rtol=0.0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_second_derivatives(device, kind):
+    """The factors belong to each term once."""
+    if device != "cpu":
+        pytest.skip("finite differences need float64, which the CUDA kernels do not take")
+    tensors = [x.requires_grad_() for x in qkv(None, 2, 3, 4, head_dim=4)]
+    given = 0.3 if kind == "number" else torch.tensor([[0.5, 1.0, 2.0], [0.1, 0.0, 3.0]])
+
+    def attend(q, k, v):
+        return flash_attn.flash_attn_func(q, k, v, use_softmax=False, normalization=given)
+
+    torch.autograd.gradgradcheck(attend, tensors)
+
+
+def test_vmap(device):
+    """The factors of each entry, or the same for all."""
+    q, k, v = (torch.stack([x, x + 1]) for x in qkv(None, 3, 4, 5))
+    if device != "cpu":
+        pytest.skip("the CPU backend shows it: what is folded is the same")
+
+    def attend(q, k, v, given, bias):
+        return flash_attn.flash_attn_func(
+            q, k, v, use_softmax=False, activation="sigmoid", normalization=given, sigmoid_bias=bias
+        )
+
+    for given in (torch.rand(2, 3), torch.rand(2, 3, 4)):
+        for bias in (torch.rand(2, 2), torch.rand(2, 3, 2)):
+            both = torch.func.vmap(attend)(q, k, v, given, bias)
+            torch.testing.assert_close(
+                both, torch.stack([attend(*x) for x in zip(q, k, v, given, bias)]), rtol=0, atol=1e-12
+            )
+            shared = torch.func.vmap(attend, (0, 0, 0, None, None))(q, k, v, given[0], bias[0])
+            torch.testing.assert_close(
+                shared, torch.stack([attend(*x, given[0], bias[0]) for x in zip(q, k, v)]), rtol=0, atol=1e-12
+            )
+
+
+def test_compiled(device):
+    """torch.compile with fullgraph, forward and backward, with a symbolic batch."""
+    if device != "cpu":
+        pytest.skip("the operators are the same on both")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def attend(q, k, v, given, bias):
+        return flash_attn.flash_attn_func(
+            q, k, v, use_softmax=False, activation="sigmoid", normalization=given, sigmoid_bias=bias
+        )
+
+    for batch in (2, 3):
+        tensors = qkv(None, batch, 4, 5)
+        given, bias = torch.rand(batch, 4), torch.rand(2)
+        got = gradients(lambda *x: attend(*x, given, bias), *tensors)
+        expected = gradients(
+            lambda *x: flash_attn.flash_attn_func(
+                *x, use_softmax=False, activation="sigmoid", normalization=given, sigmoid_bias=bias
+            ),
+            *tensors,
+        )
+        for a, b in zip(got, expected):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+WRONG = {
+    "of no row and no sequence": (dict(normalization=torch.ones(7)), ValueError, r"normalization .*\(7,\)"),
+    "of another dtype": (dict(normalization=torch.ones(2).double()), TypeError, "normalization has dtype"),
+    "that asks for a gradient": (
+        dict(normalization=torch.ones(2, requires_grad=True)), ValueError, r"normalization\.detach",
+    ),
+    "below 0": (dict(normalization=torch.tensor([1.0, -1.0])), ValueError, r"normalization\[1\]=-1\.0"),
+    "not a number": (dict(normalization=torch.tensor([1.0, torch.nan])), ValueError,
+    r"normalization\[1\]=nan"),
+    "elsewhere": (dict(normalization=torch.ones(2, device="meta")), ValueError, "normalization on meta"),
+    "0": (dict(normalization=0), ValueError, "normalization=0"),
+    "a number below 0": (dict(normalization=-0.5), ValueError, "normalization=-0.5"),
+    "an infinite number": (dict(normalization=float("inf")), ValueError, "normalization=inf"),
+    "True": (dict(normalization=True), ValueError, "normalization=True"),
+    "a bias without the sigmoid": (dict(sigmoid_bias=torch.ones(2)), ValueError, 'activation="sigmoid"'),
+    "a bias of no head": (
+        dict(activation="sigmoid", sigmoid_bias=torch.ones(3)), ValueError, r"sigmoid_bias .*\(3,\)",
+    ),
+    "an infinite bias": (
+        dict(activation="sigmoid", sigmoid_bias=torch.tensor([0.0, torch.inf])), ValueError, "sigmoid_bias=",
+    ),
+    "with softmax": (dict(normalization=torch.ones(2), use_softmax=True), ValueError, "use_softmax=False"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options, error, words", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("ask", ["call", "explain", "packed"])
+def test_refused(options, error, words, ask):
+    q, k, v = qkv(None)
+    options = {"use_softmax": False, **options}
+    with pytest.raises(error, match=words):
+        if ask == "call":
+            flash_attn.flash_attn_func(q, k, v, **options)
+        elif ask == "explain":
+            flash_attn.explain(flash_attn.flash_attn_func, q, k, v, **options)
+        else:
+            starts_q, starts_k = cumulative([7, 7], "cpu"), cumulative([9, 9], "cpu")
+            if "7" in words:
+                options["normalization"] = torch.ones(7)
+            flash_attn.flash_attn_varlen_func(
+                *(x.flatten(0, 1) for x in (q, k, v)), starts_q, starts_k, 7, 9, **options
+            )
+
+
+def test_explained():
+    """Linear time takes a number; where a tensor is given, explain() says who does not take it."""
+    q, k, v = qkv(None, seqlen_q=4096, seqlen_k=4096)
+    options = dict(use_softmax=False, causal=True)
+    number = flash_attn.explain(flash_attn.flash_attn_func, q, k, v, normalization=1 / 4096, **options)
+    assert number.backend == "linear"
+    tensor = flash_attn.explain(flash_attn.flash_attn_func, q, k, v, normalization=torch.ones(2), **options)
+    assert tensor.backend == "cpu" and "normalization as a tensor" in tensor.passed_over["linear"]
