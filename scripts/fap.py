@@ -39,10 +39,7 @@ COMMANDS = {
     "bundle": ("series.bundle", "write one patch for plain `git apply` into dist/"),
     "lock": ("series.lock_edit", "add a release to upstream.toml"),
     "lint": ("series.lint", "check patches, headers and the lock"),
-    "toolchain": (
-        "kernels.toolchain",
-        "install the kernels' compiler from the package index into .venv",
-    ),
+    "toolchain": ("kernels.toolchain", "install the kernels' compiler from the package index into .venv"),
     "wheel": ("wheel.wheel", "build the wheel into dist/ and install it into .venv"),
     "smoke": ("wheel.smoke", "one forward and backward without softmax, checked against float64"),
     "sass-identity": (

@@ -254,14 +254,7 @@ def test_a_torch_that_is_there_is_shared(root, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "version, usable",
-    [
-        ("2.4.0", True),
-        ("2.13.0+cpu", True),
-        ("2.10.1", True),
-        ("2.3.1", False),
-        ("1.13", False),
-        ("", False),
-    ],
+    [("2.4.0", True), ("2.13.0+cpu", True), ("2.10.1", True), ("2.3.1", False), ("1.13", False), ("", False)],
 )
 def test_which_torch_is_usable(version, usable):
     assert env.has_usable_torch(version) is usable

@@ -115,10 +115,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def make(
-    folder: Path,
-    name: str = GOOD,
-    changes: dict[str, bytes | None] | None = None,
-    says: State = MADE,
+    folder: Path, name: str = GOOD, changes: dict[str, bytes | None] | None = None, says: State = MADE
 ) -> Path:
     version = name.split("-")[1]
     info = f"flash_attn-{version}.dist-info"

@@ -313,10 +313,7 @@ def compile_one() -> float:
 
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that a fake tensor is asked for its address
-        shapes = [
-            (BATCH, SEQLEN_Q, NHEADS, 128),
-            *[(BATCH, SEQLEN_K, NHEADS_K, 128)] * 2,
-        ]
+        shapes = [(BATCH, SEQLEN_Q, NHEADS, 128), *[(BATCH, SEQLEN_K, NHEADS_K, 128)] * 2]
         flash_attn_func(
             *[torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in shapes],
             causal=True,

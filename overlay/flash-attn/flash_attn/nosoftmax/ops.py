@@ -467,14 +467,7 @@ def attend_cached(call: Call, backend: str) -> torch.Tensor:
     given = call.cache
     if followed(call) or not _PLAIN.issuperset(map(type, given[:6])):
         return _OPERATORS.kvcache(
-            call.q,
-            call.k,
-            call.v,
-            *given[:6],
-            *call.tensors[6:],
-            *given[6:],
-            *call.options,
-            backend,
+            call.q, call.k, call.v, *given[:6], *call.tensors[6:], *given[6:], *call.options, backend
         )
     inputs = (call.q, given.k, given.v)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):

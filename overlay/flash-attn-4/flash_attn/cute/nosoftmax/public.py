@@ -26,9 +26,7 @@ _SOFTMAX_ONLY = (
 
 
 def _mods(
-    score_mod: Optional[Callable],
-    score_mod_bwd: Optional[Callable],
-    call: Call,
+    score_mod: Optional[Callable], score_mod_bwd: Optional[Callable], call: Call
 ) -> Optional[ScoreMods]:
     """The user's score_mod in place of an activation; None if there is none."""
     o = call.options
