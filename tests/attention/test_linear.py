@@ -196,10 +196,12 @@ def test_compiles_with_dynamic_shapes():
 def test_operators_pass_opcheck(device):
     """Those of all backends, with this one behind them."""
     q, k, v = (x.detach() for x in inputs("flash_attn_func", device)[0])
-    options = (q.shape[1], k.shape[1], 0.0, 0.3, -1, 0, 0.0, False, False, "identity", 0.0, "1/n", "linear")
-    tensors = (q, k, v, *(None,) * 6)
-    torch.library.opcheck(torch.ops.flash_attn_nosoftmax.forward.default, (*tensors, *options))
-    torch.library.opcheck(torch.ops.flash_attn_nosoftmax.backward.default, (q, *tensors, None, *options))
+    options = (q.shape[1], k.shape[1], 0.0, 0.3, -1, 0, 0.0, False, False, "identity", 0.0, "1/n", 0.5)
+    tensors = (q, k, v, *(None,) * 8)
+    torch.library.opcheck(torch.ops.flash_attn_nosoftmax.forward.default, (*tensors, *options, "linear"))
+    torch.library.opcheck(
+        torch.ops.flash_attn_nosoftmax.backward.default, (q, *tensors, None, *options, "linear")
+    )
 
 
 class _Recorded(TorchDispatchMode):

@@ -78,10 +78,12 @@ def test_dense_weights(activation, normalization):
 
 
 @pytest.mark.parametrize("arguments, resolved", [
-    ((True,), ("identity", 0.0, None)),
-    ((False, "silu", 0.0, "1/n"), ("silu", 0.0, "1/n")),
-    ((False, "sigmoid", -2), ("sigmoid", -2.0, None)),
-    ((False, "sigmoid", "-log n", "1/visible"), ("sigmoid", None, "1/visible")),
+    ((True,), ("identity", 0.0, None, 1.0)),
+    ((False, "silu", 0.0, "1/n"), ("silu", 0.0, "1/n", 1.0)),
+    ((False, "silu", 0.0, 1 / 1024), ("silu", 0.0, None, 1 / 1024)),
+    ((False, "silu", 0.0, 2), ("silu", 0.0, None, 2.0)),
+    ((False, "sigmoid", -2), ("sigmoid", -2.0, None, 1.0)),
+    ((False, "sigmoid", "-log n", "1/visible"), ("sigmoid", None, "1/visible", 1.0)),
 ])  # fmt: skip
 def test_resolve(arguments, resolved):
     """As the operators take them: -log n is None."""

@@ -11,10 +11,10 @@ import sys
 import zipfile
 from dataclasses import replace
 from email.parser import BytesParser
+from importlib import metadata as installed
 from pathlib import Path
 
 import pytest
-import setuptools
 
 from fapatch.base import files, locking
 from fapatch.base.project import Project
@@ -145,12 +145,14 @@ def test_the_wheel_is_the_patched_package_and_the_same_each_time(patched, backen
 
     # Again, with nothing left of the first time, another umask, and a setuptools that gives another version.
     shutil.rmtree(elsewhere.build)
-    site, other = Path(setuptools.__file__).parents[1], tmp_path / "other"
+    site, other = Path(installed.distribution("setuptools").locate_file("")), tmp_path / "other"
     (info,) = site.glob("setuptools-*.dist-info")
     for folder in (site / "setuptools", info):
         shutil.copytree(folder, other / folder.name)
     metadata = other / info.name / "METADATA"
-    metadata.write_text(metadata.read_text().replace(f"Version: {setuptools.__version__}", "Version: 99.9"))
+    metadata.write_text(
+        metadata.read_text().replace(f"Version: {installed.version('setuptools')}", "Version: 99.9")
+    )
     umask = os.umask(0o077)
     try:
         variables = {"PYTHONPATH": str(other)}

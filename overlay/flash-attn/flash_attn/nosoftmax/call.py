@@ -98,19 +98,6 @@ class Call(NamedTuple):
         """The tensors, None where there is none, in the order in which they are fields."""
         return self[:TENSORS]
 
-    def looks(self) -> tuple:
-        """All that a check or a choice may depend on, hashable: everything but what lies in the tensors."""
-        q, k, v = self.q, self.k, self.v
-        # A list and not a generator: this is run for every call.
-        more = tuple(
-            [None if x is None else (x.shape, x.dtype, x.device, x.requires_grad) for x in self[3:TENSORS]]
-        )
-        looks = (
-            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-            needs_grad(self), more, self.options,
-        )  # fmt: skip
-        return looks if self.cache is None else (*looks, k.stride(), v.stride(), *map(_look, self.cache))
-
 
 TENSORS = 11
 _IN_A_SCHEMA = {
@@ -123,10 +110,6 @@ def declared(fields: type, names: tuple = ()) -> str:
     """The fields of a NamedTuple, of these names or all, as arguments of an operator's schema."""
     hints = get_type_hints(fields)
     return ", ".join(f"{_IN_A_SCHEMA[hints[name]]} {name}" for name in names or fields._fields)
-
-
-def _look(x: Any) -> Any:
-    return (x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else x
 
 
 def needs_grad(call: Any) -> bool:

@@ -2,15 +2,16 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
-from typing import Any, NoReturn, Optional
+from typing import Any, NamedTuple, NoReturn, Optional
 
 import torch
 
 from .. import extension
 from . import checks, ops
-from .call import Cache, Call
-from .choice import Choice, Wanted, choose, wanted
+from .call import Cache, Call, Options
+from .choice import ENVIRONMENT, Choice, Wanted, choose, wanted
 from .score import resolve
 
 _DOC = """\
@@ -44,10 +45,9 @@ _KEYWORDS = {
     "backend": "auto",
 }
 _SOFTMAX_BACKENDS = {"cpu": "cpu", "cuda": "fa2"}
-# The backend of calls that look the same. What is checked and chosen once is not checked and chosen again.
+# What calls that look the same were found to be: they are checked, and their backend is chosen, once.
 _MOST_LOOKS = 4096
 _HAS_AUTOCAST = hasattr(torch, "get_autocast_dtype")  # torch 2.4: of any device
-_known: dict = {}
 
 
 def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,6 +58,7 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
     names = [p.name for p in parameters]
+    has_cache = "k_cache" in names
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     known = frozenset(names)
 
@@ -89,8 +90,21 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
                     bind(args, kwargs), activation, sigmoid_bias, normalization, algorithm, backend
                 )
             return function(*args, **kwargs)
+        values = (*args, *kwargs.values(), use_softmax, activation, sigmoid_bias, normalization)
+        looks = _looks((function, len(args), *kwargs), values, algorithm, backend, has_cache)
+        known = None if looks is None else _known.get(looks)
+        if known is not None and known.places is not None:
+            return _returned(known.call(values), known.backend, False)
         score = use_softmax, activation, sigmoid_bias, normalization
-        return _attend(bind(args, kwargs), score, algorithm, backend)
+        arguments, rebuild = bind(args, kwargs), None
+        if getattr(arguments.get("q", arguments.get("qkv")), "is_nested", False):
+            arguments, rebuild = _packed(arguments)
+        call = _call_of(arguments, score)
+        as_operator = looks is None and ops.followed(call) or call.q.is_meta
+        name = _backend(call, algorithm, backend, as_operator) if known is None else known.backend
+        if known is None and looks is not None and not as_operator:
+            _remember(looks, call, name, (*names[: len(args)], *kwargs, *_SCORE), values)
+        return _returned(call, name, as_operator, rebuild)
 
     def question(args: tuple, kwargs: dict) -> Choice:
         """What flash_attn.explain answers."""
@@ -224,34 +238,129 @@ _PAIR_PACKED = {
 
 
 def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) -> tuple[Call, str]:
-    known = {**_PAIR, **_PAIR_PACKED} if "cu_seqlens_q" in options else _PAIR
-    if unknown := sorted(options.keys() - known.keys()):
-        raise TypeError(f"{unknown[0]} is no argument here: give {', '.join(known)}, by keyword")
-    given = {**known, **options, "q": q, "k": k, "v": v, "return_attn_probs": False}
+    algorithm, backend = options.get("algorithm", "auto"), options.get("backend", "auto")
+    values = (q, k, v, *options.values())
+    looks = _looks((_prepared, *options), values, algorithm, backend, strides=False)
+    known = None if looks is None else _known.get(looks)
+    if known is not None and known.places is not None:
+        return known.call(values), known.backend
+    defaults = {**_PAIR, **_PAIR_PACKED} if "cu_seqlens_q" in options else _PAIR
+    if unknown := sorted(options.keys() - defaults.keys()):
+        raise TypeError(f"{unknown[0]} is no argument here: give {', '.join(defaults)}, by keyword")
+    given = {**defaults, **options, "q": q, "k": k, "v": v, "return_attn_probs": False}
     for name in (
         ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k") if "cu_seqlens_q" in options else ()
     ):
         if given[name] is None:
             raise TypeError(f"{name} is missing: packed sequences need it beside cu_seqlens_q")
-    score = False, given.pop("activation"), given.pop("sigmoid_bias"), given.pop("normalization")
-    algorithm, backend = given.pop("algorithm"), given.pop("backend")
-    call = _call_of(given, score)
-    return call, _backend(call, algorithm, backend, ops.followed(call))
+    call = _call_of(given, (False, given["activation"], given["sigmoid_bias"], given["normalization"]))
+    as_operator = ops.followed(call)
+    name = _backend(call, algorithm, backend, as_operator)
+    if looks is not None and not as_operator:
+        _remember(looks, call, name, ("q", "k", "v", *options), values)
+    return call, name
 
 
 # ---- From the arguments of a function to a call ----
 
 
-def _attend(arguments: dict, score: tuple, algorithm: str, backend: str) -> Any:
-    rebuild = None
-    if getattr(arguments.get("q", arguments.get("qkv")), "is_nested", False):
-        arguments, rebuild = _packed(arguments)
-    call = _call_of(arguments, score)
-    as_operator = ops.followed(call)
-    name = _backend(call, algorithm, backend, as_operator)
+class _Known(NamedTuple):
+    """What a call was found to be.
+
+    places: where each tensor of the call stands among the values of the arguments; None if one of them is
+    made from an argument, as by a conversion. has_more: whether there are tensors beside q, k and v.
+    """
+
+    backend: str
+    options: Options
+    places: Optional[tuple]
+    has_more: bool
+
+    def call(self, values: tuple) -> Call:
+        """The call with other tensors of the same looks."""
+        tensors = [None if place is None else values[place] for place in self.places]
+        if self.has_more:  # of q, k and v each backend takes any strides
+            tensors[3:] = [None if x is None else x.contiguous() for x in tensors[3:]]
+        return Call(*tensors, self.options)
+
+
+_known: dict[tuple, _Known] = {}
+_SCORE = ("use_softmax", "activation", "sigmoid_bias", "normalization")
+_NAMES = {"row_factors": "normalization", "sigmoid_biases": "sigmoid_bias"}  # of arguments, by fields
+# The arguments of which a call keeps the tensor, in whatever form, and no number.
+_OF_TENSORS = frozenset((
+    *Call._fields, *Cache._fields, *_NAMES.values(), "qkv", "kv", "k_cache", "v_cache", "cu_seqlens",
+    "cache_leftpad",
+))  # fmt: skip
+_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+_PLAIN_TYPES = frozenset((int, float, bool, str, type(None)))
+
+
+def _looks(of: tuple, values: tuple, algorithm: str, backend: str, strides: bool) -> Optional[tuple]:
+    """All that a check or a choice may depend on, but what lies in the tensors. None if something may not be
+    remembered: under a compiler or a dispatch mode, and beside an argument that may change, such as a list.
+
+    strides: whether those of the tensors count.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return None
+    named = os.environ.get(ENVIRONMENT) if backend == "auto" else None
+    looks = [of, torch.is_grad_enabled(), algorithm, backend, named]
+    if torch._C._is_any_autocast_enabled():
+        looks += [_autocast_dtype(kind) for kind in _SOFTMAX_BACKENDS]
+    try:
+        for x in values:
+            kind = type(x)
+            if kind in _TENSORS:
+                looks += x.shape, x.dtype, x.device, x.requires_grad
+                if strides:
+                    looks.append(x.stride())
+            elif kind in _PLAIN_TYPES:
+                looks += kind, x
+            elif kind is tuple and _PLAIN_TYPES.issuperset(map(type, x)):
+                looks += x, *map(type, x)
+            else:
+                return None
+        looks = tuple(looks)
+        hash(looks)
+    except (RuntimeError, TypeError):  # a nested tensor of the strided layout has no shape
+        return None
+    return looks
+
+
+def _remember(looks: tuple, call: Call, backend: str, names: tuple, values: tuple) -> None:
+    """Keep what the call was found to be. names: of the values.
+
+    A tensor in the place of a number is read, and the number may change: such a call is not kept.
+    """
+    if any(type(x) in _TENSORS and name not in _OF_TENSORS for name, x in zip(names, values)):
+        return
+    places: Optional[tuple] = None
+    if call.cache is None:
+        at = [_place(field, x, names, values) for field, x in zip(Call._fields, call.tensors)]
+        places = None if -1 in at else tuple(at)
+    if len(_known) >= _MOST_LOOKS:
+        _known.clear()
+    _known[looks] = _Known(backend, call.options, places, any(x is not None for x in call.tensors[3:]))
+
+
+def _place(field: str, x: Optional[torch.Tensor], names: tuple, values: tuple) -> Optional[int]:
+    """Where a tensor of the call stands among the values of these names; -1 if it is none of them."""
+    if x is None:
+        return None
+    name = _NAMES.get(field, field)
+    return names.index(name) if name in names and values[names.index(name)] is x else -1
+
+
+def _returned(call: Call, backend: str, as_operator: bool, rebuild: Optional[Callable] = None) -> Any:
+    """What the public function returns."""
     if call.cache is not None:
-        return ops.attend_cached(call, name)
-    result = ops.attend(call, name, as_operator)
+        return ops.attend_cached(call, backend)
+    result = ops.attend(call, backend, as_operator)
     out = result.out if rebuild is None else rebuild(result.out)
     if not call.options.return_attn_probs:
         return out
@@ -262,18 +371,10 @@ def _attend(arguments: dict, score: tuple, algorithm: str, backend: str) -> Any:
 def _backend(call: Call, algorithm: str, backend: str, as_operator: bool) -> str:
     """What runs the call, after all checks. An operator is told what was asked for, and chooses itself."""
     among = wanted(algorithm, backend)
+    _check(call)
     if as_operator:
-        _check(call)
         return backend if backend != "auto" else algorithm
-    key = call.looks(), among.forced, algorithm
-    name = _known.get(key)
-    if name is None:
-        _check(call)
-        name = choose(call, among).backend
-        if len(_known) >= _MOST_LOOKS:
-            _known.clear()
-        _known[key] = name
-    return name
+    return choose(call, among).backend
 
 
 def _check(call: Call) -> None:
@@ -416,12 +517,18 @@ def _autocast(*tensors: Optional[torch.Tensor]) -> tuple:
     """
     if not torch._C._is_any_autocast_enabled():  # one call in place of three
         return tensors
-    kind = tensors[0].device.type
-    if kind not in _SOFTMAX_BACKENDS or not _HAS_AUTOCAST or not torch.is_autocast_enabled(kind):
+    dtype = _autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
     casts = [x is not None and x.is_floating_point() and x.dtype != torch.float64 for x in tensors]
     return tuple(x.to(dtype) if cast else x for x, cast in zip(tensors, casts))
+
+
+def _autocast_dtype(kind: str) -> Optional[torch.dtype]:
+    """What autocast casts to on devices of this type, None if it does not."""
+    if kind not in _SOFTMAX_BACKENDS or not _HAS_AUTOCAST or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _int32(name: str, x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
