@@ -116,12 +116,17 @@ def test_patches_only_change_lines_of_shared_files(patched):
         assert b"\nold mode " not in patch.data and b"\nGIT binary patch" not in patch.data
 
 
+GEN = "gen/unused_generator_compat"
+
+
 @pytest.mark.parametrize(
     "old, new, told",
     [
-        ("return_softmax gen", "return_softmax gen [num_splits]", ""),
-        ("return_softmax gen", "return_softmax", "fwd takes gen"),
-        ("return_softmax gen", "return_softmax gen num_splits", "fwd lacks num_splits"),
+        (GEN, f"{GEN} [num_splits]", ""),
+        (GEN, "other/gen/third", ""),
+        (GEN, "other", "fwd takes gen and lacks other"),
+        (f" {GEN}", "", "fwd takes gen"),
+        (GEN, f"{GEN} num_splits", "fwd lacks num_splits"),
         ("softcap return_softmax", "return_softmax softcap", "fwd has another order"),
     ],
 )

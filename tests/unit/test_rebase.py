@@ -116,6 +116,29 @@ def test_the_old_form_stays_beside_the_new_one_and_no_release_takes_both(clash):
     assert "carrying 2 patches from 1.2 to 1.3" in clash.fap("rebase", version="1.3")
 
 
+def test_what_the_target_has_already_stays_for_the_other_releases(clash):
+    clash.replace(
+        clash.patches / CORE_PATCH, "Upstream-Status: Inappropriate [toy]", "Upstream-Status: Backport [1.2]"
+    )
+    clash.fap("apply")
+    clash.fap("rebase", code=1, version="1.2")
+    clash.git("checkout", "HEAD", "--", ".", cwd=clash.root / "build" / "rebase" / "toy")
+    assert "dropped" not in clash.fap("rebase", "--continue")
+    assert series.Patch(CORE_PATCH, (clash.patches / CORE_PATCH).read_bytes()).applies == ">=1.0,<1.2"
+    for version, count in (("1.0", 2), ("1.1", 2), ("1.2", 1)):
+        assert f"{count} patches" in clash.fap("apply", version=version)
+
+
+def test_a_patch_of_which_nothing_is_left_is_not_lost(clash):
+    before = clash.exported()
+    clash.fap("rebase", code=1, version="1.2")
+    clash.git("checkout", "HEAD", "--", ".", cwd=clash.root / "build" / "rebase" / "toy")
+    said = clash.fap("rebase", "--continue", code=1)
+    assert f"{CORE_PATCH} has nothing left in 1.2" in said and "Upstream-Status: Backport [1.2]" in said
+    clash.fap("rebase", "--abort")
+    assert clash.exported() == before
+
+
 def test_a_dropped_release_takes_its_form_of_a_patch_with_it(clash):
     clash.fap("rebase", code=1, version="1.2")
     mend(clash)

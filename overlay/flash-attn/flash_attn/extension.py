@@ -17,19 +17,19 @@ import torch
 
 USE_TRITON_ROCM = os.getenv("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE") == "TRUE"
 
-# Upstream's names, which `make apply` compares with flash_api.cpp. [name]: some releases lack it; the CPU
-# does without.
+# Upstream's names, which `make apply` compares with flash_api.cpp. [name]: some releases lack the argument,
+# and the CPU does without it. name/other: the releases differ in its name.
 SIGNATURES = {
     "fwd": "q k v out alibi_slopes p_dropout softmax_scale is_causal window_size_left window_size_right "
-    "softcap return_softmax gen",
+    "softcap return_softmax gen/unused_generator_compat",
     "varlen_fwd": "q k v out cu_seqlens_q cu_seqlens_k seqused_k leftpad_k block_table alibi_slopes "
     "max_seqlen_q max_seqlen_k p_dropout softmax_scale zero_tensors is_causal window_size_left "
-    "window_size_right softcap return_softmax gen",
+    "window_size_right softcap return_softmax gen/unused_generator_compat",
     "bwd": "dout q k v out softmax_lse dq dk dv alibi_slopes p_dropout softmax_scale is_causal "
-    "window_size_left window_size_right softcap deterministic gen rng_state",
+    "window_size_left window_size_right softcap deterministic gen/unused_generator_compat rng_state",
     "varlen_bwd": "dout q k v out softmax_lse dq dk dv cu_seqlens_q cu_seqlens_k alibi_slopes max_seqlen_q "
     "max_seqlen_k p_dropout softmax_scale zero_tensors is_causal window_size_left window_size_right softcap "
-    "deterministic gen rng_state",
+    "deterministic gen/unused_generator_compat rng_state",
     "fwd_kvcache": "q kcache vcache k v seqlens_k rotary_cos rotary_sin cache_batch_idx leftpad_k "
     "block_table alibi_slopes out softmax_scale is_causal window_size_left window_size_right softcap "
     "is_rotary_interleaved num_splits",

@@ -33,7 +33,9 @@ def of_api(text: str) -> Signatures:
 
 
 def of_stand_in(text: str) -> Signatures:
-    """function -> names of its parameters in the table SIGNATURES; what some releases lack is in brackets."""
+    """function -> names of its parameters in the table SIGNATURES. What some releases lack is in brackets.
+    Slashes join the names that one parameter has in different releases.
+    """
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SIGNATURES":
             return {name: line.split() for name, line in ast.literal_eval(node.value).items()}
@@ -44,7 +46,7 @@ def differences(table: Signatures, api: Signatures) -> list[str]:
     """One line for each function whose parameters in ``api`` are not those of the table."""
     found = []
     for name in sorted(table.keys() | api.keys()):
-        listed, given = table.get(name, []), api.get(name, [])
+        listed, given = _in_one_wording(table.get(name, []), api.get(name, []))
         known = [n.strip("[]") for n in listed]
         taken = [n.strip("[]") for n in listed if not n.startswith("[") or n.strip("[]") in given]
         if taken == given:
@@ -53,6 +55,14 @@ def differences(table: Signatures, api: Signatures) -> list[str]:
         says = [f"takes {', '.join(added)}"] * bool(added) + [f"lacks {', '.join(gone)}"] * bool(gone)
         found.append(f"{name} {' and '.join(says) or 'has another order: ' + ' '.join(given)}")
     return found
+
+
+def _in_one_wording(listed: list[str], given: list[str]) -> tuple[list[str], list[str]]:
+    """Both, with the first name in the place of every other name that ``listed`` has for a parameter."""
+    first: dict[str, str] = {}
+    for names in (n.strip("[]").split("/") for n in listed):
+        first.update(dict.fromkeys(names, names[0]))
+    return [re.sub(r"/[^\]]*", "", n) for n in listed], [first.get(n, n) for n in given]
 
 
 def check(project: Project, base: Base, files: dict[str, bytes]) -> None:
@@ -66,5 +76,5 @@ def check(project: Project, base: Base, files: dict[str, bytes]) -> None:
         raise FapError(
             f"{API} of {project.release.version} is not what {STAND_IN} stands for: {'; '.join(found)}",
             f"correct SIGNATURES in {overlay.home(project.family, STAND_IN)}; what some releases lack goes "
-            "into [brackets]",
+            "into [brackets], and another name of the same argument behind a slash",
         )

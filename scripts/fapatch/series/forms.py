@@ -12,6 +12,7 @@ from packaging.specifiers import Specifier
 from packaging.version import Version
 
 from ..base import git
+from ..base.errors import FapError
 from ..base.project import Project
 from ..source import fetch
 from . import series
@@ -52,13 +53,38 @@ def split(applies: str, version: str, newest: bool) -> tuple[str, str]:
     return _text([*lower, f"<{version}"]), _text([f">={version}", *upper])
 
 
+def _with_gone(
+    before: tuple[Patch, ...], after: tuple[Patch, ...], version: str, newest: bool, served: list[str]
+) -> tuple[Patch, ...]:
+    """``after``, and in their places the patches that ``version`` turned out not to need, for the releases
+    ``served`` that do.
+    """
+    result = {p.name: p for p in after}
+    order = [p.name for p in after]
+    for place, patch in enumerate(before):
+        if patch.name in result or not any(patch.applies_to(release) for release in served):
+            continue
+        if not patch.is_backport:
+            raise FapError(
+                f"{patch.name} has nothing left in {version}, and other releases need it",
+                f"make rebase-abort; if it has its change, write Upstream-Status: Backport [{version}] "
+                "into it and start again",
+            )
+        result[patch.name] = patch.with_applies(split(patch.applies, version, newest)[0])
+        behind = [p.name for p in before[:place] if p.name in order]
+        order.insert(order.index(behind[-1]) + 1 if behind else 0, patch.name)
+    return tuple(result[name] for name in order)
+
+
 def keep_old(project: Project, before: tuple[Patch, ...], after: tuple[Patch, ...]) -> tuple[Patch, ...]:
     """``after``, the series written for the project's release, beside the old form (from ``before``) of each
-    patch whose new form does not apply to a release that took the old one.
+    patch that it has no longer, or whose new form does not apply to a release that took the old one.
     """
-    old, needed = {p.name: p for p in before}, set()
-    others = [r for r in project.family.releases if r.version != project.release.version]
+    old, needed, version = {p.name: p for p in before}, set(), project.release.version
+    others = [r for r in project.family.releases if r.version != version]
     served = [r for r in others if not series.not_carried(before, r.version)]
+    newest = all(Version(version) > Version(r.version) for r in served)
+    after = _with_gone(before, after, version, newest, [r.version for r in served])
     for release in served:
         commit = fetch.pinned(replace(project, release=release)).commit
         with git.index_of(commit, repo=project.store) as index:
@@ -67,8 +93,6 @@ def keep_old(project: Project, before: tuple[Patch, ...], after: tuple[Patch, ..
                     index.apply(old[patch.name].data)
                 elif index.apply(patch.data) and patch.name in old and not index.apply(old[patch.name].data):
                     needed.add(patch.name)
-    version = project.release.version
-    newest = all(Version(version) > Version(r.version) for r in served)
     suffix = "-" + re.sub(r"[^a-z0-9]+", "-", version.lower())
     result: list[Patch] = []
     for patch in after:
