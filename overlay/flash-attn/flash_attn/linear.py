@@ -1,8 +1,7 @@
-"""Causal attention without softmax as a recurrence, for decoding and for long sequences in pieces:
-docs/linear.md.
+"""Run causal attention without softmax as a recurrence, for decoding and for long sequences in pieces.
 
-flash_attn_func and its kin take linear time by themselves where it is exact and faster; these two carry the
-state.
+These two functions carry the state (docs/linear.md). flash_attn_func and the other functions choose the
+linear algorithm on their own where it is exact and faster.
 """
 
 from .nosoftmax.backends.linear.state import linear_attention_prefill, linear_attention_step

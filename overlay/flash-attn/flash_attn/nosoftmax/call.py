@@ -1,7 +1,7 @@
-"""One call without softmax, whatever function it came through: its tensors and its options under one set of
-names.
+"""Describe a call without softmax: tensors and options under the same names for every public function.
 
-Imports torch and its neighbours alone: both wheels have a copy, and nothing may ask for the class of a Call.
+Both wheels have a copy of this module, so it imports only torch and its sibling modules, and no code may test
+whether an object is an instance of Call.
 """
 
 from typing import Any, NamedTuple, Optional, get_type_hints
@@ -10,13 +10,13 @@ import torch
 
 
 class Options(NamedTuple):
-    """What a call is told beside its tensors; checked, with no default left to fill in. Hashable.
+    """The checked options of a call, with all defaults filled in. Hashable.
 
-    max_seqlen_q, max_seqlen_k: the longest sequence of a packed call; seqlen_q and seqlen_k of a dense one;
-    the capacity of a cache. window_left, window_right: how many keys a query sees on each side of its own, -1
-    is no limit; causal is window_right = 0 and stands for nothing else. sigmoid_bias: None is -log n. factor:
-    on each row of the output, beside normalization and Call.row_factors.
-    return_attn_probs: whether S_dmask is asked for. The rest as in the public functions.
+    max_seqlen_q, max_seqlen_k: the longest lengths of a packed call; seqlen_q and seqlen_k of a dense call;
+    with a cache, max_seqlen_k is its capacity. window_left, window_right: how many keys a query sees on each
+    side of its aligned key; -1 is no limit, and causal is exactly window_right = 0. sigmoid_bias: None is
+    -log n. factor: multiplies each row of the output, beside normalization and Call.row_factors.
+    return_attn_probs: whether to return S_dmask. The other options are as in the public functions.
     """
 
     max_seqlen_q: int
@@ -39,13 +39,14 @@ class Options(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What flash_attn_with_kvcache has beside a Call, whose k and v are the caches and whose max_seqlen_k is
-    their capacity.
+    """The arguments that only flash_attn_with_kvcache has. Its Call holds the caches as k and v, and their
+    capacity as max_seqlen_k.
 
-    k, v: (batch, seqlen_new, nheads_k, head_dim), what is appended, or None. cache_seqlens: int32 (batch,),
-    the filled lengths, None for all of the capacity. cache_batch_idx: int32 (batch,). rotary_cos, rotary_sin:
-    (seqlen_ro, rotary_dim / 2). steps: whether the positions of the queries go up from cache_seqlens (causal,
-    or with a window as the caller gave it), or all of them have that one.
+    k, v: (batch, seqlen_new, nheads_k, head_dim), the keys and values to append, or None. cache_seqlens:
+    int32 (batch,), the filled lengths; None is the whole capacity. cache_batch_idx: int32 (batch,).
+    rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2). steps: True if the rotary positions of the queries go
+    up from cache_seqlens (causal, or with a window as the caller gave it), False if all queries have the
+    position cache_seqlens.
     """
 
     k: Optional[torch.Tensor]
@@ -60,15 +61,16 @@ class Cache(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A call, checked. Nobody changes it.
+    """A checked, immutable call.
 
     q: (batch, seqlen_q, nheads, head_dim); k: (batch, seqlen_k, nheads_k, head_dim); v: (batch, seqlen_k,
-    nheads_k, head_dim_v). With cu_seqlens_q and cu_seqlens_k, int32 (batch + 1,): (total_q, nheads,
-    head_dim), (total_k, nheads_k, head_dim) and (total_k, nheads_k, head_dim_v), or with block_table, int32
-    (batch, pages), k and v are (num_pages, page_size, nheads_k, …). seqused_k, leftpad_k: int32 (batch,), the
-    end and the beginning of the keys that count in a sequence, or None. alibi_slopes, sigmoid_biases: float32
-    (nheads,) or (batch, nheads). row_factors: float32 (batch,), or a factor for each query: (batch,
-    seqlen_q), packed (total_q,). Of packed qkv and kv the tensors are views, through which gradients go.
+    nheads_k, head_dim_v). Packed, with cu_seqlens_q and cu_seqlens_k int32 (batch + 1,): (total_q, nheads,
+    head_dim), (total_k, nheads_k, head_dim) and (total_k, nheads_k, head_dim_v). Paged, with block_table
+    int32 (batch, pages): k and v are (num_pages, page_size, nheads_k, …). seqused_k, leftpad_k: int32
+    (batch,) or None, where the keys that count in a sequence end and begin. alibi_slopes, sigmoid_biases:
+    float32 (nheads,) or (batch, nheads). row_factors: float32 (batch,), or a factor for each query: (batch,
+    seqlen_q), packed (total_q,). q, k and v may be views of a packed qkv or kv argument, so that gradients
+    reach it.
     """
 
     q: torch.Tensor
@@ -95,7 +97,7 @@ class Call(NamedTuple):
 
     @property
     def tensors(self) -> tuple:
-        """The tensors, None where there is none, in the order in which they are fields."""
+        """The tensor fields in order, None where a tensor is absent."""
         return self[:TENSORS]
 
 
@@ -107,21 +109,21 @@ _IN_A_SCHEMA = {
 
 
 def declared(fields: type, names: tuple = ()) -> str:
-    """The fields of a NamedTuple, of these names or all, as arguments of an operator's schema."""
+    """Return the fields of a NamedTuple, those in `names` or all, as arguments of an operator's schema."""
     hints = get_type_hints(fields)
     return ", ".join(f"{_IN_A_SCHEMA[hints[name]]} {name}" for name in names or fields._fields)
 
 
 def needs_grad(call: Any) -> bool:
-    """Whether the caller's backward will want gradients of this call."""
+    """Whether autograd may ask for gradients of this call."""
     return torch.is_grad_enabled() and (call.q.requires_grad or call.k.requires_grad or call.v.requires_grad)
 
 
 def forward_work(call: Any) -> float:
-    """Floating-point operations of the two matrix products of a forward, of visible scores alone.
+    """Estimate the floating-point operations of a forward pass: two matrix products over the visible scores.
 
-    With cu_seqlens all sequences are taken to have the mean length, and with pages the longest: reading
-    lengths would stop a GPU.
+    Takes the mean length for all packed sequences, and the longest length for paged keys, because reading the
+    lengths would synchronize the GPU.
     """
     q, k, options = call.q, call.k, call.options
     seqlen_q, seqlen_k, queries = (
@@ -134,7 +136,7 @@ def forward_work(call: Any) -> float:
         seqlen_q /= sequences
         seqlen_k = seqlen_k / sequences if call.block_table is None else options.max_seqlen_k
     left, right = options.window_left, options.window_right
-    keys = seqlen_k - min(seqlen_q, seqlen_k) / 2 if right == 0 else seqlen_k  # of a query, in the mean
+    keys = seqlen_k - min(seqlen_q, seqlen_k) / 2 if right == 0 else seqlen_k  # per query, on average
     if left >= 0 and right >= 0:
         keys = min(keys, left + 1 + right)
     return 2.0 * queries * q.shape[-2] * keys * (q.shape[-1] + call.v.shape[-1])

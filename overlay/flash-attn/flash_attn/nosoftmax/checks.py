@@ -1,12 +1,11 @@
-"""All checks of arguments, for every backend and for the functions with a state: one rule, one wording, one
-place.
+"""Check the arguments of all public functions, with one rule and one wording for every backend.
 
-`options` checks what is no tensor, `tensors` what can be seen of tensors without reading them, and `values`
-what lies in tensors on the CPU. What lies in a tensor on another device is never read: a NaN there shows as
-NaN, and a wrong length or index is the caller's. Errors name the public argument, its value and what to do:
-TypeError for a wrong kind of thing, ValueError for a wrong one of its kind.
+`options` checks the arguments that are not tensors, `tensors` the shapes, dtypes and devices of tensors, and
+`values` the contents of tensors on the CPU. Contents on other devices are never read: a NaN there propagates,
+and a wrong length or index is the caller's responsibility. Errors name the public argument, its value and the
+remedy. A wrong type or dtype raises TypeError, a wrong value ValueError.
 
-Imports torch and its neighbours alone: both wheels have a copy.
+Both wheels have a copy of this module, so it imports only torch and its sibling modules.
 """
 
 from functools import lru_cache
@@ -19,7 +18,7 @@ from .score import ACTIVATIONS, resolve
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
-# Beyond these a product of finite 16-bit numbers with them may leave the range of float32.
+# Beyond these limits a product with finite 16-bit numbers may leave the range of float32.
 _LARGEST_SCALE = 1e9
 _SOFTCAPS = (1e-9, 1e9)
 _LARGEST = torch.finfo(torch.float64).max
@@ -39,13 +38,11 @@ CACHED = (
 NEW = ("", "batch, seqlen_new, nheads_k, head_dim", "batch, seqlen_new, nheads_k, head_dim_v")
 
 
-# ---- What is no tensor ----
+# ---- Arguments that are not tensors ----
 
 
 def number(name: str, x: Any) -> float:
-    """x as a float or a symbolic one; a tensor without dimensions is read. Raises TypeError for anything
-    else.
-    """
+    """Return x as a float or SymFloat, reading a 0-d tensor. Raises TypeError for anything else."""
     if type(x) is float:
         return x
     if isinstance(x, torch.Tensor):
@@ -58,15 +55,13 @@ def number(name: str, x: Any) -> float:
             return float(x)
     elif isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
         return x if isinstance(x, torch.SymFloat) else float(x)
-    elif hasattr(x, "__float__") and not hasattr(x, "__len__"):  # a NumPy number, say
+    elif hasattr(x, "__float__") and not hasattr(x, "__len__"):  # such as a NumPy number
         return float(x)
     raise TypeError(f"{name}={x!r}: give a number")
 
 
 def integer(name: str, x: Any) -> int:
-    """x as an int or a symbolic one; an integer tensor without dimensions is read. Raises TypeError for
-    anything else.
-    """
+    """Return x as an int or SymInt, reading a 0-d integer tensor. Raises TypeError for anything else."""
     if type(x) is int or isinstance(x, torch.SymInt):
         return x
     if isinstance(x, torch.Tensor):
@@ -80,10 +75,8 @@ def integer(name: str, x: Any) -> int:
 def flag(name: str, x: Any) -> bool:
     if x is True or x is False:
         return x
-    if isinstance(x, (int, torch.SymBool)) or type(x).__name__ in (
-        "bool_",
-        "bool",
-    ):  # 0 and 1, and NumPy's bools
+    # Take 0 and 1, and NumPy's bools.
+    if isinstance(x, (int, torch.SymBool)) or type(x).__name__ in ("bool_", "bool"):
         return bool(x)
     raise TypeError(f"{name}={x!r}: give True or False")
 
@@ -104,11 +97,10 @@ def options(
     normalization: Any,
     use_softmax: bool = False,
 ) -> Options:
-    """The options of a call, checked alone and against each other."""
+    """Check the options of a call, each alone and against the others."""
     try:
-        left, right = (
-            () if isinstance(window_size, str) else window_size
-        )  # upstream's own tests pass a tensor
+        # Upstream's own tests pass a tensor.
+        left, right = () if isinstance(window_size, str) else window_size
     except (TypeError, ValueError):
         raise TypeError(
             f"window_size={window_size!r}: give a pair (left, right) of integers, -1 for no limit"
@@ -117,8 +109,7 @@ def options(
         head_dim, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap,
         deterministic, return_attn_probs, activation, sigmoid_bias, normalization, use_softmax,
     )  # fmt: skip
-    # Equal numbers give equal options. What is no number, such as a tensor, may change; torch.compile looks
-    # into no cache.
+    # Cache plain values only: a tensor may change, and torch.compile does not use caches.
     plain = _PLAIN.issuperset(map(type, given)) and not torch.compiler.is_compiling()
     return (_options_again if plain else _options)(*given)
 
@@ -133,7 +124,7 @@ def _options(
     causal = flag("causal", causal)
     left, right = (-1 if side is None else max(integer("window_size", side), -1) for side in (left, right))
     score = resolve(use_softmax, activation, sigmoid_bias, normalization)
-    # Comparisons that NaN does not pass, and that torch.compile can trace, which math.isfinite is not.
+    # These comparisons reject NaN, and torch.compile can trace them, unlike math.isfinite.
     if not abs(scale) <= (_LARGEST if use_softmax else _LARGEST_SCALE):
         raise ValueError(
             f"softmax_scale={softmax_scale}: give a number of at most {_LARGEST_SCALE:g} in size, or None "
@@ -153,7 +144,7 @@ def _options(
             f"softmax_scale={softmax_scale} with softcap={softcap}: softcap needs a positive scale"
         )
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        # A length that a compiler does not know yet can't be compared.
+        # While compiling, the length may be unknown, and can't be compared.
         if not torch.compiler.is_compiling() and longest < 0:
             raise ValueError(f"{name}={longest}: give the length of the longest sequence")
     return Options(
@@ -167,8 +158,8 @@ _options_again = lru_cache(4096, typed=True)(_options)
 
 
 def apart(sigmoid_bias: Any, normalization: Any) -> tuple:
-    """(sigmoid_bias, normalization, row_factors, sigmoid_biases): what was given as a tensor stands in the
-    last two, and the first two are then what does nothing.
+    """Return (sigmoid_bias, normalization, row_factors, sigmoid_biases). An argument given as a tensor moves
+    to the last two, and its default takes its place.
     """
     factors = biases = None
     if isinstance(normalization, torch.Tensor):
@@ -178,7 +169,7 @@ def apart(sigmoid_bias: Any, normalization: Any) -> tuple:
     return sigmoid_bias, normalization, factors, biases
 
 
-# ---- What can be seen of a tensor ----
+# ---- Shapes, dtypes and devices of tensors ----
 
 
 def is_tensor(name: str, x: Any) -> None:
@@ -193,15 +184,13 @@ def rank(name: str, x: torch.Tensor, axes: str) -> None:
 
 
 def shape(name: str, x: Optional[torch.Tensor], *expected: int, axes: str) -> None:
-    """x, if it is given, has the expected shape; `axes` names its axes for the message."""
+    """Check the shape of x, unless x is None. axes: the names of its axes, for the message."""
     if x is not None and x.shape != expected:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {tuple(expected)} = ({axes})")
 
 
 def one_device(**given: Optional[torch.Tensor]) -> None:
-    """All tensors are on one device. A tensor without dimensions is a number, which any device can
-    be given.
-    """
+    """Check that all tensors are on one device. A 0-d tensor counts as a number, and may be on any device."""
     devices = {name: x.device for name, x in given.items() if x is not None and x.dim() > 0}
     if len(set(devices.values())) > 1:
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
@@ -229,9 +218,7 @@ def heads(nheads: int, nheads_k: int, head_dim: int, head_dim_v: int) -> None:
 def qkv(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, axes: tuple, names: tuple = ("q", "k", "v")
 ) -> None:
-    """Ranks and shapes; axes: those of the three tensors. The batch, where k's first axis is not that of q,
-    is the caller's.
-    """
+    """Check ranks and shapes. axes: those of q, k and v. The caller checks that their batches are equal."""
     for name, x, of_x in zip(names, (q, k, v), axes):
         rank(name, x, of_x)
     expected = (*k.shape[:-1], q.shape[-1])
@@ -241,7 +228,7 @@ def qkv(
 
 
 def integers(name: str, x: Optional[torch.Tensor], *expected: int, axes: str) -> None:
-    """x, if it is given, is an integer tensor of the expected shape."""
+    """Check that x, unless None, is an integer tensor of the expected shape."""
     if x is None:
         return
     if x.dtype not in _INTEGERS:
@@ -250,7 +237,7 @@ def integers(name: str, x: Optional[torch.Tensor], *expected: int, axes: str) ->
 
 
 def constants(name: str, x: Optional[torch.Tensor], *shapes: tuple) -> None:
-    """x, if it is given, is a float32 tensor of one of the shapes, and asks for no gradient."""
+    """Check that x, unless None, is a float32 tensor of one of the shapes and requires no gradient."""
     if x is None:
         return
     if x.dtype != torch.float32:
@@ -262,7 +249,7 @@ def constants(name: str, x: Optional[torch.Tensor], *shapes: tuple) -> None:
 
 
 def _of_the_score(call: Call) -> None:
-    """What is given for each head, sequence or row."""
+    """Check the tensors with a value for each head, sequence or row."""
     batch, nheads = call.batch, call.q.shape[-2]
     constants("alibi_slopes", call.alibi_slopes, (nheads,), (batch, nheads))
     if call.alibi_slopes is not None and call.options.softmax_scale == 0.0:
@@ -279,7 +266,7 @@ def _of_the_score(call: Call) -> None:
 
 
 def tensors(call: Call, **more: Optional[torch.Tensor]) -> None:
-    """The tensors of a call that is not a cache's fit together. more: other lengths of its sequences, int32
+    """Check that the tensors of a call without a cache fit together. more: other sequence lengths, int32
     (batch,).
     """
     q, k, v = call.q, call.k, call.v
@@ -322,7 +309,7 @@ def tensors(call: Call, **more: Optional[torch.Tensor]) -> None:
 
 
 def _keys(call: Call, batch: int) -> None:
-    """What says which keys of a sequence count, and where they are."""
+    """Check seqused_k, leftpad_k and block_table."""
     integers("seqused_k", call.seqused_k, batch, axes="batch")
     integers("leftpad_k" if call.cache is None else "cache_leftpad", call.leftpad_k, batch, axes="batch")
     if call.block_table is None:
@@ -340,7 +327,7 @@ def _keys(call: Call, batch: int) -> None:
 
 
 def cache(call: Call) -> None:
-    """The tensors of a call of flash_attn_with_kvcache fit together."""
+    """Check that the tensors of a flash_attn_with_kvcache call fit together."""
     q, k, v, given = call.q, call.k, call.v, call.cache
     paged = call.block_table is not None
     one_device(
@@ -420,7 +407,7 @@ def _rotary(call: Call) -> None:
 
 
 def dout(x: torch.Tensor, call: Call) -> None:
-    """A gradient of the output, where a caller gives it himself."""
+    """Check a gradient of the output that the caller passes."""
     is_tensor("dout", x)
     one_device(q=call.q, dout=x)
     one_dtype(call.q, dout=x)
@@ -428,7 +415,7 @@ def dout(x: torch.Tensor, call: Call) -> None:
 
 
 def rng_state(x: Optional[torch.Tensor], call: Call) -> None:
-    """The state that the forward pass returned, where there is dropout."""
+    """Check the rng_state of the forward pass, which dropout needs."""
     if call.options.dropout_p == 0.0:
         return
     if x is None:
@@ -451,8 +438,8 @@ def state(
     axes: tuple,
     softmax_scale: Any,
 ) -> float:
-    """The tensors of a function with a state fit together; returns softmax_scale. axes: those of q,
-    k and v.
+    """Check that the tensors of a recurrent function fit together, and return softmax_scale. axes: those of
+    q, k and v.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         is_tensor(name, x)
@@ -477,13 +464,11 @@ def state(
     ).softmax_scale
 
 
-# ---- What lies in tensors on the CPU ----
+# ---- Contents of tensors on the CPU ----
 
 
 def values(call: Call) -> None:
-    """Offsets, lengths, indices, slopes and factors, before anything is read or written by them. The call's
-    tensors are on the CPU.
-    """
+    """Check offsets, lengths, indices, slopes and factors on the CPU before any memory access uses them."""
     for name, x in (("alibi_slopes", call.alibi_slopes), ("sigmoid_bias", call.sigmoid_biases)):
         if x is not None and not torch.isfinite(x).all():
             raise ValueError(f"{name}={x.tolist()}: give finite numbers")
@@ -524,8 +509,8 @@ def _packed_values(call: Call) -> None:
 def _offsets(
     name: str, offsets: Sequence[int], total: Optional[int], longest_name: str, longest: Optional[int]
 ) -> None:
-    """Offsets start at 0 or later, do not descend, end within `total` rows, and no sequence exceeds the
-    longest.
+    """Check that offsets start at 0 or later, do not descend, end within `total` rows, and that no sequence
+    exceeds `longest`.
     """
     if offsets[0] < 0:
         raise ValueError(f"{name}[0]={offsets[0]}: offsets start at 0")
@@ -543,7 +528,7 @@ def _offsets(
 
 
 def _leftpad(name: str, leftpad: Optional[torch.Tensor], used: list) -> list:
-    """The number of leading keys that each sequence leaves out, at most as many as it has."""
+    """Return the number of leading keys that each sequence skips, at most its length."""
     skipped = [0] * len(used) if leftpad is None else leftpad.tolist()
     for i, (count, length) in enumerate(zip(skipped, used)):
         if not 0 <= count <= length:
@@ -552,8 +537,8 @@ def _leftpad(name: str, leftpad: Optional[torch.Tensor], used: list) -> list:
 
 
 def _pages(block_table: torch.Tensor, used: Sequence[int], page_size: int, num_pages: int) -> None:
-    """The pages that the used lengths need are in the table and in the cache; entries beyond them are not
-    looked at.
+    """Check that the table and the cache have the pages that the used lengths need. Further entries are
+    ignored.
     """
     for i, length in enumerate(used):
         needed = -(-length // page_size)
@@ -601,7 +586,8 @@ def _cache_rows(entries: list, rows: int, seqlen_new: int) -> None:
 
 
 def _written_once(block_table: torch.Tensor, filled: list, seqlen_new: int, page_size: int) -> None:
-    """A page that is appended to stands in one place. Sequences may share pages that are only read."""
+    """Check that a page that is appended to occurs only once. Sequences may share pages that are only
+    read."""
     writer: dict = {}
     for i, length in enumerate(filled):
         pages = block_table[i, : -(-(length + seqlen_new) // page_size)].tolist()

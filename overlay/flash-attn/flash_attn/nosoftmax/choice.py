@@ -1,6 +1,4 @@
-"""Which backend runs a call: the first without an obstacle and a disadvantage, or the one that was
-asked for.
-"""
+"""Choose the backend of a call: the requested one, or the first without an obstacle or a disadvantage."""
 
 import os
 from types import ModuleType
@@ -14,8 +12,8 @@ ALGORITHMS = ("auto", "quadratic", "linear")
 
 
 class _Backend(NamedTuple):
-    """module: with obstacle, disadvantage, forward and backward. device_types: of the tensors that
-    it takes.
+    """module: has obstacle, disadvantage, forward and backward. device_types: the devices whose tensors it
+    takes.
     """
 
     module: ModuleType
@@ -23,7 +21,7 @@ class _Backend(NamedTuple):
     device_types: tuple
 
 
-# The order is that of preference.
+# In order of preference.
 _BACKENDS = {
     "linear": _Backend(linear, "linear", ("cpu", "cuda")),
     "fa4": _Backend(fa4, "quadratic", ("cuda",)),
@@ -39,11 +37,11 @@ _NAMES = {
 
 
 class Choice(NamedTuple):
-    """What runs a call: the backend and its algorithm.
+    """The backend and the algorithm that run a call.
 
-    passed_over: each backend that was considered before and the reason why it does not run the call. forced:
-    the argument or the environment variable, with its value, that left one backend to choose from; None
-    without. str() says all of it.
+    passed_over: each backend considered earlier, with the reason why it does not run the call. forced: the
+    argument or environment variable, with its value, that left a single backend, or None. str() describes the
+    whole choice.
     """
 
     backend: Optional[str]
@@ -63,15 +61,15 @@ class Choice(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which backends are to be considered, and what forces the choice if that is one alone."""
+    """The backends to consider, and the setting that forces the choice if it leaves only one."""
 
     names: list
     forced: Optional[str] = None
 
 
 def wanted(algorithm: str, backend: str) -> Wanted:
-    """What the two arguments and the environment leave. Raises ValueError if one does not exist or if they
-    contradict.
+    """Return the backends that the arguments and the environment allow. Raises ValueError if a name does not
+    exist or the arguments contradict each other.
     """
     if algorithm == backend == "auto" and not os.environ.get(ENVIRONMENT):
         return _ANY
@@ -101,9 +99,9 @@ _ANY = Wanted(_NAMES["auto"])
 
 
 def choose(call: Call, among: Wanted = _ANY) -> Choice:
-    """The backend for a checked call.
+    """Choose the backend for a checked call.
 
-    Raises ValueError if the backend that was asked for can't run it, NotImplementedError if none can.
+    Raises ValueError if the requested backend can't run the call, NotImplementedError if none can.
     """
     passed_over: dict = {}
     device, forced = call.q.device, among.forced

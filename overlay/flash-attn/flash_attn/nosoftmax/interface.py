@@ -1,4 +1,4 @@
-"""The door: what gives upstream's functions use_softmax, and the forward/backward pair without autograd."""
+"""Add use_softmax to upstream's public functions, and provide `explain`, `forward` and `backward`."""
 
 import functools
 import inspect
@@ -45,15 +45,16 @@ _KEYWORDS = {
     "backend": "auto",
 }
 _SOFTMAX_BACKENDS = {"cpu": "cpu", "cuda": "fa2"}
-# What calls that look the same were found to be: they are checked, and their backend is chosen, once.
+# Calls that look the same are checked, and their backend is chosen, only once.
 _MOST_LOOKS = 4096
 _HAS_AUTOCAST = hasattr(torch, "get_autocast_dtype")  # torch 2.4: of any device
 
 
 def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
-    """upstream's public function with use_softmax as its last positional argument and five keyword arguments.
+    """Add use_softmax as the last positional argument, and five keyword arguments, to a public function of
+    upstream.
 
-    With use_softmax=True, the default, the function is called as it came.
+    With use_softmax=True, the default, upstream's function is called unchanged.
     """
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
@@ -63,17 +64,17 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
     known = frozenset(names)
 
     def bind(args: tuple, kwargs: dict) -> dict:
-        """inspect.Signature.bind with defaults, in what torch.compile can trace."""
+        """Do inspect.Signature.bind with defaults in code that torch.compile can trace."""
         given = dict(zip(names, args))
         given.update(kwargs)
         arguments = {**defaults, **given}
-        # One argument too many, given twice, unknown or missing.
+        # An argument is surplus, given twice, unknown or missing.
         if len(given) < len(args) + len(kwargs) or arguments.keys() != known:
             _raise_of_binding(function, signature, args, kwargs)
         return arguments
 
     def split(args: tuple, kwargs: dict) -> tuple:
-        """(use_softmax, args, kwargs), the last two as upstream's function takes them."""
+        """Return (use_softmax, args, kwargs), with args and kwargs as upstream's function takes them."""
         if len(args) == len(names) + 1 and "use_softmax" not in kwargs:
             return args[-1], args[:-1], kwargs
         return kwargs.pop("use_softmax", True), args, kwargs
@@ -107,7 +108,7 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
         return _returned(call, name, as_operator, rebuild)
 
     def question(args: tuple, kwargs: dict) -> Choice:
-        """What flash_attn.explain answers."""
+        """Return the Choice for flash_attn.explain."""
         chosen = {name: kwargs.pop(name, default) for name, default in _KEYWORDS.items()}
         use_softmax, args, kwargs = split(args, kwargs)
         algorithm, backend = chosen.pop("algorithm"), chosen.pop("backend")
@@ -155,11 +156,11 @@ def _raise_of_binding(
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
-    """Which backend would run function(*args, **kwargs), and why not those before it.
+    """Say which backend would run function(*args, **kwargs), and why the preferred ones would not.
 
-    function: one of the attention functions of flash_attn, such as flash_attn_func; the other arguments are
-    those of the call. Nothing is computed. print() the result, or read its attributes: see Choice. Raises
-    TypeError for another function, and what the call raises.
+    function: an attention function of flash_attn, such as flash_attn_func. The other arguments are those of
+    the call. Computes nothing. Returns a Choice: print it, or read its attributes. Raises TypeError for
+    another function, and any error of the call itself.
 
         >>> print(flash_attn.explain(flash_attn_func, q, k, v, use_softmax=False, activation="silu"))
         cpu, quadratic algorithm
@@ -179,15 +180,14 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
-    """Attention without softmax outside of autograd: the first half of a pair for ring attention and own
-    autograd.Functions.
+    """Compute attention without softmax outside autograd, for ring attention and custom autograd.Functions.
 
     q: (batch, seqlen_q, nheads, head_dim); k: (batch, seqlen_k, nheads_k, head_dim); v: (batch, seqlen_k,
-    nheads_k, head_dim_v). options, by keyword: those of flash_attn_func, or with cu_seqlens_q those of
-    flash_attn_varlen_func, whose shapes q, k and v then have, and seqused_k and leftpad_k, int32 (batch,):
-    the end and the beginning of the keys of each sequence that count. return_attn_probs has no place here.
-    Returns out, as q with head_dim_v, and rng_state, int64 (2,), which `backward` needs to drop the same
-    entries again; None without dropout. Raises as the public functions do.
+    nheads_k, head_dim_v). options, by keyword: those of flash_attn_func. With cu_seqlens_q: the shapes and
+    options of flash_attn_varlen_func, and also seqused_k and leftpad_k, int32 (batch,), where the keys that
+    count in each sequence end and begin. return_attn_probs is not an option. Returns out, shaped as q with
+    head_dim_v, and rng_state, int64 (2,), with which `backward` drops the same entries again; None without
+    dropout. Raises the errors of the public functions.
     """
     with torch.no_grad():
         call, backend = _prepared(q, k, v, options)
@@ -203,11 +203,11 @@ def backward(
     rng_state: Optional[torch.Tensor] = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of `forward`, outside of autograd: (dq, dk, dv), shaped as q, k and v.
+    """Compute the gradients of `forward` outside autograd: (dq, dk, dv), shaped as q, k and v.
 
-    dout: shaped as the output, in its dtype. rng_state: what `forward` returned, needed with dropout. The
-    other arguments are those of `forward`, without seqused_k, leftpad_k and block_table, which have no
-    backward: ValueError. Neither the output nor a log-sum-exp is needed.
+    dout: has the shape and dtype of the output. rng_state: the state that `forward` returned, required with
+    dropout. The other arguments are those of `forward`, except seqused_k, leftpad_k and block_table, which
+    have no backward and raise ValueError. Neither the output nor a log-sum-exp is needed.
     """
     for name in ("seqused_k", "leftpad_k", "block_table"):
         if options.get(name) is not None:
@@ -369,7 +369,8 @@ def _returned(call: Call, backend: str, as_operator: bool, rebuild: Optional[Cal
 
 
 def _backend(call: Call, algorithm: str, backend: str, as_operator: bool) -> str:
-    """What runs the call, after all checks. An operator is told what was asked for, and chooses itself."""
+    """Check the call and return its backend. An operator gets the requested name, and chooses when it
+    runs."""
     among = wanted(algorithm, backend)
     _check(call)
     if as_operator:
@@ -382,14 +383,15 @@ def _check(call: Call) -> None:
 
 
 def _check_softmax(arguments: dict, activation, sigmoid_bias, normalization, algorithm, backend) -> Choice:
-    """With softmax the device of the tensors decides; an argument that says something else is an error."""
+    """Return the Choice for softmax, which depends on the device alone. Raises ValueError for an argument
+    that contradicts it."""
     for name, x in (("sigmoid_bias", sigmoid_bias), ("normalization", normalization)):
         if isinstance(x, torch.Tensor):
             raise ValueError(
                 f"{name} replaces the softmax: pass use_softmax=False, or leave it at its default"
             )
     resolve(True, activation, sigmoid_bias, normalization)
-    asked = (algorithm, backend) != ("auto", "auto")  # the environment is for calls without softmax
+    asked = (algorithm, backend) != ("auto", "auto")  # the environment applies only without softmax
     among = wanted(algorithm, backend) if asked else Wanted([])
     q = arguments.get("q", arguments.get("qkv"))
     checks.is_tensor("q", q)
@@ -405,9 +407,7 @@ def _check_softmax(arguments: dict, activation, sigmoid_bias, normalization, alg
 
 
 def _call_of(a: dict, score: tuple) -> Call:
-    """The call with these arguments, by the names that the public function gives them; its options are
-    checked.
-    """
+    """Make a Call from the named arguments of a public function, and check its options."""
     if "k_cache" in a:
         return _cached_call(a, score)
     q, k, v = _autocast(*_qkv(a))
@@ -428,7 +428,7 @@ def _call_of(a: dict, score: tuple) -> Call:
 
 
 def _lengths(a: dict) -> tuple[tuple, tuple]:
-    """(max_seqlen_q, max_seqlen_k) and the five tensors of a packed call that say where its sequences are."""
+    """Return (max_seqlen_q, max_seqlen_k) and the five tensors that locate the sequences of a packed call."""
     if "max_seqlen" in a:
         of_q, of_k, longest = a["cu_seqlens"], None, (a["max_seqlen"], a["max_seqlen"])
         checks.is_tensor("cu_seqlens", of_q)
@@ -439,7 +439,7 @@ def _lengths(a: dict) -> tuple[tuple, tuple]:
     converted = _int32("cu_seqlens_q", of_q)
     return longest, (
         converted,
-        # One tensor for both stays one.
+        # Keep one tensor if both are the same.
         converted if of_k is None or of_k is of_q else _int32("cu_seqlens_k", of_k),
         _int32("seqused_k", a.get("seqused_k")), _int32("leftpad_k", a.get("leftpad_k")),
         _int32("block_table", a.get("block_table")),
@@ -512,9 +512,7 @@ def _parts(name: str, packed: torch.Tensor, count: int) -> tuple:
 
 
 def _autocast(*tensors: Optional[torch.Tensor]) -> tuple:
-    """What torch.nn.functional.scaled_dot_product_attention does: under autocast all but float64 get its
-    dtype.
-    """
+    """Under autocast, cast all but float64 to its dtype, as scaled_dot_product_attention does."""
     if not torch._C._is_any_autocast_enabled():  # one call in place of three
         return tensors
     dtype = _autocast_dtype(tensors[0].device.type)
@@ -532,7 +530,7 @@ def _autocast_dtype(kind: str) -> Optional[torch.dtype]:
 
 
 def _int32(name: str, x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-    """int64 becomes int32; another dtype is left for the check to name."""
+    """Convert int64 to int32. Leave other dtypes for the checks to report."""
     if x is None:
         return None
     checks.is_tensor(name, x)
@@ -549,8 +547,8 @@ def _slopes(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
 
 
 def _packed(a: dict) -> tuple[dict, Callable]:
-    """A dense call of nested tensors (batch, ragged, nheads, head_dim) as a packed one, and what makes its
-    output nested.
+    """Turn a dense call with nested tensors (batch, ragged, nheads, head_dim) into a packed one. Returns its
+    arguments, and a function that makes its output nested.
     """
     first = a.get("q", a.get("qkv"))
     if first.layout != torch.jagged or "cu_seqlens_q" in a or "cu_seqlens" in a or "k_cache" in a:

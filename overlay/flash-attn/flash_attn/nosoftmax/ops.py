@@ -1,15 +1,13 @@
-"""A call with its derivatives: one autograd.Function, and one pair of operators for whatever follows
-operators.
+"""Run a call with its derivatives: as an autograd.Function in eager mode, as PyTorch operators elsewhere.
 
-A call in eager mode goes without an operator, which would cost the host as much as all the rest.
-torch.compile, torch.export, fake and meta tensors, dispatch modes and tensors with a dispatch of their own
-meet the operators, whose backend is chosen when they run: a choice made while tracing would be a guard on
-lengths.
+Eager calls avoid the operators, which would cost the host as much as everything else. torch.compile,
+torch.export, fake and meta tensors, dispatch modes and tensor subclasses use the operators. An operator
+chooses its backend when it runs, because a choice made while tracing would add a guard on lengths.
 
-With the identity attention is linear in each of q (in dS), k and v, and its three gradients are attention
-again. So second derivatives are sums of forward and backward calls with other tensors in these places, of any
-order, on every backend. ALiBi adds to the scores a constant, which belongs to P alone: to what contains v's
-place, and to no other term.
+With the identity, attention is linear in each of q, k and v, and its three gradients are attention again.
+Derivatives of any order are therefore sums of forward and backward calls with other tensors in the places of
+q, k and v, on every backend. ALiBi adds a constant to the scores, which vanishes in derivatives by q or k:
+calls with another tensor in these places omit alibi_slopes.
 """
 
 from typing import Any, Optional
@@ -24,8 +22,7 @@ from .choice import MODULES, choose, wanted
 
 _NAMESPACE = "flash_attn_nosoftmax"
 _CAN_DEFINE = hasattr(torch.library, "register_autograd")  # torch 2.4
-# A tensor of another type has a dispatch of its own. A number that is not known yet comes with a compiler or
-# a mode.
+# Tensors of other types have their own dispatch. Symbolic numbers occur only with a compiler or a mode.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -33,19 +30,19 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 def _module(call: Call, backend: str) -> Any:
-    """The backend of that name; "auto" and "quadratic" are chosen now."""
+    """Return the backend of that name. "auto" and "quadratic" are resolved now."""
     return MODULES.get(backend) or MODULES[choose(call, wanted(backend, "auto")).backend]
 
 
 def run(call: Call, backend: str) -> Result:
-    """The forward pass, of which no graph is recorded."""
+    """Run the forward pass without recording a graph."""
     if call.q.is_cpu:
         checks.values(call)
     return _module(call, backend).forward(call)
 
 
 def run_backward(call: Call, backend: str, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
-    """dq, dk and dv, of which no graph is recorded."""
+    """Compute dq, dk and dv without recording a graph."""
     return _module(call, backend).backward(call, dout, rng_state)
 
 
@@ -53,7 +50,7 @@ def run_backward(call: Call, backend: str, dout: torch.Tensor, rng_state: Option
 
 
 def followed(call: Call) -> bool:
-    """Whether a compiler, a dispatch mode or a tensor's own type is to see which operators are called."""
+    """Whether a compiler, a dispatch mode or a tensor subclass must see the call as an operator."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -64,8 +61,8 @@ def followed(call: Call) -> bool:
 
 
 def attend(call: Call, backend: str, as_operator: Optional[bool] = None) -> Result:
-    """The forward pass with its derivatives. backend: a name, or "auto" or "quadratic". as_operator:
-    `followed`, if known.
+    """Run the forward pass with its derivatives. backend: a name, "auto" or "quadratic". as_operator: the
+    result of `followed`, if known.
     """
     transformed = torch._C._are_functorch_transforms_active()
     if not transformed and (followed(call) if as_operator is None else as_operator):
@@ -84,8 +81,8 @@ def _or_none(call: Call, rng_state: torch.Tensor, s_dmask: torch.Tensor) -> tupl
 
 
 def gradients(call: Call, backend: str, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
-    """dq, dk and dv with their derivatives. Raises RuntimeError for pages, which no backend has
-    gradients of.
+    """Compute dq, dk and dv with their derivatives. Raises RuntimeError for block_table, which has no
+    backward.
     """
     if call.block_table is not None:
         raise RuntimeError(
@@ -101,8 +98,8 @@ def gradients(call: Call, backend: str, dout: torch.Tensor, rng_state: Optional[
 
 
 def _saved(ctx) -> tuple:
-    """ctx.saved_tensors. What torch.func.vjp returns may be called when its transform is over: its wrappers
-    are dead then.
+    """Return ctx.saved_tensors. The function that torch.func.vjp returns may be called after its transform
+    has ended, when the wrappers of the tensors are dead.
     """
     tensors = ctx.saved_tensors
     if torch._C._are_functorch_transforms_active() or not any(map(_is_wrapped, filter(_is_there, tensors))):
@@ -120,8 +117,8 @@ def _is_there(x: Optional[torch.Tensor]) -> bool:
 class _Function(torch.autograd.Function):
     @classmethod
     def apply_now(cls, *inputs):
-        """apply where no transform of torch.func is active: without the search for default values, which
-        costs the host as much at each call as everything else here."""
+        """Call apply where no torch.func transform is active, without its search for default values, which
+        costs the host as much per call as everything else here."""
         return super(torch.autograd.Function, cls).apply(*inputs)
 
 
@@ -142,7 +139,7 @@ class Attention(_Function):
             _, rng_state, s_dmask = output
             ctx.mark_non_differentiable(*[x for x in (rng_state, s_dmask) if x is not None])
         ctx.set_materialize_grads(False)
-        # Lengths and slopes too: a change of theirs before the backward is noticed.
+        # Save lengths and slopes too, so that autograd notices if they change before the backward.
         ctx.save_for_backward(*tensors, rng_state)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*tensors, rng_state)
@@ -209,7 +206,7 @@ class Gradients(_Function):
 
 
 def _linear_only(call: Call, what: str) -> None:
-    """Raises RuntimeError if the derivative would need more than forward and backward calls."""
+    """Raise RuntimeError if the derivative would need more than forward and backward calls."""
     o = call.options
     if o.activation != "identity":
         reason = f"activation={o.activation!r}"
@@ -236,8 +233,8 @@ def _sum(*terms: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
 
 
 def _forward_of(call: Call, backend: str, **places: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-    """Attention with other tensors as q, k or v; None if one of them is. ALiBi is for what stands in v's
-    place alone.
+    """Run attention with other tensors as q, k or v; None if one of them is None. ALiBi stays only if v is
+    replaced.
     """
     if any(x is None for x in places.values()):
         return None
@@ -248,7 +245,7 @@ def _forward_of(call: Call, backend: str, **places: Optional[torch.Tensor]) -> O
 def _backward_of(
     call: Call, backend: str, dout: Optional[torch.Tensor], **places: Optional[torch.Tensor]
 ) -> tuple:
-    """The same for the gradients."""
+    """Run the backward pass in the same way. ALiBi stays if nothing is replaced, too."""
     if dout is None or any(x is None for x in places.values()):
         return None, None, None
     call = (
@@ -258,20 +255,19 @@ def _backward_of(
 
 
 def _in_each_place(call: Call, backend: str, q, k, v) -> Optional[torch.Tensor]:
-    """Attention with q in q's place, plus that with k in k's and that with v in v's; None if all
-    three are.
-    """
+    """Sum the attention with q replaced, with k replaced and with v replaced; None if all three are None."""
     return _sum(
         _forward_of(call, backend, q=q), _forward_of(call, backend, k=k), _forward_of(call, backend, v=v)
     )
 
 
 def _second(call: Call, backend: str, dout: torch.Tensor, cotangents: tuple) -> tuple:
-    """The gradients of <gq, dq> + <gk, dk> + <gv, dv> by dout, q, k and v, with (gq, gk, gv) the cotangents.
+    """Compute the gradients of <gq, dq> + <gk, dk> + <gv, dv> by dout, q, k and v; (gq, gk, gv): the
+    cotangents.
 
     Each of the three products is the sum over all visible i, j of scale (dO_i . v_j) (q_i . k_j), with gq in
-    q's place, gk in k's or gv in v's: so each of the others is the attention, or the gradient of one, with
-    that tensor in that place.
+    place of q, gk of k or gv of v. Its gradients by the other tensors are therefore attention, or gradients
+    of attention, with that replacement.
     """
     _linear_only(call, "a second derivative")
     gq, gk, gv = cotangents
@@ -285,8 +281,8 @@ def _second(call: Call, backend: str, dout: torch.Tensor, cotangents: tuple) -> 
 def _tangents_of_gradients(
     call: Call, backend: str, dout, tangent_dout, tangent_q, tangent_k, tangent_v
 ) -> tuple:
-    """The changes of dq, dk and dv, each of which is linear in dout and in the two tensors that it is not the
-    gradient of.
+    """Compute the tangents of dq, dk and dv. Each gradient is linear in dout and in the other two of q, k and
+    v.
     """
     q0, k0, v0 = _backward_of(call, backend, tangent_dout)
     _, k1, v1 = _backward_of(call, backend, dout, q=tangent_q)
@@ -297,13 +293,13 @@ def _tangents_of_gradients(
 
 
 def _fold(count: int, dim: Optional[int], x: torch.Tensor) -> torch.Tensor:
-    """x with the axis `dim` of vmap joined to the batch, its first axis."""
+    """Merge the vmap axis `dim` of x into its first axis, the batch."""
     x = x.unsqueeze(0).expand(count, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.flatten(0, 1)
 
 
 def _folded(count: int, in_dims: tuple, tensors: list, options: Options) -> Call:
-    """The call of all entries of a vmap over a dense call."""
+    """Make one dense call of all entries of a vmap."""
     call = Call(*tensors, options)
     if options.dropout_p > 0.0:
         raise RuntimeError(
@@ -324,8 +320,8 @@ def _folded(count: int, in_dims: tuple, tensors: list, options: Options) -> Call
 def _fold_constants(
     count: int, dim: Optional[int], x: Optional[torch.Tensor], batch: int, shared_dims: int
 ) -> Optional[torch.Tensor]:
-    """A tensor with the batch as its first axis, or without it where it has shared_dims axes: (batch,
-    nheads), (nheads,).
+    """Fold a tensor with the batch as its first axis, such as (batch, nheads), or with shared_dims axes and
+    no batch, such as (nheads,).
     """
     if x is None or (dim is None and x.dim() == shared_dims):
         return x
@@ -339,7 +335,7 @@ def _fold_constants(
 
 
 class _Operators:
-    """forward, backward and kvcache as torch.ops.flash_attn_nosoftmax has them; set below."""
+    """The operators of torch.ops.flash_attn_nosoftmax, set below."""
 
     forward: Any
     backward: Any
@@ -352,9 +348,7 @@ _CACHE_TENSORS = Cache._fields[:6]
 
 
 def _operator(name: str, schema: str) -> Any:
-    """Defines an operator. torch.library.custom_op would do the same, and at each call things that are not
-    needed here.
-    """
+    """Define an operator. torch.library.custom_op would do the same, but add unneeded work to each call."""
 
     def define(function):
         if _CAN_DEFINE:
@@ -372,14 +366,14 @@ def _fake(name: str) -> Any:
 
 
 def _split(arguments: tuple) -> tuple[Call, str]:
-    """The call and the backend in the arguments of the operator forward."""
+    """Return the call and the backend in the arguments of the operator forward."""
     *tensors, backend = arguments
     return Call(*tensors[:TENSORS], Options(*tensors[TENSORS:])), backend
 
 
 @_operator("forward", f"({_TENSORS}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)")
 def _forward(*arguments):
-    """Out, rng_state and S_dmask of a Result; what it does not have is empty."""
+    """Return out, rng_state and S_dmask of a Result, as empty tensors where absent."""
     call, backend = _split(arguments)
     out, rng_state, s_dmask = run(call, backend)
     rng_state = call.q.new_empty(0, dtype=torch.int64) if rng_state is None else rng_state.to(call.q.device)
@@ -448,7 +442,7 @@ if _CAN_DEFINE:
 
 
 class _WithoutBackward(torch.autograd.Function):
-    """The output of a cache, whose gradient nobody computes: asking for it is an error and no silent None."""
+    """Makes the backward of a call with a cache an error, not a silent None."""
 
     @staticmethod
     def forward(ctx, out, *inputs):
@@ -463,7 +457,7 @@ class _WithoutBackward(torch.autograd.Function):
 
 
 def attend_cached(call: Call, backend: str) -> torch.Tensor:
-    """The output of a call with a cache, to which new keys and values have been appended in place."""
+    """Append new keys and values to the cache in place, and return the output."""
     given = call.cache
     if followed(call) or not _PLAIN.issuperset(map(type, given[:6])):
         return _OPERATORS.kvcache(
@@ -477,7 +471,7 @@ def attend_cached(call: Call, backend: str) -> torch.Tensor:
     return run(call, backend).out
 
 
-_KEPT = declared(Call, Call._fields[6:TENSORS])  # leftpad_k and what follows it
+_KEPT = declared(Call, Call._fields[6:TENSORS])  # leftpad_k and the tensors after it
 
 
 @_operator(

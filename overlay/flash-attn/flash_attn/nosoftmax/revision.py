@@ -1,3 +1,3 @@
-"""The revision of this patch set: both wheels have it, and two that talk to each other have the same."""
+"""The revision of this patch set, in both wheels. Two wheels work together only with the same revision."""
 
 REVISION = 2

@@ -1,10 +1,9 @@
-"""The score function of attention without softmax: its contract, and one row for each activation and
-normalization.
+"""Define attention without softmax: the contract, and one entry for each activation and normalization.
 
-This docstring is the one statement of what ``use_softmax=False`` means; the other docstrings refer to it.
+This docstring specifies ``use_softmax=False``. The other docstrings refer to it.
 
-With i a query of the sequence (i < seqlen_q), j a key of it (j < seqlen_k) and c = i + seqlen_k - seqlen_q
-the key that the query is aligned with (bottom right):
+For query i (i < seqlen_q) and key j (j < seqlen_k) of a sequence, with c = i + seqlen_k - seqlen_q the key
+that query i is aligned with (bottom right):
 
     u = softmax_scale * q_i . k_j                          the scaled score
     u = softcap * tanh(u / softcap)                        only if softcap > 0
@@ -13,16 +12,18 @@ the key that the query is aligned with (bottom right):
     P = f(s) if j is visible to i, else exactly 0          assigned after f, since f(0) may be non-zero
     O_i = norm_i / (1 - dropout_p) * sum_j keep_ij P_ij v_j
 
-Visible: j < seqlen_k, and j <= c + window_right and j >= c - window_left as far as these are limited, each
-side alone and for any lengths; causal is window_right = 0. A query that sees no key gives exactly 0. A key
-that no query sees gets a gradient of exactly 0. So do rows of packed tensors that belong to no sequence.
-There is no row maximum, no exponential, no sum over the row, and so no log-sum-exp: functions that return one
-return an empty float32 tensor, and asking for it is an error. Partial results over disjoint keys merge by
-plain addition (split-KV, ring attention), as long as ``n`` below and the alignment c are those of the whole
-sequence.
+Key j is visible to query i if j < seqlen_k, j <= c + window_right and j >= c - window_left. Each side of the
+window applies on its own and for any lengths, and a negative side sets no limit. causal sets window_right to
+0. A query that sees no key outputs exactly 0. A key that no query sees gets a gradient of exactly 0. Rows of
+packed tensors that belong to no sequence are exactly 0 too.
 
-A sequence gives the same result alone, packed beside any other, with any max_seqlen that is long enough, with
-any capacity of a cache, and on every backend, up to rounding (the mask of dropout excepted).
+There is no row maximum, no exponential, no row sum, and so no log-sum-exp: return_attn_probs returns an empty
+float32 tensor in its place, and return_softmax_lse=True is an error. Partial results over disjoint keys
+(split-KV, ring attention) add up to the whole if each part uses ``n`` (below) and the alignment c of the
+whole sequence.
+
+A sequence gives the same result alone or packed beside others, with any sufficient max_seqlen, any cache
+capacity and every backend, up to rounding and the dropout mask.
 
 f is chosen by ``activation``:
 
@@ -50,17 +51,17 @@ norm_i is chosen by ``normalization``:
                                                            cache; (batch,) or (total_q,) packed, where
                                                            total_q = batch is read as (total_q,)
 
-A number or a tensor makes pieces equal the whole: decoding step by step, prefill in chunks, and partial
-results over disjoint keys, whose own n is not that of the sequence. Neither has a gradient, and a tensor that
-requires one is refused.
+Pass a number or a tensor where a call holds a part of a sequence, whose own n is not that of the sequence:
+decoding step by step, prefill in chunks, partial results over disjoint keys. The pieces then equal the whole.
+Neither a number nor a tensor gets a gradient, and a tensor that requires one raises ValueError.
 
-n is the number of keys of that sequence, padding not counted: seqlen_k (dense), the length in cu_seqlens_k or
-seqused_k less leftpad_k (varlen), the cache length with the appended keys less leftpad_k (KV cache). norm_i
-multiplies the accumulated output (and, in the backward pass, the rows of dO) in float32; it is never folded
-into P, which would lose bits of a 16-bit P. Scores grow with the number of keys unless the activation or the
-normalization bounds them: the works above follow the attention by an RMSNorm or GroupNorm (arXiv 2104.07012,
-2210.10340). Meta's HSTU divides all sequences of a batch by its longest length: pass None and divide the
-output.
+n is the number of keys of the sequence, without padding: seqlen_k (dense), the length in cu_seqlens_k or
+seqused_k minus leftpad_k (varlen), the cache length with the appended keys minus leftpad_k (KV cache). norm_i
+multiplies the accumulated output, and in the backward pass the rows of dO, in float32. It is never folded
+into P, because a 16-bit P would lose bits. Outputs grow with the number of keys unless the activation or the
+normalization bounds them: published models follow such attention by an RMSNorm or GroupNorm (arXiv
+2104.07012, 2210.10340). Meta's HSTU divides every sequence of a batch by the longest length in it: pass None
+and divide the output.
 
 Backward, with dO'_i = norm_i dO_i, dP_ij = dO'_i . v_j and r = 1 / (1 - dropout_p):
 
@@ -69,25 +70,27 @@ Backward, with dO'_i = norm_i dO_i, dP_ij = dO'_i . v_j and r = 1 / (1 - dropout
     dQ_i = r softmax_scale sum_j dS_ij k_j
     dK_j = r softmax_scale sum_i dS_ij q_i
 
-The mask and the dropout act on dS as well: without softmax dS has no factor P that would do it, and a visible
-score of exactly 0 still has a gradient. Neither O nor a log-sum-exp is needed.
+The mask and the dropout apply to dS as well as to P: without softmax, dS has no factor P that would apply
+them, and a visible score of exactly 0 still has a gradient. The backward pass needs neither O nor a
+log-sum-exp.
 
-Derivatives of any order, or an error: with the identity, without softcap and dropout, these formulas are
-attention again, and can be differentiated any number of times, in either direction. Elsewhere a second
-derivative raises.
+Higher derivatives are exact or an error. With the identity, without softcap and dropout, these formulas are
+attention again, and can be differentiated any number of times, in forward and in reverse mode. Elsewhere a
+second derivative raises RuntimeError.
 
-What is not finite shows: a NaN or Inf in a visible q, k, v or dO makes every result that depends on it NaN or
-Inf, and only f may end it (the sigmoid of +-Inf, relu of -Inf). NaN or Inf in a slot that no query may see
+Non-finite values propagate: a NaN or Inf in a visible q, k, v or dO makes every result that depends on it NaN
+or Inf. Only f may stop it (the sigmoid of +-Inf, relu of -Inf). A NaN or Inf in a slot that no query may see
 never reaches a result.
 
-Forward saturates, backward does not. Finite in, finite out: for float16 tensors of any finite size and for
-bfloat16 and float32 tensors up to 1e9 the output is finite, if no given factor is above 1. With float16, P
-and the output saturate at +-65504; "relu2" takes scores above 2^40 as 2^40. In backward P saturates where it
-is computed again, dS and the gradients never: what their dtype can't hold becomes Inf or NaN, as everywhere
-in PyTorch, so that torch.amp.GradScaler sees it and backs off. A finite gradient is a right gradient.
+Forward saturates, backward does not. Finite in, finite out: the output is finite for any finite float16
+tensors, and for bfloat16 and float32 tensors up to 1e9, if no given factor is above 1. In float16, P and the
+output saturate at +-65504; "relu2" clamps its scores to 2^40. The backward pass saturates the P that it
+recomputes, but never dS or the gradients: a value that their dtype can't hold becomes Inf or NaN, as
+elsewhere in PyTorch, so that torch.amp.GradScaler sees it and backs off. A finite gradient is a correct
+gradient.
 
-The linear algorithm (backends/linear) gives the same sums in another order. It forms only few scores, or
-none, so that float16 scores beyond 65504 are limited there only where it forms them.
+The linear algorithm (backends/linear) computes the same sums in another order. It forms few scores or none,
+and saturates only the float16 scores that it forms.
 """
 
 import math
@@ -106,11 +109,11 @@ Bias = Union[float, torch.Tensor]
 
 @dataclass(frozen=True)
 class Activation:
-    """One f. value(s, bias) is f(s); times_derivative(grad, s, bias) is grad * f'(s). Both elementwise, in
-    the dtype of s.
+    """An activation f. value(s, bias) returns f(s), and times_derivative(grad, s, bias) returns grad * f'(s),
+    elementwise in the dtype of s.
 
-    bias: a number or a tensor that broadcasts to s, for the f that takes_bias; the others don't look at it.
-    linear: f is the identity. May overwrite none of its arguments; the identity returns them as they are.
+    bias: a number or a tensor that broadcasts to s; an f without takes_bias ignores it. linear: f is the
+    identity. Neither function may overwrite its arguments; the identity returns them unchanged.
     """
 
     value: Callable[[torch.Tensor, Bias], torch.Tensor]
@@ -120,17 +123,17 @@ class Activation:
 
 
 def _relu2(s: torch.Tensor, bias: Bias) -> torch.Tensor:
-    # The cap is for finite scores: NaN and Inf pass.
+    # Cap finite scores only: NaN and Inf pass.
     return torch.where(s == torch.inf, s, torch.clamp(s, 0.0, _RELU2_MAX_SCORE)).square()
 
 
 def _relu_derivative(grad: torch.Tensor, s: torch.Tensor, bias: Bias) -> torch.Tensor:
-    # s * 0 in place of 0 would be NaN for -Inf, where relu ends: the NaN of a NaN alone is wanted.
+    # Return NaN only for NaN. With s * 0 in place of 0, -Inf would give NaN as well, although relu stops it.
     return torch.where(s > 0.0, grad, torch.where(s <= 0.0, 0.0, s))
 
 
 def _sigmoid_derivative(grad: torch.Tensor, s: torch.Tensor, bias: Bias) -> torch.Tensor:
-    # Not p - p^2: for a large score p is 1 up to rounding, and the difference would have lost everything.
+    # Not p - p^2: for a large score p rounds to 1, and the difference would lose every bit.
     x = s + bias
     return torch.sigmoid(x).mul_(torch.sigmoid(-x)).mul_(grad)
 
@@ -158,8 +161,8 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Normalization:
-    """One norm_i: factor(n, visible) for numbers or tensors of at least 1. by_row: whether it differs between
-    the queries of a sequence."""
+    """A normalization norm_i. factor(n, visible) takes numbers or tensors of at least 1. by_row: whether
+    norm_i differs between the queries of a sequence."""
 
     factor: Callable
     by_row: bool = False
@@ -174,8 +177,8 @@ NORMALIZATIONS = {
 
 
 class Score(NamedTuple):
-    """A checked score function. sigmoid_bias: None is -log n, as the operators take it. factor: a
-    normalization that was given as a number; its name is None then.
+    """A checked score function. sigmoid_bias: None stands for -log n, as in the operators. factor: the
+    normalization if it was given as a number; normalization is None then.
     """
 
     activation: str = "identity"
@@ -196,12 +199,12 @@ def resolve(
 ) -> Score:
     """Check the public arguments, tensors excepted, and return them as Score.
 
-    Raises ValueError if an argument is not one of its choices, or has no meaning beside the others, TypeError
-    if use_softmax is no bool.
+    Raises ValueError if an argument is not one of its choices or does not fit the others, TypeError if
+    use_softmax is not a bool.
     """
     if use_softmax is not True and use_softmax is not False:
         raise TypeError(f"use_softmax={use_softmax!r}: give True or False")
-    # A list, say, can't be looked up.
+    # A list, for example, is not hashable.
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {tuple(ACTIVATIONS)}")
     bias = _bias(sigmoid_bias)
@@ -219,7 +222,7 @@ def resolve(
 
 
 def _normalization(given: Union[None, str, float]) -> tuple[Optional[str], float]:
-    """Its name and its factor."""
+    """Return the name and the factor of a normalization."""
     if isinstance(given, (str, type(None))):
         if given in NORMALIZATIONS:
             return given, 1.0
@@ -254,11 +257,11 @@ def attention_weights(
     normalization: Union[None, str, float] = None,
     n: Union[int, torch.Tensor, None] = None,
 ) -> torch.Tensor:
-    """norm * (f(scores) where visible, else 0): the dense, differentiable weights for attention without a
-    kernel.
+    """Compute dense, differentiable attention weights without a kernel: norm * (f(scores) where visible, else
+    0).
 
     scores: (..., seqlen_q, seqlen_k), already scaled, capped and biased. visible: bool, broadcastable to
-    scores; None sees all. sigmoid_bias: a float, or "-log n". normalization: a name or a number. n: the
+    scores; None means all. sigmoid_bias: a float, or "-log n". normalization: a name or a number. n: the
     number of keys of the sequence, a number or a tensor broadcastable to scores, such as (batch, 1, 1, 1);
     seqlen_k by default. Returns the shape and dtype of scores. Raises ValueError as `resolve` does.
     """
@@ -271,7 +274,7 @@ def attention_weights(
     if visible is None:
         visible = torch.ones((), dtype=torch.bool, device=scores.device)
     f, norm = ACTIVATIONS[activation], NORMALIZATIONS[score.normalization]
-    # Filled before f as well: a NaN in a hidden score would come back through the product rule (0 * NaN).
+    # Fill before f as well: the backward pass would multiply a NaN in a hidden score by 0, which gives NaN.
     weights = f.value(scores.masked_fill(~visible, 0.0), bias).masked_fill(~visible, 0.0)
     if (score.normalization, score.factor) == (None, 1.0):
         return weights
@@ -284,9 +287,9 @@ def attention_weights(
 
 
 def saturate_(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x, in a wide dtype and in place, within the range of `dtype`, which it is about to be converted to.
+    """Clamp finite values of x, in place, to the range of `dtype`, to which the caller will convert x.
 
-    Other dtypes than float16 have the range of float32 and need nothing. A clamp alone would turn Inf into
+    Only float16 has a smaller range than float32. NaN and Inf become NaN: a clamp alone would turn Inf into
     65504.
     """
     if dtype != torch.float16 or x.dtype == torch.float16:
