@@ -1,10 +1,9 @@
-"""Stands where upstream imports its compiled extension: with softmax, each call goes to the extension (CUDA)
-or to the CPU.
+"""Replace upstream's import of its compiled extension: send softmax calls to the extension (CUDA) or to the
+CPU.
 
-It has the extension's five functions with the extension's positional arguments
-(csrc/flash_attn/flash_api.cpp), no fewer and no more. Calls without softmax don't come here
-(flash_attn/nosoftmax). A machine without the extension imports this module like any other: only a call with
-CUDA tensors fails.
+The five functions take exactly the extension's positional arguments (csrc/flash_attn/flash_api.cpp). Calls
+without softmax go to flash_attn/nosoftmax instead. Without the extension this module still imports, and only
+a call with CUDA tensors fails.
 """
 
 import os
@@ -17,8 +16,8 @@ import torch
 
 USE_TRITON_ROCM = os.getenv("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE") == "TRUE"
 
-# Upstream's names, which `make apply` compares with flash_api.cpp. [name]: some releases lack the argument,
-# and the CPU does without it. name/other: the releases differ in its name.
+# Upstream's argument names, which `make apply` compares with flash_api.cpp. [name]: some releases lack the
+# argument, and the CPU ignores it. name/other: the name differs between releases.
 SIGNATURES = {
     "fwd": "q k v out alibi_slopes p_dropout softmax_scale is_causal window_size_left window_size_right "
     "softcap return_softmax gen/unused_generator_compat",
@@ -35,7 +34,7 @@ SIGNATURES = {
     "is_rotary_interleaved num_splits",
 }
 _BUILD = "build the CUDA wheel with `make wheel BACKEND=cuda` on a machine with nvcc and install it"
-# For those who call this package because it is installed.
+# For packages that call this one only because it is installed.
 _INSTEAD = (
     'move the tensors to the CPU, or let the caller take another attention: attn_implementation="sdpa" in '
     "transformers"
@@ -43,8 +42,8 @@ _INSTEAD = (
 
 
 def load(otherwise: str = "move the tensors to the CPU") -> Any:
-    """The extension, or its stand-in for ROCm. Raises ImportError with the way to build it, and with another
-    way out.
+    """Return the extension, or its replacement for ROCm. Raises ImportError that says how to build the
+    extension, or what to do `otherwise`.
     """
     module, error = _found()
     if module is None:
@@ -56,8 +55,8 @@ def load(otherwise: str = "move the tensors to the CPU") -> Any:
 
 
 def attribute_of_interface(name: str) -> Any:
-    """What flash_attn_interface has beside its own names: flash_attn_gpu, by which other packages find the
-    extension. Raises AttributeError without one, so that they don't take this module for it.
+    """Provide flash_attn_interface.flash_attn_gpu, by which other packages find the extension. Raises
+    AttributeError without the extension, so that they don't mistake this module for it.
     """
     if name == "flash_attn_gpu" and _found()[0] is not None:
         return sys.modules[__name__]
@@ -66,7 +65,7 @@ def attribute_of_interface(name: str) -> Any:
 
 @cache
 def _found() -> tuple[Any, Optional[ImportError]]:
-    # A failing import is not cheap, and what is installed does not change while a process runs.
+    # Cached: a failing import is slow, and the installation does not change while a process runs.
     try:
         if USE_TRITON_ROCM:
             from .flash_attn_triton_amd import interface_fa
@@ -80,8 +79,8 @@ def _found() -> tuple[Any, Optional[ImportError]]:
 
 @cache
 def obstacle() -> Optional[str]:
-    """What this installation lacks to run calls without softmax on CUDA tensors, with a way out; None if
-    nothing.
+    """Say why this installation can't run calls without softmax on CUDA tensors, and what to do; None if it
+    can.
     """
     try:
         extension = load()
@@ -98,9 +97,7 @@ def obstacle() -> Optional[str]:
 
 
 def _device(names: list[str], args: tuple[Any, ...]) -> torch.device:
-    """The one device of all tensors. A tensor without dimensions is a number, which any device can
-    be given.
-    """
+    """Return the device of all tensors. A 0-d tensor counts as a number, and may be on any device."""
     devices = {n: a.device for n, a in zip(names, args) if isinstance(a, torch.Tensor) and a.dim() > 0}
     if len(set(devices.values())) > 1:
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
@@ -113,7 +110,7 @@ def _device(names: list[str], args: tuple[Any, ...]) -> torch.device:
 def _entry(function: str) -> Callable[..., Any]:
     table = SIGNATURES[function].split()
     everywhere = [name for name in table if not name.startswith("[")]
-    # By their number, as a release has all or none of what is in brackets.
+    # Keyed by count, as a release has all or none of the arguments in brackets.
     forms = {len(names): [name.strip("[]") for name in names] for names in (table, everywhere)}
 
     def call(*args: Any) -> Any:

@@ -1,9 +1,9 @@
-"""What the modules need of the score function: its options from a model config, and the weights of the
-non-flash paths.
+"""Read the score options of a model config, and compute the attention weights of the modules' non-flash
+paths.
 
-The options travel through the modules as one dict of keyword arguments: use_softmax, activation, sigmoid_bias
-and normalization, as in the public functions; one that is missing has its default there.
-flash_attn/nosoftmax/score.py says what they mean.
+The modules pass the options on as one dict of keyword arguments of the public functions: use_softmax,
+activation, sigmoid_bias and normalization. A missing option has the default of these functions.
+flash_attn/nosoftmax/score.py defines the options.
 """
 
 from typing import Any, Optional, Union
@@ -13,7 +13,7 @@ from flash_attn.nosoftmax.score import attention_weights, resolve
 
 
 def checked(options: dict[str, Any]) -> dict[str, Any]:
-    """The same options with use_softmax filled in. Raises ValueError or TypeError: a typo fails at
+    """Check the options and fill in use_softmax. Raises ValueError or TypeError, so that a typo fails at
     construction.
     """
     options = {"use_softmax": True, **options}
@@ -22,7 +22,7 @@ def checked(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_config(config: Any) -> dict[str, Any]:
-    """The options in config.use_softmax, .attn_activation, .attn_sigmoid_bias and .attn_normalization.
+    """Read config.use_softmax, .attn_activation, .attn_sigmoid_bias and .attn_normalization.
 
     A config without these attributes means softmax.
     """
@@ -42,12 +42,12 @@ def dense_weights(
     align_last_key: bool,
     **options: Any,
 ) -> torch.Tensor:
-    """The attention weights of the non-flash paths, (batch, nheads, seqlen_q, seqlen_k) in `dtype`.
+    """Compute the attention weights of the non-flash paths, (batch, nheads, seqlen_q, seqlen_k) in `dtype`.
 
-    scores: (batch, nheads, seqlen_q, seqlen_k), scaled; what softmax must not see already has -10000 added.
+    scores: (batch, nheads, seqlen_q, seqlen_k), scaled, with -10000 already added where softmax must not see.
     key_padding_mask: (batch, seqlen_k) bool, True means to keep. align_last_key: causal aligns the last query
-    with the last key that is kept (cross-attention), and not query i with key i (self-attention). options:
-    see the module.
+    with the last kept key (cross-attention) instead of query i with key i (self-attention). options: see the
+    module.
     """
     resolve(**options)
     if options.pop("use_softmax"):
@@ -62,8 +62,7 @@ def dense_weights(
         rows = torch.arange(seqlen_q, device=scores.device)[:, None]
         last_key = rows + (n - seqlen_q if align_last_key else 0)
         visible = visible & (torch.arange(seqlen_k, device=scores.device) <= last_key)
-    # In float32, since without softmax a weight can be too large for float16: there it saturates, as in the
-    # kernels.
+    # In float32: without softmax a weight can be too large for float16, where it saturates as in the kernels.
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     weights = attention_weights(wide, visible, n=n, **options)
     if dtype == torch.float16:

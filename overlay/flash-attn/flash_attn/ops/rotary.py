@@ -24,13 +24,12 @@ def apply_rotary(
     inplace: bool = False,
     conjugate: bool = False,
 ) -> torch.Tensor:
-    """Rotate the first rotary_dim channels of x by the angles of its positions; the arguments of upstream's
-    function.
+    """Rotate the first rotary_dim channels of x by the angles of its positions, with upstream's arguments.
 
     x: (batch, seqlen, nheads, headdim), or (total_seqlen, nheads, headdim) with cu_seqlens (batch + 1,).
     cos, sin: (seqlen_ro, rotary_dim / 2). Row i of sequence b has position i + seqlen_offsets, an int or
-    (batch,). interleaved: the pairs are dimensions (0, 1), (2, 3), ... and not (0, rotary_dim / 2), ...;
-    conjugate turns back.
+    (batch,). interleaved: the pairs are dimensions (0, 1), (2, 3), ... and not (0, rotary_dim / 2), ....
+    conjugate: rotate back.
     Returns x's shape and dtype, x itself with inplace=True. Raises IndexError for a position of seqlen_ro or
     more (not with Triton, which leaves such a row as it is), ImportError for a CUDA tensor without triton.
     """
@@ -45,9 +44,8 @@ def apply_rotary(
     )
     if not inplace:
         return turned
-    x.data.copy_(
-        turned
-    )  # unseen by autograd, as the kernel's writes are: upstream's autograd.Functions rely on that
+    # Hide the write from autograd, as the kernel does: upstream's autograd.Functions rely on that.
+    x.data.copy_(turned)
     return x
 
 

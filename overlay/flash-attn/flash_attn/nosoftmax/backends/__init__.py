@@ -1,14 +1,15 @@
-"""What runs a call. Each backend has the same four functions:
+"""The backends, which run calls. Each is a module with the same four functions:
 
-    obstacle(call)                   why it can't run a checked call on tensors of its device, for people;
-                                     None if it can
-    disadvantage(call)               why "auto" passes it over though it can; None if it does not
+    obstacle(call)                   a text that says why the backend can't run a checked call on tensors of
+                                     its device; None if it can
+    disadvantage(call)               why "auto" passes over the backend although it can run the call; None if
+                                     it does not
     forward(call)                    Result
     backward(call, dout, rng_state)  (dq, dk, dv), shaped as q, k and v
 
-All work outside of autograd, and nothing in them checks an argument again. linear: linear time. fa4: the
-CuTe-DSL kernels of flash-attn-4. fa2: the CUDA extension of this package. cpu: PyTorch. The order of
-preference is in ../choice.py.
+Backends work outside autograd and check no argument again. linear: linear time. fa4: the CuTe-DSL kernels of
+flash-attn-4. fa2: the CUDA extension of this package. cpu: PyTorch. The order of preference is in
+../choice.py.
 """
 
 from typing import NamedTuple, Optional
@@ -17,9 +18,9 @@ import torch
 
 
 class Result(NamedTuple):
-    """out: as q, with v's last dimension. rng_state: int64 (2,), what backward needs to drop the same again.
-    s_dmask: which entries dropout kept, (batch, nheads, seqlen_q, seqlen_k) rounded up to multiples of 128,
-    where it was asked for."""
+    """out: shaped as q, with v's last dimension. rng_state: int64 (2,), with which backward drops the same
+    entries again. s_dmask: the entries that dropout kept, (batch, nheads, seqlen_q, seqlen_k) with lengths
+    rounded up to multiples of 128, if requested."""
 
     out: torch.Tensor
     rng_state: Optional[torch.Tensor] = None

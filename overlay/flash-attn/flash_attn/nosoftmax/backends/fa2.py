@@ -1,4 +1,4 @@
-"""The CUDA extension of this package: upstream's CUTLASS kernels, for the identity."""
+"""Run calls with the identity on this package's CUDA extension, upstream's CUTLASS kernels."""
 
 from functools import cache
 from typing import Optional
@@ -11,14 +11,14 @@ from ..call import Call, needs_grad
 from . import Result
 
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-_HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of the kernels: others are padded to the next one
-_PAGE_SIZE = 256  # pages are a multiple of it
-_CHANNELS = 8  # tensors are padded to a multiple of it
+_HEAD_DIMS = (32, 64, 96, 128, 192, 256)  # of the kernels; other sizes are padded to the next one
+_PAGE_SIZE = 256  # page sizes are multiples of this
+_CHANNELS = 8  # head_dim is padded to a multiple of this
 
 
 def obstacle(call: Call) -> Optional[str]:
-    """Why the extension has no kernels for this call; None if it does. What its build left out, it says
-    itself.
+    """Why the extension has no kernels for this call; None if it has. The extension itself reports kernels
+    that its build left out.
     """
     reason = extension.obstacle()
     if reason is not None:
@@ -77,14 +77,15 @@ def runs(call: Call, arch: int) -> bool:
 
 @cache
 def _built() -> tuple:
-    """The head sizes, dtypes, passes and compute capabilities of the extension, which must be there."""
+    """Return the head sizes, dtypes, passes and compute capabilities of the extension, which must be
+    installed."""
     module = extension.load()
     return module.built_head_dims, module.built_dtypes, module.built_passes, module.built_archs
 
 
 def _taken(*tensors: torch.Tensor) -> list:
-    """Tensors of one head size as the extension takes them: the last dimension contiguous and a multiple of
-    8 long.
+    """Make the last dimension of tensors of one head size contiguous and a multiple of 8, as the extension
+    requires.
     """
     missing = -tensors[0].shape[-1] % _CHANNELS
     if missing:
@@ -97,8 +98,8 @@ def _contiguous(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
 
 
 def _window(call: Call) -> tuple:
-    """causal, left and right: it has faster kernels where causal is all there is, and sets the right side
-    itself then.
+    """Return causal, left and right. If causal, the extension sets the right side itself, and takes its
+    faster causal kernels if left is unlimited.
     """
     o = call.options
     return o.causal, o.window_left, -1 if o.causal else o.window_right
@@ -136,8 +137,8 @@ def forward(call: Call) -> Result:
 def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
     (dout, q, k, v), o = _taken(dout, call.q, call.k, call.v), call.options
     window = _window(call)
-    # It checks the shapes of `out` and of the log-sum-exp, which it does not read without softmax: q has the
-    # one, and any tensor will do for the other.
+    # Without softmax the extension reads neither `out` nor the log-sum-exp, but checks them: q has the shape
+    # of `out`, and any tensor passes as the log-sum-exp.
     if not call.varlen:
         grads = extension.load().bwd(
             dout, q, k, v, q, q.new_empty(0, dtype=torch.float32), None, None, None, call.alibi_slopes,
@@ -160,7 +161,7 @@ def _with_cache(call: Call) -> Result:
     q, given, o = _contiguous(call.q), call.cache, call.options
     seqlens = given.cache_seqlens
     if seqlens is None and given.k is None and call.leftpad_k is not None:
-        # The extension looks at leftpad_k only beside lengths.
+        # The extension reads leftpad_k only if lengths are given.
         seqlens = torch.full((q.shape[0],), o.max_seqlen_k, dtype=torch.int32, device=q.device)
     out, _ = extension.load().fwd_kvcache(
         q, call.k, call.v, _contiguous(given.k), _contiguous(given.v), seqlens, given.rotary_cos,

@@ -1,7 +1,7 @@
-"""FA4's CuTe-DSL kernels, of this patch set's flash-attn-4, on Hopper.
+"""Run calls on FA4's CuTe-DSL kernels for Hopper, from this patch set's flash-attn-4.
 
-The package is imported at the first call that it may take: that takes seconds, and it has requirements of its
-own. What its kernels take it says itself, in flash_attn/cute/nosoftmax.
+The package is imported at the first call that it may run, because the import takes seconds and has its own
+requirements. flash_attn/cute/nosoftmax says which calls its kernels take.
 """
 
 import functools
@@ -19,9 +19,9 @@ from . import Result, fa2
 
 _PACKAGE = "flash_attn.cute"
 _HOPPER = 9
-# The work of a forward, in floating-point operations, from which on FA4 takes less time than the extension.
-# It is the faster kernel, but is launched from Python, which costs the host as much or more. docs/backends.md
-# has what was measured.
+# The floating-point operations of a forward pass above which FA4 takes less time than the extension. Its
+# kernel is faster, but its launch from Python costs the host as much or more. docs/backends.md has the
+# measurements.
 MIN_WORK = 60e9
 
 
@@ -34,9 +34,7 @@ def obstacle(call: Call) -> Optional[str]:
 
 
 def disadvantage(call: Call) -> Optional[str]:
-    """Why "auto" passes FA4 over though it takes the call: the extension runs it too, and sooner. None if
-    not.
-    """
+    """Why "auto" passes over FA4 although it takes the call: the extension runs it sooner. None if not."""
     work = forward_work(call)
     if work >= MIN_WORK or not fa2.runs(call, arch=10 * _HOPPER):
         return None
@@ -74,7 +72,7 @@ def _unavailable(device_index: Optional[int]) -> Optional[str]:
 
 
 def not_importable() -> Optional[str]:
-    """Finds the package without importing it, and imports it if it is the one with this patch set."""
+    """Why the package can't be imported; None if it can. Imports it only if it has this patch set."""
     spec = find_spec(_PACKAGE)
     if spec is None:
         return (
@@ -94,7 +92,7 @@ def not_importable() -> Optional[str]:
                 f"revision {REVISION}: install two wheels of one revision"
             )
         import_module(f"{_PACKAGE}.nosoftmax.hopper")
-    except Exception as error:  # whatever its requirements raise: another backend serves
+    except Exception as error:  # a requirement may raise anything, and another backend can run the call
         return (
             f"flash-attn-4 {_version()} does not import ({type(error).__name__}: {error}): install it "
             "with its requirements"
@@ -103,7 +101,7 @@ def not_importable() -> Optional[str]:
 
 
 def _revision() -> object:
-    """Of the other wheel; revision 1 did not say."""
+    """Return the revision of the flash-attn-4 wheel. Revision 1 has no such module."""
     try:
         return import_module(f"{_PACKAGE}.nosoftmax.revision").REVISION
     except ModuleNotFoundError as error:

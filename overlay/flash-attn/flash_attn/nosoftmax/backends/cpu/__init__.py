@@ -1,12 +1,12 @@
-"""The CPU backend, in PyTorch. Blocked over the queries, so that memory grows with the sequence length, not
-its square.
+"""Run attention on the CPU in PyTorch, in blocks of queries, so that memory grows linearly with the sequence
+length.
 
 forward_loop.py, backward_loop.py  the two loops over blocks
 blocks.py                the steps on a block that they share
 visibility.py            which keys a query sees
-sequences.py             a call cut into sequences of one length
-dropout.py, s_dmask.py   what is dropped, and telling it
-kvcache.py, paged.py, rotary.py  a cache that is appended to
+sequences.py             cuts a call into sequences of one length
+dropout.py, s_dmask.py   the mask of dropout, and its form as a result
+kvcache.py, paged.py, rotary.py  attention with a KV cache
 softmax.py               the functions of the compiled extension, with softmax
 """
 
@@ -30,7 +30,7 @@ def disadvantage(call: Call) -> Optional[str]:
 
 
 def forward(call: Call) -> Result:
-    # Recorded in no graph, and with the precision of the products left alone.
+    # Record no graph, and keep autocast from lowering the precision of the products.
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         if call.cache is not None:
             return Result(kvcache.forward(call))

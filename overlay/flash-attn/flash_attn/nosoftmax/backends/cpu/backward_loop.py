@@ -27,7 +27,7 @@ def backward(
     q, dq: (batch, seqlen_q, nheads, head_dim); dout, out: the same with head_dim_v; k, dk: (batch, seqlen_k,
     nheads_k, head_dim); v, dv: the same with head_dim_v; any strides. softmax_lse, softmax_d: (batch, nheads,
     seqlen_q). out, softmax_lse and softmax_d are None without softmax. The gradients of the query heads that
-    share a key head are summed in the compute dtype. Nothing here saturates but P.
+    share a key head are summed in the compute dtype. Only P saturates.
     """
     options = sequences.options
     nheads_k, dtype = k.shape[2], sequences.compute_dtype
@@ -37,7 +37,7 @@ def backward(
     heads, group = q.shape[:2]
     if sequences.use_softmax:
         lse = softmax_lse.to(dtype).reshape(*q.shape[:3], 1)
-        # As 1 / keep_prob is applied to dS at the end, it is taken out of the row sum here.
+        # dS is divided by keep_prob only at the end, so the row sum is multiplied by keep_prob here.
         row_dot = (dout * heads_first(out, nheads_k, dtype)).sum(dim=-1, keepdim=True)
         softmax_d.copy_(row_dot.view(softmax_d.shape))
         row_dot.mul_(keep_prob)
@@ -53,7 +53,7 @@ def backward(
         for part in block.by_keys():
             k_part = part.of_keys(k)
             u = products(sequences, q_block, k_part)
-            # u is tanh here, whose derivative is 1 - tanh^2; taken before the bias is added in its place.
+            # u is a tanh, whose derivative is 1 - tanh^2. Take it before `scores` overwrites u.
             slope_of_cap = u.square().neg_().add_(1.0) if options.softcap > 0.0 else None
             s = scores(sequences, part, u)
             dp = torch.bmm(dout_block, part.of_keys(v).mT)
@@ -88,7 +88,7 @@ def _softmax(
     lse: torch.Tensor,
     row_dot: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """P and dS = P * (dP - rowsum(dO * O)), in the places of s and dp."""
+    """Return P and dS = P * (dP - rowsum(dO * O)), which overwrite s and dp."""
     sequences.visibility.fill_hidden(part.by_group(s), part.rows, part.keys, -torch.inf)
     p = s.sub_(lse).exp_()
     return p, dp.sub_(row_dot).mul_(p)
@@ -97,8 +97,8 @@ def _softmax(
 def _activation(
     sequences: Sequences, part: Block, s: torch.Tensor, dp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """P and dS = dP * f'(s); s and dp may be overwritten."""
+    """Return P and dS = dP * f'(s), which may overwrite s and dp."""
     ds = sequences.f.times_derivative(dp, s, sequences.bias(part.heads, len(part.rows)))
-    # The mask acts on dS as well: it has no factor P that is 0 already, and a P of 0 does not mean hidden.
+    # Mask dS as well: without softmax it has no factor P, and a P of 0 does not mean hidden.
     sequences.visibility.fill_hidden(part.by_group(ds), part.rows, part.keys, 0.0)
     return weights(sequences, part, s), ds

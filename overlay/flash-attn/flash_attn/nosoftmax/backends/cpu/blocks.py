@@ -1,7 +1,6 @@
-"""Cutting the score matrix into blocks, and the steps on a block that the forward and the backward pass
-share.
+"""Cut the score matrix into blocks, and compute the steps that the forward and the backward pass share.
 
-The tensors of the interface are (batch, seqlen, nheads, head_dim), those of the loops heads first.
+Tensors of the interface are (batch, seqlen, nheads, head_dim). Tensors of the loops have the heads first.
 """
 
 from dataclasses import dataclass, replace
@@ -12,8 +11,8 @@ import torch
 from ...score import saturate_
 from .sequences import Sequences
 
-# A block of one head takes 1 MiB in float32, so that the few arrays of that size stay near the caches; both
-# sides are long enough for the matrix products to run at full speed.
+# A block of one head takes 1 MiB in float32, so that the few arrays of that size stay near the caches. Both
+# sides are long enough for matrix products at full speed.
 _ROWS = 256
 _KEYS = 1024
 
@@ -27,7 +26,7 @@ class Block:
     keys: range
 
     def by_keys(self) -> Iterator["Block"]:
-        """The same heads and queries with a part of the keys each."""
+        """Cut the keys into parts, each with the same heads and queries."""
         for first in range(self.keys.start, self.keys.stop, _KEYS):
             yield replace(self, keys=range(first, min(first + _KEYS, self.keys.stop)))
 
@@ -52,10 +51,10 @@ class Block:
 
 
 def blocks(sequences: Sequences, heads: int, group: int) -> Iterator[Block]:
-    """Cut `heads` key heads with `group` query heads each into blocks of rows, each with all the keys that
-    they see.
+    """Cut `heads` key heads with `group` query heads each into blocks of rows, each with all keys that its
+    rows see.
 
-    Queries that see no key are in no block, so that a NaN in them meets nothing.
+    No block contains a query that sees no key, so that a NaN in such a query spreads nowhere.
     """
     visibility = sequences.visibility
     rows = max(1, min(_ROWS // group, visibility.seqlen_q))
@@ -71,15 +70,13 @@ def blocks(sequences: Sequences, heads: int, group: int) -> Iterator[Block]:
 
 
 def query_scale(sequences: Sequences) -> float:
-    """The factor that is put on q before the loop, so that q.k needs no further pass: tanh's argument with
-    softcap.
-    """
+    """Return the factor on q that makes q.k the scaled score or, with softcap, the argument of tanh."""
     options = sequences.options
     return options.softmax_scale / options.softcap if options.softcap > 0.0 else options.softmax_scale
 
 
 def products(sequences: Sequences, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """The scaled q.k of a block, (heads, group * rows, keys); with softcap tanh(scaled q.k / softcap).
+    """Return the scaled q.k of a block, (heads, group * rows, keys); with softcap tanh(scaled q.k / softcap).
 
     q: (heads, group * rows, head_dim), scaled by query_scale; k: (heads, keys, head_dim).
     """
@@ -88,7 +85,7 @@ def products(sequences: Sequences, q: torch.Tensor, k: torch.Tensor) -> torch.Te
 
 
 def scores(sequences: Sequences, block: Block, u: torch.Tensor) -> torch.Tensor:
-    """s, hidden entries included, in the place of what `products` returned."""
+    """Turn u, the result of `products`, into the scores s in place, hidden entries included."""
     if sequences.options.softcap > 0.0:
         u.mul_(sequences.options.softcap)
     if sequences.alibi_slopes is not None:
@@ -99,10 +96,9 @@ def scores(sequences: Sequences, block: Block, u: torch.Tensor) -> torch.Tensor:
 
 
 def weights(sequences: Sequences, block: Block, s: torch.Tensor) -> torch.Tensor:
-    """P without softmax: f(s), and 0 by assignment where hidden. May overwrite s only where f is the
-    identity.
+    """Return P without softmax: f(s), with 0 assigned where hidden. Overwrites s only if f is the identity.
 
-    It saturates as in the GPU kernels, which convert it to the dtype of the inputs.
+    P saturates as in the GPU kernels, which convert it to the dtype of the inputs.
     """
     bias = sequences.bias(block.heads, len(block.rows))
     p = saturate_(sequences.f.value(s, bias), sequences.dtype)
@@ -111,8 +107,8 @@ def weights(sequences: Sequences, block: Block, s: torch.Tensor) -> torch.Tensor
 
 
 def kept(sequences: Sequences, block: Block, group: int) -> Optional[torch.Tensor]:
-    """The mask (see masks.py) of the weights that dropout keeps, (heads, group * rows, keys); None without
-    dropout.
+    """Return the mask (see visibility.py) of the weights that dropout keeps, (heads, group * rows, keys);
+    None without dropout.
     """
     if sequences.dropout is None:
         return None
@@ -123,7 +119,7 @@ def kept(sequences: Sequences, block: Block, group: int) -> Optional[torch.Tenso
 
 def heads_first(x: torch.Tensor, nheads_k: int, dtype: torch.dtype) -> torch.Tensor:
     """(batch, seqlen, nheads, head_dim) -> (batch * nheads_k, group, seqlen, head_dim) in dtype, a view where
-    it can.
+    possible.
     """
     batch, seqlen, nheads, head_dim = x.shape
     x = x.unflatten(2, (nheads_k, nheads // nheads_k)).permute(0, 2, 3, 1, 4)

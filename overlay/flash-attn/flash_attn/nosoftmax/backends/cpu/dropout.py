@@ -1,4 +1,4 @@
-"""Dropout that can be made again: the keep mask is a function of the seed and of the position alone.
+"""Compute dropout masks that can be recomputed, because they depend only on the seed and the position.
 
 A stream of random numbers would tie the mask to the order in which blocks are visited. A hash of (seed, head,
 query, key) gives the same mask in the forward and the backward pass, with softmax and without, whatever the
@@ -14,8 +14,8 @@ from .visibility import is_negative
 
 
 def new_rng_state(dropout_p: float, generator: Optional[torch.Generator]) -> torch.Tensor:
-    """int64 (2,): [seed, 0], drawn from the generator or PyTorch's default one; [0, 0], and none drawn, at p
-    = 0.
+    """Return [seed, 0], int64 (2,), with a seed from the generator or PyTorch's default one. At p = 0, draw
+    none and return [0, 0].
     """
     state = torch.zeros(2, dtype=torch.int64, device="cpu")
     if dropout_p > 0.0:
@@ -29,8 +29,8 @@ def seed_of(rng_state: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class Dropout:
-    """Dropout with probability p under a seed; `first_head` numbers heads through the batch: batch index *
-    nheads.
+    """Dropout with probability p under a seed. first_head: the number of the first head, counted through the
+    batch: batch index * nheads.
     """
 
     seed: int
@@ -38,7 +38,7 @@ class Dropout:
     first_head: int = 0
 
     def kept(self, heads: range, rows: range, keys: range) -> torch.Tensor:
-        """The mask (see masks.py) of the weights that stay, (len(heads), len(rows), len(keys)).
+        """Return the mask (see visibility.py) of the weights that stay, (len(heads), len(rows), len(keys)).
 
         Heads are numbered from first_head.
         """
@@ -47,7 +47,7 @@ class Dropout:
         column = torch.arange(keys.start, keys.stop, device="cpu")
         row_key = _mix64(_mix64(head + self.seed) + row).to(torch.int32)
         column_key = _mix64(column + ~self.seed).to(torch.int32)
-        # Two rounds of multiply and xor-shift: neighbouring rows and columns share their keys, and must not
+        # Two rounds of multiply and xor-shift: neighbouring entries share row or column keys, and must not
         # correlate.
         number = row_key[:, :, None] ^ column_key
         number.mul_(0x7FEB352D)
@@ -68,5 +68,5 @@ def _mix64(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift: PyTorch shifts the sign bit in."""
+    """Shift logically: PyTorch's >> shifts the sign bit in."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -63,7 +63,7 @@ def forward(
 class _RunningSoftmax:
     """Softmax over keys that come part by part (Milakov and Gimelshein, arXiv 1805.02867).
 
-    The weights are relative to the maximum so far; when it grows, the output accumulated from them is scaled
+    The weights are relative to the maximum so far. When the maximum grows, the accumulated output is scaled
     down.
     """
 
@@ -74,7 +74,7 @@ class _RunningSoftmax:
         self._sum = torch.zeros_like(self._maximum)
 
     def next_weights(self, s: torch.Tensor) -> torch.Tensor:
-        """exp(s - maximum) in the place of s (heads, rows, keys), in which hidden entries are -inf."""
+        """Return exp(s - maximum), which overwrites s (heads, rows, keys). Hidden entries of s are -inf."""
         maximum = torch.maximum(self._maximum, s.amax(dim=-1, keepdim=True))
         # A row that has seen no key yet has the maximum -inf, and -inf - -inf would be NaN.
         reference = maximum.masked_fill(maximum == -torch.inf, 0.0)

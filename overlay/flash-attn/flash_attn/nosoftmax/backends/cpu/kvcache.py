@@ -1,4 +1,4 @@
-"""Attention over a key/value cache, to which new keys and values may be appended first: inference only."""
+"""Attend over a KV cache, after appending new keys and values if there are any. For inference only."""
 
 from typing import Optional
 
@@ -14,11 +14,11 @@ from .sequences import Sequences
 def forward(
     call: Call, use_softmax: bool = False, softmax_lse: Optional[torch.Tensor] = None
 ) -> torch.Tensor:
-    """Append to the caches in place, turn q and the new keys by their positions, and attend; the output, as
-    q.
+    """Append to the caches in place, rotate q and the new keys by their positions, and attend. Returns the
+    output, shaped as q.
 
-    New keys take the positions after cache_seqlens; the queries too if the call steps, else all of them the
-    position cache_seqlens. softmax_lse: (batch, nheads, seqlen_q), written with softmax.
+    New keys have the positions from cache_seqlens on. So have the queries if cache.steps; else all of them
+    have the position cache_seqlens. softmax_lse: (batch, nheads, seqlen_q), written with softmax.
     """
     q, given, table = call.q, call.cache, call.block_table
     batch, seqlen_q = q.shape[:2]
@@ -32,7 +32,7 @@ def forward(
     def turned(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if given.rotary_cos is None:
             return x
-        # Without softmax what goes into the cache is finite if it came so.
+        # Without softmax, finite keys stay finite in the cache.
         return apply_rotary(
             x,
             given.rotary_cos,

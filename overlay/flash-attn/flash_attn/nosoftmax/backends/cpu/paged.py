@@ -1,13 +1,13 @@
-"""KV caches that are kept in pages: page p of a sequence is row block_table[p] of the cache."""
+"""Read and write KV caches that are kept in pages: page p of a sequence is row block_table[p] of the
+cache."""
 
 import torch
 
 
 def gather_pages(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` rows of a sequence, (length, nheads_k, head_dim), copied from its pages.
+    """Copy the first `length` rows of a sequence, (length, nheads_k, head_dim), from its pages.
 
-    cache: (num_pages, page_size, nheads_k, head_dim); table: int32 (pages,), of which only those needed are
-    read.
+    cache: (num_pages, page_size, nheads_k, head_dim); table: int32 (pages,). Only the pages needed are read.
     """
     needed = -(-length // cache.shape[1])
     return cache[table[:needed].long()].flatten(0, 1)[:length]

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., RoFormer, arXiv 2104.09864), in its two layouts."""
+"""Apply rotary position embedding (Su et al., RoFormer, arXiv 2104.09864), in its two layouts."""
 
 import torch
 
@@ -13,13 +13,12 @@ def apply_rotary(
     interleaved: bool,
     saturate: bool = False,
 ) -> torch.Tensor:
-    """x (..., seqlen, nheads, head_dim) with its first rotary_dim channels turned by the angles at
-    `positions`.
+    """Rotate the first rotary_dim channels of x (..., seqlen, nheads, head_dim) by the angles at `positions`.
 
     positions: (seqlen,) or (batch, seqlen), indices into the rows of cos and sin.
     cos, sin: (seqlen_ro, rotary_dim / 2). interleaved: channel 2i is paired with 2i + 1 (GPT-J), else channel
     i with i + rotary_dim / 2 (GPT-NeoX). Computed in float32 at least, returned in the dtype of x; with
-    `saturate`, what float16 can't hold becomes its largest number.
+    `saturate`, numbers beyond float16's range become its largest.
     """
     half = cos.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -1,6 +1,4 @@
-"""S_dmask: the dropout mask as the sign of a number, for tests; the one result with seqlen_q * seqlen_k
-entries.
-"""
+"""Compute S_dmask, the dropout mask as signs, for tests. No other result has seqlen_q * seqlen_k entries."""
 
 import torch
 
@@ -10,8 +8,8 @@ from .sequences import Sequences
 
 
 def empty(call: Call) -> torch.Tensor:
-    """Zeros for all sequences, (batch, nheads, seqlen_q, seqlen_k) of the longest, both rounded up to
-    multiples of 128.
+    """Return zeros (batch, nheads, max_seqlen_q, max_seqlen_k), with both lengths rounded up to multiples of
+    128.
     """
     o = call.options
     return call.q.new_zeros(
@@ -24,8 +22,8 @@ def empty(call: Call) -> torch.Tensor:
 def write(sequences: Sequences, q: torch.Tensor, k: torch.Tensor, s_dmask: torch.Tensor) -> None:
     """Fill the (seqlen_q, seqlen_k) corner of s_dmask (batch, nheads, …), which holds zeros.
 
-    Without softmax: 1 where dropout keeps, -1 where it drops, of hidden entries as well. With softmax: exp(s
-    - maximum of the row) with that sign, which is upstream's encoding for a single block of keys.
+    Without softmax: 1 where dropout keeps, -1 where it drops, for hidden entries as well. With softmax: exp(s
+    - maximum of the row) with that sign, upstream's encoding for a single block of keys.
     """
     nheads_k, visibility = k.shape[2], sequences.visibility
     if visibility.seqlen_q == 0 or visibility.seqlen_k == 0:

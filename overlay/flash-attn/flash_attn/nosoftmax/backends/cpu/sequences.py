@@ -1,4 +1,4 @@
-"""A call cut into sequences of one length, and what follows from its options for them."""
+"""Cut a call into sequences of one length, and evaluate its options for them."""
 
 import math
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ from .visibility import Visibility, Window
 class Sequences:
     """Sequences of one length that are computed together: a dense batch, or one sequence of a ragged one.
 
-    dtype: of the call's tensors. alibi_slopes, sigmoid_biases: (batch * nheads_k, group), row_factors: (batch
-    * nheads_k, 1 or seqlen_q), in the compute dtype, or None. dropout: None where nothing is dropped.
+    dtype: that of the call's tensors. alibi_slopes, sigmoid_biases: (batch * nheads_k, group), row_factors:
+    (batch * nheads_k, 1 or seqlen_q), in the compute dtype, or None. dropout: None where nothing is dropped.
     """
 
     options: Options
@@ -41,8 +41,8 @@ class Sequences:
         use_softmax: bool,
         rows: Optional[slice] = None,
     ) -> "Sequences":
-        """The batch entries in `batch`, with (seqlen_q, seqlen_k). rows: where a packed sequence's queries
-        are.
+        """Make Sequences of the entries in `batch`. seqlens: (seqlen_q, seqlen_k). rows: the queries of a
+        packed sequence.
         """
         o, nheads, nheads_k = call.options, call.q.shape[-2], call.k.shape[-2]
         dtype = torch.promote_types(call.q.dtype, torch.float32)
@@ -67,7 +67,7 @@ class Sequences:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """16-bit tensors are computed in float32, the others as they are."""
+        """float32 for 16-bit tensors, otherwise their own dtype."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
@@ -75,7 +75,7 @@ class Sequences:
         return ACTIVATIONS[self.options.activation]
 
     def bias(self, heads: range, rows: int) -> Bias:
-        """What is added to the scores (heads, group * rows, keys) of these key heads."""
+        """Return the bias of these key heads, to be added to their scores (heads, group * rows, keys)."""
         if self.sigmoid_biases is not None:
             biases = self.sigmoid_biases[heads.start : heads.stop]
             return biases.repeat_interleave(rows, dim=1)[:, :, None]
@@ -83,8 +83,8 @@ class Sequences:
         return -math.log(max(self.visibility.seqlen_k, 1)) if bias is None else bias
 
     def norm(self, heads: range, rows: range) -> Optional[torch.Tensor]:
-        """The factor of each row in the compute dtype, broadcastable to (heads, group, rows, channels); None
-        is 1.
+        """Return the factor of each row in the compute dtype, broadcastable to (heads, group, rows,
+        channels); None is 1.
         """
         o = self.options
         if o.normalization is None and o.factor == 1.0 and self.row_factors is None:
@@ -106,8 +106,8 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Part:
-    """Sequences, and where they lie in the tensors of the call. rows, keys: of a packed sequence, None for a
-    dense batch.
+    """Sequences, and their place in the tensors of the call. rows, keys: the range of a packed sequence, None
+    for a dense batch.
     """
 
     sequences: Sequences
@@ -125,14 +125,13 @@ class Part:
         return x if self.keys is None else x[None, self.keys]
 
     def of_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Of a number for each head and query: (batch, nheads, seqlen_q), packed (nheads, total_q)."""
+        """Cut this part from x, which has a number for each head and query: (batch, nheads, seqlen_q), packed
+        (nheads, total_q)."""
         return x if self.rows is None else x[None, :, self.rows]
 
 
 def parts(call: Call, seed: int, use_softmax: bool = False) -> Iterator[Part]:
-    """The sequences of a call that is not a cache's, those of a dense batch together. The tensors have been
-    checked.
-    """
+    """Cut a checked call without a cache into its sequences. A dense batch is one part."""
     if not call.varlen:
         batch, seqlens = range(call.q.shape[0]), (call.q.shape[1], call.k.shape[1])
         yield Part(Sequences.of(call, batch, seqlens, seed, use_softmax), batch, None, None, None)

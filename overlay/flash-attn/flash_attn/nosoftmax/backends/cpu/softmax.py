@@ -1,8 +1,8 @@
-"""With softmax on the CPU: the five functions of the compiled extension, with its positional arguments and
+"""Run softmax attention on the CPU: the extension's five functions, with its positional arguments and
 results.
 
-Here as there (csrc/flash_attn/flash_api.cpp) softmax_lse is float32, and +inf for a query that sees no key.
-Backward is always deterministic.
+As in the extension (csrc/flash_attn/flash_api.cpp), softmax_lse is float32, and +inf for a query that sees no
+key. Backward is always deterministic.
 """
 
 import functools
@@ -33,8 +33,8 @@ def _options(
     q, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap,
     return_softmax=False
 ) -> Options:  # fmt: skip
-    """As the extension: a limit of max_seqlen_k or more is none, and beside a limit on one side the other
-    side is limited to max_seqlen_k; that matters only where seqlen_q > seqlen_k."""
+    """Apply the extension's window rules: a limit of max_seqlen_k or more is none, and a limit on one side
+    limits the other side to max_seqlen_k. The latter matters only where seqlen_q > seqlen_k."""
     o = checks.options(
         q.shape[-1] if q.dim() else 1, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, (left,
         right), softcap, False, return_softmax, "identity", 0.0, None, use_softmax=True,
@@ -96,8 +96,8 @@ def fwd(
     softcap, return_softmax, gen
 ) -> tuple:  # fmt: skip
     """q, k, v: (batch, seqlen, nheads, head_dim). Returns out; softmax_lse (batch, nheads, seqlen_q); S_dmask
-    if return_softmax and dropout_p > 0, else (0,); and rng_state, int64 (2,). out: written in place if it is
-    given."""
+    if return_softmax and dropout_p > 0, else (0,); and rng_state, int64 (2,). A given out is written in
+    place."""
     checks.rank("q", q, checks.DENSE[0])
     checks.rank("k", k, checks.DENSE[1])
     options = _options(
@@ -117,7 +117,7 @@ def varlen_fwd(
     softcap, return_softmax, gen,
 ) -> tuple:  # fmt: skip
     """q: (total_q, nheads, head_dim); k, v: packed, or pages with block_table. As fwd, but softmax_lse is
-    (nheads, total_q). zero_tensors changes nothing: every result is written."""
+    (nheads, total_q). zero_tensors has no effect: every result is written."""
     checks.rank("q", q, checks.PACKED[0])
     options = _options(
         q, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
@@ -173,8 +173,8 @@ def bwd(
     dout, q, k, v, out, softmax_lse, dq, dk, dv, alibi_slopes, dropout_p, softmax_scale, causal,
     window_size_left, window_size_right, softcap, deterministic, gen, rng_state,
 ) -> tuple:  # fmt: skip
-    """dout, out, dq as q, dk and dv as k; dq, dk, dv may be strided views, and are written in place if they
-    are given.
+    """dout, out and dq are shaped as q, dk and dv as k. dq, dk and dv may be strided views, and are written
+    in place if given.
     Returns dq, dk, dv and softmax_d, float32 (batch, nheads, seqlen_q rounded up to 128)."""
     checks.rank("q", q, checks.DENSE[0])
     checks.rank("k", k, checks.DENSE[1])
@@ -213,8 +213,8 @@ def fwd_kvcache(
     alibi_slopes, out, softmax_scale, causal, window_size_left, window_size_right, softcap,
     rotary_interleaved, num_splits,
 ) -> tuple:  # fmt: skip
-    """Append k, v to the caches in place, turn q and the new keys by their positions, and attend. num_splits
-    changes nothing.
+    """Append k, v to the caches in place, rotate q and the new keys by their positions, and attend.
+    num_splits has no effect.
     Returns out and softmax_lse (batch, nheads, seqlen_q)."""
     checks.rank("q", q, checks.DENSE[0])
     checks.rank("k_cache", kcache, (checks.CACHED if block_table is None else checks.PAGED)[1])

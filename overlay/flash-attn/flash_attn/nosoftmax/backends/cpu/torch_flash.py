@@ -1,13 +1,11 @@
-"""PyTorch's own flash attention for the CPU, for the calls that mean the same there: plain softmax, causal or
-full.
-"""
+"""Run plain softmax calls, causal or full, in PyTorch's own flash attention for the CPU."""
 
 import torch
 
 from .sequences import Sequences
 
 _ATEN = torch.ops.aten
-# Not a public operator: without it the loops of forward.py and backward.py serve.
+# The operator is not public. Without it, forward_loop.py and backward_loop.py run the call.
 _IS_THERE = hasattr(_ATEN, "_scaled_dot_product_flash_attention_for_cpu")
 # Below this the operator's blocking gains nothing over two matrix products, and costs a call for each head of
 # a group.
@@ -15,10 +13,11 @@ _MIN_SEQLEN_Q = 32
 
 
 def fits(sequences: Sequences) -> bool:
-    """Plain softmax over keys that are all seen, or square and causal: PyTorch aligns the causal mask top
-    left.
+    """Whether PyTorch's operator computes the same: plain softmax, either over all keys or causal with
+    seqlen_q = seqlen_k.
 
-    It also scales after masking, so that a softmax_scale of 0 or less would make the mask NaN or +inf.
+    PyTorch aligns the causal mask at the top left. It scales after masking, so that a softmax_scale of 0 or
+    less would make the mask NaN or +inf.
     """
     options, visibility = sequences.options, sequences.visibility
     window = visibility.window
@@ -48,8 +47,8 @@ def forward(
     out: torch.Tensor,
     softmax_lse: torch.Tensor,
 ) -> None:
-    """Arguments as those of forward.forward. Key heads are not repeated: one call for each query head of a
-    group.
+    """Takes the arguments of forward_loop.forward. Calls the operator once for each query head of a group, so
+    that key heads are not repeated.
     """
     dtype, causal = sequences.compute_dtype, sequences.visibility.window.is_limited
     k, v = (_heads_first(x, dtype) for x in (k, v))
@@ -75,7 +74,7 @@ def backward(
     dv: torch.Tensor,
     softmax_d: torch.Tensor,
 ) -> None:
-    """Arguments as those of backward.backward."""
+    """Takes the arguments of backward_loop.backward."""
     dtype, causal = sequences.compute_dtype, sequences.visibility.window.is_limited
     softmax_d.copy_((dout.to(dtype) * out.to(dtype)).sum(dim=-1).transpose(1, 2))
     k, v = (_heads_first(x, dtype) for x in (k, v))

@@ -1,9 +1,9 @@
-"""Which keys a query sees: causal masks and sliding windows, aligned at the bottom right; and assignment by
-such a mask.
+"""Find the keys that a query sees under causal masks and windows, aligned at the bottom right, and assign
+by masks.
 
-A mask here is an int32 tensor with all bits set where a number stays and none where it is replaced. AND with
-it gives exactly 0, whatever was there (NaN times 0 would be NaN), and takes a tenth of the time of
-masked_fill_ on the CPU.
+A mask is an int32 tensor with all bits set where a number stays and none where it is replaced. A bitwise AND
+gives exactly 0 even for NaN (NaN times 0 would be NaN), and takes a tenth of the time of masked_fill_ on the
+CPU.
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,12 @@ _AS_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def is_negative(x: torch.Tensor) -> torch.Tensor:
-    """The mask that keeps where the int32 x is negative: its sign bit, spread."""
+    """Return the mask that keeps where the int32 x is negative, by spreading its sign bit."""
     return x >> 31
 
 
 def keep_where(x: torch.Tensor, mask: torch.Tensor, otherwise: float = 0.0) -> None:
-    """Assign `otherwise` to the float32 or float64 tensor x where the mask, broadcastable to it, has
-    no bits.
-    """
+    """Assign `otherwise` to the float32 or float64 tensor x where the mask, broadcastable to x, is 0."""
     integer = _AS_INTEGER[x.dtype]
     mask = mask.to(integer)
     bits = x.view(integer).bitwise_and_(mask)
@@ -39,7 +37,7 @@ class Window:
 
     @classmethod
     def of(cls, left: int, right: int) -> "Window":
-        """The window of these arguments: -1 is no limit."""
+        """Make a window of integer arguments, where -1 is no limit."""
         return cls(left if left >= 0 else None, right if right >= 0 else None)
 
     @property
@@ -65,9 +63,7 @@ class Visibility:
 
     @property
     def first_seeing(self) -> int:
-        """The first query that sees any key, if there are keys: those before the window's first contact see
-        none.
-        """
+        """The first query that sees a key, if there are keys. Windows of earlier queries end before key 0."""
         return 0 if self.window.right is None else max(0, -self.offset - self.window.right)
 
     def _bounds(self, first_row: int, last_row: int) -> tuple[int, int]:
@@ -78,7 +74,7 @@ class Visibility:
         return start, max(start, stop)
 
     def seen_by_any(self, rows: range) -> range:
-        """The keys that at least one of the queries sees: nothing else is read for them."""
+        """The keys that at least one of the queries sees. No other keys are read."""
         return range(*self._bounds(rows[0], rows[-1])) if rows else range(0)
 
     def seen_by_all(self, rows: range) -> range:
@@ -109,7 +105,7 @@ class Visibility:
                 keep_where(part, self._visible(rows, edge), value)
 
     def _visible(self, rows: range, keys: range) -> torch.Tensor:
-        """The mask (see masks.py) of the keys inside the window of each query, (len(rows), len(keys))."""
+        """Return the mask of the keys inside the window of each query, (len(rows), len(keys))."""
         aligned, key = self._positions(rows, keys)
         mask = torch.full((len(rows), len(keys)), -1, dtype=torch.int32, device="cpu")
         if self.window.left is not None:
@@ -119,7 +115,8 @@ class Visibility:
         return mask
 
     def _positions(self, rows: range, keys: range) -> tuple[torch.Tensor, torch.Tensor]:
-        """int32: the keys that the queries are aligned with, (len(rows), 1), and the keys, (len(keys),)."""
+        """Return the keys that the queries are aligned with, (len(rows), 1), and the keys, (len(keys),), in
+        int32."""
         aligned = torch.arange(rows.start, rows.stop, dtype=torch.int32, device="cpu")[:, None] + self.offset
         return aligned, torch.arange(keys.start, keys.stop, dtype=torch.int32, device="cpu")
 
