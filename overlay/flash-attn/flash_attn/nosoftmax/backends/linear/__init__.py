@@ -1,13 +1,14 @@
-"""Attention without softmax in linear time.
+"""Run attention without softmax in linear time.
 
 With f the identity and without softcap, dropout, ALiBi and window, attention is associative: Q (K^T V) costs
-N d^2 in place of N^2 d. The causal form needs one state per head, the sum of k_j^T v_j so far; docs/linear.md
-has the design.
+N d^2 in place of N^2 d. The causal form needs one state per head, the sum of k_j^T v_j so far. The output and
+the gradients are forms of one primitive, the sum over visible j of (q_i . k_j) v_j. docs/linear.md has the
+design.
 
     form.py       the masks and the normalization
     chunked.py    the primitive in PyTorch, any device
     kernels.py    the primitive in Triton, 16-bit CUDA tensors
-    primitive.py  which of the two
+    primitive.py  chooses between the two
     state.py      prefill, continue and step with a recurrent state
 """
 
@@ -20,25 +21,23 @@ from .. import Result
 from . import primitive
 from .form import Form
 
-# Where the two algorithms take the same time, forward and backward together: seqlen_q = seqlen_k = slope *
-# head_dim + offset, as (slope, offset) for each mask. From benchmarks/linear_vs_quadratic.py, on CPUs rounded
-# up and on CUDA the shortest sequences that were measured; docs/linear.md says where it ran. "auto" is
-# quadratic on a device type that was not measured.
+# (slope, offset) for each mask: both algorithms take the same time, forward and backward together, at
+# seqlen_q = seqlen_k = slope * head_dim + offset. From benchmarks/linear_vs_quadratic.py: rounded up for
+# CPUs, the shortest measured sequences for CUDA. docs/linear.md names the machines. "auto" is quadratic on
+# other device types.
 CROSSOVERS = {
     "cpu": {"full": (1.0, 64.0), "causal": (2.0, 64.0)},
     "cuda": {"full": (0.0, 1000.0), "causal": (0.0, 1000.0)},
 }
-# And the scores of all heads and sequences, as masked ones count too, from which on a quadratic kernel takes
-# a GPU longer than the host takes for the more launches of linear time. Of an H100: one sequence of 4k and 16
-# of 1k tokens with 16 heads each.
+# The number of scores of all heads and sequences, masked ones included, above which a quadratic kernel takes
+# a GPU longer than the additional launches of the linear algorithm take the host. From an H100: one sequence
+# of 4k tokens, or 16 of 1k tokens, with 16 heads each.
 MIN_SCORES = {"cuda": 250e6}
 _MAX_HEAD_DIM = 256  # of the kernels
 
 
 def obstacle(call: Call) -> Optional[str]:
-    """Why there is no exact algorithm in linear time for this call, by the first thing in the way; None if
-    there is one.
-    """
+    """Why this call has no exact algorithm in linear time, by the first reason found; None if it has one."""
     if call.cache is not None:
         return "in place of a cache it has a state: flash_attn.linear.linear_attention_step"
     option = _inexact(call)
@@ -74,7 +73,7 @@ def _inexact(call: Call) -> Optional[str]:
 
 
 def disadvantage(call: Call) -> Optional[str]:
-    """Why "auto" passes linear time over where it is exact; None if it takes it."""
+    """Why "auto" passes over the linear algorithm where it is exact; None if it does not."""
     q, k = call.q, call.k
     if q.device.type != "cpu" and not primitive.has_kernels(q):
         return f"no kernels for {q.dtype} on {q.device}: they take float16 and bfloat16, with triton"
@@ -93,9 +92,11 @@ def disadvantage(call: Call) -> Optional[str]:
 def predicted_faster(
     device: torch.device, head_dim: int, causal: bool, seqlen_q: float, seqlen_k: float, heads: int
 ) -> bool:
-    """Whether linear time is less time, for sequences of these mean lengths and `heads` heads in all of them.
+    """Predict whether the linear algorithm is faster for these mean lengths. heads: those of all sequences
+    together.
 
-    Quadratic costs seqlen_q * seqlen_k, linear seqlen_q + seqlen_k: what counts is their harmonic mean.
+    Quadratic costs seqlen_q * seqlen_k, linear seqlen_q + seqlen_k, so the harmonic mean of the lengths
+    decides.
     """
     if device.type not in CROSSOVERS:
         return False
@@ -105,7 +106,7 @@ def predicted_faster(
 
 
 def _causal(call: Call) -> bool:
-    # One query sees every key either way, and the full form is the cheaper one.
+    # A single query sees every key either way, and the full form is cheaper.
     return call.options.window_right == 0 and call.options.max_seqlen_q > 1
 
 

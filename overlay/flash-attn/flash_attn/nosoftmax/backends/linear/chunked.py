@@ -1,8 +1,8 @@
-"""The primitive in PyTorch, for tensors on any device: one batch of sequences that have the same length.
+"""Compute the linear-attention primitive in PyTorch, on any device, for a batch of sequences of one length.
 
-Between chunks a state, the sum of k_j^T v_j over the chunks already passed; inside a chunk the masked
-products. Time grows with the sequence, and memory beside the inputs and the output does not. 16-bit tensors
-are computed in float32.
+A state, the sum of k_j^T v_j, stands for the chunks already passed. Masked products cover the current chunk.
+Time grows linearly with the sequence length, and memory beside the inputs and the output does not grow.
+16-bit tensors are computed in float32.
 """
 
 from typing import Optional
@@ -12,24 +12,24 @@ import torch
 from ...score import saturate_
 from .form import ANTICAUSAL, CAUSAL, FULL, Form
 
-# Positions of one chunk. Longer ones waste products on masked entries, shorter ones time on starting
-# operators.
+# Positions of one chunk. Longer chunks waste products on masked entries, shorter ones waste time on operator
+# calls.
 CHUNK = 128
-# The full form masks nothing.
+# The full form masks nothing, so longer chunks waste no products.
 FULL_CHUNK = 512
 
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, state: Optional[torch.Tensor] = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One form of linear attention over dense sequences.
+    """Compute one form of linear attention over dense sequences.
 
     q: (batch, rows, nheads, d); k: (batch, keys, nheads_k, d); v: (batch, keys, nheads_k, d_v); any strides.
-    Either number of heads may divide the other: with more heads in q a key head serves a group of them, with
-    more heads in k and v a group of them is summed. state: (batch, min(nheads, nheads_k), d, d_v), the sum of
-    k^T v over earlier keys, for the causal form with rows <= keys.
+    Either number of heads may divide the other: with more heads in q, a key head serves a group of query
+    heads; with more heads in k and v, the results of a group of key heads are summed. state: (batch,
+    min(nheads, nheads_k), d, d_v), the sum of k^T v over earlier keys, for the causal form with rows <= keys.
     Returns out (batch, rows, nheads, d_v) in q's dtype, and the state after the last key in the compute
-    dtype. A row that sees neither a key nor a given state is 0. torch.autocast has no influence.
+    dtype. A row that sees neither a key nor a given state is 0. torch.autocast has no effect.
     """
     with torch.autocast(q.device.type, enabled=False):
         chunks = _Chunks(q, k, v, form)
@@ -67,8 +67,7 @@ def attend(
 class _Chunks:
     """Cuts rows and keys at the same positions (see Form). A span is a range of positions.
 
-    Rows that see no key and keys that no row sees are left out: a NaN in them would come back through 0 *
-    NaN.
+    Leaves out rows that see no key and keys that no row sees, where a NaN would reach results as 0 * NaN.
     """
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form) -> None:
@@ -107,8 +106,8 @@ class _Chunks:
         return values
 
     def limit(self, scores: torch.Tensor) -> torch.Tensor:
-        """scores within float16's range when scaled, in place, if they are the weights of float16 inputs:
-        they stay in float32, but are formed here. A clamp alone would turn Inf into the limit."""
+        """Clamp scores in place so that they fit float16 once scaled, if they are the weights of float16
+        inputs. They stay in float32. A clamp alone would turn Inf into the limit."""
         if self.form.weights_saturate and self._q.dtype == torch.float16 and self.form.softmax_scale != 0.0:
             limit = torch.finfo(torch.float16).max / abs(self.form.softmax_scale)
             not_finite = scores - scores
@@ -116,8 +115,8 @@ class _Chunks:
         return scores
 
     def mask(self, scores: torch.Tensor, span: range) -> torch.Tensor:
-        """scores (batch * heads, group of rows, group of keys) with 0, in place, where the row does not see
-        the key.
+        """Zero scores (batch * heads, group of rows, group of keys) in place where the row does not see the
+        key.
         """
         offset = max(span.start, self._from_row) - max(span.start, self._from_key)
         split = (
@@ -130,7 +129,7 @@ class _Chunks:
         return scores
 
     def store(self, out: torch.Tensor, result: torch.Tensor, span: range) -> None:
-        """Normalize, saturate if that is the form, and put the result of the span's rows in its place."""
+        """Normalize the result of the span's rows, saturate it if the form says so, and write it to out."""
         span = range(max(span.start, self._from_row), span.stop)
         result.mul_(self._factor)
         if self.form.weighs_positions and not self.form.transposed:
@@ -144,12 +143,12 @@ class _Chunks:
         )
 
     def _cut(self, x: torch.Tensor, start: int, stop: int, first: int) -> torch.Tensor:
-        """(batch * heads, group * positions, channels) in the compute dtype: always a copy."""
+        """Return (batch * heads, group * positions, channels) in the compute dtype, always as a copy."""
         part = x[:, start - first : stop - first].permute(0, 2, 3, 1, 4)
         part = part.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
         return part.view(x.shape[0] * self.heads, -1, x.shape[-1])
 
     def _weights(self, x: torch.Tensor, span: range, first_seen: int) -> torch.Tensor:
-        """1 / (number of keys that a query sees) of the span's queries x, in the order of `_cut`."""
+        """Return 1 / (number of keys seen) for each of the span's queries x, in the order of `_cut`."""
         seen = torch.arange(span.start - first_seen + 1, span.stop - first_seen + 1, device=x.device)
         return seen.clamp(min=1).to(self.dtype).reciprocal().repeat(x.shape[3])[:, None]

@@ -1,21 +1,21 @@
-"""The primitive in Triton, for float16 and bfloat16 tensors on CUDA: dense and packed sequences, with or
-without a state.
+"""Compute the linear-attention primitive in Triton, for float16 and bfloat16 tensors on CUDA.
 
-Positions are cut into segments of whole chunks. `_sum_segments` adds up k^T v of every segment, `_scan` turns
-the sums into the state that each segment starts with, and `_walk` goes through each segment chunk by chunk
-with the running state in registers. So k and v are read twice and q and out touched once, whatever the chunk,
-and a segment is long enough to make its state small beside it. One segment alone (short sequences, or as many
-heads as the GPU has multiprocessors) needs only `_walk`.
+Sequences are dense or packed, with or without a state. Positions are cut into segments of whole chunks.
+`_sum_segments` adds up k^T v of every segment, `_scan` turns the sums into the state that each segment starts
+with, and `_walk` goes through each segment chunk by chunk with the running state in registers. So k and v are
+read twice and q and out touched once, whatever the chunk size. A segment is long enough that its state is
+small in comparison. One segment alone (short sequences, or as many heads as the GPU has multiprocessors)
+needs only `_walk`.
 
-"1/visible" with a causal mask is a number for each query. Where queries are rows it multiplies the row. Where
-they are keys (dk and dv) it weighs them: scores in float32, and what is added to the state as it is rounded
-to 16 bit once.
+"1/visible" with a causal mask is a factor for each query. Where queries are rows, it multiplies the row.
+Where queries are keys (dk and dv), it multiplies the scores in float32, and the columns that are added to the
+state, which are then rounded to 16 bit once.
 
-A state in float32 meets a 16-bit matrix unit as the sum of two 16-bit numbers, hi + lo, so that no more is
-lost than in the products of the quadratic kernel. In float16 it is first scaled by a power of two to fit.
+A float32 state enters the 16-bit matrix units as the sum of two 16-bit numbers, hi + lo, which loses no more
+than the products of the quadratic kernel. In float16 the state is first scaled by a power of two to fit.
 
-Nothing here reads a GPU tensor on the host: grids and buffers follow from shapes and max_seqlen, so calls can
-be captured in CUDA graphs.
+The host reads no GPU tensor: grids and buffers follow from shapes and max_seqlen, so calls can be captured in
+CUDA graphs.
 """
 
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ _LARGEST_HALF = tl.constexpr(65504.0)
 
 @triton.jit
 def _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN: tl.constexpr):
-    """(start, length) of the rows and of the keys of sequence b, and the positions it has."""
+    """Return start and length of the rows and of the keys of sequence b, and its number of positions."""
     start_row = tl.full((), 0, tl.int32)
     start_key = start_row
     if VARLEN:
@@ -49,8 +49,8 @@ def _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN: tl.constexpr):
 
 @triton.jit
 def _place(parts, heads, FLAT: tl.constexpr):
-    """Which part, head and sequence a program of a grid (parts, heads, batch) has. FLAT: one axis holds all
-    three.
+    """Return the part, head and sequence of this program in a grid (parts, heads, batch). FLAT: one axis
+    holds all three.
     """
     part, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if FLAT:
@@ -61,7 +61,7 @@ def _place(parts, heads, FLAT: tl.constexpr):
 
 @triton.jit
 def _clear(columns, stride, start, stop, share, shares, inside, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """Write 0 to one of the shares of the rows from start to stop. columns: pointers to the columns
+    """Write 0 to one of `shares` shares of the rows from start to stop. columns: pointers to the columns
     of row 0.
     """
     zeros = tl.zeros((CHUNK, WIDTH), dtype=columns.dtype.element_ty)
@@ -76,8 +76,8 @@ def _clear(columns, stride, start, stop, share, shares, inside, WIDTH: tl.conste
 
 @triton.jit
 def _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN: tl.constexpr):
-    """Where the states of sequence b begin. Packed: a sequence has at most as many segments as fit between
-    two of these.
+    """Return the first slot of the states of sequence b. For packed sequences, the slots up to that of the
+    next sequence are at least as many as the segments.
     """
     if VARLEN:
         return ((tl.load(cu_rows + b) + tl.load(cu_keys + b)) // segment_length + b).to(tl.int64)
@@ -86,8 +86,8 @@ def _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN: tl.conste
 
 @triton.jit
 def _load(base, stride, index, valid, channels, CHANNELS: tl.constexpr):
-    """The rows `index` (where valid, else 0) of a matrix with CHANNELS columns, of which `channels`
-    are read.
+    """Load the rows `index` (where valid, else 0) and the columns `channels` of a matrix with CHANNELS
+    columns.
     """
     pointers = base + index[:, None].to(tl.int64) * stride + channels[None, :]
     return tl.load(pointers, mask=valid[:, None] & (channels < CHANNELS)[None, :], other=0.0)
@@ -95,10 +95,9 @@ def _load(base, stride, index, valid, channels, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _saturate(x, dtype: tl.constexpr, SATURATE: tl.constexpr):
-    """With SATURATE what is finite stays so in this 16-bit type. bfloat16 has the range of float32."""
+    """With SATURATE, keep finite numbers finite in this 16-bit type. bfloat16 has the range of float32."""
     if SATURATE and dtype == tl.float16:
-        # minimum and maximum take the number beside a NaN, and make Inf the limit; 0 * x is NaN for both, and
-        # 0 for a number.
+        # minimum and maximum replace a NaN or Inf by the limit. x * 0 makes both NaN, and adds 0 to a number.
         x = tl.minimum(tl.maximum(x, -_LARGEST_HALF), _LARGEST_HALF) + x * 0.0
     return x
 
@@ -111,11 +110,11 @@ def _power_of_two_below(x):
 
 @triton.jit
 def _hi_lo(state, dtype: tl.constexpr):
-    """state * up as hi + lo in 16 bit, and 1 / up, a power of two."""
+    """Split state * up into hi + lo in 16 bit. Returns hi, lo and 1 / up, a power of two."""
     down = 1.0
     if dtype == tl.float16:
-        # Of what is finite, as an Inf would scale all else to 0: 0 * x makes it NaN, and max takes the number
-        # beside a NaN.
+        # Scale by the largest finite number, because an Inf would scale all others to 0: state * 0 turns Inf
+        # into NaN, and max ignores NaN.
         largest = tl.max(tl.abs(state * 0.0 + state))
         down = _power_of_two_below(tl.maximum(largest, 1e-30)) / 16384.0
         state = state * (1.0 / down)
@@ -125,29 +124,29 @@ def _hi_lo(state, dtype: tl.constexpr):
 
 @triton.jit
 def _visible(position, first_counted):
-    """How many keys the query at each position sees, at least 1, in float32. first_counted: the position of
-    the first key.
+    """Return the number of keys that the query at each position sees, at least 1, in float32. first_counted:
+    the position of the first key.
     """
     return tl.maximum(position - first_counted + 1, 1).to(tl.float32)
 
 
 @triton.jit
 def _reciprocal(x):
-    """1 / x to 21 bits, for 1 <= x < 2^63. A division takes registers that `_walk` does not have."""
+    """Return 1 / x to 21 bits, for 1 <= x < 2^63. A division takes registers that `_walk` does not have."""
     return tl.rsqrt(x * x)
 
 
 @triton.jit
 def _weighed(columns, count, unit):
-    """Each of the columns times unit / count, at most 1, in 16 bit.
+    """Multiply each column by unit / count, which is at most 1, and round to 16 bit.
 
-    unit: 1, in float16 a power of two that keeps this from becoming too small; what it is added to is times
-    unit as well.
+    unit: 1, in float16 a power of two that keeps the products from becoming too small. The accumulator is
+    scaled by unit as well.
     """
     return (columns.to(tl.float32) * (_reciprocal(count) * unit)[None, :]).to(columns.dtype)
 
 
-@triton.jit(do_not_specialize=["heads"])  # compiled once, whatever it is
+@triton.jit(do_not_specialize=["heads"])  # compiled once for all values
 def _sum_segments(
     k, v, sums, cu_rows, cu_keys, rows, keys, segments, segment_length, heads,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -157,7 +156,7 @@ def _sum_segments(
 ):  # fmt: skip
     """sums[slot of the segment, head] = sum of k^T v over the segment's keys and the head's group.
 
-    Grid: (segments * tiles of the state, heads, batch). Left out are sums that nobody reads, unless ALL: of
+    Grid: (segments * tiles of the state, heads, batch). Unless ALL, skips the sum that is not needed: that of
     the last segment (causal) or the first (anticausal). WEIGHED: each key is divided by the number of rows
     that see it.
     """
@@ -175,7 +174,7 @@ def _sum_segments(
         if MASK == _ANTICAUSAL and segment == 0:
             return
     first_key = total - keys
-    # A key before this is seen by no row, and not read.
+    # No row sees a key before `seen`, so it is not read.
     seen = tl.maximum(first_key, total - rows) if MASK == _ANTICAUSAL else first_key
     channels = (tile // tiles_v) * BLOCK_D + tl.arange(0, BLOCK_D)
     channels_v = (tile % tiles_v) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -218,10 +217,11 @@ def _scan(
     SIZE: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr,
     HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """In place: the sum of each segment becomes the sum of those before it (causal) or after it (anticausal);
-    with the full mask, that of the first segment becomes the sum of all.
+    """Replace the sum of each segment in place by the sum of the segments before it (causal) or after it
+    (anticausal). With the full mask, replace the sum of the first segment by the sum of all.
 
-    Grid: (tiles of the state, heads, batch). initial: what the sums start from; final: the sum of everything.
+    Grid: (tiles of the state, heads, batch). initial: the start of the sums. final: receives the sum of
+    everything.
     """
     part, head, b = _place((SIZE + BLOCK - 1) // BLOCK, heads, FLAT)
     offsets = part * BLOCK + tl.arange(0, BLOCK)
@@ -238,7 +238,7 @@ def _scan(
         pointers = here + (first + segment) * heads * SIZE
         size = SIZE
         if not HAS_FINAL and MASK != _FULL:
-            size = tl.where(i < count - 1, SIZE, 0)  # nobody needs the last sum, and it was not computed
+            size = tl.where(i < count - 1, SIZE, 0)  # the last sum is not needed, and was not computed
         own = tl.load(pointers, mask=offsets < size, other=0.0)
         if MASK != _FULL:
             tl.store(pointers, carry, mask=inside)
@@ -261,14 +261,14 @@ def _walk(
     HAS_INITIAL: tl.constexpr, FLAT: tl.constexpr, WEIGHTS_SATURATE: tl.constexpr,
     OUTPUT_SATURATES: tl.constexpr,
 ):  # fmt: skip
-    """The output of one segment, one head and BLOCK_V of its columns.
+    """Compute BLOCK_V columns of the output of one segment and one head.
 
     Grid: (segments * tiles of columns, nheads, batch). GROUP_Q heads of q share a head of k and v; GROUP_K
-    heads of k and v are summed for a head of q; one of them is 1. states: (slots, heads, D, D_V) in the
+    heads of k and v are summed for a head of q; one of the two is 1. states: (slots, heads, D, D_V) with the
     strides stride_sd and stride_sv.
     """
     dtype: tl.constexpr = q.dtype.element_ty
-    # In bfloat16 products need no scale to fit.
+    # bfloat16 products fit without scaling, so that the scale can be applied at the end.
     late: tl.constexpr = dtype == tl.bfloat16
     per_visible: tl.constexpr = NORMALIZATION == _PER_VISIBLE
     weighed: tl.constexpr = per_visible and TRANSPOSED
@@ -276,7 +276,7 @@ def _walk(
     part, head, b = _place(segments * tiles_v, heads, FLAT)
     segment, tile = part // tiles_v, part % tiles_v
     if VARLEN:
-        # Rows that belong to no sequence are before the first and behind the last. The first sequences share
+        # Rows of no sequence lie before the first and behind the last. Programs of the first sequences clear
         # them.
         sharing = tl.minimum(batch, 64)
         if b < sharing:
@@ -291,8 +291,8 @@ def _walk(
     first_row, first_key = total - rows, total - keys
     if end <= first_row or begin >= total:
         return
-    # A row before `seeing` sees nothing and is 0, whatever it holds; a key before `seen` is seen by no row,
-    # and not read.
+    # A row before `seeing` sees no key, and its output is 0 whatever q holds. No row sees a key before
+    # `seen`, so it is not read.
     seeing = first_key if MASK == _CAUSAL else tl.where(keys > 0, 0, total)
     seen = tl.maximum(first_key, first_row) if MASK == _ANTICAUSAL else first_key
     factor = row_factor * softmax_scale if late else row_factor
@@ -301,15 +301,15 @@ def _walk(
         factor *= 1.0 / n if NORMALIZATION == _PER_N else 1.0 / tl.sqrt(n)
 
     channels, channels_v = tl.arange(0, BLOCK_D), tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    # A stride times an index can pass 2^31.
+    # A stride times an index can exceed 2^31.
     head_q, head_k = head.to(tl.int64), (head // GROUP_Q * GROUP_K).to(tl.int64)
     q_base = q + b.to(tl.int64) * stride_qb + start_row.to(tl.int64) * stride_qt + head_q * stride_qh
     out_base = out + b.to(tl.int64) * stride_ob + start_row.to(tl.int64) * stride_ot + head_q * stride_oh
     k_base = k + b.to(tl.int64) * stride_kb + start_key.to(tl.int64) * stride_kt
     v_base = v + b.to(tl.int64) * stride_vb + start_key.to(tl.int64) * stride_vt
 
-    # Everything is transposed: rows and keys are columns, so that the state is the left operand of its
-    # products, which a matrix unit takes from registers.
+    # All tiles are transposed: rows and keys are columns, so that the state is the left operand of its
+    # products, which a matrix unit can read from registers.
     state = tl.zeros((BLOCK_V, BLOCK_D), dtype=tl.float32)
     if HAS_STATES:
         slot = _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN)
@@ -378,21 +378,21 @@ def _walk(
 
 
 def _normalization(form: Form) -> int:
-    """As `_walk` takes it. Where every query sees all keys, "1/visible" is "1/n"."""
+    """Return the code that `_walk` takes. Where every query sees all keys, "1/visible" is "1/n"."""
     name = "1/n" if form.normalization == "1/visible" and not form.weighs_positions else form.normalization
     return _NORMALIZATIONS[name]
 
 
-# A compiled kernel is called with its constants as well from Triton 3.3 on.
+# From Triton 3.3 on, a compiled kernel is called with its constants as well.
 _COMPILED_TAKE_CONSTANTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 
 
 class _Launch:
-    """A launch of a kernel, of which all is known but the addresses of its tensors.
+    """A kernel launch with everything fixed but the addresses of its tensors.
 
-    Remembers what Triton compiled for addresses that 16 divides, as nearly all are, and passes it addresses:
-    to find it by its arguments, and to ask the driver about each tensor, takes Triton as long each time as a
-    short kernel runs.
+    Remembers the kernel that Triton compiled for addresses that 16 divides, as nearly all are, and calls it
+    with addresses. Otherwise Triton would find the kernel by its arguments and ask the driver about each
+    tensor, which takes as long as a short kernel runs.
     """
 
     def __init__(
@@ -409,8 +409,8 @@ class _Launch:
         self._compiled = None
 
     def __call__(self, *tensors: Optional[torch.Tensor]) -> None:
-        """The kernel takes the tensors before the numbers and constants. The current device is that of the
-        tensors.
+        """Launch the kernel, which takes the tensors before the numbers and constants. Their device must be
+        current.
         """
         addresses = [0 if x is None else x.data_ptr() for x in tensors]
         aligned = reduce(or_, addresses) % 16 == 0
@@ -437,7 +437,7 @@ class _Tuning:
         return 2 * (self.num_stages * operands + 2 * block_d * self.block_v)
 
     def within(self, limit: int, block_d: int) -> "_Tuning":
-        """The nearest tuning that needs no more shared memory than this."""
+        """Return the nearest tuning that needs at most `limit` bytes of shared memory."""
         if self.shared_memory(block_d) <= limit:
             return self
         if self.num_stages > 1:
@@ -449,10 +449,10 @@ class _Tuning:
         return smaller.within(limit, block_d)
 
 
-# By the power of two that head_dim is padded to. A chunk costs 2 chunk (d + d_v) operations a row for the
-# masked products and 6 d d_v for the state, whose registers and shared memory set the limits: these are the
-# largest that compile for sm_90 without spilling registers. docs/linear.md has the times of those of 64 and
-# 128, and of others that were tried.
+# Keyed by head_dim, padded to a power of two. A chunk costs 2 chunk (d + d_v) operations a row for the masked
+# products and 6 d d_v for the state, whose registers and shared memory limit the sizes: these are the largest
+# that compile for sm_90 without spilling registers. docs/linear.md has times for 64 and 128, and for other
+# tunings that were tried.
 _WALK = {
     16: _Tuning(64, 128, 4, 3),
     32: _Tuning(64, 128, 4, 3),
@@ -461,12 +461,11 @@ _WALK = {
     256: _Tuning(64, 64, 8, 2),
 }
 _SUM = _Tuning(64, 128, 8, 4)
-# Segments are multiples of this, so of any chunk.
+# Segment lengths are multiples of this, and so of any chunk.
 _SEGMENT_UNIT = 128
-# Of the second and the third axis of a grid. The first has 2^31 - 1.
+# Limit of the second and the third axis of a grid. The first allows 2^31 - 1.
 _MOST_PLACES = 65535
-# Segments to aim at, per multiprocessor, and the shortest segment whose state is small beside what it stands
-# for.
+# Target number of segments per multiprocessor, and the shortest segment whose state is small in comparison.
 _WAVES = 1
 _SHORTEST_SEGMENT = 512
 
@@ -478,7 +477,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 @lru_cache(maxsize=None)
 def _walk_tuning(device: torch.device, d: int, d_v: int) -> _Tuning:
-    """Fitted to the device. The interpreter has no limits."""
+    """Return the tuning that fits the device. The interpreter has no limits."""
     block_d = _block(d)
     tuning = replace(_WALK[block_d], block_v=min(_WALK[block_d].block_v, _block(d_v)))
     if device.type != "cuda":
@@ -486,21 +485,20 @@ def _walk_tuning(device: torch.device, d: int, d_v: int) -> _Tuning:
     return tuning.within(torch.cuda.get_device_properties(device).shared_memory_per_block_optin, block_d)
 
 
-_Starts = tuple[
-    Optional[torch.Tensor], Optional[torch.Tensor]
-]  # cu_seqlens of rows and keys, if they are packed
+# cu_seqlens of rows and keys, None if dense.
+_Starts = tuple[Optional[torch.Tensor], Optional[torch.Tensor]]
 
 
 class _Layout(NamedTuple):
-    """What a launch depends on in a tensor, beside its address. The last stride is 1."""
+    """The shape and strides of a tensor, on which a launch depends. The last stride is 1."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
 class _Sequences(NamedTuple):
-    """A set of sequences on a device. packed: how many there are, of these greatest lengths; None if they are
-    dense.
+    """Sequences on one device. packed: the number of packed sequences, of at most max_rows and max_keys; None
+    if dense.
     """
 
     device: torch.device
@@ -514,7 +512,7 @@ class _Sequences(NamedTuple):
 
 
 class _Segments:
-    """How a set of sequences is cut, for one assignment of rows and keys, which are as q and k."""
+    """How sequences are cut into segments, with rows laid out as q and keys as k."""
 
     def __init__(self, sequences: _Sequences, form: Form, q: _Layout, k: _Layout) -> None:
         self.device, self.dtype, self.form, self.packed = (
@@ -542,21 +540,21 @@ class _Segments:
         return self.batch == 0 or self.count == 0
 
     def grid(self, parts: int, heads: int) -> tuple[tuple[int, int, int], bool]:
-        """(parts, heads, batch), or all on the first axis where another would be too short, and whether that
-        is so.
+        """Return (parts, heads, batch) and False, or all on the first axis and True if another axis would be
+        too short.
         """
         if max(heads, self.batch) > _MOST_PLACES:
             return (parts * heads * self.batch, 1, 1), True
         return (parts, heads, self.batch), False
 
     def strides(self, x: _Layout) -> tuple[int, int, int]:
-        """Of batch, position and head; packed sequences have one batch."""
+        """Return the strides of batch, position and head. Packed sequences have one batch."""
         return (0, *x.strides[:2]) if self.packed else x.strides[:3]
 
 
 class _States:
-    """Finds the state that each segment starts with, of keys and values as k and v. HAS_INITIAL, HAS_FINAL:
-    see `_scan`.
+    """Computes the state that each segment starts with, for keys and values laid out as k and v. initial,
+    final: see `_scan`.
     """
 
     def __init__(
@@ -591,7 +589,7 @@ class _States:
         self, k: torch.Tensor, v: torch.Tensor, starts: _Starts,
         initial: Optional[torch.Tensor] = None, final: Optional[torch.Tensor] = None,
     ) -> Optional[torch.Tensor]:  # fmt: skip
-        """(slots, heads, d, d_v); None if all segments start from nothing."""
+        """Return the states, (slots, heads, d, d_v); None if all segments start from zero."""
         if not self.needed:
             return None
         sums = k.new_empty(self._shape, dtype=torch.float32)
@@ -602,8 +600,8 @@ class _States:
 
 
 class _Walk:
-    """Finds the output of rows as q with keys and values as k and v. form: with the mask of the segments.
-    swapped: the states are those of (v, k)."""
+    """Computes the output of rows laid out as q, with keys and values laid out as k and v. form: has the mask
+    of the segments. swapped: the states are those of (v, k)."""
 
     def __init__(
         self,
@@ -632,7 +630,7 @@ class _Walk:
                 k.shape[-2] // segments.heads, _MASKS[form.mask], form.transposed, _normalization(form),
                 segments.packed,
                 states.needed, states.initial, flat,
-                # One kernel for all where there is no difference.
+                # bfloat16 never saturates: share one kernel.
                 half and form.weights_saturate, half and form.output_saturates,
             ),
             tuning.num_warps, tuning.num_stages,
@@ -647,18 +645,18 @@ class _Walk:
         return out
 
 
-# Triton's own do the same for kernels and on the host, where they take longer than a division may.
+# Triton's own versions of these two are too slow on the host.
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
 def _block(size: int) -> int:
-    """A side of a tile: tensor cores take powers of two from 16."""
+    """Round a side of a tile up to a power of two from 16 on, as tensor cores require."""
     return max(1 << (size - 1).bit_length(), 16)
 
 
 def _laid_out(x: torch.Tensor) -> tuple[torch.Tensor, _Layout]:
-    """x with a last stride of 1, a copy if need be, and its layout."""
+    """Return x with a last stride of 1, copied if need be, and its layout."""
     strides = x.stride()
     if strides[-1] != 1:
         x = x.contiguous()
@@ -666,8 +664,7 @@ def _laid_out(x: torch.Tensor) -> tuple[torch.Tensor, _Layout]:
     return x, _Layout(x.shape, strides)
 
 
-# Plans of calls that look the same are made once. Below, None in place of a plan is a call with nothing to
-# compute.
+# Calls that look the same share a plan. A plan of None means that there is nothing to compute.
 _MOST_PLANS = 1024
 
 
@@ -692,7 +689,7 @@ def _forward_plan(
 def _backward_plan(
     sequences: _Sequences, form: Form, dout: _Layout, q: _Layout, k: _Layout, v: _Layout
 ) -> Optional[tuple[_States, _Walk, _States, _Walk, _Walk]]:
-    """dk and dv walk over the same states, one transposed; dq over those of the output, transposed."""
+    """dk and dv use the same states, transposed for dk. dq uses the states of the output, transposed."""
     there = _Segments(sequences, form, q, k)
     if there.empty:
         return None
@@ -710,7 +707,7 @@ def _sequences(q: torch.Tensor, cu_rows: Optional[torch.Tensor], max_rows: int, 
 
 
 def attend(q, k, v, form, cu_rows, cu_keys, max_rows, max_keys) -> torch.Tensor:
-    """See backend.attend."""
+    """See primitive.attend."""
     (q, like_q), (k, like_k), (v, like_v) = _laid_out(q), _laid_out(k), _laid_out(v)
     plan = _forward_plan(_sequences(q, cu_rows, max_rows, max_keys), form, like_q, like_k, like_v)
     if plan is None:
@@ -722,7 +719,7 @@ def attend(q, k, v, form, cu_rows, cu_keys, max_rows, max_keys) -> torch.Tensor:
 
 
 def attend_with_state(q, k, v, form, state) -> tuple[torch.Tensor, torch.Tensor]:
-    """See backend.attend_with_state."""
+    """See primitive.attend_with_state."""
     (q, like_q), (k, like_k), (v, like_v) = _laid_out(q), _laid_out(k), _laid_out(v)
     sequences, given, starts = _sequences(q, None, 0, 0), state is not None, (None, None)
     plan = _forward_plan(sequences, form, like_q, like_k, like_v, initial=given, final=True)
@@ -737,7 +734,7 @@ def attend_with_state(q, k, v, form, state) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def gradients(dout, q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-    """See backend.gradients."""
+    """See primitive.gradients."""
     (dout, like_dout), (q, like_q), (k, like_k), (v, like_v) = (
         _laid_out(dout),
         _laid_out(q),

@@ -1,6 +1,4 @@
-"""Runs the primitive where its tensors are: Triton kernels for 16-bit CUDA tensors, else PyTorch in
-chunks.
-"""
+"""Run the linear-attention primitive: Triton kernels for 16-bit CUDA tensors, else PyTorch in chunks."""
 
 import importlib.util
 from functools import cache
@@ -37,8 +35,8 @@ def attend(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
 ) -> torch.Tensor:
-    """One form of linear attention; see Form and chunked.attend. With cu_seqlens, q, k and v are packed:
-    (total, heads, d).
+    """Compute one form of linear attention (see Form and chunked.attend). With cu_seqlens, q, k and v are
+    packed: (total, heads, d).
 
     Returns out, as q with v's last dimension. Rows of out that belong to no sequence are 0.
     """
@@ -57,8 +55,8 @@ def attend(
 def attend_with_state(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, state: Optional[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The causal form over one piece: (out, the float32 state after it). state: that before it, None for
-    zeros.
+    """Compute the causal form over one piece. state: the state before the piece, None for zeros. Returns out
+    and the float32 state after the piece.
     """
     if has_kernels(q):
         return _kernels().attend_with_state(q, k, v, form, state)
@@ -77,9 +75,7 @@ def gradients(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv of `attend`: three more forms of it, F(dO, V, K; M), F(V, dO, Q; Mt) and F(K, Q,
-    dO; Mt).
-    """
+    """Compute dq, dk and dv of `attend`, as the forms F(dO, V, K; M), F(V, dO, Q; Mt) and F(K, Q, dO; Mt)."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if has_kernels(q):
         return _kernels().gradients(dout, q, k, v, form, *lengths)

@@ -1,9 +1,10 @@
-"""Causal attention without softmax as a recurrence: a long sequence in pieces, and one token at a time.
+"""Run causal attention without softmax as a recurrence, over a long sequence in pieces or one token at a
+time.
 
 The state of a key head is S = sum of k_j^T v_j over the tokens so far, float32 (batch, nheads_k, head_dim,
-head_dim_v), and the output of a query is softmax_scale * q S: its size and the time of a step do not depend
-on how many tokens came before. It is kept per key head, as the query heads of a group share it, and without
-softmax_scale, which belongs to the query.
+head_dim_v), and the output of a query is softmax_scale * q S. Neither the size of the state nor the time of a
+step depends on the number of earlier tokens. The state is kept per key head, because the query heads of a
+group share it, and without softmax_scale, which belongs to the query.
 """
 
 from typing import Optional
@@ -30,15 +31,15 @@ def linear_attention_prefill(
     state: Optional[torch.Tensor] = None,
     softmax_scale: Optional[float] = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention of a piece of a sequence, after the pieces that `state` stands for.
+    """Run causal attention over one piece of a sequence, after the pieces that `state` stands for.
 
     q: (batch, seqlen, nheads, head_dim); k: (batch, seqlen, nheads_k, head_dim); v: (batch, seqlen, nheads_k,
-    head_dim_v); one floating dtype (16 bit on CUDA). state: None for the first piece, or what the call for
-    the piece before returned. softmax_scale: 1 / sqrt(head_dim) by default.
+    head_dim_v); one floating dtype (16 bit on CUDA). state: None for the first piece, else the state that the
+    call for the previous piece returned. softmax_scale: 1 / sqrt(head_dim) by default.
     Returns out, (batch, seqlen, nheads, head_dim_v) in q's dtype, and the new state, a new tensor, float32
-    (batch, nheads_k, head_dim, head_dim_v). Pieces give what flash_attn_func(causal=True, use_softmax=False)
-    gives for the whole, up to the order of sums. There is no gradient. Raises ValueError or TypeError for
-    arguments that do not fit together.
+    (batch, nheads_k, head_dim, head_dim_v). The outputs of the pieces are those of
+    flash_attn_func(causal=True, use_softmax=False) for the whole sequence, up to the order of sums. There is
+    no gradient. Raises ValueError or TypeError for arguments that do not fit together.
     """
     form = Form(_checked(q, k, v, state, _PIECE, softmax_scale), causal=True)
     with torch.no_grad():
@@ -52,13 +53,13 @@ def linear_attention_step(
     state: torch.Tensor,
     softmax_scale: Optional[float] = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One more token: adds it to `state`, in place, and attends with its query.
+    """Add one token to `state` in place, and attend with its query.
 
     q: (batch, nheads, head_dim); k: (batch, nheads_k, head_dim); v: (batch, nheads_k, head_dim_v); state:
     float32 (batch, nheads_k, head_dim, head_dim_v), as linear_attention_prefill returns it; zeros before the
     first token.
-    Returns out, (batch, nheads, head_dim_v) in q's dtype, and state, which is the tensor that was given.
-    There is no gradient. Raises ValueError or TypeError for arguments that do not fit together.
+    Returns out, (batch, nheads, head_dim_v) in q's dtype, and state, the tensor that was given. There is no
+    gradient. Raises ValueError or TypeError for arguments that do not fit together.
     """
     if state is None:
         raise TypeError("state is None: a step adds to a state, pass zeros before the first token")
