@@ -3,17 +3,17 @@
     score.py, call.py, checks.py, revision.py  shared with flash_attn/nosoftmax of the other wheel; score.py
                                                states the contract
     public.py      flash_attn_func and flash_attn_varlen_func with use_softmax=False
-    serves.py      what these kernels serve, and the errors that say so before anything is launched
-    ops.py         a call with its derivative, also as operators for torch.compile
-    hopper.py      a call outside of autograd, of these functions or of flash_attn's
+    serves.py      which calls these kernels take, and the reasons for the others, before any launch
+    ops.py         a call with its derivative, as autograd.Function and as operators for torch.compile
+    hopper.py      a call outside autograd, of these functions or of flash_attn's
     launch.py      one forward and one backward through upstream's host code
-    formulas.py    the activations and their derivatives, as formulas for kernel and host
-    score_mods.py  the same as score_mods of the kernels
+    formulas.py    formulas of the activations and their derivatives, for kernel and host
+    score_mods.py  the formulas as score_mods of the kernels
     marker.py      how a score_mod tells the kernels that there is no softmax
     kernel.py      device code behind the hooks in upstream's kernels
     plan.py        repeats the launches of an earlier call
     slack.py       zeroes rows that belong to no sequence
-    progress.py    says that a kernel is being compiled
+    progress.py    tells the user that a kernel is being compiled
 
 Nothing is imported here: serves.py must work where nvidia-cutlass-dsl is missing.
 """

@@ -1,14 +1,14 @@
-"""The activations f and f' of score.py in the form in which the kernels compute them.
+"""Define the activations f and f' of score.py in the form in which the kernels compute them.
 
 A kernel gets y = unit * s instead of the score s: the host multiplies softmax_scale by `unit`, so the factor
-that tanh or exp2 needs costs nothing per element. `derivative` is taken by y, and the factor softmax_scale of
-dQ and dK, which is multiplied by `unit` as well, makes it the derivative by s.
+that tanh or exp2 needs costs nothing per element. `derivative` is the derivative by y. The factor
+softmax_scale of dQ and dK, which the host multiplies by `unit` as well, turns it into the derivative by s.
 
 The functions take `m`, the operations of the machine that runs them: ``tanh``, ``exp2``, ``rcp``, ``abs``,
-``relu`` (of NaN it is NaN), ``ramp(x, high)`` (x clamped to [0, high], any number for NaN) and
-``where_positive(x, a, b)`` (a where x > 0, else b). score_mods.py has those of the kernels; tests use torch.
+``relu`` (NaN for NaN), ``ramp(x, high)`` (x clamped to [0, high], any number for NaN) and ``where_positive(x,
+a, b)`` (a where x > 0, else b). score_mods.py has the operations of the kernels; tests use torch.
 
-A NaN among the scores comes out of f and f' as NaN, and an Inf that f does not end as Inf or NaN.
+f and f' turn a NaN score into NaN, and an Inf score into Inf or NaN unless f maps it to a finite value.
 
 To add an activation, write a function of its bias that returns its Formula, and name it in _FORMULAS.
 """
@@ -19,17 +19,16 @@ from typing import Any, Callable, Optional
 
 _LOG2_E = math.log2(math.e)
 
-# "relu2" takes larger scores as this (score.py, "Finite in, finite out").
+# "relu2" clamps larger scores to this (score.py, "Finite in, finite out").
 _RELU2_MAX_SCORE = 2.0**40
 
-# Below this bias, sigmoid is so small that (1 + tanh) / 2 has lost it: tanh.approx has an error of 2^-11
-# beside 1.
+# Below this bias, sigmoid is too small for (1 + tanh) / 2: tanh.approx has an error of 2^-11 near 1.
 _SIGMOID_TANH_MIN_BIAS = -2.0
 
 # erfc(x) = e^(-x^2) t P(t) with t = 1 / (1 + p x) is the form of Hastings (Approximations for Digital
 # Computers, 1955; Abramowitz and Stegun 7.1.23 to 7.1.26). These are (p, P) for e^(s^2/2) erfc(s / sqrt 2) /
-# 2 by s, fitted to the smallest relative error over 0 <= s <= 14, which is 2^-14.9: 7.1.26 has the smallest
-# absolute error, and loses the tail.
+# 2 by s, fitted for the smallest relative error over 0 <= s <= 14, 2^-14.9. 7.1.26 has the smallest absolute
+# error, and loses the tail.
 _ERFC_P = 0.375
 _ERFC = (0.1490610035, 0.1577342061, 0.0835633490, 0.2002825670, -0.0906432187)
 
@@ -39,12 +38,12 @@ _LOG1P = (0.9999432813, -0.4969778394, 0.3063010184, -0.1574272832, 0.0413473179
 
 @dataclass(frozen=True)
 class Formula:
-    """f(y, n) and grad * df/dy(grad, y, n), with n the number of keys of the sequence, as a float of the
+    """f(y, n) and grad * df/dy(grad, y, n), with n the number of keys of the sequence, a float of the
     machine.
 
-    inf_seen_in: where a kernel looks for an infinite score before float16 saturates, which would make it a
-    large number. "weights" works for any f; "scores" costs half as much and registers, of which f has to
-    leave some; None if f is finite or NaN even at +-Inf.
+    inf_seen_in: where a kernel looks for an infinite score before float16 saturation turns it into a large
+    number. "weights" works for any f. "scores" costs half as much, but needs registers that f leaves free.
+    None if f is finite or NaN even at +-Inf.
     """
 
     unit: float
@@ -66,9 +65,8 @@ def _identity(bias: Optional[float]) -> Formula:
 
 def _relu(bias: Optional[float]) -> Formula:
     def derivative(m, grad, y, n):
-        p = m.relu(
-            y
-        )  # P, which the kernel has; what it holds beside numbers > 0 are 0 and NaN, and both belong into dS
+        # The kernel already has P. Where P is not > 0 it is 0 or NaN, and dS is then the same.
+        p = m.relu(y)
         return m.where_positive(p, grad, p)
 
     return Formula(1.0, lambda m, y, n: m.relu(y), derivative, inf_seen_in="scores")
@@ -77,7 +75,7 @@ def _relu(bias: Optional[float]) -> Formula:
 def _relu2(bias: Optional[float]) -> Formula:
     def value(m, y, n):
         x = m.ramp(y, _RELU2_MAX_SCORE)
-        return x * x + y * 0.0  # the last term is 0, but NaN for NaN and Inf, which the clamp has lost
+        return x * x + y * 0.0  # the last term is 0, but restores the NaN or Inf that the clamp lost, as NaN
 
     def derivative(m, grad, y, n):
         p = m.relu(y)
@@ -109,7 +107,7 @@ def _gelu(bias: Optional[float]) -> Formula:
     of_density = 1.0 / (unit * unit * math.sqrt(2.0 * math.pi))
 
     def tail(m, y):
-        """2^(-y^2) and Phi(-|s|) / unit."""
+        """Return 2^(-y^2) and Phi(-|s|) / unit."""
         t = m.rcp(m.abs(y) * (_ERFC_P / unit) + 1.0)
         e = m.exp2(-(y * y))
         return e, e * t * _polynomial(coefficients, t)
@@ -168,8 +166,8 @@ def _sigmoid_by_exp2(bias: Optional[float]) -> Formula:
         return parts(m, y, n)[1]
 
     def derivative(m, grad, y, n):
-        # sigmoid(x) sigmoid(-x): p - p^2 would lose its digits where p is about 1. The ramp keeps Inf from
-        # meeting p = 0.
+        # sigmoid(x) sigmoid(-x), because p - p^2 would lose its digits where p is about 1. The ramp avoids
+        # Inf * 0 where p = 0.
         e, p = parts(m, y, n)
         return grad * ((m.ramp(e, 2.0**100) * p) * (p * math.log(2.0)))
 
@@ -188,7 +186,7 @@ _FORMULAS: dict[str, Callable[[Optional[float]], Formula]] = {
 
 
 def _capped(f: Formula, softcap: float) -> Formula:
-    """f after s = softcap * tanh(s / softcap), in the unit of f. The cap is part of f, and ends an Inf."""
+    """Apply f after s = softcap * tanh(s / softcap), in the unit of f. The cap makes an Inf finite."""
     cap = softcap * f.unit
 
     def value(m, y, n):
@@ -202,8 +200,6 @@ def _capped(f: Formula, softcap: float) -> Formula:
 
 
 def formula(activation: str, sigmoid_bias: Optional[float] = 0.0, softcap: float = 0.0) -> Formula:
-    """The formula of arguments that score.resolve returned; sigmoid_bias None is -log n, softcap 0
-    is none.
-    """
+    """Return the formula of arguments from score.resolve. sigmoid_bias None is -log n, softcap 0 is none."""
     f = _FORMULAS[activation](sigmoid_bias)
     return _capped(f, softcap) if softcap else f

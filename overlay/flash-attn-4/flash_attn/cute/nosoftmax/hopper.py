@@ -1,7 +1,7 @@
-"""A call on Hopper, outside of autograd: one forward and one backward.
+"""Run one forward and one backward of a call on Hopper, outside autograd.
 
-`obstacle`, `forward` and `backward` take a checked call, of flash_attn's functions or of flash_attn.cute's
-own, which add what Extras holds.
+`obstacle`, `forward` and `backward` take a checked call of flash_attn's functions or of flash_attn.cute's own
+functions, whose additional arguments are in Extras.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ __all__ = ["Extras", "backward", "forward", "obstacle"]
 
 @dataclass(frozen=True)
 class Extras:
-    """What flash_attn.cute's own functions take beside a call. mods: the user's score_mod. longest:
-    (max_seqlen_q, max_seqlen_k), None where the caller does not say. The rest as upstream has it."""
+    """The arguments of flash_attn.cute's own functions beside a call. mods: the user's score_mod. longest:
+    (max_seqlen_q, max_seqlen_k), None where not given. The rest is as in upstream."""
 
     longest: tuple[Optional[int], Optional[int]]
     mods: Optional[ScoreMods] = None
@@ -34,19 +34,19 @@ class Extras:
 
     @property
     def of_user(self) -> bool:
-        """Whether there is something in it that no operator takes."""
+        """Whether it has user functions or block-sparse tensors, which no operator takes."""
         return self.mods is not None or self.mask_mod is not None or self.block_sparse_tensors is not None
 
 
 def first_seen(seqlen_q: int, seqlen_k: int, left: Optional[int]) -> int:
-    """The first key that a window of `left` keys lets any query see. Query i is aligned with key i + seqlen_k
-    - seqlen_q.
+    """Return the first key that any query sees with a window of `left` keys. Query i is aligned with key i +
+    seqlen_k - seqlen_q.
     """
     return 0 if left is None else max(seqlen_k - seqlen_q - left, 0)
 
 
 def first_seeing(seqlen_q: int, seqlen_k: int, right: Optional[int]) -> int:
-    """The first query that a window of `right` keys, 0 if causal, lets see any key."""
+    """Return the first query that sees any key with a window of `right` keys, 0 if causal."""
     return 0 if right is None else max(seqlen_q - seqlen_k - right, 0)
 
 
@@ -57,14 +57,13 @@ def _window(call: Call) -> tuple[Optional[int], Optional[int]]:
 
 def _launched(call: Call, extras: Extras) -> launch.Call:
     o, window = call.options, _window(call)
-    # Where every query sees every key the two are one.
+    # If every query sees every key, "1/visible" equals "1/n".
     everything = window == (None, None) and o.normalization == "1/visible"
     normalization = "1/n" if everything else o.normalization
     mods = extras.mods or of_activation(o.activation, o.sigmoid_bias, o.softcap, normalization)
     cu_seqlens_k, seqused_k = call.cu_seqlens_k, call.seqused_k
     if call.block_table is not None and cu_seqlens_k is not None:
-        # Pages do not lie one after the other: the kernels take the lengths of their sequences and no
-        # offsets.
+        # Pages are not contiguous: the kernels take the lengths of their sequences and no offsets.
         cu_seqlens_k, seqused_k = None, cu_seqlens_k.diff() if seqused_k is None else seqused_k
     return launch.Call(
         mods, o.softmax_scale, o.causal, window, call.cu_seqlens_q, cu_seqlens_k, extras.seqused_q, seqused_k,
@@ -79,8 +78,9 @@ def _extras(call: Call, extras: Optional[Extras]) -> Extras:
 
 
 def _first_key(call: Call, extras: Extras) -> int:
-    """Keys before the windows share a tile with seen ones. They are left out, for a NaN there would come
-    through; but not where n counts them, and not where only the GPU knows the lengths."""
+    """Return the first key to pass to the kernels. Keys before all windows share a tile with visible keys,
+    and a NaN in them would reach results. They stay where n counts them, or where only the GPU knows the
+    lengths."""
     o = call.options
     counted = o.sigmoid_bias is None or o.normalization in ("1/n", "1/sqrt(n)")
     return (
@@ -91,8 +91,8 @@ def _first_key(call: Call, extras: Extras) -> int:
 
 
 def _first_query(call: Call, extras: Extras) -> int:
-    """Queries before the first key share a tile with queries that see keys: theirs and their dout's NaN reach
-    dk and dv.
+    """Return the first query that sees a key. Earlier queries share a tile with it, and a NaN in them or
+    their dout would reach dk and dv.
     """
     return 0 if _indexed(call, extras) else first_seeing(call.q.shape[1], call.k.shape[1], _window(call)[1])
 
@@ -107,7 +107,7 @@ def _indexed(call: Call, extras: Extras) -> bool:
 
 
 def forward(call: Call, extras: Optional[Extras] = None) -> torch.Tensor:
-    """The output, as q with head_dim_v."""
+    """Return the output, shaped as q with head_dim_v."""
     extras, q, k, v = _extras(call, extras), call.q, call.k, call.v
     launched = _launched(call, extras)
     if first := _first_key(call, extras):
@@ -117,14 +117,14 @@ def forward(call: Call, extras: Optional[Extras] = None) -> torch.Tensor:
         block_sparse_tensors=extras.block_sparse_tensors,
     )  # fmt: skip
     if query := _first_query(call, extras):
-        out.narrow(1, 0, query).zero_()  # 0 times a NaN of a value that other queries of the tile see
+        out.narrow(1, 0, query).zero_()  # they hold 0 * NaN if another query of the tile sees a NaN in v
     return out
 
 
 def backward(
     call: Call, dout: torch.Tensor, extras: Optional[Extras] = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk and dv, shaped as q, k and v."""
+    """Return dq, dk and dv, shaped as q, k and v."""
     extras, q, k, v = _extras(call, extras), call.q, call.k, call.v
     launched = _launched(call, extras)
     key, query = _first_key(call, extras), _first_query(call, extras)

@@ -1,9 +1,9 @@
-"""Device code behind the hooks in upstream's Hopper kernels. P = f(S) in place of exp(S - max): no row
+"""Implement the hooks in upstream's Hopper kernels: P = f(S) in place of exp(S - max), without row
 statistics.
 
-Three things that softmax does by the way are done here on purpose: a masked weight and a masked dS are
-written as 0, tiles end at the end of their sequence, so that 0 * NaN from behind it never occurs, and P and O
-saturate in float16, but for the Inf of an input that holds NaN or Inf, which shows.
+Three things follow from softmax, and need code without it. Masked weights and masked dS are written as 0.
+Tiles end at the end of their sequence, so that 0 * NaN from the rows behind it never occurs. P and O saturate
+in float16, but NaN or Inf in an input still shows.
 """
 
 import math
@@ -31,22 +31,22 @@ def mask_value(mark: Optional[NoSoftmax]) -> float:
 
 
 def hdim_multiple_of(mark: Optional[NoSoftmax]) -> int:
-    """What the backward rounds head sizes up to where dK and dV are not swapped.
+    """Return the multiple to which the backward rounds up head sizes where dK and dV are not swapped.
 
     The host code and the postprocess lay out dq_accum, and dk_accum and dv_accum with grouped heads, in
-    multiples of 32. Upstream's 16 is another number at head sizes such as 48, 72 and 80.
+    multiples of 32. Upstream's 16 gives another size at head sizes such as 48, 72 and 80.
     """
     return 16 if mark is None else 32
 
 
 @dataclass
 class RowState(Softmax):
-    """In place of Softmax: the scores are the weights, and O is never rescaled.
+    """Replaces Softmax: the scores are the weights, and O is never rescaled.
 
-    Where float16 saturates, an infinite weight looks like a large one, so it is made a NaN before. One
-    operation each does that, and where registers are left for it, one operation for two in the scores of
-    tiles without masked ones: row_sum is then a number that means nothing, or Inf or NaN for a row of O that
-    had an infinite score.
+    float16 saturation would make an infinite weight a large number, so it is turned into NaN before that.
+    inf_seen_in = "weights" spends one operation per weight. "scores" spends one operation for two scores of
+    tiles without masked scores, if registers are left: row_sum then becomes Inf or NaN for a row of O that
+    had an infinite score, and is meaningless otherwise.
     """
 
     inf_seen_in: cutlass.Constexpr[Optional[str]] = None
@@ -57,7 +57,7 @@ class RowState(Softmax):
         return RowState(scale_log2, num_rows, s.row_max, s.row_sum, arch, softmax_scale, inf_seen_in)
 
     def notice_scores(self, acc_S: cute.Tensor) -> None:
-        """All scores of a tile without masked ones, as the matrix unit left them.
+        """Look for Inf in a tile without masked scores, as the matrix unit left it.
 
         Products of two scores of finite float16 inputs stay below 2^81, and sums of any number of them below
         2^127.
@@ -72,7 +72,8 @@ class RowState(Softmax):
             self.row_sum[r] = noticed
 
     def notice_weights(self, acc_P: cute.Tensor, has_masked: bool, is_first: bool = False) -> None:
-        """The weights of a tile, of which the masked ones are 0. is_first: of an output tile."""
+        """Look for Inf in the weights of a tile, whose masked weights are 0. is_first: the first tile of an
+        output tile."""
         if is_first and self.inf_seen_in == "scores":
             self.row_sum.fill(0.0)
         if self.inf_seen_in == "weights" or (self.inf_seen_in == "scores" and has_masked):
@@ -89,9 +90,7 @@ class RowState(Softmax):
         pass
 
     def show(self, acc_O: cute.Tensor, dtype) -> None:
-        """What is infinite in O becomes NaN, and so do rows that had an infinite score: then O may
-        saturate.
-        """
+        """Before O saturates, turn its infinite elements and rows that had an infinite score into NaN."""
         if dtype is not cutlass.Float16:
             return
         acc_mn = layout_utils.reshape_acc_to_mn(acc_O)
@@ -104,7 +103,7 @@ class RowState(Softmax):
 
 
 def row_state(mark: Optional[NoSoftmax], dtype) -> Callable:
-    """What makes the state of the rows of a forward."""
+    """Return the function that makes the row state of a forward."""
     if mark is None:
         return Softmax.create
     return partial(RowState.create, inf_seen_in=mark.inf_seen_in if dtype is cutlass.Float16 else None)
@@ -113,8 +112,8 @@ def row_state(mark: Optional[NoSoftmax], dtype) -> Callable:
 def layout_of_sQ(
     mark: Optional[NoSoftmax], sQ_layout: cute.ComposedLayout, sO_layout: cute.ComposedLayout
 ) -> cute.ComposedLayout:
-    """Of the shared memory that Q and then O get. Upstream gives it the size of Q: a wider O runs into K and
-    beyond.
+    """Return the layout of the shared memory that Q and then O use. Upstream sizes it for Q: a wider O would
+    overwrite K and more.
     """
     if mark is None or cute.cosize(sO_layout) <= cute.cosize(sQ_layout):
         return sQ_layout
@@ -125,12 +124,12 @@ def layout_of_sQ(
 
 
 def ends_at_seqlen(mX: cute.Tensor, mCuSeqlens: Optional[cute.Tensor]) -> cute.Tensor:
-    """The tensor to make a TMA descriptor of, from which `offset_batch_Q` and `offset_batch_K` cut sequences.
+    """Return the tensor for a TMA descriptor, from which `offset_batch_Q` and `offset_batch_K` cut sequences.
 
     TMA fills a tile with zeros past the end of the tensor, not past the end of a packed sequence. The rows of
-    the next sequence would be multiplied by P = 0 or dS = 0, and a NaN there would come through. quack's
-    ragged tensors let every sequence end on the border of the descriptor. The form that shifts no pointer is
-    the one that is right for loads.
+    the next sequence would be multiplied by P = 0 or dS = 0, and a NaN there would reach the result. quack's
+    ragged tensors let every sequence end at the border of the descriptor. Loads need the form without a
+    pointer shift.
     """
     if const_expr(mCuSeqlens is None):
         return mX
@@ -138,8 +137,8 @@ def ends_at_seqlen(mX: cute.Tensor, mCuSeqlens: Optional[cute.Tensor]) -> cute.T
 
 
 def offset_batch_Q(mark: Optional[NoSoftmax], seqlen_info) -> Callable:
-    """What cuts a sequence out of Q or dO: seqlen_info.offset_batch_Q, or the same for tensors of
-    `ends_at_seqlen`.
+    """Return the function that cuts a sequence out of Q or dO: seqlen_info.offset_batch_Q, or its equivalent
+    for tensors of `ends_at_seqlen`.
     """
     if mark is None or not seqlen_info.has_cu_seqlens_q:
         return seqlen_info.offset_batch_Q
@@ -147,7 +146,7 @@ def offset_batch_Q(mark: Optional[NoSoftmax], seqlen_info) -> Callable:
 
 
 def offset_batch_K(mark: Optional[NoSoftmax], seqlen_info) -> Callable:
-    """The same for K and V."""
+    """Do the same as `offset_batch_Q` for K and V."""
     if mark is None or not seqlen_info.has_cu_seqlens_k:
         return seqlen_info.offset_batch_K
     return partial(_sequence, offset=seqlen_info.offset_k, seqlen=seqlen_info.seqlen_k)
@@ -158,21 +157,22 @@ def _sequence(mX: cute.Tensor, batch_idx: Int32, dim: int, offset: Int32, seqlen
 
 
 def repeating_last_row(paged_kv_manager):
-    """Pages are read row by row. Shared memory keeps what it held in a row that is not, and that may be NaN:
-    read the last row of the sequence once more, its P is 0.
+    """Make the manager read the last row of the sequence again in place of rows past the end. Pages are read
+    row by row, and shared memory would keep old contents, possibly NaN, in a row that is not read. P is 0
+    there.
     """
     return replace(paged_kv_manager, repeat_last_row=True)
 
 
 @cute.jit
 def zero_without_keys(acc_O: cute.Tensor, seqlen_k: Int32) -> None:
-    """A sequence without keys has no row to repeat."""
+    """Write 0 for a sequence without keys, which has no row to repeat."""
     if seqlen_k <= 0:
         acc_O.fill(0.0)
 
 
 def load_nothing(src_idx, producer_state) -> None:
-    """In place of the loads of LSE and dPsum."""
+    """Replaces the loads of LSE and dPsum."""
 
 
 # ---- Saturation ----
@@ -180,7 +180,7 @@ def load_nothing(src_idx, producer_state) -> None:
 
 @dsl_user_op
 def _cvt_f16x2_satfinite(a: Float32, b: Float32, *, loc=None, ip=None) -> Int32:
-    """NaN stays NaN, but +-Inf becomes +-65504."""
+    """Convert two floats to float16. NaN stays NaN, but +-Inf becomes +-65504."""
     return Int32(
         llvm.inline_asm(
             T.i32(),
@@ -196,8 +196,8 @@ def _cvt_f16x2_satfinite(a: Float32, b: Float32, *, loc=None, ip=None) -> Int32:
 
 @dsl_user_op
 def ramp(x: Float32, high: float, *, loc=None, ip=None) -> Float32:
-    """x clamped to [0, high], in one operation: as integers, floats > 0 are in order and floats < 0 are < 0.
-    NaN is lost.
+    """Clamp x to [0, high] in one integer operation: as integers, floats > 0 keep their order and floats < 0
+    are < 0. NaN is lost.
     """
     return Float32(
         llvm.inline_asm(
@@ -217,8 +217,8 @@ def _inf_to_nan(x: Float32) -> Float32:
 
 
 def cvt_f16_satfinite(src: cute.Tensor, dst_or_dtype):
-    """utils.cvt_f16, with float16 saturating at +-65504; bfloat16 has the range of float32. An Inf has to be
-    noticed before.
+    """Do utils.cvt_f16, with float16 saturating at +-65504; bfloat16 has the range of float32. The caller
+    must notice Inf before.
     """
     is_dtype = isinstance(dst_or_dtype, type)
     if (dst_or_dtype if is_dtype else dst_or_dtype.element_type) is not cutlass.Float16:
@@ -235,8 +235,8 @@ def cvt_f16(mark: Optional[NoSoftmax]) -> Callable:
 
 
 def cvt_P_of_backward(mark: Optional[NoSoftmax], acc_P: cute.Tensor, dtype) -> cute.Tensor:
-    """P for dV. It saturates as in the forward; dS and the gradients do not."""
-    if mark is None or mark.normalization == "1/visible":  # then Normalization.scale_P has saturated it
+    """Convert P for dV. P saturates as in the forward; dS and the gradients do not."""
+    if mark is None or mark.normalization == "1/visible":  # Normalization.scale_P has saturated it
         return utils.cvt_f16(acc_P, dtype)
     if dtype is cutlass.Float16 and mark.inf_seen_in is not None:
         for i in range(cute.size(acc_P)):
@@ -273,7 +273,7 @@ class Normalization:
         return cute.arch.fmax(Float32(self.mask.seqlen_k), 1.0)
 
     def of_sequence(self) -> Float32:
-        """The factor of the sequence in the backward; for all but "1/visible", the whole norm."""
+        """Return the factor of the sequence in the backward: the whole norm for all but "1/visible"."""
         if self.mark.normalization == "1/n":
             return cute.arch.rcp_approx(self._n())
         return cute.math.rsqrt(self._n(), fastmath=True)
@@ -293,7 +293,8 @@ class Normalization:
         return Float32(cutlass.max(end - begin, 1))
 
     def _rows(self, acc_mn: cute.Tensor, thr_mma, m_block: Int32):
-        """(register row, query) of an accumulator of S that reshape_acc_to_mn has put as (rows, columns)."""
+        """Yield (register row, query) of an accumulator of S that reshape_acc_to_mn reshaped to (rows,
+        columns)."""
         mask = self.mask
         shape = (mask.tile_n, mask.tile_m) if mask.swap_AB else (mask.tile_m, mask.tile_n)
         coordinates = layout_utils.reshape_acc_to_mn(
@@ -306,7 +307,7 @@ class Normalization:
             yield r, row
 
     def scale_O(self, acc_O: cute.Tensor, thr_mma, m_block: Int32) -> None:
-        """O_i *= norm_i. thr_mma: of S, whose rows an accumulator of O shares."""
+        """O_i *= norm_i. thr_mma: that of S, whose rows an accumulator of O shares."""
         if self.mark.normalization is None:
             return
         acc_mn = layout_utils.reshape_acc_to_mn(acc_O)
@@ -315,7 +316,7 @@ class Normalization:
             acc_mn[r, None].store(acc_mn[r, None].load() * factor)
 
     def scale_P(self, acc_mn: cute.Tensor, thr_mma, m_block: Int32, dtype) -> None:
-        """The row's factor on P in the backward. P saturates before it, as in the forward; the product does
+        """Apply the row's factor to P in the backward. P saturates first, as in the forward; the product does
         not.
         """
         if self.by_row and dtype is cutlass.Float16:
@@ -325,7 +326,7 @@ class Normalization:
         self.scale_rows(acc_mn, thr_mma, m_block)
 
     def scale_rows(self, acc_mn: cute.Tensor, thr_mma, m_block: Int32) -> None:
-        """The row's factor on P or dP in the backward."""
+        """Apply the row's factor to P or dP in the backward."""
         if not self.by_row:
             return
         root = cute.math.sqrt(self._n(), fastmath=True)
@@ -335,7 +336,7 @@ class Normalization:
                 acc_mn[r, c] = acc_mn[r, c] * factor
 
     def scale_sums(self, acc: cute.Tensor) -> None:
-        """The sequence's factor on an accumulator of dQ, dK or dV."""
+        """Apply the sequence's factor to an accumulator of dQ, dK or dV."""
         if self.mark.normalization is not None:
             acc.store(acc.load() * self.of_sequence())
 
@@ -346,22 +347,22 @@ class Normalization:
 def masks_any(
     mark: Optional[NoSoftmax], is_causal: bool, is_local: bool, mask_mod: Optional[Callable]
 ) -> bool:
-    """Whether a block may need the mask at all; with softmax every one gets it.
+    """Whether a block may need the mask at all. With softmax every block gets it.
 
-    The end of the sequence needs none: past it Q, K, V and dO are zeros, so dS = f'(0) * 0 = 0, and what P =
-    f(0) adds to dV goes to rows that are not written. For that, f and f' have to be finite at 0.
+    The end of the sequence needs no mask: past it Q, K, V and dO are zeros, so dS = f'(0) * 0 = 0, and P =
+    f(0) adds only to rows of dV that are not written. This requires f and f' to be finite at 0.
     """
     return is_causal or is_local or mask_mod is not None or mark is None or not mark.finite_at_zero
 
 
 def leaves_interior(mark: Optional[NoSoftmax], is_local: bool, mask_mod: Optional[Callable]) -> bool:
-    """Whether blocks below the diagonal go without the mask."""
+    """Whether blocks below the diagonal need no mask."""
     return mark is not None and mark.finite_at_zero and not is_local and mask_mod is None
 
 
 def m_block_interior(mask, m_block_min: Int32, m_block_max: Int32, n_block: Int32, is_causal: bool) -> Int32:
-    """The first block of queries all of which see every key of the block (causal) or that need no mask
-    anyway.
+    """Return the first block of queries that needs no mask: if causal, all its queries see every key of the
+    block.
     """
     if const_expr(not is_causal):
         return m_block_min
@@ -375,7 +376,7 @@ def m_block_interior(mask, m_block_min: Int32, m_block_max: Int32, n_block: Int3
 
 
 def bwd_tile_with(mark: Optional[NoSoftmax], upstreams: Callable) -> Callable:
-    """What chooses the backward's tile: upstream's function, or one that takes the same."""
+    """Return the function that chooses the backward's tile: upstream's, or one with the same arguments."""
     return upstreams if mark is None else partial(_bwd_tile, upstreams)
 
 
@@ -384,9 +385,8 @@ def _bwd_tile(
 ):
     """docs/results/h100-fa4.md has the times of upstream's tiles and of these."""
     if head_dim_v > head_dim:
-        # Upstream looks at head_dim alone, and its tile for that would not fit into shared memory. The tile
-        # of head_dim_v does, the causal one: the other has rows that the matrix unit cannot divide at a
-        # smaller head_dim.
+        # Upstream's choice by head_dim alone would not fit into shared memory. The causal tile for head_dim_v
+        # fits. The non-causal one has rows that the matrix unit cannot divide at a smaller head_dim.
         return upstreams(head_dim_v, head_dim_v, True, local, sparse_block_size_q=sparse_block_size_q)
     tile = upstreams(head_dim, head_dim_v, causal, local, sparse_block_size_q=sparse_block_size_q)
     if sparse_block_size_q is not None:
@@ -394,8 +394,9 @@ def _bwd_tile(
     if 96 < head_dim <= 128:
         return replace(tile, m_block_size=64, dQ_swapAB=True)
     if head_dim_v > 224:
-        # More keys a block, so fewer sums of dQ to L2, and two stages of dO, P and dS, for shorter blocks of
-        # queries. Without dKV_swapAB head sizes are rounded up to 32: those above 224.
+        # More keys a block, so that fewer sums of dQ go to L2, and two stages of dO, P and dS, in exchange
+        # for shorter blocks of queries. Without dKV_swapAB, head sizes are rounded up to multiples of
+        # 32: all those above 224 to 256.
         return replace(
             tile, m_block_size=32, n_block_size=64, num_stages_dO=2, num_stages_PdS=2, SdP_swapAB=True,
             dKV_swapAB=False, dQ_swapAB=True, AtomLayoutMSdP=2,
@@ -404,7 +405,7 @@ def _bwd_tile(
 
 
 def zero_dq_accum(out, dout, dpsum, lse, lse_log2, dq_accum, *args, fake_mode: bool, **kwargs) -> None:
-    """In place of _bwd_preprocess: of what it does only this is needed."""
+    """Replaces _bwd_preprocess, of which the kernels need only the zeroed dq_accum."""
     plan.not_read(dpsum, lse_log2)
     if not fake_mode:
         dq_accum.zero_()

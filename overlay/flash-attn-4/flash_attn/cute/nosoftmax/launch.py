@@ -1,11 +1,10 @@
-"""One forward and one backward without softmax, through the functions with which upstream compiles and
-launches.
+"""Launch one forward and one backward without softmax, through upstream's functions that compile and launch.
 
 Both work on tensors outside of autograd. Shapes are those of the public functions; `window` is (left, right),
-None for no limit. With seqused and no cu_seqlens, the batch is handed on as a packed one: tiles then end at
-the used length, so that nothing behind it is read (kernel.ends_at_seqlen). So is a batch with more sequences
-or heads than a grid has room for in its second and third dimension, where upstream's schedulers of dense
-batches put them: those of packed ones number their tiles in the first, which has 2^31.
+None for no limit. A batch with seqused and without cu_seqlens is passed on as packed, so that tiles end at
+the used length and nothing behind it is read (kernel.ends_at_seqlen). A batch with too many sequences or
+heads for the second and third dimension of a grid is passed on as packed too: upstream's schedulers of dense
+batches use these dimensions, and those of packed batches number their tiles in the first, which has 2^31.
 """
 
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ _MOST_BLOCKS = 65535  # in the second and third dimension of a grid
 
 @dataclass(frozen=True)
 class Call:
-    """What forward and backward share."""
+    """The arguments that forward and backward share."""
 
     mods: ScoreMods
     softmax_scale: float
@@ -39,11 +38,11 @@ class Call:
     aux_scalars: Optional[tuple] = None
 
     def plans(self, *more: Any) -> Optional[dict]:
-        """Where the plans of this call are kept; none with functions or blocks of the user's."""
+        """Return the dict of this call's plans, or None if the user passes functions or blocks."""
         return self.mods.plans if all(x is None for x in (self.mask_mod, self.aux_tensors, *more)) else None
 
     def is_empty(self, q: torch.Tensor, k: torch.Tensor) -> bool:
-        """Without queries, keys or sequences there is nothing to launch, and all results are 0."""
+        """Whether there are no queries, keys or sequences: nothing is launched, and all results are 0."""
         no_sequence = self.cu_seqlens_q is not None and self.cu_seqlens_q.numel() < 2
         return q.numel() == 0 or k.numel() == 0 or no_sequence
 
@@ -67,7 +66,7 @@ def _exceeds_grid(x: torch.Tensor, cu_seqlens: Optional[torch.Tensor]) -> bool:
 
 
 def _packed(pack: bool, cu_seqlens, max_seqlen, *tensors):
-    """(cu_seqlens, max_seqlen, tensors): a batch (b, s, ...) becomes (b * s, ...) if asked to."""
+    """Return (cu_seqlens, max_seqlen, tensors). If `pack`, a batch (b, s, ...) becomes (b * s, ...)."""
     if cu_seqlens is not None or not pack:
         return cu_seqlens, max_seqlen, tensors
     batch, seqlen = tensors[0].shape[:2]
@@ -76,9 +75,7 @@ def _packed(pack: bool, cu_seqlens, max_seqlen, *tensors):
 
 
 def _lengths(*lengths: Optional[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], tuple]:
-    """The tensors among them, each once, and for each argument which of these it is: q and k often
-    share one.
-    """
+    """Return the distinct tensors, and the place of each argument among them: q and k often share one."""
     distinct: list[torch.Tensor] = []
     places = []
     for x in lengths:
@@ -90,16 +87,16 @@ def _lengths(*lengths: Optional[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...]
 
 
 def _pack_gqa(pack_gqa: Optional[bool], q: torch.Tensor, k: torch.Tensor) -> Optional[bool]:
-    """Groups that do not divide a tile are loaded without TMA, which leaves the padding of the head size
-    unwritten.
+    """Turn pack_gqa off where groups do not divide a tile: they load without TMA, which leaves the padding of
+    the head size unwritten.
     """
     group = q.shape[-2] // k.shape[-2]
     return False if q.shape[-1] % 16 and 64 % group else pack_gqa
 
 
 def _tile(call: Call, q: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
-    """Upstream chooses the tile by head_dim. Where head_dim_v is larger, O would not fit into the registers
-    of that one.
+    """Choose the tile by head_dim_v if that is larger. Upstream chooses by head_dim, and O would not fit into
+    the registers of that tile.
     """
     if v.shape[-1] <= q.shape[-1]:
         return {}
@@ -121,7 +118,7 @@ def forward(
     page_table: Optional[torch.Tensor] = None,
     block_sparse_tensors: Any = None,
 ) -> torch.Tensor:
-    """The output, (..., nheads, head_dim_v) in the dtype of q; 0 past seqused_q and in rows of no
+    """Return the output, (..., nheads, head_dim_v) in the dtype of q, with 0 past seqused_q and in rows of no
     sequence.
     """
     q, k, v = q.detach(), k.detach(), v.detach()
@@ -190,7 +187,8 @@ def backward(
     deterministic: bool = False,
     block_sparse_tensors: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), shaped as q, k, v; rows past seqused and of no sequence are 0. They do not saturate."""
+    """Return (dq, dk, dv), shaped as q, k, v. Rows past seqused and of no sequence are 0. Gradients do not
+    saturate."""
     q, k, v, dout = q.detach(), k.detach(), v.detach(), dout.detach().contiguous()
     if call.is_empty(q, k):
         return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -206,7 +204,7 @@ def backward(
     )
 
     def launch() -> None:
-        # The kernels read neither O nor LSE, but the host code looks at their shapes.
+        # The kernels read neither O nor LSE, but the host code checks their shapes.
         lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
         _flash_attn_bwd(
             q,

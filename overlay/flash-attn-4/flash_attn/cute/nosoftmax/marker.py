@@ -1,7 +1,7 @@
-"""How a score_mod tells the kernels that its value is the attention weight itself.
+"""Mark a score_mod, so that the kernels take its value as the attention weight itself.
 
-The mark travels on the callable, as upstream's ``__vec_size__`` does, so that no signature of the host code
-changes. It is part of every compile key, because utils._MIXER_ATTRS lists its name.
+The mark is an attribute of the callable, like upstream's ``__vec_size__``, so that no signature of the host
+code changes. It is part of every compile key, because utils._MIXER_ATTRS lists its name.
 """
 
 import functools
@@ -25,20 +25,19 @@ class NoSoftmax:
 
 
 def no_softmax_of(score_mod: Optional[Callable]) -> Optional[NoSoftmax]:
-    """The mark of a score_mod; None means softmax."""
+    """Return the mark of a score_mod. None means softmax."""
     return getattr(score_mod, ATTRIBUTE, None)
 
 
 def marked(score_mod: Callable, mark: NoSoftmax) -> Callable:
-    """A score_mod that computes the same and carries the mark; the given one stays as it is."""
+    """Return a score_mod that computes the same and carries the mark. The given one stays unchanged."""
 
     @functools.wraps(score_mod)
     def carrier(*args, **kwargs):
         return score_mod(*args, **kwargs)
 
-    # utils.hash_callable hashes __wrapped__ and what it closes over. Of a cute.jit wrapper that is an
-    # address, which differs between processes and may be used again for another function: point at the
-    # function inside.
+    # Point at the function inside. utils.hash_callable hashes __wrapped__ and its closure. For a cute.jit
+    # wrapper that is an address, which differs between processes and may be reused for another function.
     carrier.__wrapped__ = getattr(score_mod, "__wrapped__", score_mod)
     setattr(carrier, ATTRIBUTE, mark)
     return carrier

@@ -1,9 +1,8 @@
-"""A call of flash_attn.cute's own functions with its derivative: as an autograd.Function, and as operators
-for torch.compile.
+"""Run a call of flash_attn.cute's own functions with its derivative: as an autograd.Function, and as
+operators for torch.compile.
 
-What an operator does at each call costs the host several times what the call itself does, so eager calls go
-without. A score_mod or mask_mod of the user is no argument that an operator takes: these calls are always the
-autograd.Function.
+An operator costs the host several times as much per call as the call itself, so eager calls avoid operators.
+An operator takes no score_mod or mask_mod of the user: these calls always use the autograd.Function.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         *tensors, ctx.options, ctx.extras = inputs
-        # Lengths too: a change of theirs before the backward is noticed.
+        # Save lengths too, so that autograd notices if they change before the backward.
         ctx.save_for_backward(*tensors, ctx.extras.seqused_q)
         return hopper.forward(Call(*tensors, ctx.options), ctx.extras)
 
@@ -33,7 +32,7 @@ class Attention(torch.autograd.Function):
 
 
 def arguments(call: Call, extras: hopper.Extras) -> tuple:
-    """What the operators take for a call."""
+    """Return the arguments of the operators for a call."""
     return *call.tensors, extras.seqused_q, *call.options, *extras.longest, extras.pack_gqa
 
 
@@ -50,7 +49,7 @@ def _split(inputs: tuple) -> tuple[Call, hopper.Extras]:
 
 
 def _operator(name: str, schema: str) -> Callable:
-    """The function as torch.ops.flash_attn_4_nosoftmax.<name>, without what torch.library.custom_op checks at
+    """Define torch.ops.flash_attn_4_nosoftmax.<name>, without the checks that torch.library.custom_op adds to
     each call.
     """
 

@@ -1,11 +1,11 @@
-"""Launches without what upstream's host code checks and derives anew at each call.
+"""Repeat recorded launches, without the work that upstream's host code does anew at each call.
 
-Calls with the same options whose tensors look the same launch the same kernels with the same arguments but
-for the tensors. The first one goes through upstream's functions, and what they launch is recorded; a later
-one repeats that with its own tensors.
+Calls with the same options whose tensors look the same launch the same kernels with the same arguments,
+except for the tensors. The first call goes through upstream's functions, and its launches are recorded. Later
+calls repeat these launches with their own tensors.
 
-The lengths of packed sequences are such tensors: only the device knows what they hold, so no launch depends
-on it.
+The lengths of packed sequences are among these tensors: only the device knows their contents, so no launch
+depends on them.
 """
 
 import threading
@@ -13,7 +13,7 @@ from typing import Any, Callable, Optional
 
 import torch
 
-_ALIGNMENT = 16  # bytes; upstream copies a tensor that has less before it launches
+_ALIGNMENT = 16  # bytes; upstream copies a less aligned tensor before the launch
 _MOST_PLANS = 512
 
 
@@ -26,7 +26,8 @@ _recording = _Recording()
 
 
 def recorded(kernel: Callable) -> Callable:
-    """What a compile cache of upstream's gives out for `kernel`."""
+    """Wrap a kernel from upstream's compile cache so that its launches are recorded, if a recording is
+    active."""
     launches = _recording.launches
     if launches is None:
         return kernel
@@ -39,15 +40,15 @@ def recorded(kernel: Callable) -> Callable:
 
 
 def not_read(*memory: torch.Tensor) -> Any:
-    """Says that no launch reads these, so that a plan need not zero them; returns the first."""
+    """Declare that no launch reads these tensors, so that a plan need not zero them. Returns the first."""
     if _recording.not_read is not None:
         _recording.not_read.extend(memory)
     return memory[0]
 
 
 class _Plan:
-    """The launches of one call. Tensors among their arguments are the call's own, or memory that has to be
-    zero or is not read.
+    """The launches of one call. Their tensor arguments are the call's own, or other memory that is zero or
+    never read.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class _Plan:
         tensors: tuple[torch.Tensor, ...],
         not_read: list[torch.Tensor],
     ) -> None:
-        memory = list(tensors)  # those of the call, then the rest as the launches come to it
+        memory = list(tensors)  # the call's tensors, then others in the order of the launches
         slots = {x.data_ptr(): i for i, x in enumerate(memory)}
         self.complete = True
         used = set()
@@ -75,7 +76,7 @@ class _Plan:
             self._launches.append(
                 (kernel, [None if isinstance(x, torch.Tensor) else x for x in args], places)
             )
-        # Not so where upstream launched nothing, or on a copy, and where two tensors are the same memory.
+        # Incomplete if upstream launched nothing or launched on a copy, or if two tensors share memory.
         self.complete &= used.issuperset(range(len(tensors)))
         unread = {x.data_ptr() for x in not_read}
         more = memory[len(tensors) :]
@@ -96,11 +97,10 @@ class _Plan:
 def run(
     plans: Optional[dict], options: tuple, tensors: tuple[torch.Tensor, ...], launch: Callable[[], Any]
 ) -> None:
-    """launch(), or what it launched when it was last called for the same options and tensors of the same
-    looks.
+    """Call launch(), or repeat the launches of an earlier call with the same options and like tensors.
 
-    plans: where the plans of one formula are kept; None: always launch(). tensors: all that the call reads
-    and writes, but for memory of its own that it takes to be zero.
+    plans: the plans of one formula, or None to call launch() always. tensors: all tensors that the call reads
+    and writes, except for its own memory, which must be zero.
     """
     if plans is None or any(type(x) is not torch.Tensor or x.data_ptr() % _ALIGNMENT for x in tensors):
         launch()

@@ -1,5 +1,5 @@
-"""What is said while a kernel is compiled: on a terminal that it is, for it takes seconds and would look like
-a hang.
+"""Tell the user on a terminal that a kernel is being compiled, which takes seconds and would look like a
+hang.
 """
 
 import sys
@@ -7,14 +7,14 @@ import warnings
 
 from flash_attn.cute.nosoftmax.plan import recorded
 
-# At every kernel the compiler warns, in 600 characters, of upstream's parameter aux_data: a tuple that is
+# The compiler warns at every kernel, in 600 characters, about upstream's parameter aux_data, a tuple that is
 # empty in most calls.
 warnings.filterwarnings("ignore", "Argument aux_data ", UserWarning)
 
 
 def announcing(cache_class: type) -> type:
-    """The class of a compile cache whose misses say so, for upstream compiles right after a miss, and whose
-    kernels can be recorded.
+    """Return a class of compile cache that announces misses, because upstream compiles right after a miss,
+    and whose kernels can be recorded.
     """
 
     class Announcing(cache_class):

@@ -1,4 +1,4 @@
-"""flash_attn_func and flash_attn_varlen_func with use_softmax; score.py states what False means."""
+"""Add use_softmax to flash_attn_func and flash_attn_varlen_func. score.py defines use_softmax=False."""
 
 import functools
 import inspect
@@ -13,8 +13,7 @@ from flash_attn.cute.nosoftmax.score import resolve
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods, of_user
 from flash_attn.cute.nosoftmax.serves import obstacle
 
-# What upstream's functions take for softmax or for other GPUs alone: a value that is not the default is an
-# error.
+# Arguments of upstream for softmax or for other GPUs only. A value other than the default is an error.
 _SOFTMAX_ONLY = (
     "min_seqlen_k",
     "scheduler_metadata",
@@ -28,7 +27,7 @@ _SOFTMAX_ONLY = (
 def _mods(
     score_mod: Optional[Callable], score_mod_bwd: Optional[Callable], call: Call
 ) -> Optional[ScoreMods]:
-    """The user's score_mod in place of an activation; None if there is none."""
+    """Return the user's score_mod, which replaces the activation; None if there is none."""
     o = call.options
     if score_mod is None:
         if score_mod_bwd is not None:
@@ -85,8 +84,7 @@ def _without_softmax(
         checks.is_tensor(name, x)
     if page_table is not None and cu_seqlens_k is not None:
         raise ValueError("page_table goes with seqused_k, not with cu_seqlens_k")
-    # A longest sequence that is known on the GPU alone, which upstream allows, is a bound that can be left
-    # out.
+    # Upstream allows a maximum length on the GPU. It is only a bound, and is left out.
     longest = tuple(
         None if n is None or isinstance(n, torch.Tensor) else n for n in (max_seqlen_q, max_seqlen_k)
     )
@@ -130,7 +128,7 @@ _DOC = """
 
 
 def _with_use_softmax(upstream: Callable) -> Callable:
-    """Upstream's function with four keywords more; with use_softmax=True the call goes on to it as it is."""
+    """Add four keyword arguments to upstream's function. With use_softmax=True it gets the call unchanged."""
     signature = inspect.signature(upstream)
     defaults = {name: p.default for name, p in signature.parameters.items()}
 

@@ -1,4 +1,4 @@
-"""The formulas as score_mods of the kernels, and users' score_mods with the mark."""
+"""Turn formulas into score_mods of the kernels, and mark the score_mods of users."""
 
 import functools
 from typing import Callable, NamedTuple, Optional
@@ -11,9 +11,7 @@ from flash_attn.cute.nosoftmax.marker import ATTRIBUTE, NoSoftmax, marked
 
 
 class ScoreMods(NamedTuple):
-    """What one call of the kernels needs: the scores arrive multiplied by softmax_scale * unit. plans: see
-    plan.py.
-    """
+    """The score_mods of one call. Scores arrive multiplied by softmax_scale * unit. plans: see plan.py."""
 
     score_mod: Callable
     score_mod_bwd: Optional[Callable]
@@ -76,8 +74,8 @@ def of_activation(
     def score_mod_bwd(grad, score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors):
         return f.derivative(_Kernel, grad, score, number_of_keys(seqlen_info))
 
-    # What they close over are functions: name the arguments instead. The folder of the disk cache is named
-    # after a hash of all sources, so a changed formula is no old entry.
+    # The closures contain functions: hash the names of the arguments instead. The folder of the disk cache is
+    # named after a hash of all sources, so that a changed formula never finds an old entry.
     name = f"nosoftmax {activation} {sigmoid_bias!r} {softcap!r}"
     score_mod.__cute_hash__ = name
     score_mod_bwd.__cute_hash__ = f"{name} backward"

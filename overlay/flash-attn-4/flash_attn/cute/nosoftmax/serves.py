@@ -1,4 +1,4 @@
-"""What the Hopper kernels without softmax serve. Imports neither cutlass nor a kernel, and launches
+"""Say which calls the Hopper kernels without softmax take. Imports neither cutlass nor a kernel, and launches
 nothing.
 """
 
@@ -12,7 +12,7 @@ import torch
 
 from .call import Call, needs_grad
 
-# Beyond it the backward with head_dim_v > head_dim accesses memory that is not its own.
+# Beyond this head_dim_v, the backward with head_dim_v > head_dim accesses memory out of bounds.
 _WIDEST_LARGER_V = 128
 _OTHER_GPUS = (
     "the flash_attn package of this project (FA2 kernels) runs without softmax on Ampere, Ada and later GPUs"
@@ -20,7 +20,7 @@ _OTHER_GPUS = (
 
 
 def require_dsl() -> None:
-    """Raises ImportError with the package to install if the compiler of these kernels is missing."""
+    """Raise ImportError with the package to install if the compiler of these kernels is missing."""
     if find_spec("cutlass") is None:
         raise ImportError(
             "flash_attn.cute compiles its kernels with nvidia-cutlass-dsl, which is not installed: "
@@ -30,15 +30,15 @@ def require_dsl() -> None:
 
 @torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Of the GPU, or of the one that upstream's FLASH_ATTENTION_ARCH names. Nothing for torch.compile to
-    trace.
+    """Return the capability of the GPU, or of the one that upstream's FLASH_ATTENTION_ARCH names.
+    torch.compile does not trace this.
     """
     return _capability_in_this_process(device)
 
 
 @functools.cache
 def _capability_in_this_process(device: torch.device) -> tuple[int, int]:
-    # With sm_90 the variable lets kernels be compiled where there is no GPU.
+    # With sm_90, the variable allows compilation without a GPU.
     if arch := re.search(r"(\d+)(\d)", os.environ.get("FLASH_ATTENTION_ARCH", "")):
         return int(arch[1]), int(arch[2])
     return torch.cuda.get_device_capability(device)
@@ -104,7 +104,7 @@ def obstacle(
     mask_mod: Any = None,
     block_sparse_tensors: Any = None,
 ) -> Optional[str]:
-    """Why these kernels do not serve a checked call without softmax, for people; None if they do. Launches
+    """Why these kernels do not take a checked call without softmax, as text; None if they do. Launches
     nothing.
     """
     for name, is_set in (

@@ -1,7 +1,7 @@
-"""Writes 0 into the rows of packed results that belong to no sequence.
+"""Write 0 into the rows of packed results that belong to no sequence.
 
-Only the device knows where they are, and there are few, so a kernel of its own looks for them: the host reads
-nothing, waits for nothing and touches no other row. A mask over the whole tensor would read and write it all.
+Only the device knows where these rows are, and they are few, so a separate kernel finds them. The host reads
+nothing and waits for nothing, and no other row is touched. A mask would read and write the whole tensor.
 """
 
 from typing import Optional
@@ -28,7 +28,7 @@ class _ZeroSlack:
         mY: Optional[cute.Tensor],
         mZ: Optional[cute.Tensor],
         mCuSeqlensYZ: Optional[cute.Tensor],
-        # The last parameter, which TVM FFI fills in.
+        # Must be last: TVM FFI fills it in.
         stream: cuda.CUstream = None,
     ):
         self.kernel(mX, mCuSeqlensX, mY, mZ, mCuSeqlensYZ).launch(
@@ -70,7 +70,7 @@ def zero_slack(
     z: Optional[torch.Tensor] = None,
     cu_seqlens_yz: Optional[torch.Tensor] = None,
 ) -> None:
-    """Zeros the rows before cu_seqlens[0] and from cu_seqlens[-1] on, of x and of y and z.
+    """Zero the rows of x, y and z before cu_seqlens[0] and from cu_seqlens[-1] on.
 
     All are contiguous, (rows, nheads, head_dim). A tensor without offsets has no such rows.
     """
