@@ -31,7 +31,7 @@ template void {function};
 
 
 def write(folder: Path, passes: Sequence[str], head_dims: Sequence[str], dtypes: Sequence[str]) -> list[Path]:
-    """Writes the files of the chosen kernels to `folder` and returns their paths.
+    """Write the files of the chosen kernels to `folder` and return their paths.
 
     A file that already holds its text keeps its time stamp, so that a second build does not compile it again.
     """

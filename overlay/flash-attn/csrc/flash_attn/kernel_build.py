@@ -1,7 +1,6 @@
-"""Which kernels the extension is built with. setup.py calls `configure` on the extension that it has put
-together.
+"""Choose the kernels that the extension is built with. setup.py calls `configure` on its extension.
 
-Options, from the environment; each one left out means everything:
+Options, from the environment. An option that is left out means everything:
     HEAD_DIMS         head dimensions of the kernels, such as "64,128" (32, 64, 96, 128, 192, 256)
     DTYPES            "fp16", "bf16" or both
     PASSES            "fwd", "bwd", "splitkv" (KV cache, decoding), or several
@@ -9,7 +8,7 @@ Options, from the environment; each one left out means everything:
     ARCHS             compute capabilities, such as "80,90" (80, 90, 100, 120); by default those of the GPUs
                       present, else FLASH_ATTN_CUDA_ARCHS, else 80 and 90
 A call that needs a kernel outside the build raises an error that names the option (src/built_kernels.h).
-Kernel files of upstream's that no rule knows belong to every build, which names them.
+Kernel files of upstream that no rule knows belong to every build, which prints their names.
 """
 
 import os
@@ -43,7 +42,7 @@ class KernelSubset:
     with_softmax: bool = True
 
     def __contains__(self, source: str) -> bool:
-        """Whether the build compiles this file of upstream's; what is no kernel file is in every build."""
+        """Whether the build compiles this file of upstream's; other files are in every build."""
         match = KERNEL_FILE.fullmatch(Path(source).name)
         return match is None or (
             self.with_softmax
@@ -53,14 +52,14 @@ class KernelSubset:
         )
 
     def own_sources(self) -> list[Path]:
-        """The kernels without softmax, which this writes to the build folder, and what they share."""
+        """Write the kernels without softmax to the build folder. Returns their files and slack_rows.cu."""
         kernels = generate_nosoftmax_kernels.write(
             ROOT / "build" / "nosoftmax_kernels", self.passes, self.head_dims, self.dtypes
         )
         return [*kernels, ROOT / "csrc" / "flash_attn" / "src" / "slack_rows.cu"]
 
     def macros(self) -> list[str]:
-        """The same lists for src/built_kernels.h, as compiler flags."""
+        """Return the same lists for src/built_kernels.h, as compiler flags."""
         lists = {
             "HEAD_DIMS": self.head_dims,
             "DTYPES": self.dtypes,
@@ -74,7 +73,7 @@ class KernelSubset:
 def chosen(
     environ: Mapping[str, str], option: str, choices: Sequence[str], default: Sequence[str]
 ) -> tuple[str, ...]:
-    """The items of a list option, in the order of `choices`.
+    """Return the items of a list option, in the order of `choices`.
 
     Raises:
         ValueError: an item is not one of the choices.
@@ -99,7 +98,7 @@ def default_archs(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def subset_from(environ: Mapping[str, str]) -> KernelSubset:
-    """Reads the options; ValueError names the option, the value and the choices."""
+    """Read the options. Raises ValueError that names the option, the value and the choices."""
     flag = environ.get("NO_SOFTMAX_ONLY", "").upper()
     if flag not in ("", "0", "1", "FALSE", "TRUE"):
         raise ValueError(f"NO_SOFTMAX_ONLY={environ['NO_SOFTMAX_ONLY']!r}: neither 0 nor 1")
@@ -113,7 +112,7 @@ def subset_from(environ: Mapping[str, str]) -> KernelSubset:
 
 
 def nvcc_flags(flags: Sequence[str], archs: Sequence[str]) -> list[str]:
-    """`flags` with machine code for `archs` in place of what they ask for."""
+    """Return `flags`, but with machine code for `archs`."""
     kept = []
     rest = iter(flags)
     for flag in rest:
@@ -127,24 +126,24 @@ def nvcc_flags(flags: Sequence[str], archs: Sequence[str]) -> list[str]:
 
 
 def language_standard(flags: Sequence[str], torch_version: str) -> list[str]:
-    """`flags` with C++20, which the headers of PyTorch 2.14 and later need."""
+    """Return `flags`, with C++20 if the headers of PyTorch need it, from 2.14 on."""
     release = tuple(int(part) for part in re.match(r"(\d+)\.(\d+)", torch_version).groups())
     return [flag.replace("c++17", "c++20") for flag in flags] if release >= (2, 14) else list(flags)
 
 
 def unknown(sources: Sequence[str]) -> list[str]:
-    """The kernel files among `sources` that no rule knows."""
+    """Return the kernel files among `sources` that no rule knows."""
     names = [Path(source).name for source in sources if source.endswith(".cu")]
     return [name for name in names if not KERNEL_FILE.fullmatch(name)]
 
 
 def configure(extension, environ: Mapping[str, str] = os.environ) -> None:
-    """Gives the setuptools extension the sources and the flags of the build that the options ask for."""
+    """Set the sources and the flags of the setuptools extension as the options ask."""
     import torch
 
     subset = subset_from(environ)
     if strange := unknown(extension.sources):
-        # fapatch/wheel/build_progress.py shows the line to who builds.
+        # fapatch/wheel/build_progress.py shows this line to the user.
         print(f"kernel_build: no option leaves these out: {', '.join(strange)}", flush=True)
     extension.sources = [source for source in extension.sources if source in subset] + [
         os.path.relpath(path, ROOT) for path in subset.own_sources()

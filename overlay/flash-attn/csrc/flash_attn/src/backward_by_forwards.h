@@ -1,4 +1,4 @@
-// The backward pass of attention without softmax as three forward passes, where its f is linear.
+// Runs the backward pass of attention without softmax as three forward passes, if f is linear.
 
 #pragma once
 
@@ -15,16 +15,16 @@ namespace FLASH_NAMESPACE {
 
 // Whether the backward pass is three forward passes: with F the forward without softmax and Mᵀ the transposed mask,
 // dQ = F(dO, V, K; M), dK = F(V, dO, Q; Mᵀ), dV = F(K, Q, dO; Mᵀ, same bias). It needs no workspace and no atomics, and
-// holds for linear f: no softcap, no dropout. With grouped heads the last two are for each query head, as the backward
-// kernels do it, and the caller sums them. FLASH_ATTENTION_NOSOFTMAX_BACKWARD=kernel|forwards overrides the choice
-// among the two where both are possible.
+// holds for linear f: no softcap, no dropout. With grouped heads, dK and dV are computed for each query head, as in the
+// backward kernels, and the caller sums them. FLASH_ATTENTION_NOSOFTMAX_BACKWARD=kernel|forwards overrides the choice
+// where both ways are possible.
 inline bool backward_by_forwards(const float softcap, const float p_dropout) {
     if (!built::holds(built::passes, built::fwd) || softcap > 0.f || p_dropout > 0.f) { return false; }
     const char *choice = std::getenv("FLASH_ATTENTION_NOSOFTMAX_BACKWARD");
     return choice == nullptr || std::string(choice) != "kernel";
 }
 
-// One of the three: the operands in the roles of Q, K, V and O, and their strides (batch, row, head).
+// An operand of one of the three passes, in the role of Q, K, V or O, and its strides (batch, row, head).
 struct Operand {
     void *ptr;
     Qkv_params::index_t batch_stride, row_stride, head_stride;
@@ -35,7 +35,7 @@ Flash_fwd_params forward_params(const Flash_bwd_params &params, Operand q, Opera
                                 const bool is_transposed, const bool is_dv) {
     Flash_fwd_params fwd = params;
     fwd.saturates = is_dv ? Flash_fwd_params::Saturates::products : Flash_fwd_params::Saturates::nothing;
-    // With both sequences walked backwards, the transposed causal mask is the causal mask, which has faster kernels.
+    // If both sequences are walked backwards, the transposed causal mask is the causal mask, which has faster kernels.
     const bool is_backwards = is_transposed && params.is_causal && params.cu_seqlens_q == nullptr
         && params.seqlen_q == params.seqlen_k;
     if (is_backwards) {

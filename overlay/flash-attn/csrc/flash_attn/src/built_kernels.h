@@ -1,5 +1,5 @@
-// Which kernels this build holds: kernel_build.py passes the lists as macros. A call outside them gets an error that
-// names the build option, and there is no undefined symbol.
+// Says which kernels this build holds. kernel_build.py passes the lists as macros. A call of any other kernel gets an
+// error that names the build option, and never an undefined symbol.
 
 #pragma once
 
@@ -46,8 +46,8 @@ template <built::Pass pass, typename T, int kHeadDim>
 inline constexpr bool kIsBuilt = built::holds(built::passes, pass) && built::holds(built::dtypes, built::dtype_of<T>)
     && built::holds(built::head_dims, kHeadDim);
 
-// Numbers are made text here and not by the stream of the message: that crashes where the extension has a libstdc++ of its
-// own beside torch's.
+// Numbers become text here and not in the stream of the message, which crashes if the extension has its own libstdc++
+// beside torch's.
 
 // Machine code runs on its own major version, from its minor version on.
 inline void check_arch_built() {

@@ -1,6 +1,6 @@
-// Launches the kernels without softmax, fewer than upstream has with softmax. A call with a head size that fills the
-// tile, at most one of ALiBi, softcap and dropout, and an ordinary scale has a kernel of its own. The general kernels serve the rest: in
-// them ALiBi is a run-time choice and causal masking is a window.
+// Launches the kernels without softmax, fewer than upstream has with softmax. Special kernels run calls with a head
+// size that fills the tile, at most one of ALiBi, softcap and dropout, and an ordinary scale. General kernels run all
+// others: in them ALiBi is a run-time choice and causal masking is a window.
 
 #pragma once
 
@@ -35,7 +35,7 @@ bool is_varlen(const Params &params) {
         || params.leftpad_k != nullptr;
 }
 
-// Whether a kernel of its own serves this call, and not a general one.
+// Whether a special kernel runs this call, and not a general one.
 template <int Headdim, typename Params>
 bool is_special(const Params &params) {
     const int features = (params.alibi_slopes_ptr != nullptr) + (params.softcap > 0.f) + (params.p_dropout < 1.f);
@@ -52,7 +52,7 @@ void launch(Kernel kernel, const dim3 grid, const int num_threads, const size_t 
     C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// What the y and the z axis of a grid hold.
+// The most blocks along the y and the z axis of a grid.
 inline constexpr int kMaxGridYZ = 65535;
 
 // Row blocks of all sequences along x, for more sequences than the other axes hold.
@@ -115,7 +115,7 @@ dim3 fwd_grid(const Flash_fwd_params &params) {
 template<typename T, int Headdim, bool Is_dropout, bool Has_alibi, bool Is_softcap>
 void run_special_fwd(Flash_fwd_params &params, cudaStream_t stream) {
     using Traits = FwdTraits<T, Headdim, Is_dropout>;
-    // As upstream, head sizes above 128 make do with one kernel for full and for ragged tiles.
+    // As upstream, head sizes above 128 have one kernel for full and ragged tiles.
     constexpr bool Has_even_MN = Headdim <= 128 && !Is_dropout && !Has_alibi && !Is_softcap;
     const bool is_even_MN = Has_even_MN && !is_varlen(params) && params.seqlen_k % Traits::kBlockN == 0
         && params.seqlen_q % Traits::kBlockM == 0;
@@ -144,8 +144,8 @@ void run_general_fwd(Flash_fwd_params &params, cudaStream_t stream) {
 }
 
 // Writes which entries dropout keeps, for callers that ask for them: 1 kept, -1 dropped, 0 outside the sequences. One
-// warp for each block of 16 queries x 32 keys, which is what one draw of a warp covers (Dropout::apply_dropout). A grid
-// whose y or z axis is too short goes over the blocks of rows, or the heads of the sequences, several times.
+// warp for each block of 16 queries x 32 keys, which one draw of a warp covers (Dropout::apply_dropout). A grid whose y
+// or z axis is too short goes over the blocks of rows, or the heads of the sequences, several times.
 template <typename Element>
 __global__ void flash_nosoftmax_keep_mask_kernel(const Flash_fwd_params params) {
     const int lane = threadIdx.x % 32;

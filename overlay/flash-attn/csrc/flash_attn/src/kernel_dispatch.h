@@ -1,4 +1,4 @@
-// From the parameters of a call to a kernel of this build.
+// Dispatches a call to a kernel of this build.
 
 #pragma once
 
@@ -10,7 +10,8 @@
 
 namespace FLASH_NAMESPACE {
 
-// Calls the launcher that use_softmax asks for. Generic ones: what this build does not hold is not instantiated.
+// Calls the launcher that use_softmax asks for. Launchers are generic, so that kernels outside this build are not
+// instantiated.
 template <built::Pass pass, typename T, int kHeadDim, typename Params, typename Without, typename With>
 void launch_built(Params &params, Without without_softmax, With with_softmax) {
     check_built<pass, T, kHeadDim>(params.use_softmax);

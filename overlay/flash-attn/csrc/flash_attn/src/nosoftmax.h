@@ -1,6 +1,6 @@
-// Attention without softmax, O = dropout(M ⊙ f(scale · Q Kᵀ)) V: the pieces that take the place of the online softmax
-// in the forward, split-KV and backward kernels. A kernel chooses them through its traits: NoSoftmaxTraits<KT> is KT
-// with a tag, so no template list and no kernel name changes, and what is compiled for softmax stays as it was.
+// Replaces the online softmax in the forward, split-KV and backward kernels: O = dropout(M ⊙ f(scale · Q Kᵀ)) V. A
+// kernel chooses this through its traits: NoSoftmaxTraits<KT> is KT with a tag, so that no template list and no kernel
+// name changes, and the code for softmax compiles as before.
 
 #pragma once
 
@@ -22,8 +22,8 @@ using namespace cute;
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
-// kAnyScale: in fp16 the kernel also takes scales below kLeastScale, for one more multiplication a score. The others
-// round scale + 1, which is less than 2^-16 of the scale then, where fp16 keeps 2^-11 of the score.
+// kAnyScale: in fp16 the kernel also takes scales below kLeastScale, for one more multiplication a score. Other kernels
+// round scale + 1, an error of less than 2^-16 of their scales, where fp16 keeps 2^-11 of the score.
 inline constexpr float kLeastScale = 1.f / 128;
 
 template <typename Kernel_traits, bool Any_scale=false>
@@ -81,7 +81,7 @@ struct ScoreWeights {
     const float scale, alibi_slope;
     const int first_row;  // of the block of queries, in the forward kernels
 
-    // The forward kernels' call, with the signature of Mask::apply_mask. Causal_mask and !Is_even_MN say that this
+    // Called by the forward kernels, with the signature of Mask::apply_mask. Causal_mask and !Is_even_MN say that this
     // iteration may hold scores beyond the diagonal or the last key.
     template <bool Causal_mask=false, bool Is_even_MN=true, typename Engine, typename Layout>
     __forceinline__ __device__ void apply_mask(Tensor<Engine, Layout> &acc_s, const int col0, const int row0,
@@ -116,9 +116,9 @@ struct ScoreWeights {
         }
     }
 
-    // Multiplies by the scale and turns infinities, which the conversion to fp16 would hide, into NaN. Where the scale is
-    // neither tiny nor negative that is one instruction, as the product alone: s (scale + 1) - s. A branch on the scale
-    // would cost registers that the tiles do not have.
+    // Multiplies by the scale and turns infinities, which the conversion to fp16 would hide, into NaN. If the scale is
+    // neither tiny nor negative, one instruction does both, as many as the product needs: s (scale + 1) - s. A branch
+    // on the scale would cost registers that the tiles do not have.
     template <typename Engine, typename Layout>
     __forceinline__ __device__ void scale_and_show_infinity(Tensor<Engine, Layout> &scores) const {
         const float scale_plus_1 = scale + 1.f;
@@ -154,7 +154,7 @@ private:
     }
 };
 
-// The bias that ALiBi adds is in units of the score before scaling with softmax, and after it without.
+// ALiBi's bias is in units of the score: before scaling with softmax, after scaling without.
 template <typename Kernel_traits>
 __forceinline__ __device__ float alibi_unit(const float softmax_scale) {
     return kUseSoftmax<Kernel_traits> ? softmax_scale : 1.f;
@@ -175,7 +175,7 @@ __forceinline__ __device__ auto make_mask(const Params &params, const Block_info
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
-// Stands in for Softmax<kNRows>: no row needs a maximum or a sum, so there is no state and nothing to rescale.
+// Replaces Softmax<kNRows>: no row needs a maximum or a sum, so there is no state and nothing to rescale.
 template <bool Scale_at_end, int kNRows>
 struct NoRowState {
 
@@ -184,7 +184,7 @@ struct NoRowState {
     template <bool Is_first, bool Check_inf=false, typename Tensor0, typename Tensor1>
     __forceinline__ __device__ void softmax_rescale_o(Tensor0 &, Tensor1 &, float) {}
 
-    // Applies the factors that were left for the end; the log-sum-exp it returns does not exist and is never stored.
+    // Applies the factors that were left for the end. Returns zeros for the log-sum-exp, which are never stored.
     template <bool Is_dropout=false, bool Split=false, typename Tensor0>
     __forceinline__ __device__ TensorT normalize_softmax_lse(Tensor0 &acc_o, float softmax_scale,
                                                              float rp_dropout=1.0) {
@@ -216,7 +216,8 @@ __forceinline__ __device__ bool saturates_output(const Params &params) {
     return params.saturates == Params::Saturates::products_and_output;
 }
 
-// convert_type (or convert_type_relu) for P, as the kernel's traits want it. ScoreWeights has shown infinities by then.
+// convert_type (or convert_type_relu) for P, chosen by the kernel's traits. ScoreWeights has already turned infinities
+// into NaN.
 template <typename Kernel_traits, typename To_type, bool Relu=false, typename Engine, typename Layout>
 __forceinline__ __device__ auto convert_products(Tensor<Engine, Layout> const &tensor, const bool saturates=true) {
     if constexpr (kUseSoftmax<Kernel_traits> && Relu) {
@@ -228,7 +229,7 @@ __forceinline__ __device__ auto convert_products(Tensor<Engine, Layout> const &t
     }
 }
 
-// convert_type for O, which is float where it is a part of a sum.
+// convert_type for O, which is float if it is a part of a sum.
 template <typename Kernel_traits, typename To_type, typename Engine, typename Layout>
 __forceinline__ __device__ auto convert_output(Tensor<Engine, Layout> &tensor, const bool saturates=true) {
     if constexpr (kUseSoftmax<Kernel_traits>) {
@@ -240,18 +241,18 @@ __forceinline__ __device__ auto convert_output(Tensor<Engine, Layout> &tensor, c
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
-// With splits, parts of O lie in fp32 one after another, and may be more than an int counts.
+// With splits, the fp32 parts of O lie one after another, and their offsets may exceed an int.
 template <typename Kernel_traits>
 using accum_offset_t = std::conditional_t<kUseSoftmax<Kernel_traits>, int, typename Kernel_traits::index_t>;
 
-// What a block of threads works on: a block of rows (queries or keys) of one sequence and head.
+// The work of a thread block: a block of rows (queries or keys) of one sequence and head.
 struct GridPlace {
     const int row_block, num_row_blocks, sequence, head;
 
     __forceinline__ __device__ int row_blocks_behind() const { return num_row_blocks - 1 - row_block; }
 };
 
-// Where the row blocks of all sequences lie along x.
+// The place in a grid where the row blocks of all sequences lie along x.
 __forceinline__ __device__ GridPlace place_in_long_grid(const int num_sequences) {
     const int num_row_blocks = gridDim.x / unsigned(num_sequences);
     const int sequence = blockIdx.x / unsigned(num_row_blocks);
@@ -266,8 +267,8 @@ __forceinline__ __device__ GridPlace place_in_grid(const Params &params) {
     return {int(blockIdx.x), int(gridDim.x), int(blockIdx.y), int(blockIdx.z)};
 }
 
-// With splits it is (row blocks, splits, sequences x heads), and (row blocks of all sequences, splits, heads) where there
-// are more than its z axis holds.
+// With splits the grid is (row blocks, splits, sequences x heads), and (row blocks of all sequences, splits, heads)
+// where there are more than its z axis holds.
 template <bool Split, typename Params>
 __forceinline__ __device__ GridPlace place_in_splitkv_grid(const Params &params) {
     if constexpr (!Split) {
@@ -281,8 +282,8 @@ __forceinline__ __device__ GridPlace place_in_splitkv_grid(const Params &params)
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
-// copy() for a tile of keys: V in the forward, K in the backward kernels, whose products a masked weight of 0 does not
-// protect from NaN. Without softmax, where a window leaves keys that no query sees, rows below min_MN are zeroed too.
+// copy() for a tile of V in the forward or K in the backward kernels, where a masked weight of 0 does not stop a NaN.
+// Without softmax, rows below min_MN are zeroed too, because a window may leave keys that no query sees.
 template <typename Kernel_traits, bool Is_local, bool Is_even_MN, bool Is_even_K, bool Clear_OOB_MN=false,
           typename TiledCopy, typename Engine0, typename Layout0, typename Engine1, typename Layout1,
           typename Engine2, typename Layout2, typename Engine3, typename Layout3>
@@ -313,8 +314,8 @@ __forceinline__ __device__ void copy_seen_keys(TiledCopy tiled_copy, Tensor<Engi
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
-// Which scores of a fragment dropout keeps: all bits of an element set, or none. The backward pass needs it for dS as
-// well as for P, and the sign of P is not free to carry it.
+// Draws which scores of a fragment dropout keeps: all bits of an element are set, or none. The backward pass needs this
+// for dS as well as for P, and the sign of P, which may be negative, can't carry it.
 template <typename Element, typename Dropout, typename Layout>
 __forceinline__ __device__ auto draw_kept(Dropout dropout, const Layout &acc_layout, const int block_row_start,
                                           const int block_col_start, const int block_row_stride) {

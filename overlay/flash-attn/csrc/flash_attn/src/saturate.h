@@ -1,5 +1,5 @@
-// Conversions to 16 bit that saturate, for kernels without softmax. Softmax bounds P by 1; here nothing does, and fp16
-// holds no more than 65504. bf16 has the range of fp32 and needs none of this.
+// Conversions to 16 bit that saturate, for kernels without softmax. Softmax bounds P by 1. Without it nothing bounds P,
+// and fp16 holds no more than 65504. bf16 has the range of fp32 and needs none of this.
 
 #pragma once
 
@@ -14,19 +14,19 @@ namespace FLASH_NAMESPACE {
 
 using namespace cute;
 
-// An infinity becomes NaN, all else stays as it is, for one FFMA: 2x - x is x, and for an infinity it is NaN. Finite
+// Turns an infinity into NaN and leaves all else unchanged, with one FFMA: 2x - x is x, and NaN for an infinity. Finite
 // inputs in fp16 give finite sums in fp32, so an infinity came from an input, and saturation would hide it.
 __forceinline__ __device__ float show_infinity(const float x) { return __fmaf_rn(x, 2.f, -x); }
 
-// The nearest number that fp16 holds, or NaN.
+// Clamps to the finite range of fp16. NaN stays NaN.
 __forceinline__ __device__ float limit_to_half(float x) {
     asm("min.NaN.f32 %0, %0, %1;\n" : "+f"(x) : "f"(65504.f));
     asm("max.NaN.f32 %0, %0, %1;\n" : "+f"(x) : "f"(-65504.f));
     return x;
 }
 
-// Two floats to two fp16 numbers. With Saturates, what is too large becomes the largest finite number, infinities too;
-// without, it becomes infinite. NaN stays NaN.
+// Converts two floats to fp16. With Saturates, numbers that are too large and infinities become the largest finite
+// number. Without, they become infinite. NaN stays NaN.
 template <bool Saturates>
 __forceinline__ __device__ uint32_t convert_to_half2(float2 a) {
     uint32_t out;
@@ -42,8 +42,8 @@ __forceinline__ __device__ uint32_t convert_to_half2(float2 a) {
     return out;
 }
 
-// convert_type for fp16, saturating or not: `saturates` is uniform over the grid. Infinities are hidden where it is
-// true: show_infinity comes first where they can be.
+// convert_type for fp16, saturating or not: `saturates` is uniform over the grid. If true, it hides infinities: call
+// show_infinity first where they can occur.
 template <typename To_type, typename Engine, typename Layout>
 __forceinline__ __device__ auto convert_to_half(Tensor<Engine, Layout> const &tensor, const bool saturates) {
     static_assert(std::is_same_v<To_type, cutlass::half_t> && std::is_same_v<float, typename Engine::value_type>);
@@ -73,7 +73,7 @@ __forceinline__ __device__ auto convert_finite_saturating(Tensor<Engine, Layout>
     }
 }
 
-// Limits what rotary embedding makes of finite fp16 numbers, which may be sqrt(2) times as large, before convert_type.
+// Saturates before convert_type, because rotary embedding may make finite fp16 numbers sqrt(2) times as large.
 template <typename To_type, typename Engine, typename Layout>
 __forceinline__ __device__ void saturate(Tensor<Engine, Layout> &tensor) {
     if constexpr (std::is_same_v<To_type, cutlass::half_t>) {

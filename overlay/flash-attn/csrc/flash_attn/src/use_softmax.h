@@ -1,5 +1,5 @@
-// What flash_api.cpp needs for its trailing use_softmax argument: checks, outputs that do not exist without softmax,
-// and Python bindings that keep callers of upstream's positional signatures working.
+// Supports the trailing use_softmax argument of flash_api.cpp: checks, empty outputs for those that do not exist
+// without softmax, and Python bindings that keep callers of upstream's positional signatures working.
 
 #pragma once
 
@@ -22,8 +22,8 @@
 
 namespace FLASH_NAMESPACE {
 
-// For messages, in place of a stream: streaming a floating-point number crashes in an extension that its toolchain links
-// with a libstdc++ of its own, since torch brings another one into the process.
+// Formats a number for messages. Streaming it would crash in an extension that its toolchain links with its own
+// libstdc++, because torch brings another one into the process.
 inline std::string text(const float x) {
     std::array<char, 32> buffer{};
     std::snprintf(buffer.data(), buffer.size(), "%g", x);
@@ -38,12 +38,12 @@ inline void check_nosoftmax_arguments(const float softmax_scale, const float sof
                 "use_softmax=False with alibi_slopes needs a softmax_scale other than 0");
 }
 
-// There is no log-sum-exp without softmax: an empty tensor, never uninitialised memory.
+// Without softmax there is no log-sum-exp: returns an empty tensor, never uninitialised memory.
 inline at::Tensor empty_unless(const bool exists, const at::IntArrayRef shape, const at::TensorOptions &options) {
     return torch::empty(exists ? shape : at::IntArrayRef({0}), options.dtype(at::kFloat));
 }
 
-// What a forward function returns where no query sees a key.
+// The results of a forward function where no query sees a key.
 inline std::vector<at::Tensor> output_of_nothing(const at::Tensor &q, std::optional<at::Tensor> &out,
                                                  const bool return_mask, const int64_t batch_size,
                                                  const int64_t seqlen_q, const int64_t seqlen_k) {
@@ -91,7 +91,7 @@ pybind11::tuple names_of(const std::array<Item, n> &items) {
     return pybind11::tuple(names);
 }
 
-// What this build holds, for callers that choose a backend and for error messages.
+// Exports which kernels this build holds, for callers that choose a backend and for error messages.
 inline void def_built_kernels(pybind11::module_ &m) {
     m.attr("has_use_softmax") = true;
     m.attr("built_with_softmax") = built::with_softmax;

@@ -1,4 +1,4 @@
-// What a window means without softmax, for any lengths: query i is aligned with key c = i + seqlen_k - seqlen_q and sees
+// Defines windows without softmax, for any lengths: query i is aligned with key c = i + seqlen_k - seqlen_q and sees
 // the keys from c - left to c + right. A negative side is open.
 
 #pragma once
@@ -7,9 +7,9 @@
 
 namespace FLASH_NAMESPACE {
 
-// Opens the sides that hide no key of any sequence up to these lengths. Where the other side is closed they get a number
-// that hides nothing: upstream's rules, which go by the number of keys alone, then have nothing left to do but to put
-// max_seqlen_k for an open left side. `stays_windowed`: a call with a window keeps one, even if it hides nothing.
+// Opens the sides that hide no key of any sequence up to these lengths. An open right side beside a closed left side
+// gets a number that hides nothing. Upstream's rules, which depend on the number of keys alone, then change only an
+// open left side, to max_seqlen_k. `stays_windowed`: a call with a window keeps one, even if it hides nothing.
 inline void fit_window(int &left, int &right, const int max_seqlen_q, const int max_seqlen_k,
                        const bool stays_windowed = false) {
     const bool was_windowed = left >= 0 || right >= 0;
