@@ -98,8 +98,8 @@ def gradients(call: Call, backend: str, dout: torch.Tensor, rng_state: Optional[
 
 
 def _saved(ctx) -> tuple:
-    """Return ctx.saved_tensors. The function that torch.func.vjp returns may be called after its transform
-    has ended, when the wrappers of the tensors are dead.
+    """Return ctx.saved_tensors, unwrapped if the wrappers are dead: the function that torch.func.vjp returns
+    may be called after its transform has ended.
     """
     tensors = ctx.saved_tensors
     if torch._C._are_functorch_transforms_active() or not any(map(_is_wrapped, filter(_is_there, tensors))):

@@ -3,13 +3,13 @@
     score.py, call.py, checks.py, revision.py  shared with flash_attn/nosoftmax of the other wheel; score.py
                                                states the contract
     public.py      flash_attn_func and flash_attn_varlen_func with use_softmax=False
-    serves.py      which calls these kernels take, and the reasons for the others, before any launch
+    serves.py      says which calls these kernels take, and why not the others, before any launch
     ops.py         a call with its derivative, as autograd.Function and as operators for torch.compile
     hopper.py      a call outside autograd, of these functions or of flash_attn's
     launch.py      one forward and one backward through upstream's host code
     formulas.py    formulas of the activations and their derivatives, for kernel and host
     score_mods.py  the formulas as score_mods of the kernels
-    marker.py      how a score_mod tells the kernels that there is no softmax
+    marker.py      marks a score_mod, to tell the kernels that there is no softmax
     kernel.py      device code behind the hooks in upstream's kernels
     plan.py        repeats the launches of an earlier call
     slack.py       zeroes rows that belong to no sequence

@@ -78,9 +78,9 @@ def _extras(call: Call, extras: Optional[Extras]) -> Extras:
 
 
 def _first_key(call: Call, extras: Extras) -> int:
-    """Return the first key to pass to the kernels. Keys before all windows share a tile with visible keys,
-    and a NaN in them would reach results. They stay where n counts them, or where only the GPU knows the
-    lengths."""
+    """Return the first key to pass to the kernels. Keys before all windows may share a tile with visible
+    keys, and a NaN in them would then reach results. They stay where n counts them, or where only the GPU
+    knows the lengths."""
     o = call.options
     counted = o.sigmoid_bias is None or o.normalization in ("1/n", "1/sqrt(n)")
     return (
@@ -91,8 +91,8 @@ def _first_key(call: Call, extras: Extras) -> int:
 
 
 def _first_query(call: Call, extras: Extras) -> int:
-    """Return the first query that sees a key. Earlier queries share a tile with it, and a NaN in them or
-    their dout would reach dk and dv.
+    """Return the first query that sees a key. Earlier queries may share a tile with it, and a NaN in them or
+    their dout would then reach dk and dv.
     """
     return 0 if _indexed(call, extras) else first_seeing(call.q.shape[1], call.k.shape[1], _window(call)[1])
 

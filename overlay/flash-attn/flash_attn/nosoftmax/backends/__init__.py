@@ -1,4 +1,4 @@
-"""The backends, which run calls. Each is a module with the same four functions:
+"""Run calls. Each backend is a module with the same four functions:
 
     obstacle(call)                   a text that says why the backend can't run a checked call on tensors of
                                      its device; None if it can

@@ -5,7 +5,7 @@ forward_loop.py, backward_loop.py  the two loops over blocks
 blocks.py                the steps on a block that they share
 visibility.py            which keys a query sees
 sequences.py             cuts a call into sequences of one length
-dropout.py, s_dmask.py   the mask of dropout, and its form as a result
+dropout.py, s_dmask.py   the dropout mask, and the result that shows it
 kvcache.py, paged.py, rotary.py  attention with a KV cache
 softmax.py               the functions of the compiled extension, with softmax
 """

@@ -116,8 +116,8 @@ def varlen_fwd(
     max_seqlen_k, dropout_p, softmax_scale, zero_tensors, causal, window_size_left, window_size_right,
     softcap, return_softmax, gen,
 ) -> tuple:  # fmt: skip
-    """q: (total_q, nheads, head_dim); k, v: packed, or pages with block_table. As fwd, but softmax_lse is
-    (nheads, total_q). zero_tensors has no effect: every result is written."""
+    """q: (total_q, nheads, head_dim); k, v: packed, or pages with block_table. Returns what fwd returns, but
+    softmax_lse is (nheads, total_q). zero_tensors has no effect: every result is written."""
     checks.rank("q", q, checks.PACKED[0])
     options = _options(
         q, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
@@ -195,8 +195,8 @@ def varlen_bwd(
     max_seqlen_k, dropout_p, softmax_scale, zero_tensors, causal, window_size_left, window_size_right,
     softcap, deterministic, gen, rng_state,
 ) -> tuple:  # fmt: skip
-    """As bwd over packed sequences; softmax_d is float32 (nheads, total_q + 128 * batch), of which the first
-    total_q columns are used."""
+    """Does what bwd does over packed sequences. softmax_d is float32 (nheads, total_q + 128 * batch), of
+    which the first total_q columns are used."""
     checks.rank("q", q, checks.PACKED[0])
     options = _options(
         q, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,

@@ -316,7 +316,7 @@ def _walk(
         if MASK != _FULL:
             slot += segment
         start = states + (slot * (heads // GROUP_Q) + head // GROUP_Q) * (D * D_V)
-        # The segment that is walked first starts from nothing.
+        # The segment that is walked first starts from zero.
         if MASK == _FULL or HAS_INITIAL:
             present = total > 0
         elif MASK == _CAUSAL:
