@@ -265,10 +265,10 @@ def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) 
 
 
 class _Known(NamedTuple):
-    """What a call was found to be.
+    """The remembered result of checking a call and choosing its backend.
 
-    places: where each tensor of the call stands among the values of the arguments; None if one of them is
-    made from an argument, as by a conversion. has_more: whether there are tensors beside q, k and v.
+    places: the index of each tensor of the call among the argument values; None if a tensor is made from an
+    argument, for example by a conversion. has_more: whether the call has tensors other than q, k and v.
     """
 
     backend: str
@@ -277,17 +277,17 @@ class _Known(NamedTuple):
     has_more: bool
 
     def call(self, values: tuple) -> Call:
-        """The call with other tensors of the same looks."""
+        """Return the call with other tensors that look the same."""
         tensors = [None if place is None else values[place] for place in self.places]
-        if self.has_more:  # of q, k and v each backend takes any strides
+        if self.has_more:  # every backend takes any strides of q, k and v
             tensors[3:] = [None if x is None else x.contiguous() for x in tensors[3:]]
         return Call(*tensors, self.options)
 
 
 _known: dict[tuple, _Known] = {}
 _SCORE = ("use_softmax", "activation", "sigmoid_bias", "normalization")
-_NAMES = {"row_factors": "normalization", "sigmoid_biases": "sigmoid_bias"}  # of arguments, by fields
-# The arguments of which a call keeps the tensor, in whatever form, and no number.
+_NAMES = {"row_factors": "normalization", "sigmoid_biases": "sigmoid_bias"}  # argument names, by field
+# The arguments that a call keeps as tensors, in whatever form, and not as numbers.
 _OF_TENSORS = frozenset((
     *Call._fields, *Cache._fields, *_NAMES.values(), "qkv", "kv", "k_cache", "v_cache", "cu_seqlens",
     "cache_leftpad",
@@ -297,10 +297,11 @@ _PLAIN_TYPES = frozenset((int, float, bool, str, type(None)))
 
 
 def _looks(of: tuple, values: tuple, algorithm: str, backend: str, strides: bool) -> Optional[tuple]:
-    """All that a check or a choice may depend on, but what lies in the tensors. None if something may not be
-    remembered: under a compiler or a dispatch mode, and beside an argument that may change, such as a list.
+    """Return a hashable key of all that a check or a choice may depend on, except for tensor contents. None
+    if the call may not be remembered: under a compiler or a dispatch mode, or with an argument that may
+    change, such as a list.
 
-    strides: whether those of the tensors count.
+    strides: whether the key includes the strides of the tensors.
     """
     if (
         torch.compiler.is_compiling()
@@ -333,9 +334,10 @@ def _looks(of: tuple, values: tuple, algorithm: str, backend: str, strides: bool
 
 
 def _remember(looks: tuple, call: Call, backend: str, names: tuple, values: tuple) -> None:
-    """Keep what the call was found to be. names: of the values.
+    """Remember the checked call and its backend. names: the argument names of `values`.
 
-    A tensor in the place of a number is read, and the number may change: such a call is not kept.
+    A call with a tensor in the place of a number is not remembered: the tensor was read, and its number may
+    change.
     """
     if any(type(x) in _TENSORS and name not in _OF_TENSORS for name, x in zip(names, values)):
         return
@@ -349,7 +351,7 @@ def _remember(looks: tuple, call: Call, backend: str, names: tuple, values: tupl
 
 
 def _place(field: str, x: Optional[torch.Tensor], names: tuple, values: tuple) -> Optional[int]:
-    """Where a tensor of the call stands among the values of these names; -1 if it is none of them."""
+    """Return the index of the call's tensor x among the named values; -1 if x is none of them."""
     if x is None:
         return None
     name = _NAMES.get(field, field)
@@ -357,7 +359,7 @@ def _place(field: str, x: Optional[torch.Tensor], names: tuple, values: tuple) -
 
 
 def _returned(call: Call, backend: str, as_operator: bool, rebuild: Optional[Callable] = None) -> Any:
-    """What the public function returns."""
+    """Run the call and return what the public function returns."""
     if call.cache is not None:
         return ops.attend_cached(call, backend)
     result = ops.attend(call, backend, as_operator)
@@ -523,7 +525,7 @@ def _autocast(*tensors: Optional[torch.Tensor]) -> tuple:
 
 
 def _autocast_dtype(kind: str) -> Optional[torch.dtype]:
-    """What autocast casts to on devices of this type, None if it does not."""
+    """Return the dtype to which autocast casts on devices of this type; None if it does not cast."""
     if kind not in _SOFTMAX_BACKENDS or not _HAS_AUTOCAST or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
