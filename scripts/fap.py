@@ -24,10 +24,10 @@ from fapatch.base.errors import FapError, UsageError
 from fapatch.base.project import Project
 from fapatch.source import store
 
-# command: (module below fapatch with add_arguments(parser) and main(project, args) -> int, one line of help).
-# A module that sets EXCLUSIVE = True is alone in the checkout while it runs; with ANY_RELEASE = True it does
-# not look at VERSION; with NEEDS_EXTENSION = True it is about compiled kernels, which not every family has.
-# Modules are imported when asked for: `env` must run before any package is installed.
+# command: (module of fapatch, one line of help). The module has add_arguments(parser) and main(project, args)
+# -> int. EXCLUSIVE = True in it keeps other runs out of the checkout. ANY_RELEASE = True ignores VERSION.
+# NEEDS_EXTENSION = True refuses a family without compiled kernels. A module is imported when its command is
+# run, because `env` must run before any package is installed.
 COMMANDS = {
     "env": ("base.env", "make .venv, the project's own Python environment"),
     "lock-tools": ("base.lock_tools", "renew requirements.lock, the versions and hashes of what .venv gets"),
@@ -41,7 +41,7 @@ COMMANDS = {
     "lint": ("series.lint", "check patches, headers and the lock"),
     "toolchain": ("kernels.toolchain", "install the kernels' compiler from the package index into .venv"),
     "wheel": ("wheel.wheel", "build the wheel into dist/ and install it into .venv"),
-    "smoke": ("wheel.smoke", "one forward and backward without softmax, checked against float64"),
+    "smoke": ("wheel.smoke", "run one forward and backward without softmax and check them against float64"),
     "sass-identity": (
         "kernels.sass_identity",
         "compare the machine code of upstream's kernels, pristine against patched",
@@ -50,8 +50,8 @@ COMMANDS = {
         "kernels.compile_check",
         "compile the kernels of flash-attn-4 for Hopper without a GPU and read their machine code",
     ),
-    "upstream-test": ("upstream.upstream_test", "a sample of upstream's own tests"),
-    "sanitize": ("kernels.sanitize", "every kernel family under compute-sanitizer"),
+    "upstream-test": ("upstream.upstream_test", "run a sample of upstream's own tests"),
+    "sanitize": ("kernels.sanitize", "run every kernel family under compute-sanitizer"),
     "clean": ("series.clean", "drop build/"),
     "distclean": ("series.clean", "drop everything that git ignores"),
 }
@@ -96,7 +96,7 @@ def run(argv: list[str]) -> int:
 
 
 def explain(error: OSError) -> FapError:
-    """The failures of a machine rather than of the patch set, as people call them."""
+    """Turn an error of the operating system into a FapError with a hint."""
     where = error.filename or "the disk"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return FapError(f"no space left for {where}", "free some space and run this again; nothing was lost")
@@ -113,7 +113,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    # Ended by `kill` as by Ctrl-C: what was half made is taken away on the way out.
+    # Treat `kill` like Ctrl-C, so that half-made files are removed on the way out.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return run(sys.argv[1:] if argv is None else argv)

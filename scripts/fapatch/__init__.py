@@ -1,15 +1,16 @@
-"""Tools that keep the patch set: fetch upstream, apply, refresh, rebase, lint, build, test. See `fap.py
+"""Tools that maintain the patch set: fetch upstream, apply, refresh, rebase, lint, build, test. See `fap.py
 --help`.
 
-FLOORS is the order of the rooms. A module imports from its own room and from the floors below it, never from
-a floor above and never from another room of its own floor; tests/unit/test_layout.py holds that.
+FLOORS orders the subpackages from the lowest floor to the highest. A module imports from its own subpackage
+and from lower floors, never from a higher floor or another subpackage of its floor. tests/unit/test_layout.py
+checks that.
 """
 
 FLOORS = (
     ("workers",),  # programs that another interpreter runs
     ("base",),  # processes, files, git, the lock and the environment
-    ("source",),  # upstream's files: fetched, verified and stored
-    ("series",),  # the patched tree: made, exported, carried to other releases and linted
-    ("wheel",),  # the wheel: built, checked and shown to work
-    ("kernels", "upstream"),  # what is checked with a compiler; upstream's own tests
+    ("source",),  # fetch, verify and store upstream's files
+    ("series",),  # make, export, rebase and lint the patched tree
+    ("wheel",),  # build, check and smoke-test the wheel
+    ("kernels", "upstream"),  # checks that need a compiler; upstream's own tests
 )

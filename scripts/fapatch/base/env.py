@@ -1,9 +1,9 @@
 """Make .venv, the project's own Python environment: the packages that pyproject.toml names, in the versions
 and with the hashes of requirements.lock.
 
-Standard library only: this is the one command that runs before the environment is there. An interpreter that
-already has a usable torch (a GPU machine without network) shares its packages with .venv, and only what is
-missing is installed. The second run does nothing. PYTHON= chooses the interpreter, for this command and for
+Uses the standard library only, because this command runs before the environment exists. If the interpreter
+already has a usable torch (a GPU machine without network), .venv shares its packages and only the missing
+ones are installed. The second run does nothing. PYTHON= chooses the interpreter, for this command and for
 those after it.
 """
 
@@ -61,21 +61,22 @@ def _write_stamp(venv: Path, **facts: str) -> None:
 
 
 def content_hash(root: Path, base: Path, groups: list[str]) -> str:
-    """What the environment is made from: the packages, their lock, the interpreter, the chosen groups."""
+    """Hash what determines the environment: the packages, their lock, the interpreter, the chosen groups."""
     texts = [(root / name).read_bytes() for name in ("pyproject.toml", LOCK)]
     return hashlib.sha256(b"\0".join([*texts, str(base).encode(), " ".join(groups).encode()])).hexdigest()
 
 
 def _runs(python: Path) -> bool:
-    """Whether .venv's interpreter still works; it does not after its base was upgraded or the checkout was
-    moved.
+    """Whether ``python`` of .venv starts and finds pip. It fails after its base was upgraded or the checkout
+    was moved.
     """
     return python.exists() and run(python, "-c", "import pip", check=False).returncode == 0
 
 
 def base_interpreter(venv: Path, before: str) -> Path:
-    """The interpreter to make .venv from: PYTHON= when given, else ``before``, the one that .venv was made
-    from, as long as it is there, else the one that runs this. Raises UsageError for a PYTHON= that can't be.
+    """Choose the interpreter to make .venv from: PYTHON= if set; else ``before``, from which .venv was made,
+    if it still exists; else the interpreter that runs this. Raises UsageError if PYTHON= is not an executable
+    or lies in .venv.
     """
     wanted = os.environ.get("PYTHON")
     if not wanted:
@@ -95,7 +96,7 @@ def base_interpreter(venv: Path, before: str) -> Path:
 
 
 def about(base: Path) -> dict:
-    """Version of ``base`` and of its torch ("" for none). Raises FapError for a Python that is too old."""
+    """Return the versions of ``base`` and of its torch ("" for none). Raises UsageError for an old Python."""
     facts = json.loads(run(base, "-c", ABOUT).stdout)
     if tuple(facts["python"]) < LEAST_PYTHON:
         version = ".".join(map(str, facts["python"]))
@@ -120,7 +121,7 @@ def _why_anew(venv: Path, base: Path, before: str) -> str:
 
 
 def _create(venv: Path, base: Path, shared: bool) -> None:
-    # --clear: what an interrupted run or another interpreter left there must not shine through.
+    # --clear removes what an interrupted run or another interpreter left there.
     options = ["--clear"] + (["--system-site-packages"] if shared else [])
     try:
         run(base, "-m", "venv", *options, venv)
@@ -131,8 +132,8 @@ def _create(venv: Path, base: Path, shared: bool) -> None:
 
 
 def _share_packages(venv: Path, base: Path) -> None:
-    """Let ``venv`` see the packages of ``base`` when that is a virtual environment itself:
-    --system-site-packages goes past it.
+    """Let ``venv`` import the packages of ``base`` if ``base`` is a virtual environment itself, which
+    --system-site-packages skips.
     """
     folders = json.loads(
         run(base, "-c", "import json, site; print(json.dumps(site.getsitepackages()))").stdout
@@ -150,18 +151,18 @@ def _share_packages(venv: Path, base: Path) -> None:
 
 
 def dependencies(pyproject: Path) -> dict[str, list[str]]:
-    """The requirements that ``pyproject`` names: those of each group of its optional ones, and "" for the
-    others.
+    """Read the requirements in ``pyproject``: group -> its optional dependencies, and "" -> the other
+    dependencies.
     """
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     return {"": project.get("dependencies", []), **project.get("optional-dependencies", {})}
 
 
 def install_missing(python: Path, lock: Path, wanted: list[str], leave: Iterable[str] = ()) -> bool:
-    """Install from ``lock`` what the environment of ``python`` lacks of ``wanted``, and what that needs in
-    turn; returns whether anything was. ``leave``: packages to leave as they are.
+    """Install from ``lock`` the packages of ``wanted``, and their dependencies, that the environment of
+    ``python`` lacks. Returns whether any was installed. ``leave``: packages to leave as they are.
 
-    Raises FapError when the lock does not give a package that will do, or pip cannot get it.
+    Raises FapError if the lock has no suitable version of a package, or pip cannot get it.
     """
     listed = entries(lock.read_text(encoding="utf-8"))
     tried: set[str] = set()
@@ -179,17 +180,19 @@ def install_missing(python: Path, lock: Path, wanted: list[str], leave: Iterable
 
 
 def entries(lock: str) -> list[str]:
-    """The entries of the text of a lock: a package, a version, a marker where there are several, hashes."""
+    """Split a lock's text into entries: a package, a version, a marker where there are several, hashes."""
     return re.findall(r"^\w(?:.*\\\n)*.*\n", lock, re.MULTILINE)
 
 
 def canonical(requirement: str) -> str:
-    """The name of the package, in the form in which two names of one package are equal."""
+    """Return the package name in ``requirement``, normalised so that all spellings of one name are equal."""
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
 
 
 def missing(python: Path, lock: Path, wanted: list[str], leave: Iterable[str] = ()) -> list[str]:
-    """What the environment of ``python`` lacks (workers/missing.py), but for the packages of ``leave``."""
+    """List the requirements that the environment of ``python`` lacks (workers/missing.py), except those in
+    ``leave``.
+    """
     said = run(python, "-I", workers.HERE / "missing.py", lock, *wanted).stdout
     return [requirement for requirement in json.loads(said) if canonical(requirement) not in leave]
 
@@ -197,8 +200,8 @@ def missing(python: Path, lock: Path, wanted: list[str], leave: Iterable[str] = 
 def _install(python: Path, chosen: list[str], what: list[str]) -> None:
     print(f"installing {', '.join(what)}", flush=True)
     names = set(map(canonical, chosen))
-    # pip takes a file whose hash it was told before one that it would have to read, and a build of one's own
-    # (2.13.0+cpu) lies in a folder that tells no hashes.
+    # pip prefers a file whose hash it was told to one that it must read first. A local build (2.13.0+cpu)
+    # lies in a folder that states no hashes, so this page states them.
     links = "".join(
         f'<a href="{wheel.resolve().as_uri()}#sha256={files.sha256(wheel)}">{wheel.name}</a>\n'
         for wheel in local_wheels(python)
@@ -223,7 +226,7 @@ def _install(python: Path, chosen: list[str], what: list[str]) -> None:
 
 
 def ensure(root: Path, venv: Path, groups: list[str]) -> str:
-    """Bring ``venv`` to what ``root``/pyproject.toml asks for; returns one line that says what was done."""
+    """Make ``venv`` match ``root``/pyproject.toml; returns one line that says what was done."""
     python, stamp = venv_python(venv), _stamp(venv)
     base = base_interpreter(venv, stamp.get("base", ""))
     key = content_hash(root, base, groups)
@@ -238,8 +241,8 @@ def ensure(root: Path, venv: Path, groups: list[str]) -> str:
         _create(venv, base, shared)
         if shared and not has_usable_torch(about(python)["torch"]):
             _share_packages(venv, base)
-    _write_stamp(venv, base=str(base))  # no hash: from here to the end the environment counts as half made
-    # A torch that is shared keeps its version: it fits the driver and the compiler of that machine.
+    _write_stamp(venv, base=str(base))  # no hash: until the end the environment counts as half made
+    # A shared torch keeps its version, which fits the driver and the compiler of that machine.
     leave = ("torch",) if shared and has_usable_torch(about(python)["torch"]) else ()
     asked = dependencies(root / "pyproject.toml")
     install_missing(python, root / LOCK, [line for group in groups for line in asked[group]], leave)

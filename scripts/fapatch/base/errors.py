@@ -1,4 +1,4 @@
-"""One exception for everything that a person can mend, and the exit code that each kind gets."""
+"""Define the exceptions for faults that a user can correct, each with its exit code."""
 
 from __future__ import annotations
 

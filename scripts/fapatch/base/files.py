@@ -1,4 +1,4 @@
-"""Path patterns, names and digests of files, and files that are written whole or not at all."""
+"""Match path patterns, check file names, hash files, and write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
-    """Whether any of ``patterns`` stands for the whole of ``path``: ``*`` within a folder, ``**`` over
-    folders, as Path.full_match does from Python 3.13 on.
+    """Whether any of ``patterns`` matches the whole of ``path``. ``*`` stays within a folder and ``**``
+    crosses folders, as in Path.full_match of Python 3.13.
     """
     return any(_regex(p).fullmatch(path) for p in patterns)
 
@@ -36,7 +36,7 @@ def sha256(path: Path) -> str:
 
 
 def name_fault(path: str) -> str:
-    """What is wrong with ``path`` as the path of a source file, relative to its tree; "" when nothing is."""
+    """Say why ``path``, relative to its tree, cannot be the path of a source file; "" if it can."""
     if any(ord(c) < 32 or c in '"\\' or "\ud800" <= c <= "\udfff" for c in path):
         return "is not a name that a source file has"
     if {".git", "git~1"} & set(path.lower().split("/")):

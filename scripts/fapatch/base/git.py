@@ -1,5 +1,5 @@
-"""Git, the same on every machine: no user or system settings, fixed identity and language, no prompts, no
-hooks.
+"""Run git the same way on every machine: no user or system settings, fixed identity and language, no prompts,
+no hooks.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ LEAST_VERSION = (
     2,
     32,
 )  # the first that reads GIT_CONFIG_GLOBAL, without which a user's diff.noprefix leaks into patches
-# A date for commits that nobody made by hand, so that equal content has an equal commit id everywhere.
+# The date of commits that the tools make, so that equal content has an equal commit id everywhere.
 FIXED_DATE = "1000000000 +0000"
 _KEPT = ("GIT_EXEC_PATH", "GIT_SSL_", "GIT_PROXY_", "GIT_TRACE")
 
 
 def environment() -> dict[str, str | None]:
-    """What to add to the environment of a git command; None stands for a variable to take away."""
+    """Return the variables to add to the environment of a git command; None removes a variable."""
     scrubbed: dict[str, str | None] = {
         name: None for name in os.environ if name.startswith("GIT_") and not name.startswith(_KEPT)
     }
@@ -94,7 +94,7 @@ def output(
     repo: Path | None = None,
     env: Mapping[str, str | None] | None = None,
 ) -> str:
-    """What git prints, without the last line end."""
+    """Run git and return its output, without line ends at the end."""
     return git(*args, cwd=cwd, repo=repo, env=env).stdout.decode("utf-8", "surrogateescape").rstrip("\n")
 
 
@@ -123,8 +123,8 @@ def list_tree(revision: str, *, cwd: Path | None = None, repo: Path | None = Non
 def read_tree(
     revision: str, wanted: Callable[[str], bool], *, cwd: Path | None = None, repo: Path | None = None
 ) -> Iterator[tuple[str, bytes]]:
-    """(path, content) of every plain file of ``revision`` whose path is ``wanted``, read past attributes and
-    conversions.
+    """Yield (path, content) of every plain file of ``revision`` whose path is ``wanted``, without applying
+    attributes or conversions.
     """
     chosen = {path: blob for path, blob in list_tree(revision, cwd=cwd, repo=repo).items() if wanted(path)}
     data = git(
@@ -145,24 +145,26 @@ def read_tree(
 
 @dataclass(frozen=True)
 class Index:
-    """An index of its own in a bare repository, on which patches are tried without a worktree."""
+    """A temporary index in a bare repository, for trying patches without a worktree."""
 
     repo: Path
     env: Mapping[str, str]
 
     def apply(self, patch: bytes) -> str:
-        """Apply ``patch``; returns git's words when it does not apply, with the index as it was, else ""."""
+        """Apply ``patch`` and return "". If it does not apply, leave the index as it was and return git's
+        error.
+        """
         done = git("apply", "--cached", "-", repo=self.repo, env=self.env, stdin=patch, check=False)
         return (done.stderr.decode("utf-8", "replace") or "git apply failed") if done.returncode else ""
 
     def write(self) -> str:
-        """The id of its tree, written to the repository."""
+        """Write the index to the repository as a tree and return its id."""
         return output("write-tree", repo=self.repo, env=self.env)
 
 
 @contextmanager
 def index_of(tree: str, *, repo: Path) -> Iterator[Index]:
-    """An index that holds ``tree``, for as long as the block runs."""
+    """Make an index that holds ``tree`` while the block runs."""
     with tempfile.TemporaryDirectory() as scratch:
         index = Index(repo, {"GIT_INDEX_FILE": str(Path(scratch) / "index")})
         git("read-tree", tree, repo=repo, env=index.env)
@@ -170,8 +172,8 @@ def index_of(tree: str, *, repo: Path) -> Iterator[Index]:
 
 
 def tree_with(tree: str, patches: Iterable[bytes], *, repo: Path) -> str:
-    """The id of ``tree`` with ``patches`` on it, written to ``repo``. Raises FapError when one does not
-    apply.
+    """Apply ``patches`` to ``tree``, write the result to ``repo`` and return its id. Raises FapError if one
+    does not apply.
     """
     with index_of(tree, repo=repo) as index:
         for patch in patches:
@@ -181,8 +183,8 @@ def tree_with(tree: str, patches: Iterable[bytes], *, repo: Path) -> str:
 
 
 def tree_of(folder: Path, ignore: str = "") -> str:
-    """The tree id that the files in ``folder`` would have, worked out in a throw-away repository; ``ignore``:
-    lines of a .gitignore.
+    """Compute the tree id of the files in ``folder``, in a throw-away repository. ``ignore``: lines of a
+    .gitignore.
     """
     with tempfile.TemporaryDirectory() as scratch:
         repo = Path(scratch) / "git"

@@ -1,5 +1,5 @@
-"""upstream.toml as frozen dataclasses: which releases there are, where they come from, and what upstream's
-tree of each must be. It pins inputs; what is made from them is computed.
+"""Read upstream.toml into frozen dataclasses: the releases, their sources, and the tree id of each one's
+upstream files. The file pins inputs alone; everything made from them is computed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Sdist:
 class Release:
     """One upstream release. ``tree`` is the git tree id of upstream's files.
 
-    ``tag`` and the commits are those of the family's submodule, "" without one. A version of somebody's own
-    checkout (FA_SRC_DIR) has nothing but its name.
+    ``tag`` and the commits are those of the family's submodule, "" without one. The release of a user's own
+    checkout (FA_SRC_DIR) has only its version.
     """
 
     version: str
@@ -55,9 +55,9 @@ class Family:
     ``folder``: where setup.py or pyproject.toml lies in upstream's tree, "" for its top; the source
     distribution is that folder. ``code``: the folder of upstream's tree whose Python files the wheel holds.
     ``extension``: the compiled module of a CUDA build, "" when there is nothing to compile. ``submodule``: ""
-    when the source distribution is the only source. ``smoke``: what shows that the wheel works, "run" or
-    "compile" (smoke.py). ``undeclared``: requirements that the wheel does not name. ``shared``: path in
-    upstream's tree -> file of this repository, for overlay files whose home is another family's overlay.
+    when the source distribution is the only source. ``smoke``: how the wheel is tested, "run" or "compile"
+    (smoke.py). ``undeclared``: requirements that the wheel does not name. ``shared``: path in upstream's tree
+    -> file of this repository, for overlay files whose home is another family's overlay.
     """
 
     name: str
@@ -85,12 +85,14 @@ class Family:
         return f"nosoftmax.{self.revision}"
 
     def wheel_label(self, backend: str) -> str:
-        """That of a wheel, which says when it lacks the extension that others of its release have."""
+        """The local version label of a wheel; ``.cpu`` says that it lacks the extension of its release's CUDA
+        wheels.
+        """
         return f"{self.local_label}.cpu" if backend == "cpu" else self.local_label
 
     def release(self, version: str | None = None, checkout: bool = False) -> Release:
         """The release called ``version``, or the default one. Raises UsageError for a version that is not in
-        the lock, unless it is that of a ``checkout``.
+        the lock, unless ``checkout`` is set.
         """
         wanted = version or self.default
         for release in self.releases:

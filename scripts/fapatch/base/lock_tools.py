@@ -1,9 +1,9 @@
-"""Renew requirements.lock: versions and hashes of all that .venv may get, for every Python from 3.10 on.
+"""Renew requirements.lock: versions and hashes of all packages of .venv, for every Python from 3.10 on.
 
-pyproject.toml says what is wanted, uv resolves it for all platforms at once, and pip's own index (index-url)
-gives the hashes of all files of a version. A version that still fits stays; --upgrade takes the newest ones.
-Wheels in pip's find-links folders that are builds of a version in the lock, such as torch 2.13.0+cpu, may be
-installed too: their hashes join the others.
+pyproject.toml names the packages, uv resolves them for all platforms at once, and pip's own index (index-url)
+gives the hashes of all files of a version. A version that still fits stays; --upgrade takes the newest
+versions. The hashes of wheels in pip's find-links folders are added if they are builds of a version in the
+lock, such as torch 2.13.0+cpu, so that pip may install them too.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _HASH = re.compile(r"--hash=(sha256:\w+)")
 
 
 def resolve(root: Path, python: Path, old: str, upgrade: bool) -> str:
-    """The lock as uv writes it, from the text of the ``old`` one. Raises FapError when no set of versions
-    fits, or the index cannot be reached.
+    """Resolve the lock with uv, starting from the text of the ``old`` one. Raises FapError if no set of
+    versions fits, or the index cannot be reached.
     """
-    # In the environment, not among the arguments: an address may hold a password, and errors show arguments.
+    # Passed in the environment: an address may hold a password, and error messages show arguments.
     of_pip = settings(python, "install")
     variables = {
         "UV_DEFAULT_INDEX": of_pip.get("index-url"),
@@ -78,7 +78,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
     lock = project.root / env.LOCK
     env.install_missing(python, lock, env.dependencies(project.root / "pyproject.toml")["lock"])
     old = lock.read_text(encoding="utf-8")
-    # A build that lies on another machine stays known.
+    # Keep the hash of a local build that lies on another machine.
     known = {key(entry): _HASH.findall(entry) for entry in env.entries(old)}
     for wheel in local_wheels(python):
         name, version = wheel.name.split("-")[:2]

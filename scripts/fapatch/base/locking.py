@@ -1,4 +1,4 @@
-"""One run at a time in a checkout: a lock that the kernel drops when its holder ends, however it ends."""
+"""Allow one run at a time in a checkout, by a lock that the kernel drops when its holder ends in any way."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _try(path: Path) -> int | None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # `distclean` removes the file: a lock on a file that lies there no more keeps nobody out.
+        # `distclean` removes the file, and a lock on a removed file keeps nobody out.
         if os.fstat(descriptor).st_ino == path.stat().st_ino:
             return descriptor
     except (BlockingIOError, FileNotFoundError):

@@ -1,4 +1,4 @@
-"""The one way this project runs pip."""
+"""Run pip and read its settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from .errors import FapError
 from .process import CommandFailed, hint_for, run
 
-# What pip says, beside its error, when it did not reach an index.
+# Output of pip, beside its error, if it did not reach an index.
 _NO_NETWORK = (b"Retrying (", b"Connection", b"Network is unreachable", b"timed out")
 _OFFLINE = "connect to a package index, or put the wheels into a folder and set PIP_FIND_LINKS to it"
 _ELSEWHERE = (
@@ -17,8 +17,8 @@ _ELSEWHERE = (
 
 
 def settings(python: Path, command: str) -> dict[str, str]:
-    """What pip of ``python`` is set to for ``command``, by its files and the environment, which wins:
-    "index-url" and so on.
+    """Read pip's settings for ``command``, such as "index-url", from its files and the environment, which
+    wins.
     """
     said = run(python, "-m", "pip", "config", "list").stdout.decode()
     lines = (line.partition("=") for line in said.splitlines())
@@ -30,16 +30,16 @@ def settings(python: Path, command: str) -> dict[str, str]:
 
 
 def local_wheels(python: Path) -> list[Path]:
-    """The wheels in the folders that pip of ``python`` is set to look into (find-links)."""
+    """List the wheels in the find-links folders of pip of ``python``."""
     folders = settings(python, "install").get("find-links", "").split()
     return [wheel for folder in folders for wheel in Path(folder.removeprefix("file://")).glob("*.whl")]
 
 
 def pip(python: Path, *args: str | Path, what: str, or_else: str = "") -> None:
-    """Run pip of ``python``. ``what`` names what it shall get, ``or_else`` another way to have it. Raises
-    FapError with pip's own reason and the way out of it.
+    """Run pip of ``python``. ``what`` names the packages to get; ``or_else`` adds another way to get them to
+    the hint. Raises FapError with pip's own reason and a hint.
 
-    pip shows what it does: with a bar on a terminal, elsewhere a line for each step.
+    pip shows its progress: a bar on a terminal, elsewhere a line for each step.
     """
     options = ("--disable-pip-version-check", "--no-input")
     try:

@@ -1,4 +1,4 @@
-"""The one way this project starts another program."""
+"""Start another program, and turn its failure into a FapError."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from .errors import FapError
 log = logging.getLogger("fapatch")
 
 
-# What a program says when the machine or its owner is to blame, and what to do about it. The first that fits
-# is taken.
+# Output that shows a fault of the machine or its settings -> the hint. The first match counts.
 _HINTS = {
     b"DO NOT MATCH THE HASHES": "do not use that file: pip cache purge, or take another index",
     b"No space left on device": "free some space and run this again; nothing was lost",
@@ -28,7 +27,7 @@ _HINTS = {
 
 
 def hint_for(said: bytes) -> str:
-    """What to do about a failure of which a program ``said`` this; "" when that is not known."""
+    """Return the hint for a program that failed and ``said`` this; "" if none is known."""
     return next((hint for words, hint in _HINTS.items() if words in said), "")
 
 
@@ -62,7 +61,7 @@ def _wait(
             return b"", b""
         return process.communicate(stdin, timeout)
     except BaseException:
-        # The whole group: a helper that git started, stuck in a connect(), would keep the pipe open.
+        # Kill the whole group: a helper of git, stuck in connect(), would keep the pipe open.
         if timeout is not None:
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
@@ -85,19 +84,18 @@ def run(
     """Run ``argv`` (never through a shell), log the command, return the result with bytes in stdout and
     stderr.
 
-    ``env`` is added to this process's environment; None takes a variable away. ``capture=False`` lets the
-    program write to the terminal, ``show`` all but its errors; ``on_line`` is called with each line of its
-    output, both streams together, as it comes (the result then holds none, and there is no ``stdin`` and no
-    ``timeout``).
-    Raises CommandFailed (with ``hint``) when ``check`` and the exit status is not 0, FapError when the
-    program is missing or runs past ``timeout`` seconds.
+    ``env`` is added to this process's environment; None removes a variable. ``capture=False`` lets the
+    program write to the terminal; ``show`` does so for stdout alone. ``on_line`` is called with each line of
+    stdout and stderr as it comes. The result then holds no output, and ``stdin`` and ``timeout`` cannot be
+    used. Raises CommandFailed (with ``hint``) if ``check`` is set and the exit status is not 0, FapError if
+    the program is missing or runs past ``timeout`` seconds.
     """
     args = [str(a) for a in argv]
     log.debug("$ %s%s", shlex.join(args), f"   (in {cwd})" if cwd else "")
     pipe = subprocess.PIPE if capture else None
     environment = {name: value for name, value in {**os.environ, **(env or {})}.items() if value is not None}
     try:
-        # A group of its own only where there is a time limit: else Ctrl-C reaches the program by itself.
+        # A new process group only for a time limit: without one, Ctrl-C must reach the program.
         with subprocess.Popen(
             args,
             cwd=cwd,

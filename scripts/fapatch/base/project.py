@@ -1,4 +1,4 @@
-"""Where things lie. Nothing else in the tools spells out a path of the project."""
+"""Locate the project's files and folders. No other module spells out a path of the project."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ PINNED_SOURCES = ("submodule", "sdist")
 
 
 def chosen_source() -> str:
-    """What the environment asks for: "", "submodule", "sdist" or the folder of a checkout."""
+    """The source that the environment asks for: "", "submodule", "sdist" or the folder of a checkout."""
     return os.environ.get("SOURCE") or os.environ.get("FA_SRC_DIR") or ""
 
 
 def chosen_checkout() -> str:
-    """The folder of a checkout that the environment asks for, or ""."""
+    """The folder of the checkout that the environment asks for, or ""."""
     return "" if chosen_source() in PINNED_SOURCES else chosen_source()
 
 
@@ -81,8 +81,8 @@ class Project:
 
     @property
     def wheel_dir(self) -> Path:
-        """Where a wheel is built: a copy of the patched tree, without git, kept so that a build can go on
-        where it stopped.
+        """Where a wheel is built: a copy of the patched tree, without git. It is kept so that a build can
+        resume.
         """
         return self.build / "wheel" / self.family.name / self.release.version
 
