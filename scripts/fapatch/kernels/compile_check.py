@@ -1,12 +1,12 @@
-"""Compile the kernels of flash-attn-4 for Hopper, without a GPU, and read their machine code.
+"""Compile the kernels of flash-attn-4 for Hopper, without a GPU, and check their machine code.
 
-Without softmax: no instruction of the exponential where f needs none, one of tanh an element for silu, no
-spill (or no more than the table ALLOWED_SPILLS says), and the number of registers is printed. With softmax:
-the machine code is that of pristine upstream.
+Without softmax, a kernel must have no exponential and no tanh instruction where f needs none, and spill no
+more than the table ALLOWED_SPILLS says. The number of registers is printed. With softmax, the machine code
+must equal that of pristine upstream.
 
-Without options a small set is compiled, FULL=1 takes all: every head size, dtype, activation, mask and
-layout. --python is an interpreter with torch and nvidia-cutlass-dsl, the one of .venv if it is not given.
-Exit code 0 when all is as it should be, else 1.
+Without options a small set is compiled. FULL=1 compiles every head size, dtype, activation, mask and layout.
+--python names an interpreter with torch and nvidia-cutlass-dsl (default: the one of .venv). Exit code 0 if
+all checks pass, else 1.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0
 REGISTERS = re.compile(r"REG:(\d+)")
 Cases = dict[str, dict[str, Any]]
 
-# Backward kernels that spill a few registers outside of what their loops are bound by: (activation, head size
-# of the tile) -> instructions. P and dS share one tanh, which stays in registers beside the score.
+# Backward kernels that may spill: (activation, head size of the tile) -> instructions. Their loops are not
+# bound by these spills. P and dS share one tanh, which stays in registers beside the score.
 ALLOWED_SPILLS = {
     ("silu", 64): 64,
     ("sigmoid", 64): 64,
@@ -48,7 +48,7 @@ ALLOWED_SPILLS = {
     ("softplus", 64): 64,
     ("identity", 256): 2,
 }
-# Forward kernels that do: four registers in a loop of 720 instructions.
+# Forward kernels that may spill: four registers in a loop of 720 instructions.
 ALLOWED_FORWARD_SPILLS = {("gelu", 256): 8}
 TILE_HEAD_DIMS = (64, 96, 128, 192, 256)
 
@@ -86,7 +86,7 @@ SMALL_SOFTMAX = _named(
 
 
 def full() -> tuple[Cases, Cases]:
-    """Every configuration without softmax, and those with it."""
+    """Return (every configuration without softmax, every configuration with softmax)."""
     activations = ("identity", "relu", "relu2", "sigmoid", "silu", "gelu", "softplus")
     cases = [
         {"head_dim": d, "activation": a, "dtype": t, "causal": c}
@@ -120,7 +120,7 @@ def full() -> tuple[Cases, Cases]:
             ("1/n", "1/sqrt(n)", "1/visible"), (False, True), ("identity", "silu")
         )
         if c or n != "1/visible"
-    ]  # where every key is visible, it is launched as "1/n"
+    ]  # without a mask, "1/visible" is launched as "1/n"
     cases += [
         {"head_dim": d, "page_size": p, "group": g}
         for d, p, g in itertools.product((64, 128), (16, 64, 128), (1, 4))
@@ -166,7 +166,7 @@ def read(cubin: Path, cuobjdump: Path) -> Kernel:
 
 
 def allowed_spills(case: Mapping[str, Any], backward: bool) -> int:
-    """How many instructions of the kernel may spill registers."""
+    """The number of instructions of the kernel that may spill registers."""
     table = ALLOWED_SPILLS if backward else ALLOWED_FORWARD_SPILLS
     return table.get(
         (
@@ -178,7 +178,7 @@ def allowed_spills(case: Mapping[str, Any], backward: bool) -> int:
 
 
 def faults(case: Mapping[str, Any], kernel: Kernel, backward: bool = False) -> list[str]:
-    """What is wrong with a kernel without softmax."""
+    """List the faults of a kernel without softmax."""
     activation = case.get("activation", "identity")
     wrong = []
     small_sigmoid = activation == "sigmoid" and (
@@ -219,7 +219,7 @@ def compile_cases(python: Path, tree: Path, cases: Cases, folder: Path) -> None:
 
 
 def has_dsl(python: Path) -> bool:
-    """Whether an interpreter has what flash_attn.cute is compiled with."""
+    """Whether ``python`` has the packages that compile flash_attn.cute."""
     try:
         run(python, "-c", "import cutlass, quack, tvm_ffi, torch")
     except CommandFailed:
@@ -228,7 +228,7 @@ def has_dsl(python: Path) -> bool:
 
 
 def check_kernels(python: Path, tree: Path, cases: Cases, folder: Path, cuobjdump: Path) -> bool:
-    """Compile kernels without softmax, print a line each; returns whether nothing is wrong with them."""
+    """Compile kernels without softmax and print a line for each; returns whether none has a fault."""
     compile_cases(python, tree, cases, folder)
     good = True
     for name, case in cases.items():
@@ -255,7 +255,7 @@ def check_identity(
     cubins = sorted((folder / "pristine").glob("*.cubin"))
     good = bool(cubins)
     for cubin in cubins:
-        # The names of kernels hold addresses and counters of the run that traced them.
+        # Compare without names: they hold addresses and counters of the run that traced the kernels.
         before, after = (
             sorted(parse_listing(run(cuobjdump, "-sass", path).stdout.decode()).values())
             for path in (cubin, folder / "patched" / cubin.name)
@@ -267,15 +267,17 @@ def check_identity(
 
 
 def importable(folder: Path) -> Path:
-    """Make flash_attn in ``folder`` a package, which this family leaves to FA2's wheel: without it an
-    installed one would go first.
+    """Make flash_attn in ``folder`` a package. This family leaves its __init__.py to FA2's wheel, and without
+    it Python would import an installed flash_attn first.
     """
     (folder / "flash_attn" / "__init__.py").touch()
     return folder
 
 
 def export(project: Project, tree: str, folder: Path) -> Path:
-    """The Python files of a git tree of the store, in a folder that no git knows, ready to be imported."""
+    """Write the Python files of ``tree``, in the store, to ``folder``, outside of git and ready to be
+    imported.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     for path, content in git.read_tree(tree, lambda path: path.endswith(".py"), repo=project.store):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -288,7 +290,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--full",
         action="store_true",
         default=os.environ.get("FULL") == "1",
-        help="every configuration (FULL=1)",
+        help="compile every configuration (FULL=1)",
     )
     parser.add_argument(
         "--python",

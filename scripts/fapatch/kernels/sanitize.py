@@ -1,9 +1,9 @@
 """Run every family of CUDA kernels without softmax under compute-sanitizer: memcheck, racecheck, initcheck
 and synccheck.
 
-The calls are those of tests/gpu/small_shapes.py. Each tool and head dimension is one process; what they found
-is printed as they end, and kept in a JSON file beside what other runs found. Exit code 0 when no tool found
-anything and every result was right.
+The calls are those of tests/gpu/small_shapes.py. Each pair of tool and head dimension runs in one process.
+Its findings are printed when it ends, and kept in a JSON file beside those of other runs. Exit code 0 if no
+tool found anything and every result was right.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ..base.project import Project
 NEEDS_EXTENSION = True
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 HEAD_DIMS = ("32", "64", "96", "128", "192", "256")
-# Of CUTLASS, of CuTe, and of nosoftmax/backends/linear/kernels.py.
+# Parts of the kernel names of CUTLASS, of CuTe, and of nosoftmax/backends/linear/kernels.py.
 OURS_ALONE = tuple(
     word
     for name in ("flash", "_walk", "_scan", "_sum_segments")
     for word in ("--kernel-regex", f"kns={name}")
 )
-# Memcheck watches all kernels, and initcheck has to see every one that writes; the other two are slow and
-# look at ours alone. Errors of the CUDA API are left to torch and the compiler, which raise what matters:
-# cuda-bindings asks for functions the driver lacks.
+# memcheck watches all kernels, and initcheck must see every kernel that writes. The other two are slow and
+# watch our kernels alone. Errors of the CUDA API are left to torch and the compiler, which raise those that
+# matter: cuda-bindings asks for functions the driver lacks.
 OPTIONS = {
     "memcheck": ("--report-api-errors", "no"),
     "racecheck": OURS_ALONE,
@@ -46,8 +46,8 @@ CALLS = re.compile(r"^(\d+) calls, (\d+) wrong$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Finding:
-    """What one tool said of one head dimension: how many errors, in how many calls, and how many results were
-    wrong.
+    """The report of one tool on one head dimension: how many errors, in how many calls, and how many wrong
+    results.
     """
 
     tool: str
@@ -58,7 +58,7 @@ class Finding:
 
 
 def parse(tool: str, head_dim: str, output: str) -> Finding:
-    """Read a tool's summary. Raises FapError when there is none: the run ended early and shows nothing."""
+    """Read a tool's summary. Raises FapError if there is none, because the run ended early."""
     summary, calls = SUMMARY.search(output), CALLS.search(output)
     if not (summary and calls):
         last = "\n".join(output.splitlines()[-15:])
@@ -70,11 +70,11 @@ def parse(tool: str, head_dim: str, output: str) -> Finding:
 
 
 def backends(tool: str, head_dim: str) -> tuple[str, ...]:
-    """Those of small_shapes.py whose kernels a tool can judge.
+    """Choose the backends of small_shapes.py whose kernels ``tool`` can judge.
 
-    FA4's are left out where initcheck does not follow TMA, by which they bring their results out, and where
-    synccheck calls a barrier divergent that two warp groups reach in two branches, each of them whole:
-    upstream's backward at head sizes 65 to 96.
+    FA4 is left out for initcheck, which does not follow TMA, by which FA4's kernels write their results. It
+    is also left out for synccheck at head sizes 65 to 96: there two whole warp groups of upstream's backward
+    reach a barrier in two branches, and synccheck calls it divergent.
     """
     without_fa4 = tool == "initcheck" or (tool, head_dim) == ("synccheck", "96")
     return ("fa2", "linear") if without_fa4 else ("fa2", "linear", "fa4")
@@ -98,7 +98,7 @@ def watch(
         *backends(tool, head_dim),
         env={
             "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"
-        },  # each tensor an allocation of its own, with bounds to watch
+        },  # an allocation for each tensor, whose bounds memcheck can watch
         check=False,
     )
     output = (done.stdout + done.stderr).decode("utf-8", "replace")
@@ -107,7 +107,7 @@ def watch(
 
 
 def keep(path: Path, finding: dict) -> None:
-    """Put ``finding`` into the JSON list at ``path``, in the place of an earlier one of its tool and head
+    """Add ``finding`` to the JSON list at ``path``, replacing an earlier one of the same tool and head
     dimension.
     """
 
@@ -134,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs", type=int, default=6, help="processes at once on the GPU (default: %(default)s)"
     )
     parser.add_argument(
-        "--json", type=Path, help="also keep the findings in this file, which may hold those of earlier runs"
+        "--json", type=Path, help="also keep the findings in this file, beside those of earlier runs"
     )
 
 
@@ -169,7 +169,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
         for done in as_completed(runs):
             try:
                 finding = done.result()
-            except FapError as error:  # the others go on, and are kept
+            except FapError as error:  # the other processes go on, and their findings are kept
                 ended_early += 1
                 print(f"error: {error}", flush=True)
                 continue

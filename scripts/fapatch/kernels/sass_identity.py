@@ -1,13 +1,13 @@
-"""Show that nothing has changed with softmax on: the machine code of upstream's own kernels, pristine against
-patched.
+"""Compare the machine code of upstream's own kernels, pristine against patched: with softmax on, nothing may
+change.
 
 Upstream's .cu files are compiled in both trees with the flags of the wheel's build, and the encodings of each
 kernel are compared by mangled name, word for word. A patch that takes a fix over from a later upstream
 release (Upstream-Status: Backport) is on both sides.
 
 Without options six files are compared: head dimension 32 in fp16. HEAD_DIMS, DTYPES and PASSES choose others,
-FULL=1 means all 72, ARCHS works as for the wheel. What was compiled is kept in build/sass-identity: the next
-run compiles what has changed. Exit code 0 when all kernels are identical, 1 when one is not, or none was
+FULL=1 means all 72, ARCHS works as for the wheel. Object files are kept in build/sass-identity, and the next
+run compiles only what has changed. Exit code 0 if all kernels are identical, 1 if one differs or none was
 found.
 """
 
@@ -41,8 +41,8 @@ NEEDS_EXTENSION = True
 SIDES = ("pristine", "patched")
 CHOICES = ("HEAD_DIMS", "DTYPES", "PASSES")
 SMALL_SET = {"HEAD_DIMS": "32", "DTYPES": "fp16"}
-# The kernels need of torch's CUDA headers what a torch without CUDA has too, all but this one, which says how
-# its library was linked.
+# The kernels include torch's CUDA headers. A torch without CUDA has all of them but this one, which says how
+# torch's library was linked.
 GENERATED_HEADER = "c10/cuda/impl/cuda_cmake_macros.h"
 NEEDED_HEADER = "ATen/cuda/PhiloxCudaState.h"
 
@@ -54,8 +54,8 @@ Kernels = dict[tuple[str, str], tuple[str, ...]]
 
 
 def parse_listing(listing: str) -> Kernels:
-    """Encodings of each function of a `cuobjdump -sass` listing, 64-bit words in hexadecimal, by architecture
-    and mangled name.
+    """Read a `cuobjdump -sass` listing: (architecture, mangled name) -> encodings, 64-bit words in
+    hexadecimal.
 
     The listing itself cannot be compared: its columns depend on the longest name.
     """
@@ -74,8 +74,8 @@ def parse_listing(listing: str) -> Kernels:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of the kernels of one file: how many there are, and (architecture, name, words before, words after) of
-    those that differ.
+    """The kernels of one file: their number, and (architecture, name, words before, words after) of each that
+    differs.
     """
 
     kernels: int
@@ -83,7 +83,9 @@ class Comparison:
 
     @classmethod
     def of(cls, pristine: Kernels, patched: Kernels) -> Comparison:
-        """A kernel that one side alone has is different; it has 0 words on the other."""
+        """Compare both sides. A kernel that only one side has counts as different, with 0 words on the other
+        side.
+        """
         names = sorted(pristine.keys() | patched.keys())
         different = (name for name in names if pristine.get(name) != patched.get(name))
         return cls(
@@ -93,7 +95,7 @@ class Comparison:
 
 
 def backports(project: Project) -> tuple[Patch, ...]:
-    """The patches of the series that take a fix over from a later upstream release than the project's."""
+    """The patches of the series that backport a fix from a later upstream release than the project's."""
     return tuple(
         patch
         for patch in series.load(project)
@@ -103,8 +105,8 @@ def backports(project: Project) -> tuple[Patch, ...]:
 
 @dataclass(frozen=True)
 class Extension:
-    """What upstream's setup.py would compile. ``sources`` are relative to its folder, ``include_dirs`` are
-    not.
+    """What upstream's setup.py would compile. ``sources`` are relative to its folder; ``include_dirs`` are
+    absolute.
     """
 
     sources: tuple[str, ...]
@@ -113,8 +115,8 @@ class Extension:
 
     @classmethod
     def of(cls, folder: Path, python: Path, toolkit: Toolkit, variables: Mapping[str, str]) -> Extension:
-        """Ask setup.py in ``folder``. Raises FapError with its last words, such as which option has a value
-        that it does not know.
+        """Read it from setup.py in ``folder``. Raises FapError with the last line of its error, such as an
+        option with an unknown value.
         """
         script = workers.HERE / "setup_extension.py"
         try:
@@ -129,8 +131,8 @@ class Extension:
 
 @dataclass(frozen=True)
 class Workshop:
-    """A folder with both trees side by side, the CUTLASS headers that they share, and the object files of
-    earlier runs.
+    """A folder that holds both trees, the CUTLASS headers that they share, and the object files of earlier
+    runs.
     """
 
     folder: Path
@@ -142,8 +144,8 @@ class Workshop:
         return self.folder / "objects" / side / f"{Path(source).stem}.fatbin"
 
     def lay_out(self, project: Project, pristine: str, patched: str) -> None:
-        """Check out two git trees. Files that stay the same keep their time stamps, by which ninja decides
-        what to compile.
+        """Check out two git trees. Unchanged files keep their time stamps, by which ninja decides what to
+        compile.
         """
         for side, tree in zip(SIDES, (pristine, patched)):
             folder = self.tree(side)
@@ -157,7 +159,9 @@ class Workshop:
         fetch.export_cutlass(project, self.folder / "cutlass")
 
     def include_dirs(self, extension: Extension, side: str) -> list[str]:
-        """Those of the patched tree's ``extension``, for the tree of ``side``."""
+        """The include folders of ``extension``, which name the patched tree, moved to the tree of
+        ``side``.
+        """
         patched, folder = self.tree("patched"), self.tree(side)
         own = [
             folder / Path(path).relative_to(patched) if Path(path).is_relative_to(patched) else path
@@ -185,7 +189,7 @@ class Workshop:
     ) -> None:
         """Bring the objects of ``sources`` up to date on both sides. Raises FapError that names the log.
 
-        The device code alone is compiled, into what nvcc would embed in the object file of the wheel.
+        Only the device code is compiled, to the fatbin that nvcc would embed in the object file of the wheel.
         """
         log = self.folder / "log"
         with (self.folder / "build.ninja").open("w", encoding="utf-8") as file:
@@ -225,7 +229,7 @@ class Workshop:
             raise FapError("nvcc failed", f"the whole output is in {log}; what was compiled is kept") from e
 
     def compare(self, source: str, cuobjdump: Path) -> Comparison:
-        """The kernels of one source, from the objects of both sides."""
+        """Compare the kernels of one source, from the objects of both sides."""
         hint = "`make toolchain` installs cuobjdump and nvdisasm"
         listings = (
             run(cuobjdump, "-sass", self.object(side, source), hint=hint).stdout.decode() for side in SIDES
@@ -246,16 +250,14 @@ def find_cuobjdump(venv: Path, torch: Torch, toolkit: Toolkit) -> Path:
 
 
 def options(environ: Mapping[str, str], full: bool) -> dict[str, str]:
-    """The build options that choose what is compared: those of ``environ``, and the small set when it chooses
-    nothing.
-    """
+    """The build options that choose the kernels: those of ``environ``, else the small set unless ``full``."""
     asked = {name: environ[name] for name in CHOICES if environ.get(name)}
     return asked or ({} if full else SMALL_SET)
 
 
 def report(workshop: Workshop, sources: Sequence[str], cuobjdump: Path) -> bool:
-    """Print a line a file, one a different kernel and the sums; returns whether there are kernels and all of
-    them are identical.
+    """Print a line for each file and each different kernel, and the sums. Returns whether there are kernels
+    and all are identical.
     """
     kernels = different = 0
     for source in sources:
@@ -275,7 +277,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--full",
         action="store_true",
         default=os.environ.get("FULL") == "1",
-        help="every file of upstream's (FULL=1)",
+        help="compare every upstream file (FULL=1)",
     )
 
 

@@ -1,11 +1,11 @@
 """Install the compiler of the family's kernels from the Python package index into .venv.
 
-Of a family that is Python alone these are the packages that its wheel requires. Of the others it is the CUDA
-compiler, for a torch with CUDA on a machine without nvcc.
+For a family that is Python alone, it installs the packages that the family's wheel requires. For the others
+it installs the CUDA compiler, for a torch with CUDA on a machine without nvcc.
 
-The packages are those of torch's own CUDA version: compiler, headers, runtime library, and cuobjdump for
-`make sass-identity`. They get a folder of their own, .venv/cuda-toolchain: one CUDA_HOME with all its parts,
-and torch's packages stay as they are. `make wheel` finds it there. The second run does nothing and says so.
+The CUDA packages have torch's own CUDA version: compiler, headers, runtime library, and cuobjdump for `make
+sass-identity`. They go into .venv/cuda-toolchain, a CUDA_HOME with all its parts, and torch's packages stay
+as they are. `make wheel` finds it there. The second run does nothing and says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..wheel import cuda_toolkit
 from ..wheel.cuda_toolkit import Torch
 
 EXCLUSIVE = True
-STAMP = "requirements.txt"  # what the folder was made from
+STAMP = "requirements.txt"  # lists the requirements that the folder was made from
 # Earlier packages hold ptxas, but neither nvcc nor cudafe++.
 FIRST_CUDA_WITH_NVCC = 13
 PROGRAM = """
@@ -37,8 +37,8 @@ extern "C" void run(__half *x) { twice<<<1, 1>>>(x); }
 
 
 def requirements(cuda: str | None) -> list[str]:
-    """The packages for a torch that was built with ``cuda``, such as "13.0". NVIDIA's cuda-toolkit names the
-    exact version of each part.
+    """List the packages for a torch that was built with ``cuda``, such as "13.0". NVIDIA's cuda-toolkit pins
+    the version of each part.
 
     Raises FapError for a torch without CUDA, and for a CUDA version whose nvcc is not on the package index.
     """
@@ -56,8 +56,8 @@ def requirements(cuda: str | None) -> list[str]:
             f"install the CUDA {release} toolkit and set CUDA_HOME, or make .venv from a torch with CUDA 13 "
             "or newer (PYTHON=)",
         )
-    # The disassembler reads the code of older compilers, and its packages began later: any of the same major
-    # version will do.
+    # Any disassembler of the same major version will do: it reads the code of older compilers, and its
+    # packages began later.
     return [
         f"cuda-toolkit[cccl,nvcc]=={release}.*",
         f"nvidia-cuda-cuobjdump=={major}.*",
@@ -71,8 +71,8 @@ def _link(path: Path, target: str) -> None:
 
 
 def complete(home: Path) -> None:
-    """Give the packages' folder the two names that a linker looks for, and that only the other form of the
-    toolkit has.
+    """Add the two names that a linker looks for: the packages lack them, other forms of the toolkit have
+    them.
     """
     _link(home / "lib64", "lib")
     for library in (home / "lib").glob("libcudart.so.*"):
@@ -101,7 +101,7 @@ def _install(python: Path, wanted: list[str], *options: str | Path) -> None:
 
 
 def ensure(venv: Path, torch: Torch) -> str:
-    """Bring the toolchain of ``venv`` to what ``torch`` needs; returns one line that says what was done."""
+    """Make the toolchain of ``venv`` match ``torch``; returns one line that says what was done."""
     wanted = requirements(torch.cuda)
     folder = venv / cuda_toolkit.TOOLCHAIN
     stamp = "".join(f"{requirement}\n" for requirement in wanted)
@@ -139,7 +139,7 @@ def ensure_requirements(project: Project, python: Path) -> str:
     asked = env.dependencies(apply.ensure(project) / project.family.folder / "pyproject.toml")
     cuda = (Torch.of(python).cuda or "").partition(".")[0]
     wanted = [*asked[""], *asked.get(f"cu{cuda}", ()), *project.family.undeclared]
-    # torch is what `make env` chose.
+    # `make env` has chosen torch.
     did = env.install_missing(python, project.root / env.LOCK, wanted, leave=("torch",))
     name = f"{project.family.package} {project.release.version}"
     return f".venv has all that {name} requires" + ("" if did else ". Nothing to do.")

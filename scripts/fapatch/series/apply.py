@@ -1,7 +1,7 @@
 """Make the patched tree: upstream's files, one commit for the overlay, one for each patch of the series.
 
-All or nothing: it is built beside the old one and put in its place when it is whole. Exact: no fuzz, no
-three-way merge. What somebody edited or committed in the tree is never thrown away.
+The new tree is built beside the old one and replaces it when it is whole. Patches apply exactly: no fuzz, no
+three-way merge. Edits and commits in the tree are never thrown away.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Built:
 
 
 def _hunk(patch: Patch, file: str, line: int) -> str:
-    """Which hunk of ``patch`` starts at ``line`` of ``file``, in words."""
+    """Name the hunk of ``patch`` that starts at ``line`` of ``file``."""
     for changed in PatchSet(patch.data.decode("utf-8", "replace")):
         if changed.path == file:
             for number, hunk in enumerate(changed, 1):
@@ -54,7 +54,7 @@ def _hunk(patch: Patch, file: str, line: int) -> str:
 
 
 def explain(patch: Patch, said: str) -> str:
-    """Why ``patch`` does not apply when git ended with ``said``: names file and hunk."""
+    """Say why ``patch`` does not apply, with file and hunk, from git's output ``said``."""
     if found := re.search(r"^error: patch failed: (.+):(\d+)$", said, re.MULTILINE):
         return f"{found[1]}, {_hunk(patch, found[1], int(found[2]))}"
     if found := re.search(r"^error: (.+: (?:does not exist|already exists) in .+)$", said, re.MULTILINE):
@@ -64,20 +64,20 @@ def explain(patch: Patch, said: str) -> str:
 
 
 def failures(project: Project, commit: str, patches: Iterable[Patch]) -> dict[str, str]:
-    """Name -> reason for every one of ``patches`` that does not apply to ``commit`` with the others on it."""
+    """Apply ``patches`` to ``commit`` one after the other: name -> reason for each that does not apply."""
     with git.index_of(commit, repo=project.store) as index:
         tried = ((patch, index.apply(patch.data)) for patch in patches)
         return {patch.name: explain(patch, said) for patch, said in tried if said}
 
 
 def target(project: Project, base: Base) -> str:
-    """What the patches are applied to, as people call it."""
+    """Name the release or checkout to which the patches are applied."""
     version = project.release.version
     return version if base.pinned else f"{base.origin} ({version})"
 
 
 def rebase_command(project: Project) -> str:
-    """What carries the series to the project's release or checkout."""
+    """The command that carries the series to the project's release or checkout."""
     folder, lock = chosen_checkout(), project.lock
     words = ["make rebase"]
     words += [f"FAMILY={project.family.name}"] if project.family.name != lock.default_family else []
@@ -125,9 +125,8 @@ def _commit_overlay(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _am(folder: Path, patch: Patch) -> None:
-    # --keep-non-patch: the [area] of the subject stays. --keep-cr: so do carriage returns in upstream's
-    # files.
-    # --committer-date-is-author-date: equal patches give equal commits.
+    # --keep-non-patch keeps the [area] of the subject, --keep-cr carriage returns in upstream's files.
+    # --committer-date-is-author-date makes equal patches give equal commits.
     keep = ("--keep-non-patch", "--keep-cr", "--no-scissors", "--no-3way", "--committer-date-is-author-date")
     git.git("am", "--quiet", *keep, cwd=folder, stdin=series.with_name(patch))
 
@@ -135,8 +134,8 @@ def _am(folder: Path, patch: Patch) -> None:
 def build(
     project: Project, base: Base, folder: Path, patches: tuple[Patch, ...], files: dict[str, bytes]
 ) -> Built:
-    """Make a worktree at ``folder`` with ``files`` (the overlay) and ``patches`` on top of ``base``; nothing
-    is left on failure. Raises FapError that names every patch that does not apply.
+    """Make a worktree at ``folder`` with ``files`` (the overlay) and ``patches`` on top of ``base``. A
+    failure leaves nothing behind. Raises FapError that names every patch that does not apply.
     """
     applied = tuple(p for p in patches if p.applies_to(project.release.version))
     arguments.check(project, base, files)
@@ -167,7 +166,7 @@ def build(
 def install(
     project: Project, base: Base, built: Built, patches: tuple[Patch, ...], files: dict[str, bytes]
 ) -> None:
-    """Put ``built`` in the place of the project's patched tree and remember what it was made from."""
+    """Replace the project's patched tree by ``built`` and record what it was made from."""
     state.forget(project)
     worktree.put_in_place(
         project, built.folder, store.upstream_ref(project) if base.pinned else store.local_ref(project)
@@ -193,7 +192,7 @@ def refuse_to_lose(project: Project, found: list[state.Finding]) -> None:
 
 
 def ensure(project: Project, source: str | None = None) -> Path:
-    """The project's patched tree, made anew if anything that it depends on changed. Prints what was done and
+    """Return the project's patched tree, made anew if any of its inputs changed. Prints what was done and
     why.
 
     Raises FapError, with the old tree as it was, when the release is not carried, a patch does not apply, or
@@ -227,7 +226,7 @@ def ensure(project: Project, source: str | None = None) -> Path:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
-        help="submodule, sdist or the path of a checkout (default: SOURCE, else whatever can be reached)",
+        help="submodule, sdist or the path of a checkout (default: SOURCE, else any that can be reached)",
     )
 
 

@@ -1,5 +1,5 @@
-"""Compare what stands for upstream's extension (flash_attn/extension.py of the overlay) with the extension's
-own parameter lists, so that an argument that a release adds is named here and not in a user's call.
+"""Compare flash_attn/extension.py of the overlay, which stands for upstream's extension, with the extension's
+own parameter lists. An argument that a release adds is then reported here and not in a user's call.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Signatures = dict[str, list[str]]
 
 
 def of_api(text: str) -> Signatures:
-    """function -> names of its parameters, of every function that the extension defines. Upstream marks some
-    with an underscore at the end, which is left out.
+    """Read every function that the extension defines: function -> names of its parameters. Upstream ends some
+    names with an underscore, which is left out.
     """
     code = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
     found = {}
@@ -33,8 +33,8 @@ def of_api(text: str) -> Signatures:
 
 
 def of_stand_in(text: str) -> Signatures:
-    """function -> names of its parameters in the table SIGNATURES. What some releases lack is in brackets.
-    Slashes join the names that one parameter has in different releases.
+    """Read the table SIGNATURES: function -> names of its parameters. A parameter that some releases lack is
+    in brackets. Slashes join the names that one parameter has in different releases.
     """
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SIGNATURES":
@@ -43,7 +43,7 @@ def of_stand_in(text: str) -> Signatures:
 
 
 def differences(table: Signatures, api: Signatures) -> list[str]:
-    """One line for each function whose parameters in ``api`` are not those of the table."""
+    """List a line for each function whose parameters in ``api`` differ from ``table``."""
     found = []
     for name in sorted(table.keys() | api.keys()):
         listed, given = _in_one_wording(table.get(name, []), api.get(name, []))
@@ -58,7 +58,7 @@ def differences(table: Signatures, api: Signatures) -> list[str]:
 
 
 def _in_one_wording(listed: list[str], given: list[str]) -> tuple[list[str], list[str]]:
-    """Both, with the first name in the place of every other name that ``listed`` has for a parameter."""
+    """Return both, with every other name of a parameter in ``listed`` replaced by its first name."""
     first: dict[str, str] = {}
     for names in (n.strip("[]").split("/") for n in listed):
         first.update(dict.fromkeys(names, names[0]))
@@ -66,7 +66,7 @@ def _in_one_wording(listed: list[str], given: list[str]) -> tuple[list[str], lis
 
 
 def check(project: Project, base: Base, files: dict[str, bytes]) -> None:
-    """Raise FapError, with the functions and the arguments, unless the overlay ``files`` fit the extension of
+    """Raise FapError, which names functions and arguments, unless the overlay ``files`` fit the extension of
     ``base``.
     """
     api = dict(git.read_tree(base.commit, lambda path: path == API, repo=project.store)).get(API)

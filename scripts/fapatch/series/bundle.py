@@ -1,6 +1,4 @@
-"""Write overlay and series as one patch into dist/, which `git apply` takes on a plain checkout of that
-release.
-"""
+"""Write overlay and series as one patch into dist/, for `git apply` on a plain checkout of that release."""
 
 from __future__ import annotations
 
@@ -16,12 +14,12 @@ EXCLUSIVE = True
 
 
 def _target(project: Project) -> str:
-    """What the bundle is for, as people call it."""
+    """Name the release that the bundle is for."""
     return project.release.tag or f"{project.family.package} {project.release.version}"
 
 
 def _text(project: Project, titles: list[str]) -> str:
-    """What stands before the first diff: git apply and patch both pass over it."""
+    """Make the text before the first diff, which git apply and patch both skip."""
     name = f"{project.family.package} {project.release.version}"
     lines = [
         f"{name}+{project.family.local_label}: attention with softmax made optional.",
@@ -47,8 +45,8 @@ def _check(project: Project, bundle: bytes, base: str, expected: str) -> None:
 
 
 def make(project: Project, base: str, folder: Path, tree: str) -> bytes:
-    """The patch that turns the commit ``base`` into what is committed in the worktree ``folder``, whose tree
-    id is ``tree``.
+    """Make the patch from the commit ``base`` to the last commit in the worktree ``folder``, whose tree id is
+    ``tree``.
     """
     diff = git.git("diff", "--no-ext-diff", "--full-index", "--binary", base, "HEAD", cwd=folder).stdout
     titles = [p.header.subject for p in series.load(project) if p.applies_to(project.release.version)]

@@ -1,6 +1,7 @@
-"""Drop what the tools made, unless a patched tree holds work that was not exported. FORCE=1 drops that too.
+"""Delete what the tools made, unless a patched tree holds work that was not exported. FORCE=1 deletes that
+too.
 
-`clean` drops build/, `distclean` also dist/, .venv and .cache. Neither touches third_party/, patches/ and
+`clean` deletes build/; `distclean` also dist/, .venv and .cache. Neither touches third_party/, patches/ or
 overlay/.
 """
 
@@ -19,7 +20,7 @@ EXCLUSIVE = True
 
 
 def unsaved(project: Project) -> list[str]:
-    """One line for every patched tree of any family and release that holds work which no patch has."""
+    """List a line for each patched tree, of any family and release, that holds work which no patch has."""
     found = []
     for family in project.lock.families:
         for release in family.releases:
@@ -41,14 +42,14 @@ def refuse_to_lose(project: Project, force: bool, command: str) -> None:
 
 
 def clean(project: Project) -> str:
-    """Delete build/, committed work stays in the store; returns what was done."""
+    """Delete build/; returns what was done. Committed work stays in the store."""
     there = project.build.exists()
     worktree.remove(project, project.build)
     return "build/ removed" if there else "there is no build/. Nothing to do."
 
 
 def distclean(project: Project) -> str:
-    """Delete what git ignores. The cache goes last: the lock that keeps other runs out lies in it."""
+    """Delete what git ignores. The cache goes last, because it holds the lock that keeps other runs out."""
     gone = [f for f in (project.build, project.dist, project.venv, project.cache) if f.exists()]
     for folder in gone:
         shutil.rmtree(folder)

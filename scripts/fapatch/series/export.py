@@ -94,8 +94,8 @@ def export(folder: Path, base: str) -> Exported:
 
 
 def with_skipped(exported: tuple[Patch, ...], before: tuple[Patch, ...], version: str) -> tuple[Patch, ...]:
-    """``exported`` together with the patches that the release ``version`` does not take, each behind the one
-    it stood behind.
+    """Insert into ``exported`` the patches that the release ``version`` does not take, each behind the patch
+    that it followed before.
     """
     result = list(exported)
     for position, patch in enumerate(before):

@@ -1,5 +1,5 @@
-"""Applies-To, widened and split: an old and a new form of one patch lie side by side, and no release takes
-both.
+"""Widen and split Applies-To, so that an old and a new form of one patch can lie side by side and no release
+takes both.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def widened(applies: str, version: str) -> str:
 
 
 def split(applies: str, version: str, newest: bool) -> tuple[str, str]:
-    """(Applies-To of the old form, of the new form for ``version``), disjoint. ``newest``: the new form is
-    also for what comes after ``version``.
+    """Return disjoint (Applies-To of the old form, Applies-To of the new form for ``version``). ``newest``:
+    the new form also serves releases after ``version``.
     """
     clauses = _clauses(applies)
     if not newest:
@@ -56,8 +56,8 @@ def split(applies: str, version: str, newest: bool) -> tuple[str, str]:
 def _with_gone(
     before: tuple[Patch, ...], after: tuple[Patch, ...], version: str, newest: bool, served: list[str]
 ) -> tuple[Patch, ...]:
-    """``after``, and in their places the patches that ``version`` turned out not to need, for the releases
-    ``served`` that do.
+    """Put back into ``after``, in their places, the patches that ``version`` does not need but a release of
+    ``served`` does. Raises FapError if such a patch is no backport.
     """
     result = {p.name: p for p in after}
     order = [p.name for p in after]
@@ -77,8 +77,8 @@ def _with_gone(
 
 
 def keep_old(project: Project, before: tuple[Patch, ...], after: tuple[Patch, ...]) -> tuple[Patch, ...]:
-    """``after``, the series written for the project's release, beside the old form (from ``before``) of each
-    patch that it has no longer, or whose new form does not apply to a release that took the old one.
+    """Add old forms, from ``before``, to ``after``, the series written for the project's release: of each patch
+    that ``after`` has lost, or whose new form does not apply to a release that took the old one.
     """
     old, needed, version = {p.name: p for p in before}, set(), project.release.version
     others = [r for r in project.family.releases if r.version != version]

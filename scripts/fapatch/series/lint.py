@@ -1,7 +1,7 @@
 """Check everything about the patch set that can be checked without upstream's source, in seconds.
 
 Rules: lint_patch.py (each patch) and lint_project.py (series, overlay, lock, submodule, attributes). Every
-finding is printed as `file:line: rule: message`. Exit code 0 when there is none, 1 otherwise.
+finding is printed as `file:line: rule: message`. Exit code 0 if there are none, else 1.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Rules for one patch file. A rule is a generator function of (line number, message); line 0 is the file as a
-whole.
+"""Define the rules for one patch file. A rule yields (line number, message); line 0 is the whole file.
 
 Add a rule: write the function with ``@rule("its-id")``, and put ``its-id.pass.patch`` and
 ``its-id.fail.patch`` (or folders of that name) into tests/unit/fixtures/lint.
 
-No rule asks whether a patch can be read and applies, changes lines of upstream's files alone, and is written
-as `make refresh` writes it: tests/patches/test_series.py shows that on every release.
+No rule checks that a patch can be read, applies, changes only lines of upstream's files, and is written as
+`make refresh` writes it: tests/patches/test_series.py shows that on every release.
 """
 
 from __future__ import annotations
@@ -173,7 +172,7 @@ def applies_to_a_release(patch: PatchFile) -> Iterator[Complaint]:
         return
     known = [r.version for r in patch.family.releases]
     starts = [Version(c.version.removesuffix(".*")) for c in specifier if c.operator in (">=", "==")]
-    ahead = any(start > max(map(Version, known)) for start in starts)  # a form for a checkout
+    ahead = any(start > max(map(Version, known)) for start in starts)  # a form for a user's checkout
     if not ahead and not any(specifier.contains(version, prereleases=True) for version in known):
         yield line, f"Applies-To {text} matches no release of {patch.family.name} in the lock"
 

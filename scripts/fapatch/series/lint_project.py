@@ -1,5 +1,5 @@
-"""Rules for the project around the patches: the series, the overlay, the lock, the submodule, the attributes
-of the files. What `make apply` refuses anyway is no rule here.
+"""Define the rules for the series, the overlay, the lock, the submodule and the git attributes. No rule
+repeats what `make apply` refuses anyway.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def forms_of_a_patch_are_apart(checkout: Checkout) -> Iterator[Complaint]:
             seen: dict[str, str] = {}
             for path, patch in patches:
                 if not _is_specifier(patch.applies) or not patch.applies_to(release.version):
-                    continue  # the rule applies-to says what is wrong with it
+                    continue  # the rule applies-to reports it
                 if other := seen.get(patch.header.subject):
                     message = f"{release.version} takes this form of the patch and {other}"
                     yield path.relative_to(checkout.root).as_posix(), 0, message

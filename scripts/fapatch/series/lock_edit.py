@@ -1,10 +1,11 @@
 """Change the releases in upstream.toml.
 
-`lock add 2.9.0` finds its source distribution on the package index, compares it with the index's hash, reads
-it as an archive and fills in size, sha256 and upstream's tree; nothing of it is run. --commit and --cutlass
-record the commits of the submodule and of csrc/cutlass in it, also for a release that is there.
-`lock default 2.9.0` makes it the release that the series is written for, and moves the submodule's entry in
-git's index to it. `lock drop 2.8.0` takes a release out, with the patches that no other release takes.
+`lock add 2.9.0` downloads the release's source distribution from the package index, compares it with the
+index's hash, reads it as an archive and records size, sha256 and upstream's tree. It runs nothing of it.
+--commit and --cutlass record the commits of the submodule and of its csrc/cutlass, also for a release that is
+already in the file. `lock default 2.9.0` makes 2.9.0 the release that the series is written for, and moves
+the submodule's entry in git's index to it. `lock drop 2.8.0` removes a release, and the patches that no other
+release takes.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from ..source import download, fetch
 from . import apply, arguments, overlay, series
 
 EXCLUSIVE = True
-ANY_RELEASE = True  # VERSION may name one that is not in the lock yet
+ANY_RELEASE = True  # VERSION may name a release that is not in the lock yet
 
 
 def _edit(project: Project, change) -> Family:
-    """Let ``change`` alter the family's table of upstream.toml, comments kept; returns the new family."""
+    """Let ``change`` alter the family's table of upstream.toml, keeping comments; returns the new family."""
     document = tomlkit.parse(project.lock.path.read_text(encoding="utf-8"))
     change(document["family"][project.family.name])
     files.write(project.lock.path, tomlkit.dumps(document).rstrip("\n") + "\n")
@@ -53,8 +54,8 @@ def _commits(project: Project, commit: str, cutlass: str) -> dict[str, str]:
 
 
 def add(project: Project, version: str, commit: str = "", cutlass: str = "") -> Release:
-    """Add ``version`` to the project's family, or record the commits of a release that is there. Raises
-    UsageError when there is nothing to add.
+    """Add ``version`` to the project's family, or record the commits of a release that is already there.
+    Raises UsageError if there is nothing to add.
     """
     version, commits = _normal(version), _commits(project, commit, cutlass)
     there = version in (r.version for r in project.family.releases)
@@ -82,7 +83,7 @@ def add(project: Project, version: str, commit: str = "", cutlass: str = "") -> 
 
 
 def standing(project: Project, release: Release) -> str:
-    """Whether the series serves ``release`` as it is, in one line, with the next step."""
+    """Say in one line whether the series serves ``release`` as it is, with the next step if not."""
     one, patches = replace(project, release=release), series.load(project)
     if reason := series.not_carried(patches, release.version):
         return f"not carried yet: {reason}  ->  {apply.rebase_command(one)}"
@@ -142,11 +143,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     adding = verbs.add_parser("add", help="add a release, or record the commits of one")
     adding.add_argument("version", metavar="VERSION", help="an upstream release on the package index")
-    adding.add_argument("--commit", default="", help="the commit of its tag: what the submodule shall be at")
+    adding.add_argument("--commit", default="", help="the commit of its tag, for the submodule")
     adding.add_argument("--cutlass", default="", help="the commit of csrc/cutlass there")
     for verb, text in (
-        ("default", "make it the one that the series is written for"),
-        ("drop", "take it out"),
+        ("default", "make a release the one that the series is written for"),
+        ("drop", "remove a release"),
     ):
         verbs.add_parser(verb, help=text).add_argument("version", metavar="VERSION")
 

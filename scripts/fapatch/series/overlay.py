@@ -1,5 +1,5 @@
-"""Our own files: those in overlay/<family>, and those that the family shares with another one, at the paths
-that they take in upstream's tree.
+"""Load our own files, by their path in upstream's tree: those in overlay/<family>, and those that the family
+shares with another one.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ def home(family: Family, path: str) -> str:
 
 
 def load(project: Project) -> dict[str, bytes]:
-    """Path in upstream's tree -> content.
+    """Read the overlay files: path in upstream's tree -> content.
 
-    Raises FapError for a symbolic link, which a wheel could not hold, and for a shared file that is missing
-    or has a copy.
+    Raises FapError for a symbolic link, which a wheel cannot hold, and for a shared file that is missing or
+    has a copy.
     """
     files: dict[str, bytes] = {}
     for path in sorted(project.overlay.rglob("*")):

@@ -1,11 +1,11 @@
 """Carry the series from the release that it is written for to another release, or to a checkout.
 
-`rebase` with VERSION=x replays the commits of the patched tree onto release x in build/rebase/; with
-FA_SRC_DIR=folder as well, onto that checkout, to which VERSION gives a name. It names the patches that have x
-outside of their Applies-To; with WIDEN=1 it carries them too and widens Applies-To as far as x. At a conflict
-it stops with the list of files: mend them there, `git add` them, then `rebase --continue`, or `rebase
---abort` to return to where you were. At the end it shows a range-diff and exports the result to patches/ as
-`refresh` does. The old form of a patch is kept beside the new one where other releases need it.
+`rebase` with VERSION=x replays the commits of the patched tree onto release x in build/rebase/. With
+FA_SRC_DIR=folder too, it replays them onto that checkout, and VERSION names it. A patch whose Applies-To
+leaves x out is reported; WIDEN=1 carries it too and widens its Applies-To as far as x. At a conflict the
+rebase stops with the list of files: correct them there, `git add` them, then run `rebase --continue`, or
+`rebase --abort` to return to where you were. At the end it shows a range-diff and exports the result to
+patches/ as `refresh` does. It keeps the old form of a patch beside the new one if other releases need it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def _blobs(files: refresh.Files) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _origin(project: Project, patches: tuple[Patch, ...], asked: str) -> Project:
-    """The project at the release to start from: the one that was asked for, else the default, else the newest
-    that takes every patch that the target takes.
+    """Return the project at the release to start from: ``asked``, else the default or the newest other
+    release that takes every patch that the target takes.
     """
     if asked:
         return replace(project, release=project.family.release(asked, checkout=True))
@@ -55,7 +55,7 @@ def _origin(project: Project, patches: tuple[Patch, ...], asked: str) -> Project
 
 
 def _base(project: Project) -> Base:
-    """Upstream's files to start from: what the lock pins, or a checkout as it was imported."""
+    """Upstream's files to start from: those that the lock pins, or a checkout as it was imported."""
     found = store.lookup(project, store.local_ref(project))
     if project.release in project.family.releases or not found:
         return fetch.pinned(project)
@@ -63,8 +63,8 @@ def _base(project: Project) -> Base:
 
 
 def _widened(patches: tuple[Patch, ...], version: str, origin: str) -> tuple[Patch, ...]:
-    """``patches``, with ``version`` added to the Applies-To of each that ``origin`` takes and that keeps
-    ``version`` from being carried.
+    """Add ``version`` to the Applies-To of each patch that ``origin`` takes and that keeps ``version`` from
+    being carried.
     """
     outside = [p for p in series.outside(patches, version) if p.applies_to(origin)]
     return tuple(p.with_applies(forms.widened(p.applies, version)) if p in outside else p for p in patches)
@@ -72,8 +72,8 @@ def _widened(patches: tuple[Patch, ...], version: str, origin: str) -> tuple[Pat
 
 def start(project: Project, asked: str = "", widen: bool = False) -> int:
     """Begin to carry the series from a release (``asked``, or one that fits) to the project's. Raises
-    FapError when one is going on, nothing is to do, or a patch has the target outside and ``widen`` is not
-    set.
+    FapError if a rebase is going on, if there is nothing to do, or if a patch leaves the target out and
+    ``widen`` is not set.
     """
     if running := rebase_state.read(project):
         raise FapError(
@@ -101,12 +101,13 @@ def start(project: Project, asked: str = "", widen: bool = False) -> int:
             f"{version} is outside the Applies-To of {len(outside)} patches",
             f"{apply.rebase_command(project)} WIDEN=1 carries them and widens it",
         )
-    # The target's tree is replaced; commits in the origin's tree are no patches yet.
+    # The target's tree is replaced, and commits in the origin's tree are not yet patches.
     for one in (project, origin):
         apply.refuse_to_lose(one, state.look_at_tree(one, state.read(one)))
     base, onto = _base(origin), fetch.ensure(project)
     arguments.check(project, onto, files.overlay)
-    # A patch that the target does not take, such as a backport of what it has, would only make conflicts.
+    # A patch that the target does not take, such as a backport of a fix that it has, would only make
+    # conflicts.
     carried = tuple(p for p in wide if p.applies_to(version))
     built = apply.build(origin, base, rebase_state.folder(project), carried, files.overlay)
     commits = (base.commit, onto.commit, built.commit)
@@ -120,7 +121,7 @@ def start(project: Project, asked: str = "", widen: bool = False) -> int:
 
 
 def go_on(project: Project) -> int:
-    """After a conflict was mended."""
+    """Go on after a conflict was resolved."""
     folder = rebase_state.folder(project)
     if unmerged := worktree.conflicts(folder):
         where = rebase_state.place(project)
@@ -139,8 +140,8 @@ def abort(project: Project) -> int:
 
 
 def _changed_meanwhile(running: Running, now: refresh.Files, wanted: refresh.Files) -> list[str]:
-    """The files that are neither as they were when the rebase began nor as it wants them (written before it
-    was interrupted).
+    """List the files that differ both from their state when the rebase began and from its result, which an
+    interrupted run may have written.
     """
     current, allowed = _blobs(now), (_blobs(wanted), (running.patches, running.overlay))
     return [
@@ -208,10 +209,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--widen",
         action="store_true",
         default=os.environ.get("WIDEN", "") not in ("", "0"),
-        help="carry patches whose Applies-To leaves the target out, and widen it (WIDEN=1)",
+        help="also carry patches whose Applies-To leaves the target out, and widen it (WIDEN=1)",
     )
     parser.add_argument(
-        "--continue", dest="go_on", action="store_true", help="go on after a conflict was mended"
+        "--continue", dest="go_on", action="store_true", help="go on after a conflict was resolved"
     )
     parser.add_argument("--abort", action="store_true", help="drop the rebase")
 

@@ -1,4 +1,4 @@
-"""What is known about a rebase that waits for somebody to mend a conflict."""
+"""Record the rebase that is going on, while it waits for a conflict to be resolved."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..base.project import Project
 @dataclass(frozen=True)
 class Running:
     """A rebase that has begun. ``checkout``: the folder that ``target`` names, "" for a release of the lock;
-    ``tip``: the commit that is carried over; ``patches``, ``overlay``: name ->
-    blob id of the files that it came from.
+    ``tip``: the commit that is carried over; ``patches``, ``overlay``: name -> blob id of the files it began
+    with.
     """
 
     origin: str
@@ -53,5 +53,5 @@ def forget(project: Project) -> None:
 
 
 def place(project: Project) -> str:
-    """Where a rebase waits to go on, as a path to show, or ""."""
+    """Where a rebase waits, as a path to show, or ""."""
     return str(folder(project).relative_to(project.root)) if read(project) else ""

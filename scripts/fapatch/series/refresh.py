@@ -1,8 +1,8 @@
 """Export the commits of the patched tree to patches/ and overlay/, and try the result on every release.
 
-What is written is what `apply` would give back: export(apply(series)) is the series, byte for byte. Exit code
-1 when it does not apply to a release that was carried; everything is written all the same. A release that is
-not carried yet is left out.
+The files that it writes survive a round trip: export(apply(series)) is the series, byte for byte. Exit code 1
+if the series no longer applies to a release that was carried; everything is written all the same. A release
+that is not carried yet is left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXCLUSIVE = True
 
 @dataclass(frozen=True)
 class Files:
-    """The patch files and the overlay, as they are or as they shall be."""
+    """The patch files and the overlay, as they are or as they will be."""
 
     patches: tuple[Patch, ...]
     overlay: dict[str, bytes]
@@ -38,13 +38,13 @@ class Files:
 
 
 def patch_id(patch: Patch) -> str:
-    """Equal for two patches that make the same change, wherever its lines lie."""
+    """An id that is equal for two patches that make the same change at any lines."""
     return git.git("patch-id", "--stable", stdin=patch.data).stdout.decode().partition(" ")[0]
 
 
 def compare(old: tuple[Patch, ...], new: tuple[Patch, ...]) -> list[tuple[str, str]]:
-    """(untouched | refreshed | changed | added | dropped, name) for every patch; refreshed: the same change
-    at other lines.
+    """List (untouched | refreshed | changed | added | dropped, name) for every patch. Refreshed: the same
+    change at other lines.
     """
     before, after = {p.name: p for p in old}, {p.name: p for p in new}
 
@@ -55,7 +55,7 @@ def compare(old: tuple[Patch, ...], new: tuple[Patch, ...]) -> list[tuple[str, s
             return "added"
         if before[name] == after[name]:
             return "untouched"
-        # Without the first line, which names a commit.
+        # Compare without the first line, which names a commit.
         words = [series.split(patch.data)[0].partition(b"\n")[2] for patch in (before[name], after[name])]
         return (
             "refreshed"
@@ -67,8 +67,7 @@ def compare(old: tuple[Patch, ...], new: tuple[Patch, ...]) -> list[tuple[str, s
 
 
 def merge(recorded: State, files: Files, exported: Files) -> Files:
-    """What was committed in the tree (``exported``) together with what was edited in overlay/ (``files``)
-    since ``recorded``.
+    """Merge the commits in the tree (``exported``) and the edits in overlay/ (``files``) since ``recorded``.
 
     Raises FapError for a file that was changed in both places.
     """
@@ -104,7 +103,7 @@ def export_tree(project: Project, folder: Path, base: str, before: tuple[Patch, 
 
 
 def _wanted(project: Project, before: Files) -> tuple[Files, str]:
-    """What shall be written, and the tree that it must give ("" where that cannot be known before)."""
+    """Return the files to write, and the tree that they must give ("" if that cannot be known before)."""
     recorded = state.read(project)
     found = state.look_at_tree(project, recorded)
     for finding in found:
@@ -124,8 +123,8 @@ def _wanted(project: Project, before: Files) -> tuple[Files, str]:
 
 
 def _settle(project: Project, base: Base, wanted: Files, expected: str) -> tuple[apply.Built, Files]:
-    """Build ``wanted`` and export it again, until both agree: what a hand edited comes out as git
-    writes it.
+    """Build ``wanted`` and export it again until both agree, so that hand-edited patches become as git writes
+    them.
     """
     for _ in range(3):
         built = apply.build(project, base, apply.scratch(project), wanted.patches, wanted.overlay)
@@ -164,7 +163,9 @@ def _write(project: Project, old: Files, new: Files) -> None:
 
 
 def check_others(project: Project, files: Files) -> list[str]:
-    """Try ``files`` on every other release; returns a complaint for each that the series no longer serves."""
+    """Try ``files`` on every other release; returns a complaint for each release that they no longer
+    serve.
+    """
     complaints = []
     for release in project.family.releases:
         if release.version == project.release.version:
@@ -185,8 +186,8 @@ def check_others(project: Project, files: Files) -> list[str]:
 
 
 def publish(project: Project, base: Base, old: Files, wanted: Files, expected: str = "") -> int:
-    """Write ``wanted`` in the place of ``old``, try it on every other release and put the tree of the
-    project's release, whose upstream files are ``base``, in place.
+    """Write ``wanted`` in the place of ``old``, try it on every other release, and install the patched tree
+    of the project's release, whose upstream files are ``base``.
     """
     if lost := sorted(project.family.shared.keys() - wanted.overlay.keys()):
         raise FapError(

@@ -1,4 +1,4 @@
-"""The patches of a family: their order, their headers, and which of them a release takes."""
+"""Read the patches of a family: their order, their headers, and the releases that take them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..base import git
 from ..base.errors import FapError, UsageError
 from ..base.project import Project
 
-# In commits only: apply adds it and export takes it away, so that a commit that gets a new subject keeps its
-# file.
+# Stands in commits only: apply adds it and export removes it, so that a commit keeps its file under a new
+# subject.
 _NAME_LINE = re.compile(rb"^Patch-Name: *(\S+) *\n", re.MULTILINE)
 
 REQUIRED_FIELDS = ("Why", "What", "Risk", "Drop-when", "Upstream-Status", "Test", "Applies-To")
@@ -52,8 +52,8 @@ def _parse_fields(body: str) -> dict[str, str]:
 
 
 def parse_header(raw: bytes) -> Header:
-    """Read the message of a patch file as git format-patch --keep-subject writes it. Never fails: what is
-    missing is empty.
+    """Read the message of a patch file as git format-patch --keep-subject writes it. Never fails: a missing
+    part is empty.
     """
     message = email.message_from_bytes(
         re.sub(rb"\AFrom [^\n]*\n", b"", split(raw)[0]), policy=email.policy.default
@@ -79,12 +79,12 @@ class Patch:
 
     @property
     def applies(self) -> str:
-        """What Applies-To says."""
+        """The value of Applies-To."""
         return self.header.fields.get("Applies-To", "")
 
     @property
     def is_backport(self) -> bool:
-        """Whether it takes a fix over from a later release, which needs it no more."""
+        """Whether it backports a fix from a later release, which does not need it."""
         return self.header.fields.get("Upstream-Status", "").startswith("Backport")
 
     def with_applies(self, wanted: str) -> Patch:
@@ -95,7 +95,7 @@ class Patch:
 
     def applies_to(self, version: str) -> bool:
         """Whether the release ``version`` is inside Applies-To. A patch without that field applies to all."""
-        # Here, because `distclean` must run where nothing is installed.
+        # Imported here, because `distclean` must run where nothing is installed.
         from packaging.specifiers import InvalidSpecifier, SpecifierSet
         from packaging.version import InvalidVersion, Version
 
@@ -114,8 +114,8 @@ class Patch:
 
 
 def outside(patches: Iterable[Patch], version: str) -> list[Patch]:
-    """The patches that keep the release ``version`` from being carried: no form of that change applies to it.
-    Two patches with one subject are forms of one change. A backport may be missing.
+    """List the patches that keep the release ``version`` from being carried: no form of their change applies
+    to it. Two patches with one subject are forms of one change. A backport may be missing.
     """
     patches = tuple(patches)
     taken = {p.header.subject for p in patches if p.applies_to(version)}
@@ -129,13 +129,13 @@ def not_carried(patches: Iterable[Patch], version: str) -> str:
 
 
 def with_name(patch: Patch) -> bytes:
-    """The patch as `git am` gets it, with its file name at the end of the message."""
+    """The patch for `git am`, with its file name at the end of the message."""
     message, diff = split(patch.data)
     return message.rstrip(b"\n") + f"\n\nPatch-Name: {patch.name}\n\n".encode() + diff
 
 
 def without_name(data: bytes) -> tuple[str, bytes]:
-    """(file name, patch) of what `git format-patch` gives for a commit; the name is "" when the commit has
+    """Split the output of `git format-patch` into (file name, patch); the name is "" if the commit has
     none.
     """
     message, diff = split(data)
@@ -144,8 +144,8 @@ def without_name(data: bytes) -> tuple[str, bytes]:
 
 
 def name_for(subject: str, taken: Iterable[str]) -> str:
-    """A file name for a new commit: `[area] Do this` becomes `area-do-this.patch`, told apart from those
-    ``taken``.
+    """Make a file name for a new commit: `[area] Do this` becomes `area-do-this.patch`, with a number if it
+    is ``taken``.
     """
     stem = re.sub(r"[^a-z0-9]+", "-", subject.lower())[:60].strip("-") or "patch"
     taken, number, name = set(taken), 1, f"{stem}.patch"
@@ -165,8 +165,8 @@ def names(text: str) -> list[str]:
 
 
 def load(project: Project) -> tuple[Patch, ...]:
-    """The patches in the order of the series. Raises FapError for a missing or twice listed file, or one with
-    changed line ends.
+    """Load the patches in the order of the series. Raises FapError for a file that is missing, listed twice
+    or has Windows line ends.
     """
     try:
         listed = names(project.series.read_text(encoding="utf-8"))
@@ -193,8 +193,8 @@ def load(project: Project) -> tuple[Patch, ...]:
 
 
 def rewrite(text: str, names: list[str]) -> str:
-    """The series file ``text`` with ``names`` in place of its own. The lines on top stay there, other
-    comments stay with the name below.
+    """Return the series file ``text`` with ``names`` in place of its own. The lines on top stay there, and
+    other comments stay with the name below them.
     """
     blocks: dict[str, list[str]] = {"": []}
     pending = blocks[""]

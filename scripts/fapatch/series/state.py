@@ -1,5 +1,5 @@
-"""Is the patched tree what the files ask for? Answered by comparing contents, never dates; each answer has a
-name.
+"""Find out whether the patched tree matches the files that it is made from, by comparing contents, never
+dates.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .series import Patch
 
 
 class Reason(Enum):
-    """(exit code of `status`, whether there is something to lose, message). Codes: 1 out of date or edited, 2
-    in the middle of something.
+    """(exit code of `status`, whether work could be lost, message). Codes: 1 out of date or edited, 2 in the
+    middle of a git operation, or broken.
     """
 
     NOT_APPLIED = 1, False, "the patched tree was not made yet"
@@ -54,8 +54,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class State:
-    """What a patched tree was made from, and what came out. ``patches``: (name, blob id) of the series in
-    order; ``applied``: those that the release takes; ``overlay``: path -> blob id.
+    """The inputs of a patched tree, and the result. ``patches``: (name, blob id) of the series in order;
+    ``applied``: the patches that the release takes; ``overlay``: path -> blob id.
     """
 
     base: str
@@ -94,7 +94,7 @@ def _path(project: Project) -> Path:
 
 
 def read(project: Project) -> State | None:
-    """The state of the last `apply`, or None when there is none that can be read."""
+    """Read the state of the last `apply`; None if there is none that can be read."""
     try:
         raw = json.loads(_path(project).read_text(encoding="utf-8"))
         listed = tuple((name, blob) for name, blob in raw["patches"])
@@ -117,7 +117,7 @@ def changed(old: dict[str, str], new: dict[str, str]) -> tuple[str, ...]:
 
 
 def compare_inputs(project: Project, state: State, base: Base | None) -> list[Finding]:
-    """What changed in the files of this repository, and upstream, since ``state`` was written."""
+    """List what changed in the files of this repository, and upstream, since ``state`` was written."""
     old, new = dict(state.patches), {p.name: p.blob for p in series.load(project)}
     common = [name for name in old if name in new]
     found = []
@@ -139,7 +139,7 @@ def compare_inputs(project: Project, state: State, base: Base | None) -> list[Fi
 
 
 def look_at_tree(project: Project, state: State | None) -> list[Finding]:
-    """What happened to the patched tree itself since it was made."""
+    """List what happened to the patched tree itself since it was made."""
     folder = project.source
     if not folder.exists():
         return [Finding(Reason.NOT_APPLIED)]
@@ -163,8 +163,8 @@ def look_at_tree(project: Project, state: State | None) -> list[Finding]:
 
 
 def assess(project: Project, base: Base | None) -> list[Finding]:
-    """Every way in which the patched tree is not what the files ask for; empty when it is. ``base``:
-    upstream's files, if known.
+    """List every difference between the patched tree and the files that it is made from. ``base``: upstream's
+    files, if known.
     """
     state = read(project)
     found = look_at_tree(project, state)

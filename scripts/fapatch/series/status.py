@@ -1,8 +1,8 @@
-"""Say whether the patched tree is what the files ask for, and if not, why; and which releases of the lock are
-not carried yet.
+"""Say whether the patched tree is up to date, and if not, why; and which releases of the lock are not carried
+yet.
 
-Exit code 0: clean. 1: out of date, edited, or a release that is not carried. 2: in the middle of a `git am`
-or a rebase, or broken.
+Exit code 0: clean. 1: out of date, edited, or a release is not carried. 2: in the middle of a `git am` or a
+rebase, or broken.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
         print(line)
     own = series.not_carried(series.load(project), project.release.version)
     if own and [f.reason for f in found] == [state.Reason.NOT_APPLIED]:
-        return 1  # it cannot be made yet
+        return 1  # the tree cannot be made yet
     if not found:
         recorded = state.read(project)
         assert recorded is not None

@@ -1,4 +1,4 @@
-"""Worktrees of the store: made, looked at and taken away so that nobody's commits or edits are lost."""
+"""Make, inspect and remove worktrees of the store without losing anybody's commits or edits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..source import store
 
 
 class InProgress(Enum):
-    """What git is in the middle of."""
+    """The operation that git is in the middle of."""
 
     NOTHING = ""
     AM = "git am"
@@ -31,9 +31,8 @@ def _admin(project: Project, folder: Path) -> Path | None:
 
 
 def _link(project: Project, folder: Path) -> None:
-    """Join ``folder`` and its part of the store. Relative, where git allows it, so that a moved or copied
-    checkout goes on working and never reaches into the one that it was copied from (which `git worktree
-    repair` would do).
+    """Connect ``folder`` and its part of the store. Paths are relative where git allows it, so that a moved
+    or copied checkout goes on working and never reaches into its original (as after `git worktree repair`).
     """
     admin = _admin(project, folder)
     if admin is None:
@@ -47,8 +46,8 @@ def _link(project: Project, folder: Path) -> None:
 
 
 def _tidy(project: Project) -> None:
-    """Drop the store's entries of worktrees that are gone, or that belong to the checkout that this store was
-    copied from.
+    """Drop the store's entries of worktrees that are gone or belong to the checkout from which this store was
+    copied.
     """
     for folder in (*project.build.glob("src/*/*"), *project.build.glob("rebase/*")):
         _link(project, folder)
@@ -59,7 +58,9 @@ def _tidy(project: Project) -> None:
 
 
 def add(project: Project, folder: Path, commit: str) -> None:
-    """A new worktree at ``folder``, detached at ``commit``; what an interrupted run left there is dropped."""
+    """Make a worktree at ``folder``, detached at ``commit``, in place of what an interrupted run left
+    there.
+    """
     remove(project, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     git.git("worktree", "add", "--quiet", "--force", "--detach", folder, commit, repo=project.store)
@@ -67,16 +68,14 @@ def add(project: Project, folder: Path, commit: str) -> None:
 
 
 def remove(project: Project, folder: Path) -> None:
-    """Delete the worktree at ``folder`` without asking, if it is there, and what the store has about it."""
+    """Delete the worktree at ``folder``, if it is there, and its entry in the store, without asking."""
     if folder.exists():
         shutil.rmtree(folder)
     _tidy(project)
 
 
 def reconnect(project: Project, folder: Path) -> bool:
-    """Whether ``folder`` is a worktree that git can work in; a checkout that was moved is joined with its
-    store again.
-    """
+    """Reconnect ``folder`` with the store if the checkout was moved. Returns whether git can work in it."""
     if not _belongs(project, folder):
         _link(project, folder)
     return _belongs(project, folder)
@@ -122,13 +121,13 @@ def conflicts(folder: Path) -> list[str]:
 
 def put_in_place(project: Project, new: Path, base: str) -> None:
     """Make the worktree ``new`` the project's patched tree, on its branch, which follows ``base`` (a ref).
-    The old one must hold nothing that is worth keeping.
+    The old tree is deleted and must hold nothing worth keeping.
     """
     final, branch = project.source, store.branch(project)
     remove(project, final)
     new.rename(final)
     _link(project, final)
     git.git("checkout", "--quiet", "--ignore-other-worktrees", "-B", branch, cwd=final)
-    # So that `git log @{upstream}..` and a bare `git rebase -i --autosquash` are about our commits.
+    # With this, `git log @{upstream}..` and a bare `git rebase -i --autosquash` cover exactly our commits.
     git.git("config", f"branch.{branch}.remote", ".", repo=project.store)
     git.git("config", f"branch.{branch}.merge", base, repo=project.store)
