@@ -1,8 +1,8 @@
-"""The source distribution in .cache/downloads: found by its name on the package index, verified before
-anybody reads it, and never run.
+"""Download source distributions into .cache/downloads: found by name on the package index, verified before
+anything reads them, never run.
 
-The index is the one that pip is configured for. Its page names each file with a hash, so nothing of a package
-has to be executed to learn what it is, which `pip download` would do.
+The index is pip's. Its page names each file with a hash, so no code of a package is run to identify it, as
+`pip download` would.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LINK = re.compile(r"<a\s[^>]*href=[\"']([^\"']+)[\"']", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Link:
-    """A file that an index offers; ``sha256`` is "" where it gives none."""
+    """A file that an index offers; ``sha256`` is "" if the index gives none."""
 
     url: str
     sha256: str
@@ -63,7 +63,7 @@ def verify(path: Path, sdist: Sdist) -> None:
 
 
 def indexes(project: Project) -> list[str]:
-    """The indexes and folders that pip is configured for, in its order."""
+    """List the indexes and folders that pip is configured for, in pip's order."""
     own = venv_python(project.venv)
     found = settings(own if own.exists() else Path(sys.executable), "download")
     main = [] if found.get("no-index") else [found.get("index-url", "https://pypi.org/simple")]
@@ -72,7 +72,7 @@ def indexes(project: Project) -> list[str]:
 
 
 def _open(url: str):
-    """The answer of ``url``; the user and the password in it go into a header, as pip does it."""
+    """Open ``url``, sending the user and the password in it as a header, as pip does."""
     parts = urllib.parse.urlsplit(url)
     request = urllib.request.Request(url, headers={"Accept": ACCEPT})
     if parts.username:
@@ -83,7 +83,7 @@ def _open(url: str):
 
 
 def _links(index: str, package: str) -> Iterator[Link]:
-    """What ``index``, a folder of files or the address of a simple index, has of ``package``."""
+    """List the files of ``package`` on ``index``, a folder of files or the address of a simple index."""
     folder = Path(urllib.parse.unquote(index.removeprefix("file://")))
     if folder.is_dir():
         page = folder / re.sub(r"[-_.]+", "-", package).lower()
@@ -105,7 +105,7 @@ def _links(index: str, package: str) -> Iterator[Link]:
 
 
 def find(project: Project, name: str) -> Link:
-    """The file called ``name``. Raises FapError, with what each index said, when none has it."""
+    """Find the file called ``name``. Raises FapError, with the answer of each index, if none has it."""
     reasons = []
     for index in indexes(project):
         host = urllib.parse.urlsplit(index).hostname or index
@@ -146,12 +146,12 @@ def get(link: Link, into: Path, most: int) -> Path:
     return path
 
 
-LARGEST = 1 << 30  # bytes: what an unknown file may have
+LARGEST = 1 << 30  # bytes: the most that a file not in the lock may have
 
 
 def add(project: Project, version: str) -> Sdist:
-    """The source distribution of ``version``, which the lock does not name yet: the one in .cache/downloads,
-    else the one that the index names, downloaded and compared with the index's own hash.
+    """Get the source distribution of ``version``, which is not in the lock yet: from .cache/downloads, else
+    downloaded from the index and compared with the index's own hash.
     """
     name = f"{project.family.package}-{version}.tar.gz"
     path = project.downloads / name
@@ -165,7 +165,7 @@ def add(project: Project, version: str) -> Sdist:
 
 def _bring(project: Project, link: Link, pinned: Sdist | None) -> None:
     project.downloads.mkdir(parents=True, exist_ok=True)
-    # Beside its final place, so that the rename is atomic, and gone whatever happens.
+    # Download beside the final place, so that the rename is atomic and a failure leaves nothing.
     with tempfile.TemporaryDirectory(dir=project.downloads, prefix=".part-") as scratch:
         file = get(link, Path(scratch), pinned.size if pinned else LARGEST)
         verify(file, pinned or Sdist(link.name, file.stat().st_size, link.sha256))
@@ -173,10 +173,10 @@ def _bring(project: Project, link: Link, pinned: Sdist | None) -> None:
 
 
 def sdist(project: Project, offline: bool = False) -> Path | None:
-    """The verified source distribution of the project's release, from the cache or downloaded into it.
+    """Get the verified source distribution of the project's release, from the cache or downloaded into it.
 
-    Returns None when there is none, or when ``offline`` and it is not in the cache. Raises FapError when it
-    is there but not the pinned file.
+    Returns None if there is none, or if ``offline`` is set and the cache lacks it. Raises FapError if it is
+    there but not the pinned file.
     """
     pinned = project.release.sdist
     if pinned is None:

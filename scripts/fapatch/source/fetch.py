@@ -1,9 +1,9 @@
 """Bring upstream's source into the store, verified; the second run does nothing and says so.
 
-Tried in this order: FA_SRC_DIR, the submodule as it lies there, the source distribution in .cache/downloads,
-then what needs the network: the submodule by git, the source distribution by pip. SOURCE=submodule,
-SOURCE=sdist or SOURCE=<path> allow one of them only. All of them must give the tree that upstream.toml names;
-a checkout of one's own may differ, with a warning.
+Sources are tried in this order: FA_SRC_DIR, the submodule as it is, the source distribution in
+.cache/downloads, then over the network the submodule by git and the source distribution from pip's index.
+SOURCE=submodule, SOURCE=sdist or SOURCE=<path> allows only one. Each must give the tree that upstream.toml
+names. A checkout of your own may differ, with a warning.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ Find = Callable[[Project, str], tuple[str, str] | None]
 
 @dataclass(frozen=True)
 class Base:
-    """Upstream's files in the store. ``pinned``: they are what the lock names; ``origin``: where they came
-    from, for people.
-    """
+    """Upstream's files in the store. ``pinned``: the lock names them; ``origin``: their source, in words."""
 
     commit: str
     tree: str
@@ -40,7 +38,7 @@ def _subject(project: Project) -> str:
 
 
 def _own_checkout(project: Project, folder: Path) -> Base:
-    """Import ``folder`` anew: nobody can say what was edited in it since the last time."""
+    """Import ``folder`` anew each time, because its files may have been edited."""
     store.sound(project, store.local_ref(project))
     commit, tree = store.import_files(
         project, store.local_ref(project), origins.from_folder(project, folder), _subject(project)
@@ -84,7 +82,7 @@ def _pinned_files(project: Project, wanted: str) -> tuple[origins.Files, str]:
 
 
 def _stored(project: Project, find: Find = store.lookup) -> Base | None:
-    """What is in the store already, if it is what the lock names."""
+    """Return the files that are in the store, if they are those that the lock names."""
     found = find(project, store.upstream_ref(project))
     if found and project.release.tree in ("", found[1]):
         return Base(*found, True, "the store")
@@ -92,14 +90,14 @@ def _stored(project: Project, find: Find = store.lookup) -> Base | None:
 
 
 def current(project: Project) -> Base | None:
-    """What a patched tree would be made from, without fetching anything; None when that is not known yet."""
+    """Return the files from which a patched tree would be made, without fetching; None if not known yet."""
     return None if chosen_checkout() else _stored(project)
 
 
 def pinned(project: Project, wanted: str = "", again: bool = False) -> Base:
-    """The files that the lock names, in the store: fetched if they are not there or damaged, or ``again``.
-    ``wanted``: "" or one of PINNED_SOURCES. Raises FapError when no source can be reached or one gives other
-    files.
+    """Return the files that the lock names, in the store. They are fetched if they are missing or damaged, or
+    if ``again`` is set. ``wanted``: "" or one of PINNED_SOURCES. Raises FapError if no source can be reached
+    or one gives other files.
     """
     stored = _stored(project, store.sound)
     if stored and not again:
@@ -112,7 +110,7 @@ def pinned(project: Project, wanted: str = "", again: bool = False) -> Base:
 
 
 def ensure(project: Project, wanted: str | None = None, again: bool = False) -> Base:
-    """``pinned``, or the files of somebody's own checkout when ``wanted`` (default: the environment) is a
+    """Return ``pinned``, or the files of a user's own checkout if ``wanted`` (default: the environment) is a
     folder.
     """
     wanted = chosen_source() if wanted is None else wanted
@@ -127,8 +125,8 @@ def ensure(project: Project, wanted: str | None = None, again: bool = False) -> 
 
 
 def cutlass(project: Project) -> str:
-    """The commit in the store that holds the CUTLASS headers of the project's release, fetched if it is not
-    there.
+    """Return the commit in the store that holds the CUTLASS headers of the project's release, fetched if
+    missing.
     """
     ref = store.cutlass_ref(project)
     if (found := store.sound(project, ref)) and project.release.sdist:
@@ -150,10 +148,9 @@ def cutlass(project: Project) -> str:
 
 
 def export_cutlass(project: Project, folder: Path) -> int:
-    """Write the CUTLASS headers that the release was made with to ``folder``/include; returns how many files
-    there are.
+    """Write the CUTLASS headers of the release to ``folder``/include; returns the number of files.
 
-    ``folder`` stands for upstream's csrc/cutlass. Files that are there with the same bytes keep their time
+    ``folder`` stands for upstream's csrc/cutlass. Files that already have the same bytes keep their time
     stamps.
     """
     commit = cutlass(project)
@@ -170,13 +167,13 @@ def export_cutlass(project: Project, folder: Path) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
-        help="submodule, sdist or the path of a checkout (default: SOURCE, else whatever can be reached)",
+        help="submodule, sdist or the path of a checkout (default: SOURCE, else any that can be reached)",
     )
 
 
 def main(project: Project, args: argparse.Namespace) -> int:
     wanted = args.source if args.source is not None else chosen_source()
-    # Asking for one source by name means: fetch it and compare, even when the files are there from another.
+    # A source asked for by name is fetched and compared, even if the store has the files from another source.
     base = ensure(project, wanted, again=bool(wanted))
     name = f"{project.family.package} {project.release.version}"
     if base.origin == "the store":

@@ -1,5 +1,5 @@
-"""The places that upstream's files can come from. Each gives (path, content) of the wanted files, or None
-when it has nothing. Nothing of an archive ever becomes a path on this machine.
+"""Read upstream's files from each possible source, as (path, content) of the wanted files, or None if the
+source has nothing. No name in an archive ever becomes a path on this machine.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ CLONE = ("submodule", "update", "--init", "--depth", "1", "--")
 
 
 def _member_fault(member: tarfile.TarInfo, path: PurePosixPath, kinds: dict[PurePosixPath, bool]) -> str:
-    """What is wrong with ``member``, which lies at ``path`` below the archive's top folder; "" when nothing
-    is. ``kinds``: path -> whether it is a file, of the members before it.
+    """Say what is wrong with ``member``, at ``path`` below the archive's top folder; "" if nothing.
+    ``kinds``: path of each earlier member -> whether it is a file.
     """
     if fault := name_fault(member.name):
         return fault
@@ -42,11 +42,11 @@ def _member_fault(member: tarfile.TarInfo, path: PurePosixPath, kinds: dict[Pure
 
 
 def read_archive(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """(path below the top folder, content) of every file whose path is ``wanted``. Every member is checked,
-    wanted or not.
+    """Yield (path below the top folder, content) of every file whose path is ``wanted``. Every member is
+    checked, wanted or not.
 
-    Raises FapError, naming the archive, when it is truncated or damaged, or holds what no source distribution
-    should.
+    Raises FapError, naming the archive, if it is truncated or damaged, or holds a member that a source
+    distribution should not have.
     """
     kinds: dict[PurePosixPath, bool] = {}
     try:
@@ -64,13 +64,13 @@ def read_archive(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple
 
 
 def ours(project: Project) -> Wanted:
-    """The paths that this patch set takes from upstream."""
+    """A predicate for the paths that this patch set takes from upstream."""
     family = project.family
     return lambda path: matches(path, family.include) and not matches(path, family.exclude)
 
 
 def from_folder(project: Project, folder: Path) -> Files:
-    """The files as they lie in ``folder``, somebody's own checkout or unpacked archive, edits included."""
+    """Read the files in ``folder``, a user's own checkout or unpacked archive, edits included."""
     family = project.family
     build_files = [Path(family.folder) / name for name in ("setup.py", "pyproject.toml")]
     if not any((folder / name).is_file() for name in build_files) or not (folder / family.code).is_dir():
@@ -94,13 +94,13 @@ def _pinned(project: Project, checkout: Path) -> str:
     release = project.release
     if not (checkout / ".git").exists():
         return ""
-    # A tag can be moved: it will do only where the tree id in the lock holds it in place.
+    # A tag can be moved, so it is used only if the lock has the tree id to check it.
     name = release.commit or (f"refs/tags/{release.tag}" if release.tree else "")
     return git.resolve(f"{name}^{{commit}}", cwd=checkout) if name else ""
 
 
 def _clone_submodule(project: Project) -> str:
-    """Fill the submodule folder; returns the reason when that cannot be done."""
+    """Fill the submodule folder; returns "", or the reason why it cannot be filled."""
     path = project.family.submodule
     if (project.submodule / ".git").exists():
         return f"{path} is there without {project.release.commit[:12] or project.release.tag}"
@@ -108,15 +108,14 @@ def _clone_submodule(project: Project) -> str:
         return "this is not a git checkout"
     if project.release.commit != project.family.release().commit:
         return f"{path} is pinned to {project.family.default}"
-    # The checkout's own setting, which may name a mirror, wins over .gitmodules, as it does for `git
-    # submodule`.
+    # The checkout's own setting, which may name a mirror, overrides .gitmodules, as for `git submodule`.
     asked = (
         git.git("config", *where, f"submodule.{path}.url", cwd=project.root, check=False)
         for where in ((), ("--file", ".gitmodules"))
     )
     url = next((said.stdout.decode().strip() for said in asked if said.returncode == 0), project.family.url)
     try:
-        # Fails at once, or in bounded time, where the host cannot be reached; a clone would hang for minutes.
+        # If the host cannot be reached, this fails in bounded time; a clone would hang for minutes.
         git.git("ls-remote", "--exit-code", url, "HEAD", timeout=PROBE_SECONDS)
         git.git(*CLONE, path, cwd=project.root, timeout=CLONE_SECONDS)
     except FapError as e:
@@ -125,8 +124,8 @@ def _clone_submodule(project: Project) -> str:
 
 
 def from_submodule(project: Project, online: bool) -> tuple[Files | None, str]:
-    """(the files of the pinned commit, "") or (None, the reason). ``online``: clone the submodule where it is
-    empty.
+    """Return (the files of the pinned commit, "") or (None, the reason). ``online``: clone the submodule if
+    it is empty.
     """
     if not project.family.submodule:
         return None, f"{project.family.name} has no submodule"
@@ -140,7 +139,7 @@ def from_submodule(project: Project, online: bool) -> tuple[Files | None, str]:
 
 
 def from_sdist(project: Project, online: bool) -> Files | None:
-    """The files of the verified source distribution; None when it is not in the cache and ``online`` is not
+    """Return the files of the verified source distribution; None if the cache lacks it and ``online`` is not
     set.
     """
     path = download.sdist(project, offline=not online)
@@ -153,7 +152,7 @@ def from_sdist(project: Project, online: bool) -> Files | None:
 
 
 def cutlass_from_folder(project: Project, folder: str) -> Files | None:
-    """The headers in a checkout of a version that the lock does not have."""
+    """Return the CUTLASS headers in a checkout of a version that the lock does not have."""
     headers = Path(folder) / project.family.cutlass_submodule
     if project.release.sdist or not folder or not (headers / "include").is_dir():
         return None
@@ -162,7 +161,7 @@ def cutlass_from_folder(project: Project, folder: str) -> Files | None:
 
 
 def cutlass_from_submodule(project: Project, online: bool) -> Files | None:
-    """The headers from the submodule nested in the submodule, at the pinned commit."""
+    """Return the CUTLASS headers from the submodule nested in the submodule, at the pinned commit."""
     nested = project.submodule / project.family.cutlass_submodule
     wanted = project.release.cutlass
     if not wanted or not (project.submodule / ".git").exists():
@@ -178,7 +177,7 @@ def cutlass_from_submodule(project: Project, online: bool) -> Files | None:
 
 
 def cutlass_from_sdist(project: Project, online: bool) -> Files | None:
-    """The headers that the source distribution vendors."""
+    """Return the CUTLASS headers that the source distribution vendors."""
     path = download.sdist(project, offline=not online)
     prefix = f"{project.family.cutlass_submodule}/"
     if path is None:

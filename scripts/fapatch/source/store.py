@@ -1,5 +1,4 @@
-"""The bare git repository in .cache that holds upstream's files: one commit a release, equal on every
-machine.
+"""Keep upstream's files in a bare git repository in .cache: one commit a release, equal on every machine.
 
 refs/upstream/<family>/<version>   what the lock pins
 refs/local/<family>/<version>      what FA_SRC_DIR held when it differed from that
@@ -24,7 +23,7 @@ from ..base.project import Project
 
 _INCOMING = "refs/incoming"
 _AUTHOR = f"upstream <upstream@localhost> {git.FIXED_DATE}"
-# What running the tree leaves in it is no change of the source.
+# Files that a run leaves in the tree, which are no change of the source.
 EXCLUDE = "__pycache__/\n*.egg-info/\n.pytest_cache/\n.hypothesis/\n/build/\n*.so\n"
 _CONFIG = """[core]
 	repositoryformatversion = 0
@@ -33,14 +32,13 @@ _CONFIG = """[core]
 	commitGraph = false
 	multiPackIndex = false
 """
-# What the settings of a store may hold beside that: facts of the file system, what `@{upstream}` means, and a
-# person's name.
+# Other settings that a store may have: facts of the file system, the meaning of `@{upstream}`, a user's name.
 _SETTING = re.compile(
     r"core\.(filemode|ignorecase|precomposeunicode|symlinks)\n(true|false)"
     r"|branch\.[\w./+-]+\.(remote\n\.|merge\nrefs/[\w./+-]+)"
     r'|user\.(name|email)\n[^"\\\n]+'
 )
-# What would make git run a program, or read something else than the objects of this store.
+# Files that would make git run a program, or read other objects than those of this store.
 _FOREIGN = (
     "hooks/*",
     "info/attributes",
@@ -84,7 +82,7 @@ def ensure(project: Project) -> None:
 
 
 def _own_config(config: Path) -> list[str]:
-    """Write the settings of a store to ``config``, with those of _SETTING that it has; returns the names of
+    """Write the settings of a store to ``config``, keeping those that match _SETTING; returns the names of
     the others.
     """
     said = git.git("config", "--file", config, "--no-includes", "--null", "--list", check=False)
@@ -104,10 +102,10 @@ def _own_config(config: Path) -> list[str]:
 
 
 def own(project: Project) -> None:
-    """Take from the store, which may come from another machine, all that could run a program or change what
-    an id stands for, and say what that was. (``sound`` looks at the objects.)
+    """Remove from the store, which may come from another machine, everything that could run a program or
+    change what an id stands for, and report it. (``sound`` checks the objects.)
 
-    Raises FapError when there is a symbolic link in it, which could lead anywhere.
+    Raises FapError if the store holds a symbolic link, which could lead anywhere.
     """
     store = project.store
     if not store.is_dir():
@@ -134,8 +132,8 @@ def own(project: Project) -> None:
 
 
 def set_aside(project: Project) -> Path | None:
-    """Move a store that cannot be used out of the way, never delete it: commits may be in it. Returns its new
-    place.
+    """Move an unusable store out of the way and return its new place. It is never deleted, because it may
+    hold commits.
     """
     if not project.store.exists():
         return None
@@ -147,7 +145,7 @@ def set_aside(project: Project) -> Path | None:
 
 
 def lookup(project: Project, ref: str) -> tuple[str, str] | None:
-    """(commit, tree) that ``ref`` names, or None when it or the store is not there."""
+    """Return (commit, tree) that ``ref`` names, or None if it or the store does not exist."""
     if not project.store.is_dir():
         return None
     commit = git.resolve(f"{ref}^{{commit}}", repo=project.store)
@@ -156,8 +154,8 @@ def lookup(project: Project, ref: str) -> tuple[str, str] | None:
 
 
 def sound(project: Project, ref: str) -> tuple[str, str] | None:
-    """``lookup``, after every object of the store was read and compared with its id. A store with a wrong one
-    is moved out of the way.
+    """Return ``lookup`` after comparing every object of the store with its id. A store with a wrong object is
+    moved out of the way.
     """
     if not project.store.is_dir():
         return None
@@ -176,8 +174,8 @@ def import_files(
 ) -> tuple[str, str]:
     """Commit ``files`` (path, content) as plain files under ``ref``; returns (commit, tree).
 
-    Author, date and modes are fixed, so that equal files give an equal commit. Raises FapError, with ``ref``
-    as it was, when there is no file or one with a wrong name, or when the tree is not ``expected``.
+    Author, date and modes are fixed, so that equal files give an equal commit. Raises FapError, leaving
+    ``ref`` as it was, if there is no file, a file has a wrong name, or the tree is not ``expected``.
     """
     ensure(project)
     message = subject.encode()

@@ -1,4 +1,4 @@
-"""What became of a run of upstream's tests, on one page."""
+"""Judge a run of upstream's tests, and report it as text and JSON."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Result:
 class KnownFailure:
     """A failure that is upstream's own, for ``reason``.
 
-    ``id``: regular expression for the whole id of the case; ``message``: for a part of what the failure says.
+    ``id``: regular expression for the whole id of the case; ``message``: for a part of its error message.
     """
 
     id: str
@@ -48,8 +48,8 @@ class KnownFailure:
 
 
 def read_journal(path: Path) -> dict[str, Result]:
-    """The latest result of every case in a journal written by tests/upstream/pick.py. A line cut short by a
-    kill is passed over.
+    """Read the latest result of every case from a journal of tests/upstream/pick.py. A line cut short by a
+    kill is skipped.
     """
     results: dict[str, Result] = {}
     if path.is_file():
@@ -63,8 +63,8 @@ def read_journal(path: Path) -> dict[str, Result]:
 
 
 def read_known_failures(path: Path) -> list[KnownFailure]:
-    """The committed list at ``path``, ``[[failure]]`` tables. Raises FapError for an entry that lacks id,
-    message or reason.
+    """Read the ``[[failure]]`` tables at ``path``. Raises FapError for an entry that lacks id, message or
+    reason.
     """
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8")).get("failure", [])
@@ -81,9 +81,7 @@ def read_known_failures(path: Path) -> list[KnownFailure]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The cases that were asked for, sorted by what became of them. ``missing``: chosen, but never
-    finished.
-    """
+    """The chosen cases, sorted by their outcome. ``missing``: chosen, but never finished."""
 
     results: Mapping[str, Result]
     failed: tuple[str, ...]
@@ -98,8 +96,8 @@ class Outcome:
 def judge(
     chosen: Iterable[Case], journal: Mapping[str, Result], known_failures: Sequence[KnownFailure]
 ) -> Outcome:
-    """Sort the results of ``chosen``: a failure is known when an entry covers it, and otherwise counts
-    against us.
+    """Sort the results of ``chosen``. A failure that no entry of ``known_failures`` covers counts as
+    failed.
     """
     ids = [case.id for case in chosen]
     results = {i: journal[i] for i in ids if i in journal}
@@ -115,7 +113,9 @@ def judge(
 
 
 def counts(chosen: Iterable[Case], results: Mapping[str, Result]) -> dict[tuple[str, bool], Counter[str]]:
-    """(test function, use_softmax) -> how many passed, failed, were skipped, and the sum of their seconds."""
+    """Count results: (test function, use_softmax) -> how many passed, failed and were skipped, and their
+    seconds.
+    """
     table: dict[tuple[str, bool], Counter[str]] = {}
     for case in chosen:
         if result := results.get(case.id):
@@ -126,7 +126,7 @@ def counts(chosen: Iterable[Case], results: Mapping[str, Result]) -> dict[tuple[
 
 
 def totals(chosen: Iterable[Case], results: Mapping[str, Result]) -> dict[bool, Counter[str]]:
-    """use_softmax -> the counts over all test functions; "ran" is passed + failed."""
+    """Sum the counts over all test functions: use_softmax -> counts; "ran" is passed + failed."""
     total: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for (_, use_softmax), row in counts(chosen, results).items():
         total[use_softmax].update(row)
@@ -135,7 +135,7 @@ def totals(chosen: Iterable[Case], results: Mapping[str, Result]) -> dict[bool, 
 
 
 def table(chosen: Sequence[Case], outcome: Outcome) -> str:
-    """Passed, failed and skipped for each test function, with softmax and without, as text."""
+    """Format passed, failed and skipped for each test function, with softmax and without, as text."""
     rows = counts(chosen, outcome.results)
     functions = sorted({function for function, _ in rows})
     width = max((len(f) for f in functions), default=0)
@@ -154,7 +154,9 @@ def table(chosen: Sequence[Case], outcome: Outcome) -> str:
 
 
 def failures(outcome: Outcome, limit: int = 20) -> str:
-    """The ids of what failed, with the first line of why; known failures with their reason."""
+    """List the ids of failed cases with the last line of their message, and known failures with their
+    reason.
+    """
     lines = []
     for title, ids in (("failed", outcome.failed), ("not finished", outcome.missing)):
         for i in ids[:limit]:
@@ -167,7 +169,7 @@ def failures(outcome: Outcome, limit: int = 20) -> str:
 
 
 def document(chosen: Sequence[Case], outcome: Outcome, facts: Mapping[str, object]) -> dict[str, object]:
-    """Everything above but the single results, to be written as JSON."""
+    """Collect everything but the single results, to be written as JSON."""
     by_function = [
         {
             "function": f,

@@ -1,4 +1,4 @@
-"""Which of upstream's million test cases to run: a sample that depends on the seed and the case's name alone.
+"""Choose which of upstream's million test cases to run, by the seed and the case's name alone.
 
 Cases are ranked by sha256(seed, id), so a seed always gives the same sample, a larger sample holds the
 smaller one, and a new parameter value upstream does not shuffle the rest. The sample is stratified: every
@@ -39,8 +39,9 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Cases not to run: those for which ``applies(function, parameters)`` holds. ``parameters`` are the
-    labels of the parameters ``about`` that the function has; ``text`` says in words what is left out."""
+    """Leave out the cases for which ``applies(function, parameters)`` holds. ``parameters`` are the labels of
+    those parameters ``about`` that the function has; ``text`` describes the cases in words.
+    """
 
     text: str
     about: frozenset[str]
@@ -49,8 +50,8 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The chosen cases in order of rank, how many there were to choose from, and how many each rule left out,
-    by its text.
+    """The chosen cases in order of rank, the number of eligible cases, and the number that each rule left
+    out, by its text.
     """
 
     cases: tuple[Case, ...]
@@ -59,7 +60,7 @@ class Sample:
 
 
 def _parameters(axes: Sequence[Axis], index: Index) -> dict[str, str]:
-    """Parameter name -> label. A label of several values is the values joined by "-", as pytest does."""
+    """Map parameter name -> label. pytest joins the values of a label of several parameters by "-"."""
     found: dict[str, str] = {}
     for axis, i in zip(axes, index):
         values = axis.labels[i].split("-") if len(axis.names) > 1 else [axis.labels[i]]
@@ -75,10 +76,10 @@ def case_id(function: str, axes: Sequence[Axis], index: Index) -> str:
 def eligible(
     function: str, axes: Sequence[Axis], rules: Sequence[Rule] = (), left_out: Counter[str] | None = None
 ) -> Iterator[Index]:
-    """The index of every case of ``function`` to which none of ``rules`` applies; the others are counted in
+    """Yield the index of every case of ``function`` to which none of ``rules`` applies; count the others in
     ``left_out``.
 
-    A rule is asked once for each combination of what it is about, so that a million cases take seconds.
+    A rule is evaluated once for each combination of its parameters, so that a million cases take seconds.
     """
     looked_at = [[a for a, axis in enumerate(axes) if rule.about & set(axis.names)] for rule in rules]
     verdicts: list[dict[Index, bool]] = [{} for _ in rules]
@@ -100,7 +101,7 @@ def rank(seed: int, case_id: str) -> bytes:
 
 
 def _shares(sizes: Sequence[int], count: int) -> list[int]:
-    """Deal ``count`` over strata of the given sizes as evenly as they allow."""
+    """Distribute ``count`` over strata of the given sizes as evenly as they allow."""
     shares = [0] * len(sizes)
     left = min(count, sum(sizes))
     while left:
@@ -120,8 +121,8 @@ def choose(
     fraction: float,
     rules: Sequence[Rule] = (),
 ) -> Sample:
-    """Choose ``count`` cases, or ``fraction`` (0 to 1) of each stratum when ``count`` is None, of those that
-    ``rules`` do not leave out.
+    """Choose from the cases that ``rules`` leave: ``count`` cases, or ``fraction`` (0 to 1) of each stratum
+    if ``count`` is None.
     """
     strata: dict[tuple[str, bool], list[tuple[bytes, Index]]] = {}
     left_out: Counter[str] = Counter()

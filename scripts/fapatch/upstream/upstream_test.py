@@ -1,10 +1,9 @@
 """Run upstream's own tests/test_flash_attn.py from the patched tree: a deterministic sample on the CPU, any
 part of it on a GPU.
 
-Exit code 0 when every chosen case passed or skipped itself, or failed in a way listed in
-tests/upstream/known_failures.toml; 1 otherwise. Every finished case is written to a journal at once. A case
-that passed is not run again as long as the package, the tests and the plugin are the same, so a run that was
-stopped goes on where it stopped.
+Exit code 0 if every chosen case passed, skipped itself, or failed as listed in
+tests/upstream/known_failures.toml; else 1. Every finished case is written to a journal at once. A case that
+passed is not run again while the package, the tests and the plugin are the same, so a stopped run resumes.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ CASE_TIMEOUT = 300  # seconds
 
 @dataclass(frozen=True)
 class Size:
-    """What one case of a test function computes: ``sequences`` = batch * heads, done ``repeats`` times."""
+    """The work of one case of a test function: ``sequences`` = batch * heads, computed ``repeats`` times."""
 
     sequences: int
     repeats: int = 1
 
 
-# Read off upstream's test file; a function that is not here counts as one pass over 4 sequences of 9 heads.
+# From upstream's test file. A function that is not listed counts as one pass over 4 sequences of 9 heads.
 SIZES = {
     "test_flash_attn_varlen_causal": Size(8 * 9),
     "test_flash_attn_splitkv": Size(12),
@@ -110,14 +109,14 @@ def _environment(project: Project, threads: int) -> dict[str, str | None]:
     path = os.pathsep.join(
         filter(None, [str(project.root / "tests" / "upstream"), os.environ.get("PYTHONPATH", "")])
     )
-    # Called from a test of ours, the options of that pytest must not reach this one.
+    # If one of our tests calls this, the options of its pytest must not reach the new one.
     outer = {name: None for name in os.environ if name.startswith("PYTEST_")}
     return {**outer, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
 
 
 def fingerprint(package: Path, *others: Path) -> str:
-    """sha256 over the Python files and extensions of ``package`` and over ``others``: what a result depends
-    on.
+    """Hash (sha256) what a result depends on: the Python files and extensions of ``package``, and
+    ``others``.
     """
     digest = hashlib.sha256()
     extensions = sorted(package.parent.glob("flash_attn_2_cuda*.so"))
@@ -128,8 +127,8 @@ def fingerprint(package: Path, *others: Path) -> str:
 
 
 def _jobs(gpus: int) -> int:
-    """Worker processes: one a core on the CPU, a few on each GPU; the largest reference computation takes
-    about 3 GiB.
+    """The number of worker processes: one a core on the CPU, a few on each GPU. The largest reference
+    computation takes about 3 GiB.
     """
     cores = os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30 if hasattr(os, "sysconf") else 8
@@ -137,8 +136,8 @@ def _jobs(gpus: int) -> int:
 
 
 def _describe(project: Project, test_file: Path, folder: Path) -> dict:
-    """Parameters of the test file, where flash_attn was imported from, and whether there is a GPU to run on
-    (see axes.py).
+    """Read the parameters of the test file, the folder of flash_attn, and whether there is a GPU (see
+    axes.py).
     """
     axes = project.root / "tests" / "upstream" / "axes.py"
     said = run(
@@ -160,7 +159,7 @@ def _run_batch(
         plan.setdefault(case.function, []).append(case.index)
     plan_file = folder / f"plan-{os.getpid()}.json"
     plan_file.write_text(json.dumps(plan), encoding="utf-8")
-    ini = folder / "pytest.ini"  # ours, so that no configuration of this or another project is picked up
+    ini = folder / "pytest.ini"  # an own file, so that pytest reads no other project's configuration
     ini.write_text("[pytest]\n", encoding="utf-8")
     threads = max(1, (os.cpu_count() or 1) // jobs)
     try:
@@ -208,9 +207,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=env("FRACTION"),
         help="share of all cases, 0 to 1, in place of a count (FRACTION)",
     )
-    parser.add_argument(
-        "--seed", default=env("SEED") or "0", help="another seed is another sample (default 0; SEED)"
-    )
+    parser.add_argument("--seed", default=env("SEED") or "0", help="seed of the sample (default 0; SEED)")
     parser.add_argument(
         "--jobs", default=env("JOBS"), help="worker processes (default: by cores and memory; JOBS)"
     )
@@ -242,7 +239,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
     )
     folder = project.build / "upstream-test"
     folder.mkdir(parents=True, exist_ok=True)
-    with locking.exclusive(project, "upstream-test"):  # not for the whole run: a full one takes hours
+    with locking.exclusive(project, "upstream-test"):  # not for the whole run: a full run takes hours
         test_file = apply.ensure(project) / "tests" / "test_flash_attn.py"
 
     if not test_file.is_file():

@@ -1,5 +1,5 @@
-"""The folder in which upstream's setup.py runs: the files of the patched tree, without git, beside the
-objects of earlier builds.
+"""Prepare the folder in which upstream's setup.py runs: the files of the patched tree, without git, beside
+the objects of earlier builds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CUTLASS_MARK = "csrc/cutlass/include/cutlass/cutlass.h"
 
 
 def verified(project: Project, worktree: Path) -> State:
-    """What `apply` made. Raises FapError unless it is what is committed in ``worktree``."""
+    """Return the state that `apply` recorded. Raises FapError unless ``worktree`` has that tree committed."""
     known = state.read(project)
     found = git.output("rev-parse", "HEAD^{tree}", cwd=worktree)
     if known is None or found != known.tree:
@@ -32,7 +32,7 @@ def verified(project: Project, worktree: Path) -> State:
 
 
 def _write_if_different(target: Path, content: bytes) -> None:
-    """Leave an equal file and its time stamp alone: ninja decides by time stamps what to compile."""
+    """Write ``target`` unless it is equal already: ninja decides by time stamps what to compile."""
     if target.is_file() and target.read_bytes() == content:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,15 +45,15 @@ def _provide_cutlass(project: Project, with_cutlass: bool) -> None:
     if with_cutlass:
         fetch.export_cutlass(project, project.wheel_dir / project.family.cutlass_submodule)
         return
-    # setup.py asserts that this file exists, also when it compiles nothing.
+    # setup.py asserts that this file exists, even if it compiles nothing.
     mark = project.wheel_dir / CUTLASS_MARK
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
 
 
 def sync(project: Project, tree: str, with_cutlass: bool) -> None:
-    """Make ``project.wheel_dir`` hold the files of ``tree``, a git id, and none of an earlier tree; objects
-    stay.
+    """Write the files of ``tree``, a git id, to ``project.wheel_dir`` and remove those of an earlier tree;
+    objects stay.
     """
     target = project.wheel_dir
     target.mkdir(parents=True, exist_ok=True)
@@ -63,18 +63,18 @@ def sync(project: Project, tree: str, with_cutlass: bool) -> None:
             "there",
             "remove it",
         )
-    # Read from the store and not from the worktree: these are the bytes that the verified id stands for.
+    # Read from the store, not the worktree: the store has the bytes that the verified id stands for.
     files = dict(git.read_tree(tree, lambda path: True, repo=project.store))
     manifest = target / MANIFEST
     before = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else []
     manifest.write_text(
         json.dumps(sorted({*before, *files})), encoding="utf-8"
-    )  # both, in case the copy is cut short
+    )  # old and new names, in case the copy is cut short
     for name, content in files.items():
         _write_if_different(target / name, content)
     for name in set(before) - set(files):
         (target / name).unlink(missing_ok=True)
-    # setuptools would put what an earlier build left in these into the new wheel.
+    # setuptools would put files that an earlier build left in these folders into the new wheel.
     top = project.setup_dir
     for leftover in [*(top / "build").glob("lib*"), *(top / "build").glob("bdist*"), *top.glob("*.egg-info")]:
         shutil.rmtree(leftover)

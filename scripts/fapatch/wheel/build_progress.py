@@ -1,4 +1,4 @@
-"""What a CUDA build says while it runs: n of m files, the time so far and an estimate of the rest; all of the
+"""Show the progress of a CUDA build: n of m files, the time so far and an estimate of the rest. The whole
 output goes to a file.
 """
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 NINJA = re.compile(rb"^\[(\d+)/(\d+)\] ")
-NOTE = b"kernel_build: "  # what kernel_build.py of the overlay tells whoever builds
-SECONDS_BETWEEN_LINES = 20  # where the output is no terminal
+NOTE = b"kernel_build: "  # starts a message of kernel_build.py (overlay) to the user
+SECONDS_BETWEEN_LINES = 20  # if the output is no terminal
 
 
 def clock(seconds: float) -> str:
@@ -22,8 +22,8 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Takes the lines of a build; writes them to ``log`` and a progress line to ``screen`` for each file that
-    ninja has finished, and what the build itself tells people.
+    """Takes the lines of a build and writes them to ``log``. Writes to ``screen`` a progress line for each
+    file that ninja has finished, and the build's messages to the user.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Progress:
 
 
 def errors_in(log: Path, most: int = 20) -> str:
-    """The first lines of a build's output that name an error, for the message of a build that failed."""
+    """Return the first lines of a failed build's output that name an error, or else its last lines."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     found = [line for line in lines if re.search(r"\berror\b|Error:|FAILED:", line)]
     return "\n".join((found or lines[-most:])[:most])

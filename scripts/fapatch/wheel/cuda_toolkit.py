@@ -1,8 +1,9 @@
-"""Where the CUDA toolkit is: the folder that a build gets as CUDA_HOME, and what torch's packages add to it.
+"""Find the CUDA toolkit: the folder that a build gets as CUDA_HOME, and the headers that torch's packages
+add.
 
-A toolkit can be used when it has bin/nvcc and include/cuda_runtime.h, both: the nvcc on the PATH may be a
-wrapper script in a folder without headers, and torch takes that folder for the toolkit. It must also be of
-the major version that torch was built with.
+A toolkit can be used if it has both bin/nvcc and include/cuda_runtime.h, and the major version that torch was
+built with. The nvcc on the PATH may be a wrapper script in a folder without headers, which torch takes for
+the toolkit.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from ..base.errors import FapError
 from ..base.process import run
 
 USUAL_HOME = Path("/usr/local/cuda")
-TOOLCHAIN = "cuda-toolchain"  # inside .venv: what `make toolchain` installs
-# Of the libraries whose headers torch's own include; a toolkit of the compiler alone has none of them.
+TOOLCHAIN = "cuda-toolchain"  # inside .venv, made by `make toolchain`
+# Headers of libraries that torch's own headers include. A toolkit of the compiler alone lacks them.
 LIBRARY_HEADERS = ("cublas_v2.h", "cusolverDn.h", "cusparse.h")
 ABOUT = """
 import json, platform, sys, torch
@@ -33,9 +34,9 @@ print(json.dumps({"python": platform.python_version(), "version": torch.__versio
 
 @dataclass(frozen=True)
 class Torch:
-    """The torch of a Python: ``cuda`` is the CUDA version it was built with, None for a torch without;
-    ``gpu``: it can use one; ``home``: the toolkit that it would take; ``packages``: the folders that this
-    Python imports from.
+    """The torch of a Python. ``cuda``: the CUDA version it was built with, or None; ``gpu``: whether it can
+    use a GPU; ``home``: the toolkit that it would take; ``packages``: the folders that this Python imports
+    from.
     """
 
     python: str
@@ -53,7 +54,7 @@ class Torch:
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A toolkit that can be used, and what led to it."""
+    """A toolkit that can be used, and how it was found."""
 
     home: Path
     origin: str
@@ -65,14 +66,14 @@ class Toolkit:
 
 @dataclass(frozen=True)
 class Search:
-    """The toolkit that was found, if any, and one sentence for each that was passed over before it."""
+    """The toolkit that was found, if any, and a sentence for each that was refused before it."""
 
     toolkit: Toolkit | None
     refused: tuple[str, ...]
 
     def require(self, what: str, hint: str) -> Toolkit:
-        """The toolkit. Raises FapError, which says that ``what`` needs it and what is wrong with those that
-        are here.
+        """Return the toolkit. Raises FapError, which says that ``what`` needs one and why each that is here
+        was refused.
         """
         if self.toolkit is None:
             found = "; ".join(self.refused) or "neither CUDA_HOME nor PATH leads to an nvcc"
@@ -81,12 +82,12 @@ class Search:
 
 
 def toolchain_home(venv: Path) -> Path | None:
-    """The toolkit that `make toolchain` has put into ``venv``."""
+    """The toolkit that `make toolchain` installed into ``venv``."""
     return next((nvcc.parents[1] for nvcc in (venv / TOOLCHAIN).glob("nvidia/*/bin/nvcc")), None)
 
 
 def version(home: Path) -> str:
-    """The CUDA version of a toolkit, such as 13.0, read from its headers; "" when they do not say."""
+    """Read the CUDA version of a toolkit, such as 13.0, from its headers; "" if they do not say."""
     header = home / "include" / "cuda_runtime_api.h"
     found = (
         re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header.read_text(errors="replace"))
@@ -113,7 +114,7 @@ def _candidates(venv: Path, torch: Torch, environ: Mapping[str, str]) -> Iterato
 
 
 def _fault(home: Path, torch: Torch) -> str:
-    """What keeps a build from using this toolkit; "" when nothing does."""
+    """Say why a build cannot use the toolkit at ``home``; "" if it can."""
     if not os.access(home / "bin" / "nvcc", os.X_OK):
         return f"{home} has no bin/nvcc"
     if not (home / "include" / "cuda_runtime.h").is_file():
@@ -125,8 +126,8 @@ def _fault(home: Path, torch: Torch) -> str:
 
 
 def find(venv: Path, torch: Torch, environ: Mapping[str, str] = os.environ) -> Search:
-    """Look in CUDA_HOME, the toolchain in ``venv``, torch's guess, beside the nvcc on the PATH, and in the
-    usual place.
+    """Look for a toolkit in CUDA_HOME, the toolchain in ``venv``, torch's guess, beside the nvcc on the PATH,
+    and in the usual place.
     """
     refused = []
     for origin, home in _candidates(venv, torch, environ):
@@ -140,9 +141,8 @@ def find(venv: Path, torch: Torch, environ: Mapping[str, str] = os.environ) -> S
 def build_environment(
     toolkit: Toolkit, packages: Sequence[str], environ: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """The variables for a build with ``toolkit``. Library headers that it lacks come from torch's own
-    packages in ``packages``; the compilers look into CPATH and LIBRARY_PATH last, so the toolkit's own files
-    win.
+    """The variables for a build with ``toolkit``. Library headers that it lacks come from torch's packages in
+    ``packages``. Compilers search CPATH and LIBRARY_PATH last, so the toolkit's own files win.
     """
     lacking = [header for header in LIBRARY_HEADERS if not (toolkit.home / "include" / header).is_file()]
     found = (
@@ -164,8 +164,8 @@ def build_environment(
 def find_program(
     name: str, venv: Path, torch: Torch, toolkit: Toolkit | None, environ: Mapping[str, str] = os.environ
 ) -> Path | None:
-    """A program of the toolkit such as cuobjdump, which may also come with a package, as with Triton's, or be
-    on the PATH.
+    """Find a program of the toolkit such as cuobjdump: in the toolkit, a package of torch's Python (Triton
+    has one) or on the PATH.
     """
     home = toolchain_home(venv)
     folders = [known / "bin" for known in (toolkit and toolkit.home, home) if known]

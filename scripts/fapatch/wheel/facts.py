@@ -1,4 +1,4 @@
-"""What a wheel says of its own making: nosoftmax.json in its .dist-info."""
+"""Make and read nosoftmax.json, the record in a wheel's .dist-info of what it was made from."""
 
 from __future__ import annotations
 

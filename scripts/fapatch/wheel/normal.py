@@ -1,4 +1,4 @@
-"""Write a wheel in one form, so that equal files give equal bytes whatever built it.
+"""Rewrite a wheel in one normal form, so that equal files give equal bytes whatever tool built it.
 
 Versions of setuptools differ in the fields of METADATA, in the place of licences and in the name that they
 put into WHEEL; the umask and the file system decide on modes and order. None of that is content.
@@ -21,7 +21,7 @@ from ..base import git
 from . import facts
 
 _DATE = time.gmtime(int(git.FIXED_DATE.split()[0]))[:6]
-# Of the wheel's making, or written anew.
+# These fields depend on the build tool, or are written anew.
 _DROPPED = ("Metadata-Version: ", "Dynamic: ", "License-File: ")
 
 
@@ -49,8 +49,8 @@ def _record(members: dict[str, bytes], name: str) -> bytes:
 
 
 def rewrite(wheel: Path, added: Mapping[str, bytes] | None = None) -> None:
-    """Replace ``wheel`` by its one form: members in order, with fixed dates and modes, and a .dist-info
-    folder that says the same things in the same words, with the files of ``added`` (name -> content) in it.
+    """Replace ``wheel`` by its normal form: members in order, with fixed dates and modes, and a .dist-info
+    folder in fixed wording, with the files of ``added`` (name -> content) in it.
     """
     with zipfile.ZipFile(wheel) as archive:
         members = {name: archive.read(name) for name in archive.namelist() if not name.endswith("/")}

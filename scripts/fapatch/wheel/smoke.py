@@ -1,13 +1,13 @@
-"""One forward and backward without softmax through the installed package, and one call of every public
-function with softmax and without, against the same sum written out in float64.
+"""Smoke-test the installed package against float64: one forward and backward without softmax, and one call of
+every public function with softmax and without.
 
-The shape is causal, bottom-right aligned, with more queries than keys, so that some rows see no key and must
-come out exactly 0: there a kernel that still divides by a softmax sum gives NaN. Two key heads serve four
-query heads.
+The mask is causal, aligned bottom-right, and there are more queries than keys. Some rows therefore see no key
+and must be exactly 0, where a kernel that still divides by a softmax sum gives NaN. nheads is 4, nheads_k is
+2.
 
-Where the kernels are compiled when they are called, these calls need a Hopper GPU. Elsewhere one kernel is
-compiled for Hopper without a GPU: upstream compiles for fake tensors when the architecture is named. Where
-the compiler is not installed either, the installed files are parsed.
+For a package whose kernels are compiled when they are called, these calls need a Hopper GPU. On another
+machine one kernel is compiled for Hopper without a GPU: upstream compiles for fake tensors if the
+architecture is named. If the compiler is missing too, the installed files are only parsed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 BATCH, SEQLEN_Q, SEQLEN_K, NHEADS, NHEADS_K = 2, 160, 96, 4, 2
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}  # relative; a few roundings of each dtype
 
-# Read when flash_attn.cute and its compiler are imported: which kernels to take, what to compile them for,
-# and for how many SMs (H100). A kernel that an earlier run left on the disk would show nothing.
+# flash_attn.cute and its compiler read these when imported: which kernels to take, the architecture, and the
+# number of SMs (H100). The cache is off, because a kernel from an earlier run would show nothing.
 FOR_HOPPER = {
     "FLASH_ATTENTION_ARCH": "sm_90",
     "CUTE_DSL_ARCH": "sm_90a",
@@ -49,11 +49,10 @@ HOPPER = (9, 0)
 
 @dataclass(frozen=True)
 class Target:
-    """Where the package runs, what that is called, and with what it is called there: the kernels that the
-    installed build has.
+    """A device, its name, and the calls that the installed build has kernels for on it.
 
-    ``module`` has the functions that are called; ``cache`` and ``softmax``: whether the build has kernels for
-    a KV cache and for softmax.
+    ``module``: the module of the public functions; ``cache`` and ``softmax``: whether the build has kernels
+    for a KV cache and for softmax.
     """
 
     device: str
@@ -67,11 +66,13 @@ class Target:
 
     @property
     def options(self) -> dict[str, str]:
-        """What keeps a call without softmax on this wheel's kernels where another wheel is beside it."""
+        """Arguments that keep a call without softmax on this wheel's kernels if another wheel is installed
+        too.
+        """
         return {"backend": "fa2"} if (self.device, self.module) == ("cuda", "flash_attn") else {}
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
-        """Without softmax, by what this wheel has for the device and not by another wheel beside it."""
+        """Attend without softmax, by this wheel's kernels for the device and not another wheel's."""
         function = importlib.import_module(self.module).flash_attn_func
         return _first(function(q, k, v, causal=causal, use_softmax=False, **self.options))
 
@@ -85,7 +86,7 @@ def _first(out: torch.Tensor | tuple) -> torch.Tensor:
 
 
 def in_float64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, use_softmax: bool = False) -> torch.Tensor:
-    """out = (M * (scale q k^T)) v, or with the softmax of the visible scores in the place of M * (...).
+    """Compute out = (M * (scale q k^T)) v, or with the softmax of the visible scores in place of M * (...).
 
     q: (batch, seqlen_q, nheads, head_dim), k, v: (batch, seqlen_k, nheads_k, head_dim), all float64.
     """
@@ -99,8 +100,8 @@ def in_float64(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, use_softmax: b
 
 
 def calls(target: Target, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, tuple]:
-    """name -> positional and keyword arguments of a call that attends from q to k and v, all of one shape,
-    for every public function that ``target`` has.
+    """Make a call for every public function of ``target`` that attends from q to k and v, all of one shape:
+    name -> (positional, keyword arguments).
     """
     import torch
 
@@ -124,7 +125,9 @@ def calls(target: Target, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
 
 
 def wrong_functions(target: Target) -> tuple[int, list[str]]:
-    """(how many calls of public functions were made, a line for each that failed or gave a wrong result)."""
+    """Call the public functions; returns (number of calls, a line for each that failed or gave a wrong
+    result).
+    """
     import torch
 
     dtype, wrong, made = getattr(torch, target.dtypes[0]), [], 0
@@ -143,7 +146,7 @@ def wrong_functions(target: Target) -> tuple[int, list[str]]:
                 error = float((out.view(shape).double() - expected).abs().max() / expected.abs().max())
                 said = f"relative error {error:.1e}"
                 fine = error <= TOLERANCE[target.dtypes[0]]
-            except Exception as e:  # whatever a call raises is what is wrong with that function
+            except Exception as e:  # any exception counts as a fault of that function
                 said, fine = f"{type(e).__name__}: {e}", False
             if not fine:
                 wrong.append(f"{name}, use_softmax={use_softmax}: {said}")
@@ -151,8 +154,8 @@ def wrong_functions(target: Target) -> tuple[int, list[str]]:
 
 
 def measure(target: Target, dtype: torch.dtype) -> tuple[dict[str, float], int, float]:
-    """(relative error of out, dq, dk, dv in the maximum norm; how many NaN or Inf; seconds for the passes of
-    ``target``).
+    """Return (relative error of out, dq, dk, dv in the maximum norm; number of NaN or Inf; seconds for the
+    passes of ``target``).
     """
     import torch
 
@@ -170,7 +173,7 @@ def measure(target: Target, dtype: torch.dtype) -> tuple[dict[str, float], int, 
     results = passes(partial(target.attend, causal=True), *leaves, dout)
     not_finite = sum(int((~t.isfinite()).sum()) for t in results)
     seconds = time.perf_counter() - start
-    # Leaves of their own, or their gradients would be rounded too.
+    # Separate leaves in float64, or their gradients would be rounded too.
     expected = passes(
         in_float64, *[t.detach().double().requires_grad_(target.backward) for t in inputs], dout.double()
     )
@@ -179,17 +182,16 @@ def measure(target: Target, dtype: torch.dtype) -> tuple[dict[str, float], int, 
 
 
 def probe(target: Target, dtype: torch.dtype) -> None:
-    """Attend once, to one key. Raises what the package raises."""
+    """Attend once, to one key. Raises any error of the package."""
     import torch
 
     target.attend(*[torch.zeros(1, 1, 1, target.head_dim, device=target.device, dtype=dtype)] * 3)
 
 
 def on_gpu() -> Target:
-    """The GPU, with one of the head dimensions and the dtypes that the extension was built for
-    (kernel_build.py).
+    """The GPU, with a head dimension and the dtypes that the extension was built for (kernel_build.py).
 
-    Raises ValueError or RuntimeError, which say why it cannot be the GPU.
+    Raises ValueError or RuntimeError, which say why the GPU cannot be used.
     """
     import torch
 
@@ -197,7 +199,7 @@ def on_gpu() -> Target:
     try:
         import flash_attn_2_cuda as extension
     except ImportError:
-        pass  # the call below says it better
+        pass  # the call below gives a better message
     else:
         kinds = {"fp16": "float16", "bf16": "bfloat16"}
         built = {"dtypes": tuple(kinds[x] for x in getattr(extension, "built_dtypes", kinds))}
@@ -232,7 +234,7 @@ def best_target() -> Target:
 
 
 def report(target: Target, package: str) -> bool:
-    """Print one line a dtype for the installed ``package``; returns whether all of them are right."""
+    """Print a line for each dtype for the installed ``package``; returns whether all are right."""
     import torch
 
     print(
@@ -258,8 +260,8 @@ def report(target: Target, package: str) -> bool:
 
 
 def step_past_base(family: Family) -> None:
-    """Import the package's code from where it is installed. It is one folder of flash_attn, and a flash_attn
-    with an __init__.py among the packages that .venv shares with its base is where Python would look alone.
+    """Import the package's code, one folder of flash_attn, from where it is installed. If the packages that
+    .venv shares with its base hold a flash_attn with an __init__.py, Python would look only there.
     """
     top = family.code.partition("/")[0]
     own = str(metadata.distribution(family.package).locate_file(top))
@@ -272,8 +274,8 @@ def step_past_base(family: Family) -> None:
 
 
 def parsed(family: Family) -> int:
-    """How many Python files of the package are installed. Raises FapError when one is gone or does not parse,
-    or Python finds others.
+    """Parse the installed Python files of the package and return their number. Raises FapError if one is
+    missing or does not parse, or if Python imports others.
     """
     files = [file.locate() for file in metadata.files(family.package) or () if file.suffix == ".py"]
     try:
@@ -294,15 +296,17 @@ def parsed(family: Family) -> int:
 
 
 def lacking(family: Family) -> list[str]:
-    """What the installed package needs, declared or not and at any depth, and this environment lacks."""
+    """List the dependencies of the installed package, declared or not and at any depth, that this environment
+    lacks.
+    """
     from ..workers.missing import unmet
 
     return unmet([*(metadata.requires(family.package) or ()), *family.undeclared], {})
 
 
 def compile_one() -> float:
-    """Compile a causal bf16 forward kernel without softmax for Hopper; returns the seconds of the import and
-    the call.
+    """Compile a causal bf16 forward kernel without softmax for Hopper; returns the seconds of import and
+    call.
     """
     os.environ.update(FOR_HOPPER)
     import torch
@@ -312,7 +316,7 @@ def compile_one() -> float:
     from flash_attn.cute import flash_attn_func
 
     with FakeTensorMode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that a fake tensor is asked for its address
+        warnings.simplefilter("ignore")  # torch warns if a fake tensor is asked for its address
         shapes = [(BATCH, SEQLEN_Q, NHEADS, 128), *[(BATCH, SEQLEN_K, NHEADS_K, 128)] * 2]
         flash_attn_func(
             *[torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in shapes],
@@ -323,7 +327,7 @@ def compile_one() -> float:
 
 
 def report_compiled(family: Family) -> bool:
-    """Print what was checked and what was not; returns whether all that was checked is right."""
+    """Print what was checked and what was not; returns whether all checks passed."""
     step_past_base(family)
     if missing := lacking(family):
         print(

@@ -1,9 +1,9 @@
-"""Build the wheel from the patched tree, check what is in it, install it into .venv, and show that it works.
+"""Build the wheel from the patched tree, check its contents, install it into .venv, and smoke-test it.
 
-Upstream's own build does it, in a copy of the patched tree that has no .git folder (setup.py would start `git
-submodule update` in one) and with FLASH_ATTENTION_FORCE_BUILD=TRUE (it would otherwise download upstream's
-own wheel). The copy is kept: a CUDA build that was stopped goes on with the objects it has. The second run
-does nothing and says why.
+Upstream's own build runs in a copy of the patched tree without a .git folder, in which setup.py would start
+`git submodule update`. FLASH_ATTENTION_FORCE_BUILD=TRUE keeps it from downloading upstream's own wheel. The
+copy is kept, so that a stopped CUDA build resumes with the objects it has. The second run does nothing and
+says why.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from .cuda_toolkit import Search, Torch
 
 EXCLUSIVE = True
 BACKENDS = ("auto", "cpu", "cuda")
-# What csrc/flash_attn/kernel_build.py reads: which kernels a CUDA build holds.
+# Variables that choose the kernels of a CUDA build; csrc/flash_attn/kernel_build.py reads them.
 CUDA_OPTIONS = ("HEAD_DIMS", "DTYPES", "PASSES", "ARCHS", "NO_SOFTMAX_ONLY", "FLASH_ATTN_CUDA_ARCHS")
-# nvcc on the largest backward file, one architecture after the other, stays below this.
+# nvcc needs less than this for the largest backward file, one architecture after the other.
 BYTES_PER_COMPILER = 5 << 30
 FREE_BYTES = {"cpu": 200 << 20, "python": 200 << 20, "cuda": 8 << 30}
 TOOLCHAIN_HINT = "`make toolchain` installs it from the Python package index"
@@ -42,7 +42,7 @@ TOOLCHAIN_HINT = "`make toolchain` installs it from the Python package index"
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that a wheel depends on; two equal ones give the same wheel."""
+    """All that a wheel depends on; equal inputs give the same wheel."""
 
     tree: str
     lock: str
@@ -57,7 +57,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Backend:
-    """``hint``: what would make a faster one possible here, if anything would."""
+    """The kernels of a wheel. ``hint``: how to get a faster backend on this machine, or ""."""
 
     name: str
     reason: str
@@ -65,9 +65,9 @@ class Backend:
 
 
 def choose_backend(asked: str, torch: Torch, nvcc: Search) -> Backend:
-    """cpu or cuda.
+    """Choose cpu or cuda.
 
-    Raises UsageError for another name, FapError when cuda was asked for and cannot be built here.
+    Raises UsageError for another name, FapError if cuda was asked for and cannot be built here.
     """
     if asked not in BACKENDS:
         raise UsageError(f"BACKEND={asked} is not known", f"choose one of: {', '.join(BACKENDS)}")
@@ -102,7 +102,7 @@ def choose_backend(asked: str, torch: Torch, nvcc: Search) -> Backend:
 
 
 def without_extension(family: Family, asked: str) -> Backend:
-    """The backend of a family that is Python alone. Raises UsageError when another one was asked for."""
+    """The backend of a family that is Python alone. Raises UsageError if another one was asked for."""
     if asked not in ("auto", "python"):
         raise UsageError(
             f"BACKEND={asked}: {family.name} is Python alone, there is nothing to compile",
@@ -112,7 +112,7 @@ def without_extension(family: Family, asked: str) -> Backend:
 
 
 def max_jobs(cores: int, free_bytes: int) -> int:
-    """How many compilers to run at once: one a core, as far as the memory goes (upstream's own rule leaves
+    """The number of compilers to run at once: one a core, as far as memory allows (upstream's own rule leaves
     half of the cores idle).
     """
     return max(1, min(cores, free_bytes // BYTES_PER_COMPILER))
@@ -131,7 +131,7 @@ def build_environment(project: Project, backend: str) -> dict[str, str]:
         "FLASH_ATTN_LOCAL_VERSION": label,
         "FLASH_ATTENTION_SKIP_CUDA_BUILD": "FALSE" if backend == "cuda" else "TRUE",
         "FLASH_ATTENTION_TRITON_AMD_ENABLE": "FALSE",
-        # there is no git to ask
+        # setuptools-scm has no git to ask
         "SETUPTOOLS_SCM_PRETEND_VERSION": f"{project.release.version}+{label}",
         "PYTHONPATH": "",  # the build sees .venv alone
         "SOURCE_DATE_EPOCH": git.FIXED_DATE.split()[0],  # equal inputs, equal bytes
@@ -150,8 +150,8 @@ def _read_state(project: Project) -> dict:
 
 
 def up_to_date(project: Project, inputs: Inputs, state: dict) -> tuple[Path | None, str]:
-    """(the wheel, "") when ``state`` describes a wheel made from ``inputs`` that is still whole, else (None,
-    the reason).
+    """Return (the wheel, "") if ``state`` describes an intact wheel made from ``inputs``, else (None, the
+    reason).
     """
     if not state:
         return None, "no wheel was built yet"
@@ -168,8 +168,8 @@ def up_to_date(project: Project, inputs: Inputs, state: dict) -> tuple[Path | No
 def build(
     project: Project, backend: str, python: Path, made: State, env: Mapping[str, str] | None = None
 ) -> Path:
-    """Build the tree that ``made`` describes with upstream's own build, and ``env`` beside the variables that
-    ``build_environment`` sets.
+    """Build the tree that ``made`` describes with upstream's own build. ``env`` is added to the variables of
+    ``build_environment``.
 
     Returns the checked wheel in dist/. Raises FapError, which names the log, leaving dist/ as it was.
     """
@@ -216,7 +216,7 @@ def build(
 
 
 def install(python: Path, wheel: Path) -> None:
-    """Put the wheel in the place of any other of that package in the environment of ``python``."""
+    """Install the wheel in the environment of ``python``, replacing any other of that package."""
     options = ("--quiet", "--no-index", "--no-deps", "--force-reinstall")
     pip(python, "install", *options, wheel, what=wheel.name)
 
@@ -279,6 +279,6 @@ def main(project: Project, args: argparse.Namespace) -> int:
     print(f"sha256     {state['sha256']}")
     print(f"made from  upstream {project.release.version}, patched tree {inputs.tree[:12]}")
     print("installed  into .venv", flush=True)
-    # In a process of its own: a broken extension must not take this one down with it.
+    # In a separate process, because a broken extension could crash this one.
     smoke = (python, project.root / "scripts" / "fap.py", "--family", family.name, "smoke")
     return run(*smoke, env={"PYTHONPATH": ""}, check=False, capture=False).returncode

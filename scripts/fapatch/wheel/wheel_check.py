@@ -1,4 +1,4 @@
-"""What a wheel must hold before anybody installs it."""
+"""Check the contents of a wheel before it is installed."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ except metadata.PackageNotFoundError:
 
 
 def _python_files(tree: Path, code: str) -> dict[str, bytes]:
-    """Path -> content of every Python file in ``code``, but for what setuptools put into its own build folder
-    beside setup.py.
-    """
+    """Read every Python file in ``code``, except those in the build folder of setuptools: path -> content."""
     files = (p for p in (tree / code).rglob("*.py") if p.relative_to(tree / code).parts[0] != "build")
     return {p.relative_to(tree).as_posix(): p.read_bytes() for p in files}
 
@@ -63,7 +61,7 @@ def check(wheel: Path, project: Project, backend: str, tree: Path, made: State) 
             f"{wheel.name} differs from the patched tree in {len(differing)} files, first: {differing[0]}",
             HINT,
         )
-    # In upstream's own files alone the hooks leave that word.
+    # In upstream's own files, only the hooks contain that word.
     if not any(b"nosoftmax" in content for name, content in files.items() if name not in made.overlay):
         raise FapError(f"no file of upstream's in {wheel.name} has a hook: its tree is not patched", HINT)
     if said != facts.of(project, made):

@@ -1,4 +1,4 @@
-"""Programs that another interpreter runs. They import nothing of this package."""
+"""Scripts that another interpreter runs. They import nothing from this package."""
 
 from pathlib import Path
 

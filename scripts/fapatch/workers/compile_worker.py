@@ -21,7 +21,9 @@ EM_CUDA = 190
 
 
 def cubins(data: bytes) -> Iterator[bytes]:
-    """The cubins inside of an object file: ELF files for the machine CUDA, up to the end of their tables."""
+    """Yield the cubins inside an object file: ELF files for the machine CUDA, up to the end of their
+    tables.
+    """
     at = data.find(b"\x7fELF")
     while at >= 0:
         (machine,) = struct.unpack_from("<H", data, at + 18)
@@ -33,7 +35,7 @@ def cubins(data: bytes) -> Iterator[bytes]:
 
 
 class Compiled:
-    """What a compile cache of upstream's has got since the last look."""
+    """Writes the kernels that one of upstream's compile caches got since the last write."""
 
     def __init__(self, function: Any, folder: Path) -> None:
         self.cache = function.compile_cache

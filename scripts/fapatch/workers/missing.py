@@ -1,12 +1,12 @@
-"""Print as JSON which of REQUIREMENT... the running Python lacks, or what those that it has need in turn.
+"""Print as JSON which of REQUIREMENT..., and of their dependencies, the running Python lacks.
 
     python missing.py LOCK REQUIREMENT...      ->  ["ninja", "torch==2.13.0"]
 
-A package of this environment's own counts when it has the version that LOCK, a requirements file of pip,
-names. A package that it shares with its base counts as its owner left it: in any version that will do.
+A package of this environment must have the version in LOCK, a requirements file of pip. A package that the
+environment shares with its base may have any version that meets the requirement.
 
-Needs nothing but the standard library and pip, whose own copy of `packaging` it reads: it runs before
-anything is installed.
+Needs only the standard library and pip's own copy of `packaging`, because it runs before anything is
+installed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from pip._vendor.packaging.utils import canonicalize_name
 
 
 def pins(lock: str) -> dict[str, SpecifierSet]:
-    """Package -> the version that the text of a lock names for the running Python."""
+    """Read the text of a lock: package -> its version for the running Python."""
     lines = (Requirement(line) for line in re.findall(r"^(\w.*?)\s*\\?$", lock, re.MULTILINE))
     return {canonicalize_name(r.name): r.specifier for r in lines if not r.marker or r.marker.evaluate()}
 
 
 def unmet(requirements: Iterable[str], pinned: dict[str, SpecifierSet]) -> list[str]:
-    """Those of ``requirements``, and of what they need at any depth, that no installed package meets."""
+    """List those of ``requirements``, and of their dependencies at any depth, that no installed package
+    meets.
+    """
     own, found, seen = Path(sys.prefix).resolve(), [], set()
     queue = [(line, "") for line in requirements]
     while queue:

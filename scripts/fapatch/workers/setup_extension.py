@@ -3,8 +3,8 @@
 
     python -I setup_extension.py CUDA_HOME  ->  {"sources": [...], "include_dirs": [...], "nvcc_flags": [...]}
 
-setup.py is run up to its call of setup(), in the environment of a build: sources and flags are the build's
-own, whatever decides on them.
+Runs setup.py up to its call of setup(), in the environment of a build, so that sources and flags are exactly
+the build's own.
 """
 
 from __future__ import annotations
