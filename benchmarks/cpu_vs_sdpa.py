@@ -1,8 +1,8 @@
 """Time flash_attn_func on the CPU against torch.nn.functional.scaled_dot_product_attention.
 
-The softmax row of each setting is the like-for-like comparison; the rows of the activations show what
-use_softmax=False costs beside it. Both sides are called in turn, so that a busy machine slows both; the ratio
-is of the medians, below 1 where flash_attn_func is faster.
+The softmax row of each setting compares like with like. The rows of the activations show the cost of
+use_softmax=False beside it. Both sides are called in turn, so that a busy machine slows both. The ratio is
+that of the medians, below 1 where flash_attn_func is faster.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class Result:
-    """Median times in milliseconds of one setting."""
+    """Median times of one setting, in milliseconds."""
 
     dtype: str
     causal: bool
@@ -41,7 +41,7 @@ class Result:
 
 
 def _medians(repeats: int, *functions: Callable[[], object]) -> list[float]:
-    """The median time of each function in milliseconds, called in turn, after one call to warm up."""
+    """Call the functions in turn, after one warm-up call; returns the median time of each in milliseconds."""
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats + 1):
         for function, record in zip(functions, times):

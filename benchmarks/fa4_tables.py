@@ -52,7 +52,7 @@ varlen: six sequences of uneven length. Written by `benchmarks/fa4_tables.py` fr
             key=lambda r: (r["head_dim"], r["causal"], r["name"] != DENSE, r["name"], r["seqlen"]),
         )
         cells = [{**row, "contender": name} for row in rows for name in shown if name in row["tflops"]]
-        # The columns come in the order of their first cells: a line that has all of them decides.
+        # Columns appear in the order of their first cells, so sort the cells of each line.
         cells.sort(key=lambda r: shown.index(r["contender"]))
         order = {_length(row): i for i, row in enumerate(rows)}
         text += f"\n## {direction.capitalize()}\n\n"
@@ -69,7 +69,7 @@ varlen: six sequences of uneven length. Written by `benchmarks/fa4_tables.py` fr
 
 
 def summary(record: dict) -> str:
-    """The section of docs/speed.md: the dense rows of 16k tokens."""
+    """Make the section of docs/speed.md: the dense rows of 16k tokens."""
     rows = sorted(
         (r for r in record["rows"] if r["name"] == DENSE and r["seqlen"] == 16384),
         key=lambda r: (r["head_dim"], r["causal"], r["direction"] == BACKWARD),
@@ -91,7 +91,7 @@ def summary(record: dict) -> str:
 
 
 def draw(record: dict, target: Path) -> None:
-    """TFLOP/s against N: a column for each head size and mask, forward above backward."""
+    """Plot TFLOP/s against N: a column for each head size and mask, forward above backward."""
     rows = [r for r in record["rows"] if r["name"] == DENSE]
     kinds = list(dict.fromkeys(map(_kind, sorted(rows, key=lambda r: (r["head_dim"], r["causal"])))))
     kinds = [

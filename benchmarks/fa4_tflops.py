@@ -1,5 +1,5 @@
-"""TFLOP/s of flash-attn-4's Hopper kernels without softmax: every activation, beside their softmax, FA2's
-kernels and cuBLAS.
+"""Measure TFLOP/s of flash-attn-4's Hopper kernels without softmax: every activation, beside the same kernels
+with softmax, FA2's kernels and cuBLAS.
 
     python benchmarks/fa4_tflops.py --json docs/results/fa4_tflops.json
 
@@ -10,8 +10,8 @@ Contenders, each left out where it does not run, with the reason in the record:
                                        wheel with it is installed
     retention                          fla.ops.retention.parallel_retention (package fla-core), a peer in
                                        Triton; causal, as many key heads
-Shapes: dense and, with all tokens in one sequence or packed, grouped-query heads (8 query heads a key head)
-and sequences of uneven length. Results go to --json as they come. The first call of a kernel compiles it;
+Shapes: dense; grouped-query heads (8 query heads a key head), with all tokens in one sequence; packed
+sequences of uneven length. Results go to --json as they come. The first call of a kernel compiles it;
 --compile does only that, in several processes at once.
 """
 
@@ -42,12 +42,12 @@ DENSE, GROUPED, PACKED = "dense", "gqa", "varlen"
 GROUP = 8
 # Lengths of packed sequences, as shares of the tokens.
 SHARES = (0.35, 0.25, 0.2, 0.1, 0.06, 0.04)
-# Below this speed a contender is not asked for longer sequences of the same kind.
+# A contender that takes longer than this is not asked for longer sequences of the same kind.
 TOO_SLOW_MS = 300.0
 
 
 def lengths(case: Case) -> list[int]:
-    """Of the packed sequences: case.seqlen positions in all."""
+    """The lengths of the packed sequences: case.seqlen positions in all."""
     firsts = [int(case.seqlen * share) for share in SHARES[:-1]]
     return [*firsts, case.seqlen - sum(firsts)]
 
@@ -59,7 +59,9 @@ def flops(case: Case) -> float:
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """In the order of --seqlens, so that a run that is stopped has the first lengths of every kind."""
+    """Yield the cases in the order of --seqlens, so that a stopped run has the first lengths of every
+    kind.
+    """
     kinds = list(itertools.product(args.head_dims, (False, True), (FORWARD, BACKWARD)))
     for seqlen in args.seqlens:
         for head_dim, causal, direction in kinds:
@@ -85,7 +87,9 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 def _function(
     contender: str, case: Case
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The call of one contender. Raises ImportError or ValueError where it does not take the case."""
+    """Return the call of one contender. Raises ImportError or ValueError if the contender does not take the
+    case.
+    """
     if contender == "retention":
         if case.name != DENSE or not case.causal:
             raise ValueError("it is causal, dense, and has as many key heads")
@@ -120,7 +124,7 @@ def _function(
 
 
 def prepared(contender: str, case: Case) -> Callable[[], object]:
-    """What to time: a forward call, or the backward pass alone of a forward call that was made before."""
+    """Return the function to time: a forward call, or the backward pass alone of an earlier forward call."""
     rows = (case.seqlen,) if case.name == PACKED else (case.batch, case.seqlen)
     shapes = [(*rows, case.nheads, case.head_dim), *[(*rows, case.nheads_k, case.head_dim)] * 2]
     backward = case.direction == BACKWARD
@@ -203,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         "--tokens",
         type=int,
         default=16384,
-        help="batch * seqlen where seqlen is not longer (default: %(default)s)",
+        help="batch * seqlen, unless seqlen is longer (default: %(default)s)",
     )
     parser.add_argument("--hidden", type=int, default=2048, help="nheads * head_dim (default: %(default)s)")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))

@@ -1,8 +1,8 @@
-"""The calls that gpu_vs_softmax.py compares, through the public functions of flash_attn, with random inputs.
+"""Make the calls that gpu_vs_softmax.py compares, through the public functions of flash_attn, with random
+inputs.
 
-A side is one of the calls of a comparison, not yet prepared: ``side()`` runs it once and returns its results
-and a function that runs it again. It raises what the package raises, for instance for kernels that were not
-built.
+A side is one call of a comparison. ``side()`` runs it once and returns its results and a function that runs
+it again. It raises the package's errors, for instance for kernels that were not built.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch import Tensor
 Call = Callable[[], object]
 Side = Callable[[], tuple[Sequence[Tensor], Call]]
 
-BACKEND = "fa2"  # the extension has both sides
+BACKEND = "fa2"  # the extension has kernels for both sides
 BACKWARD_SWITCH = "FLASH_ATTENTION_NOSOFTMAX_BACKWARD"
 
 
 @dataclass(frozen=True)
 class Feature:
-    """A way to call attention: options of the function, and what the shapes need."""
+    """A way to call attention: options of the function, and properties of the shapes."""
 
     name: str
     options: dict[str, object] = field(default_factory=dict)
@@ -41,8 +41,8 @@ class Feature:
 
     @property
     def has_two_backwards(self) -> bool:
-        """Whether backward can be three forwards, as it then is if nothing is forced: backward_by_forwards in
-        kernel_dispatch.h.
+        """Whether backward can be three forwards, which is then the default (backward_by_forwards in
+        kernel_dispatch.h).
         """
         return not {"softcap", "dropout_p"} & set(self.options)
 
@@ -63,8 +63,8 @@ FEATURES = (
 
 
 def uneven_lengths(tokens: int, longest: int) -> list[int]:
-    """Lengths of sequences with ``tokens`` tokens in all: the longest first, then ever shorter ones that fill
-    no block of a kernel.
+    """Lengths of sequences with ``tokens`` tokens in all: the longest first, then ever shorter ones, none of
+    which fills a kernel's blocks.
     """
     lengths = []
     while tokens > 0:
@@ -74,7 +74,7 @@ def uneven_lengths(tokens: int, longest: int) -> list[int]:
 
 
 def _attend(feature: Feature, case: Case, lengths: list[int], device: str) -> Callable[..., Tensor]:
-    """f(q, k, v, use_softmax=...) -> out; with varlen on sequences of the given lengths."""
+    """Return f(q, k, v, use_softmax=...) -> out; with varlen, on sequences of the given lengths."""
     options = {"causal": case.causal, "backend": BACKEND, **feature.options}
     if feature.alibi:
         exponents = torch.arange(1, case.nheads + 1, dtype=torch.float32, device=device)
@@ -121,7 +121,7 @@ def _forward(
 def _backward(
     attend: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor, name: str
 ) -> tuple[Sequence[Tensor], Call]:
-    """Backward alone, of a graph that is kept."""
+    """Make a call of backward alone, on a graph that is kept."""
     out = attend(*inputs, use_softmax=name == SOFTMAX)
 
     def call() -> Sequence[Tensor]:
@@ -133,8 +133,8 @@ def _backward(
 
 @contextmanager
 def backward_choice(name: str) -> Iterator[None]:
-    """The backward kernel for NO_SOFTMAX_KERNEL, the package's own choice for the others, whatever the
-    environment says.
+    """Choose the backward kernel for NO_SOFTMAX_KERNEL, the package's own choice for others, and ignore the
+    environment.
     """
     before = os.environ.pop(BACKWARD_SWITCH, None)
     if name == NO_SOFTMAX_KERNEL:
@@ -148,11 +148,11 @@ def backward_choice(name: str) -> Iterator[None]:
 
 
 def decode(case: Case, dtype: torch.dtype, gpu: Gpu) -> tuple[dict[str, Side], int]:
-    """The sides of one decode step (one new query token, nothing appended), and how many steps a call of them
-    runs.
+    """The sides of one decode step (one new query token, nothing appended), and the number of steps in each
+    call.
 
-    A small cache would stay in L2, which it does not in a model with many layers: each call walks over as
-    many caches as it takes to overflow it.
+    A small cache would stay in L2, unlike in a model with many layers. Each call therefore walks over enough
+    caches to overflow L2.
     """
     steps = max(1, math.ceil(gpu.cache_bytes / kv_bytes(case, dtype.itemsize)))
     lengths = torch.full((case.batch,), case.seqlen, dtype=torch.int32, device=gpu.device)
@@ -171,17 +171,16 @@ def decode(case: Case, dtype: torch.dtype, gpu: Gpu) -> tuple[dict[str, Side], i
 
 
 def training_step_memory(case: Case, name: str, dtype: torch.dtype, gpu: Gpu) -> dict[str, int]:
-    """Bytes that one forward and backward takes beside q, k, v and dout, which are there before it.
+    """Bytes that one forward and backward takes beside q, k, v and dout, which are allocated before.
 
-    kept_bytes: held between forward and backward by the graph alone, the output being dropped by its user;
-    gradient_bytes: dq, dk, dv; peak_bytes: the most that is held at any time of the step, beside the
-    gradients.
+    kept_bytes: held between forward and backward by the graph alone, after its user has dropped the output;
+    gradient_bytes: dq, dk, dv; peak_bytes: the most held at any time of the step, without the gradients.
     """
     shape = (case.batch, case.seqlen, case.nheads, case.head_dim)
     q, k, v, dout = (torch.randn(shape, dtype=dtype, device=gpu.device) for _ in range(4))
     inputs = [x.requires_grad_() for x in (q, k, v)]
     before = gpu.allocated()
-    # The edge keeps the graph and not the output.
+    # The edge keeps the graph alive, but not the output.
     out = flash_attn_func(*inputs, causal=case.causal, backend=BACKEND, use_softmax=name == SOFTMAX)
     edge = torch.autograd.graph.get_gradient_edge(out)
     del out

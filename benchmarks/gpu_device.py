@@ -1,4 +1,4 @@
-"""The CUDA device under test: what it is, how calls on it are timed, what it has allocated."""
+"""Describe the CUDA device under test, time calls on it, and read its allocated memory."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ MATMUL_SIZE = 8192
 
 
 def rounds_for(budget_ms: float, round_ms: float) -> int:
-    """How often to repeat a round of ``round_ms``: what fits the budget, but enough for a median and not
-    without end.
+    """How often to repeat a round of ``round_ms``: as often as fits the budget, from MIN_ROUNDS to
+    MAX_ROUNDS.
     """
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_ms / round_ms)))
 
 
 class Gpu:
-    """The current CUDA device. ``budget_ms`` is the time that one comparison may take on it, if MIN_ROUNDS
-    fit.
-    """
+    """The current CUDA device. ``budget_ms`` is the time for one comparison, if MIN_ROUNDS fit."""
 
     device = "cuda"
     cache_bytes = 256 * 2**20  # more than the L2 cache of any GPU
@@ -39,7 +37,7 @@ class Gpu:
 
     @staticmethod
     def missing() -> str | None:
-        """What this machine lacks for the benchmark, and what to do, or None."""
+        """Say what this machine lacks for the benchmark, and what to do; None if nothing."""
         if not torch.cuda.is_available():
             return (
                 f"torch {torch.__version__} sees no CUDA device: run it on a machine with a GPU and a "
@@ -53,7 +51,7 @@ class Gpu:
         return None
 
     def describe(self) -> dict[str, object]:
-        """Name, driver and versions, and what the installed extension was built for."""
+        """Name, driver and versions, and the build options of the installed extension."""
         driver = "unknown"
         if shutil.which("nvidia-smi"):
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -76,7 +74,7 @@ class Gpu:
     def medians(self, functions: Sequence[Callable[[], object]]) -> list[float]:
         """The median time of each function on the device, in ms.
 
-        They are called in turn, so that a drift of the clock hits all of them, each time with a cold L2
+        They are called in turn, so that a drift of the clock affects all of them, each time with a cold L2
         cache.
         """
         self._times(functions, 1)  # loads the kernels
@@ -102,8 +100,8 @@ class Gpu:
         return [[start.elapsed_time(end) for start, end in pairs] for pairs in events]
 
     def captured(self, calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-        """One function that replays all calls as a CUDA graph: without the time that Python needs to launch
-        them.
+        """Return a function that replays all calls as a CUDA graph, without the time that Python needs to
+        launch them.
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -123,9 +121,9 @@ class Gpu:
         return tera_per_second(2 * MATMUL_SIZE**3, self.medians([lambda: a @ b])[0])
 
     def allocated(self) -> int:
-        """Bytes that tensors hold now. The peak starts again from here."""
+        """Bytes that tensors hold now. Restarts the peak."""
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # a block that is used again may be larger than its tensor, and counts whole
+        torch.cuda.empty_cache()  # a reused block may be larger than its tensor, and counts whole
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
 

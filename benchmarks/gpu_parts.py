@@ -1,5 +1,5 @@
-"""The parts of gpu_vs_softmax.py: each yields its rows, as gpu_record.py describes them, one after
-the other.
+"""Measure the parts of gpu_vs_softmax.py. Each function yields the rows of a part, as gpu_record.py describes
+them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def _progress(text: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error that tells of a wheel without these kernels; others are raised again."""
+    """Return the first line of an error that says that the wheel lacks these kernels; raise any other error
+    again.
+    """
     words = str(error).partition("\n")[0]
     if not any(phrase in words for phrase in NOT_BUILT):
         raise error
@@ -55,8 +57,8 @@ def _row(case: Case, ms: dict[str, float], skipped: dict[str, str], finite: bool
 
 
 def _compare(case: Case, sides: dict[str, Side], gpu: Gpu, calls: int = 1) -> Row:
-    """Time the sides of one case in turn. ``calls``: how many calls of the package a side makes each time it
-    is run.
+    """Time the sides of one case in turn. ``calls``: how many calls of the package one run of a side
+    makes.
     """
     prepared, skipped, finite = {}, {}, True
     for name, side in sides.items():
@@ -101,21 +103,21 @@ def _narrow(args: argparse.Namespace) -> list[int]:
 
 
 def dense(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> Iterator[Row]:
-    """Plain attention: every head size, length and mask, forward and backward, with TFLOP/s."""
+    """Measure plain attention: every head size, length and mask, forward and backward, with TFLOP/s."""
     for case, row in _attention(args, gpu, [PLAIN], args.head_dims, args.seqlens):
         flops = attention_flops(case)
         yield {**row, "tflops": {name: tera_per_second(flops, ms) for name, ms in row["ms"].items()}}
 
 
 def features(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> Iterator[Row]:
-    """What attention can have beside the plain form, with half of the tokens in the longest sequence."""
+    """Measure the options beside the plain form, with half of the tokens in the longest sequence."""
     for _, row in _attention(args, gpu, FEATURES, _narrow(args), [args.tokens // 2]):
         yield row
 
 
 def decode(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> Iterator[Row]:
-    """One new token for each sequence against its KV cache, with the share of the memory bandwidth that
-    reading K and V reaches.
+    """Measure one new token for each sequence against its KV cache, and the share of the memory bandwidth
+    that reading K and V reaches.
     """
     shapes = [
         (head_dim, batch, context)
@@ -142,8 +144,8 @@ def decode(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> 
 
 
 def memory(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> Iterator[Row]:
-    """A causal forward and backward of all tokens as one sequence: gpu_cases.training_step_memory says what
-    is counted.
+    """Measure the memory of a causal forward and backward of all tokens as one sequence
+    (gpu_cases.training_step_memory).
     """
     for head_dim in _narrow(args):
         nheads = args.hidden // head_dim

@@ -1,5 +1,5 @@
-"""The arithmetic of the GPU benchmark and the form of its rows, as gpu_vs_softmax.py writes them and
-gpu_tables.py reads them.
+"""Define the rows of the GPU benchmark, which gpu_vs_softmax.py writes and gpu_tables.py reads, and their
+arithmetic.
 
 A row is a Case, as a dict, with
 
@@ -28,13 +28,15 @@ NO_SOFTMAX = "no_softmax"  # use_softmax=False; backward as the package chooses
 NO_SOFTMAX_KERNEL = "no_softmax_kernel"  # the same with FLASH_ATTENTION_NOSOFTMAX_BACKWARD=kernel
 
 FORWARD, BACKWARD, DECODE = "forward", "backward", "decode"
-# of forward's: five matrix products against two, as in upstream's benchmarks/benchmark_flash_attention.py
+# times forward's: five matrix products against two, as in upstream's benchmarks/benchmark_flash_attention.py
 BACKWARD_FLOPS = 2.5
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one row compares: seqlen is that of the queries and keys, or the context of a decode step."""
+    """The shape and options of one row. seqlen is that of queries and keys, or the context of a decode
+    step.
+    """
 
     name: str
     direction: str
@@ -47,7 +49,7 @@ class Case:
 
     @classmethod
     def of(cls, row: dict) -> Case:
-        """The case that a row begins with."""
+        """The case in a row."""
         return cls(**{f.name: row[f.name] for f in fields(cls)})
 
     def __str__(self) -> str:

@@ -31,7 +31,7 @@ def _mask(causal: bool) -> str:
 
 
 def tokens(n: int) -> str:
-    """A number of tokens, such as 512, 16k or 1M."""
+    """Format a number of tokens, such as 512, 16k or 1M."""
     for size, unit in ((1 << 20, "M"), (1 << 10, "k")):
         if n % size == 0:
             return f"{n // size}{unit}"
@@ -45,8 +45,8 @@ def _bar(cells: Iterable[object]) -> str:
 def table(
     rows: list[dict], corner: str, row_key: Callable, column_key: Callable, cell: Callable[[dict], str]
 ) -> str:
-    """A markdown table with a line for each row_key(row), a column for each column_key(row), in order of
-    appearance.
+    """Make a markdown table with a line for each row_key(row) and a column for each column_key(row), in order
+    of appearance.
     """
     cells = {(row_key(r), column_key(r)): cell(r) for r in rows}
     lines, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in range(2))
@@ -156,7 +156,7 @@ PARTS = {"dense": _dense, "features": _features, "decode": _decode, "memory": _m
 
 
 def skipped(record: dict) -> list[str]:
-    """Every reason for which something was not measured, once."""
+    """List every reason why something was not measured, once."""
     reasons = (r["skipped"] for part in PARTS for r in record.get(part, []))
     return list(
         dict.fromkeys(
@@ -169,7 +169,7 @@ def skipped(record: dict) -> list[str]:
 
 
 def markdown(record: dict) -> str:
-    """Short tables of whatever the record holds, under what was run where and when."""
+    """Make short tables of all parts in the record, below the run's device, date and settings."""
     yardsticks = record["yardsticks"]
     text = f"""# use_softmax=False against softmax on {record["device"]}
 
@@ -188,7 +188,7 @@ copy within device memory {yardsticks["copy_tb_per_s"]:.2f} TB/s. Written by `be
 
 
 def summary(record: dict) -> str:
-    """The section of docs/speed.md: three lengths, and the ranges of the other parts."""
+    """Make the section of docs/speed.md: three lengths, and the ranges of the other parts."""
 
     def range_of(part: str) -> str:
         ratios = [r["ratio"] for r in record[part] if r["ratio"] is not None]
@@ -217,7 +217,7 @@ def summary(record: dict) -> str:
 
 
 def draw(record: dict, target: Path) -> None:
-    """TFLOP/s against N: a column for each head size, forward above backward; softmax dashed,
+    """Plot TFLOP/s against N: a column for each head size, forward above backward; softmax dashed,
     use_softmax=False solid.
     """
     rows = record["dense"]

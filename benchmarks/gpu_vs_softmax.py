@@ -2,9 +2,9 @@
 
 Parts: dense (forward; backward alone), features (dropout, softcap, ALiBi, window, GQA, varlen), decode (one
 token against a KV cache, as a CUDA graph), memory (a training step). The sides of a row are called in turn,
-so that a drift of the clock hits all of them; times are medians by CUDA events; ratio = time with softmax /
-time without, above 1 where use_softmax=False is faster. gpu_record.py describes the rows. What the wheel was
-not built for is a row that says so.
+so that a drift of the clock affects all of them. Times are medians by CUDA events. ratio = time with softmax
+/ time without, above 1 where use_softmax=False is faster. gpu_record.py describes the rows. A case that the
+wheel was not built for gets a row that says so.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from gpu_device import Gpu
 from gpu_record import PARTS, Case
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-FLOORED = ("dense", "decode")  # parts that --min-ratio looks at
+FLOORED = ("dense", "decode")  # parts that --min-ratio checks
 
 
 def _list_of(kind: Callable[[str], object]) -> Callable[[str], list]:
     def parse(text: str) -> list:
         return [kind(item) for item in text.split(",")]
 
-    parse.__name__ = f"comma-separated {kind.__name__}"  # argparse names it in its message
+    parse.__name__ = f"comma-separated {kind.__name__}"  # argparse prints this name in its error message
     return parse
 
 
@@ -50,32 +50,34 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--parts", type=_list_of(_part), default=list(PARTS), help="comma-separated, of " + ",".join(PARTS)
     )
     parser.add_argument(
-        "--head-dims", type=integers, default=[64, 128, 256], help="all parts but dense leave out 256"
-    )
-    parser.add_argument(
-        "--seqlens", type=integers, default=[512, 2048, 8192, 16384], help="of the dense part"
-    )
-    parser.add_argument("--tokens", type=int, default=16384, help="in all; batch = tokens / seqlen")
-    parser.add_argument("--hidden", type=int, default=2048, help="nheads = hidden / head_dim")
-    parser.add_argument("--batches", type=integers, default=[1, 4, 16, 64], help="of decode")
-    parser.add_argument(
-        "--contexts",
+        "--head-dims",
         type=integers,
-        default=[1024, 8192, 32768, 131072],
-        help="of decode: tokens in the cache",
+        default=[64, 128, 256],
+        help="head dimensions; all parts but dense leave out 256",
+    )
+    parser.add_argument(
+        "--seqlens",
+        type=integers,
+        default=[512, 2048, 8192, 16384],
+        help="sequence lengths of the dense part",
+    )
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens in all; batch = tokens / seqlen")
+    parser.add_argument("--hidden", type=int, default=2048, help="nheads = hidden / head_dim")
+    parser.add_argument("--batches", type=integers, default=[1, 4, 16, 64], help="batch sizes of decode")
+    parser.add_argument(
+        "--contexts", type=integers, default=[1024, 8192, 32768, 131072], help="tokens in the cache of decode"
     )
     parser.add_argument(
         "--memory-limit", type=float, default=20, help="GB that K and V of a decode row may take"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument(
-        "--budget-ms",
-        type=float,
-        default=100,
-        help="time on the device for one row, if that is 7 rounds at least",
+        "--budget-ms", type=float, default=100, help="time on the device for one row, but at least 7 rounds"
     )
     parser.add_argument(
-        "--min-ratio", type=float, help="exit with 1 if a dense or decode row is below, or none has a ratio"
+        "--min-ratio",
+        type=float,
+        help="exit with 1 if a dense or decode row has a lower ratio, or none has a ratio",
     )
     parser.add_argument("--json", type=Path, help="write the results to this file, after each part")
     args = parser.parse_args(argv)
@@ -90,8 +92,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def failures(record: dict, min_ratio: float | None) -> list[str]:
-    """What is wrong with the results: rows that are not finite, and with ``min_ratio`` those that
-    are slower.
+    """List faults of the results: rows that are not finite, and rows whose ratio is below ``min_ratio``, if
+    given.
     """
     rows = [(part, row) for part in PARTS for row in record.get(part, [])]
     problems = [(row, "NaN or Inf") for _, row in rows if not row.get("finite", True)]
@@ -112,7 +114,7 @@ def main(argv: list[str] | None = None, machine: type[Gpu] = Gpu) -> int:
     if (missing := machine.missing()) is not None:
         print(f"error: {missing}", file=sys.stderr)
         return 2
-    import gpu_parts  # imports flash_attn, which is there only now
+    import gpu_parts  # imports flash_attn, so only after the checks above
 
     start = time.monotonic()
     gpu = machine(args.budget_ms)

@@ -1,9 +1,10 @@
-"""What a small call costs the host: wall time of each backend, of softmax and of torch's own attention, side
-by side.
+"""Measure what a small call costs the host: wall time of each backend, of softmax and of torch's own
+attention.
 
 At batch 1, 128 tokens, 8 heads and head_dim 64 a GPU waits for the host, so the wall time of many calls in a
-row is the host's time. "entry" is the backend's own function without the door: linear time's primitive,
-flash_attn.cute's function, the extension's fwd and bwd. Writes JSON, and a page beside it.
+row is the host's time. "entry" is the backend's own function, called without flash_attn.nosoftmax: the
+primitive of linear time, flash_attn.cute's function, the extension's fwd and bwd. Writes JSON, and a page
+beside it.
 
     python benchmarks/host.py --json docs/results/host.json
 """
@@ -32,8 +33,8 @@ Contender = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def contenders(device: str) -> dict[str, Contender]:
-    """Name -> attention of q, k and v, (batch, seqlen, nheads, head_dim). Which of them run is found out by
-    calling them.
+    """Name -> attention of q, k and v, (batch, seqlen, nheads, head_dim). Some may not run on this
+    machine.
     """
     forced = {
         name: lambda q, k, v, name=name: flash_attn_func(
@@ -65,7 +66,7 @@ def contenders(device: str) -> dict[str, Contender]:
 
 
 def _entries(device: str) -> dict[str, Contender]:
-    """The backends' own functions, forward alone where they have no derivative of their own."""
+    """The backends' own functions; forward alone if a function has no derivative."""
     from flash_attn.nosoftmax.backends.linear import primitive
     from flash_attn.nosoftmax.backends.linear.form import Form
 
@@ -90,7 +91,7 @@ def _entries(device: str) -> dict[str, Contender]:
 
 
 def microseconds(call: Callable[[], object], device: str) -> float:
-    """Wall time of one of many calls in a row. A GPU is waited for at the end."""
+    """Wall time of one call, from many calls in a row and one wait for the GPU at the end."""
     start = time.perf_counter()
     for _ in range(CALLS[device]):
         call()
@@ -100,7 +101,7 @@ def microseconds(call: Callable[[], object], device: str) -> float:
 
 
 def measure(device: str) -> list[dict]:
-    """The contenders take turns, so that a slow moment of the host is in all of them; medians."""
+    """Measure medians. The contenders take turns, so that a slow moment of the host affects all of them."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
     shape = (BATCH, SEQLEN, NHEADS, HEAD_DIM)

@@ -1,4 +1,4 @@
-"""The legend that the plots share."""
+"""Draw the legend that the plots share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 
 def legend_below(figure: Figure, **options: Any) -> None:
-    """One legend for all axes below them, each label once, in one row unless ``options`` of Figure.legend say
+    """Draw one legend below all axes, each label once, in one row unless ``options`` of Figure.legend say
     otherwise.
     """
     handles = {

@@ -1,12 +1,12 @@
-"""Errors of attention without softmax in linear time against float64, beside those of the quadratic kernels,
-at many tokens.
+"""Measure errors of linear-time attention without softmax against float64, beside those of the quadratic
+kernels, at many tokens.
 
     python benchmarks/linear_errors.py --json docs/results/linear_errors_h100.json
 
 Inputs are normal numbers with mean 0 and with mean 1, whose sums grow with the length. softmax_scale is
-1/256, so that results fit into float16. For each head size, dtype, mean and mask, and for out, dq, dk and dv:
-the largest error and the root mean square in linear time, as multiples of the quadratic kernel's. Float64
-results come from the primitive in PyTorch on the same device.
+1/256, so that results fit into float16. For each head size, dtype, mean and mask, and for out, dq, dk and dv,
+it reports the largest error and the root mean square in linear time, as multiples of the quadratic kernel's.
+Float64 results come from the linear-time primitive in PyTorch on the same device.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Write a page beside the JSON of linear_vs_quadratic.py and its section of docs/speed.md, and draw its plot
-in docs/: time against length, log-log.
+"""Write a page beside the JSON of linear_vs_quadratic.py and its section of docs/speed.md, and plot time
+against length, log-log, in docs/.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STYLES = {
     "floor": {"label": "memory floor", "color": "black", "linestyle": ":"},
 }
 
-# What linear time is compared with, by the mask: who else computes it so.
+# causal -> the other implementation of linear time to compare with.
 PEERS = {True: "fla", False: "torch"}
 
 
@@ -37,7 +37,7 @@ def _ratio(slow: float | None, fast: float | None) -> str:
 
 
 def markdown(record: dict) -> str:
-    """A table for each head size, mask and pass: a line for each batch and length."""
+    """Make a table for each head size, mask and pass, with a line for each batch and length."""
     legend = f"Median times in ms, {record['dtype']}. "
     if record["device_type"] == "cuda":
         legend = (
@@ -100,7 +100,7 @@ Written by `benchmarks/linear_tables.py` from the JSON file beside this one.
 
 
 def summary(record: dict) -> str:
-    """The section of docs/speed.md: causal, batch 1, four lengths."""
+    """Make the section of docs/speed.md: causal, batch 1, four lengths."""
     longest = 1 << 20
     chosen: dict[tuple, dict[str, dict]] = {}
     for r in record["results"]:
@@ -137,8 +137,8 @@ def summary(record: dict) -> str:
 
 
 def draw(record: dict, target: Path) -> None:
-    """One panel for each head size, mask and pass, at batch 1; a line for each contender, and the memory
-    floor.
+    """Draw a panel for each head size, mask and pass, at batch 1, with a line for each contender and for the
+    memory floor.
     """
     panels: dict[tuple, dict[str, list[tuple[int, float]]]] = {}
     for r in record["results"]:

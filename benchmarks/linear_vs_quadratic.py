@@ -8,12 +8,12 @@ Contenders, each left out where it does not run, with the reason in the record:
     fla        fla.ops.linear_attn.chunk_linear_attn(normalize=False), causal only (package fla-core)
     torch      Q @ (K^T V), full only
 Every length runs at batch 1 and, up to --tokens, at that many tokens in all. Results go to --json as they
-come, so that a run that is stopped keeps what it has. At the end: the length from which linear is faster, for
+come, so that a stopped run keeps its results. The run ends with the length from which linear is faster, for
 each head size, mask and pass.
 
-On a GPU a short call waits for its host. So calls up to 3 ms are timed a second time as the replay of a CUDA
-graph, in which the host has no part; and backward runs in the thread that asks for it, since to wake
-autograd's own takes a time that differs from run to run.
+On a GPU a short call waits for its host. Calls up to 3 ms are therefore timed again as the replay of a CUDA
+graph, which needs no host. Backward runs in the calling thread, because waking autograd's own thread takes a
+time that differs from run to run.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from flash_attn import flash_attn_func
 ROOT = Path(__file__).resolve().parents[1]
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PASSES = ("forward", "forward+backward")
-# A contender that would take longer than this, were it linear from its last length on, is not asked for
-# longer sequences.
+# A contender is not asked for longer sequences if it would take longer than this, extrapolated linearly from
+# its last length.
 _TOO_LONG_MS = {"cpu": 8000.0, "cuda": 100.0}
-# Where the host can decide, and a call is timed in a CUDA graph too.
+# Up to this time the host may dominate, so the call is also timed in a CUDA graph.
 _SHORT_MS = 3.0
-# What a GPU spends on one measurement; a time longer than this is measured once, after the warm-up.
+# Time of one measurement on a GPU. A longer call is measured once, after the warm-up.
 _GPU_MS = 40
 
 
@@ -57,11 +57,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Result(Setting):
-    """One contender's median time in ms, and the share that reading the inputs and writing the results once
-    would have.
+    """One contender's median time in ms, and the share of it that reading the inputs and writing the results
+    once would take.
 
-    graph_ms: the same in a CUDA graph; None on a CPU, for longer calls, and where the call can't be captured.
-    peak_mib: on a GPU, the most memory that was allocated, the inputs included.
+    graph_ms: the median time in a CUDA graph; None on a CPU, for longer calls, and if the call cannot be
+    captured. peak_mib: on a GPU, the peak of allocated memory, inputs included.
     """
 
     contender: str
@@ -99,8 +99,9 @@ _ONLY = {"fla": True, "torch": False}
 
 
 def _median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
-    """Warmed up. On a GPU with a cold L2 cache, and with the queue kept full, so that what the host costs is
-    seen only where it is more than what the GPU has to do."""
+    """The median time after a warm-up. On a GPU the L2 cache is cold and the queue full, so that the host's
+    time shows only if it exceeds the GPU's.
+    """
     if device == "cuda":
         from triton.testing import do_bench
 
@@ -119,10 +120,10 @@ def _median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
 
 
 def _graph_ms(run: Callable[[], object]) -> float | None:
-    """The median time of a replay; None if it can't be captured."""
+    """The median time of replaying ``run`` as a CUDA graph; None if it cannot be captured."""
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what happens in a first call on another stream is not to be captured
+    with torch.cuda.stream(side):  # the graph must not capture what a first call on another stream does
         run()
     torch.cuda.current_stream().wait_stream(side)
     try:
@@ -135,14 +136,16 @@ def _graph_ms(run: Callable[[], object]) -> float | None:
 
 
 def _copy_rate(device: str) -> float:
-    """Bytes per second of a copy, read and written: what the memory floor is measured with."""
+    """Bytes per second of a copy, read and written, for the memory floor."""
     source = torch.empty(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / (_median_ms(lambda: target.copy_(source), device, 10) * 1e-3)
 
 
 def _floor_ms(setting: Setting, dtype: torch.dtype, rate: float) -> float:
-    """Forward reads q, k, v and writes out; backward reads q, k, v, dout and writes dq, dk, dv."""
+    """Time of the memory traffic: forward reads q, k, v and writes out; backward reads q, k, v, dout and
+    writes dq, dk, dv.
+    """
     tensor = setting.batch * setting.seqlen * setting.nheads * setting.head_dim * dtype.itemsize
     return (4 if setting.direction == "forward" else 11) * tensor / rate * 1e3
 
@@ -150,7 +153,7 @@ def _floor_ms(setting: Setting, dtype: torch.dtype, rate: float) -> float:
 def _run(
     setting: Setting, contender: str, dtype: torch.dtype, device: str, repeats: int
 ) -> tuple[float, float | None]:
-    """(ms, graph_ms) of Result."""
+    """Return (ms, graph_ms) of Result."""
     shape = (setting.batch, setting.seqlen, setting.nheads, setting.head_dim)
     backward = setting.direction != "forward"
     generator = torch.Generator(device).manual_seed(0)
@@ -180,7 +183,7 @@ def measure(args: argparse.Namespace) -> Iterator[Result]:
     dtype, rate = _DTYPES[args.dtype], _copy_rate(args.device)
     last: dict[
         tuple, tuple[int, float]
-    ] = {}  # of each kind of setting: the length that was measured last, and its time
+    ] = {}  # kind of setting -> the length that was measured last, and its time
     deadline = time.monotonic() + args.seconds
     for setting in _settings(args):
         for contender in args.contenders:
@@ -257,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         help="tokens in all for the batched runs; 0 leaves these out",
     )
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--repeats", type=int, default=5, help="on the CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls on the CPU")
     parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing new after this time")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)

@@ -21,7 +21,7 @@ BARS_WIDTH = 0.85  # of a group of bars; groups are 1 apart
 
 
 def summary(record: dict) -> str:
-    """The section of docs/speed.md."""
+    """Make the section of docs/speed.md."""
     shape = record["shape"]
     ratios = table(
         record["results"],
@@ -40,7 +40,7 @@ def summary(record: dict) -> str:
 
 
 def draw(record: dict, target: Path) -> None:
-    """One group of bars for each dtype, mask and pass: torch's SDPA, flash_attn with softmax, flash_attn
+    """Draw a group of bars for each dtype, mask and pass: torch's SDPA, flash_attn with softmax, flash_attn
     without.
     """
     groups: dict[str, dict[str, float]] = {}

@@ -1,5 +1,5 @@
-"""What the pages of results share: a record in docs/results/, its tables beside it, its plot in docs/, and
-its section of docs/speed.md.
+"""Write a page of results: tables beside the record in docs/results/, a plot in docs/, and a section of
+docs/speed.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def with_section(page: str, name: str, text: str) -> str:
-    """``page`` with ``text`` between the marks of the record called ``name``; as it is if it has none."""
+    """Return ``page`` with ``text`` between the marks of the record ``name``; unchanged if it has no
+    marks.
+    """
     start, end = f"<!-- from results/{name}.json -->\n", "\n<!-- end -->"
     before, found, after = page.partition(start)
     return before + start + text.rstrip("\n") + end + after.partition(end)[2] if found else page
@@ -34,8 +36,8 @@ def write(
     draw: Callable[[dict, Path], None],
     argv: list[str] | None,
 ) -> int:
-    """The command line of a page: read --json, by default docs/results/<name>.json, and write its .md beside
-    it, its section of docs/speed.md and docs/<its name>.png.
+    """Run the command line of a page: read --json, by default docs/results/<name>.json, and write its .md
+    beside it, its section of docs/speed.md and docs/<its name>.png.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, default=ROOT / "docs/results" / f"{name}.json")
