@@ -1,7 +1,7 @@
-# Thin on purpose: every target is one call of scripts/fap.py, which `scripts/fap.py --help` explains.
+# Every target is one call of scripts/fap.py, or of pytest or a benchmark. `scripts/fap.py --help` explains the commands.
 # Variables: VERSION (upstream release), BACKEND (auto, cpu, cuda), SOURCE (submodule, sdist, path), FA_SRC_DIR, FAMILY,
 #            HEAD_DIMS, DTYPES, PASSES, ARCHS, NO_SOFTMAX_ONLY, MAX_JOBS (CUDA builds: csrc/flash_attn/kernel_build.py in the overlay),
-#            FRACTION, COUNT, SEED, FULL (upstream-test; FULL also sass-identity, compile-check), FORCE (clean), WIDEN (rebase), PYTHON (the interpreter that .venv is made from; remembered).
+#            FRACTION, COUNT, SEED, FULL (upstream-test; FULL also sass-identity, compile-check), FORCE (clean), WIDEN (rebase), PYTHON (the interpreter to make .venv from; remembered).
 PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
 PY     := .venv/bin/python
 FAP    := $(PY) scripts/fap.py
@@ -18,7 +18,7 @@ help:  ## list the targets
 env:  ## make .venv, the project's own Python environment
 	@$(PYTHON) scripts/fap.py env
 
-lock-tools: env  ## renew requirements.lock, the versions and hashes of what .venv gets (UPGRADE=1)
+lock-tools: env  ## renew requirements.lock, the versions and hashes of .venv's packages (UPGRADE=1 takes the newest)
 	@$(FAP) lock-tools
 
 fetch: env  ## bring upstream's source into .cache, verified
@@ -33,7 +33,7 @@ status: env  ## say whether the patched tree is up to date, and if not, why
 refresh: env  ## export the commits of the patched tree back to patches/ and overlay/
 	@$(FAP) refresh
 
-rebase: env  ## carry the series to VERSION=..., or to the checkout FA_SRC_DIR= under that name (WIDEN=1 widens Applies-To)
+rebase: env  ## carry the series to VERSION=..., or to the checkout FA_SRC_DIR=, named VERSION=... (WIDEN=1 widens Applies-To)
 	@$(FAP) rebase
 
 rebase-continue: env  ## go on after a conflict
@@ -42,22 +42,22 @@ rebase-continue: env  ## go on after a conflict
 rebase-abort: env  ## drop the rebase and return to the tree before it
 	@$(FAP) rebase --abort
 
-bundle: env  ## one patch for plain `git apply` in dist/
+bundle: env  ## write one patch for plain `git apply` into dist/
 	@$(FAP) bundle
 
 toolchain: env  ## install the kernels' compiler from the Python package index into .venv
 	@$(FAP) toolchain
 
-wheel: env  ## build the wheel into dist/, install it into .venv, show that it works
+wheel: env  ## build the wheel into dist/, install it into .venv and smoke-test it
 	@$(FAP) wheel
 
-smoke: env  ## one forward and backward without softmax, checked against fp64
+smoke: env  ## run one forward and backward without softmax and check them against fp64
 	@$(FAP) smoke
 
-sass-identity: env  ## machine code of upstream's kernels, pristine against patched (HEAD_DIMS=, DTYPES=, PASSES=, ARCHS=, FULL=1)
+sass-identity: env  ## compare the machine code of upstream's kernels, pristine against patched (HEAD_DIMS=, DTYPES=, PASSES=, ARCHS=, FULL=1)
 	@$(FAP) sass-identity
 
-compile-check: env  ## flash-attn-4's kernels for Hopper, compiled without a GPU and their machine code checked (FULL=1)
+compile-check: env  ## compile flash-attn-4's kernels for Hopper without a GPU and check their machine code (FULL=1)
 	@FAMILY=flash-attn-4 $(FAP) compile-check
 
 lint: env  ## check patches, headers, lock and code style
@@ -65,11 +65,11 @@ lint: env  ## check patches, headers, lock and code style
 	@$(PY) -m ruff check --quiet scripts tests overlay benchmarks
 	@$(PY) -m ruff format --quiet --check scripts tests overlay benchmarks
 
-test: wheel lint  ## everything that this machine can check
+test: wheel lint  ## run every check that this machine can run
 	$(PY) -m pytest -n $(JOBS)
 
-# Without `wheel`: what it tests is what is installed. One thread each, as the processes share the cores.
-test-fast: env  ## in three minutes on two cores what is not slow, after `make wheel`
+# No `wheel` here: it tests the installed wheel. One thread a process, because the processes share the cores.
+test-fast: env  ## run the tests that are not marked slow, after `make wheel` (three minutes on two cores)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not slow" tests/unit tests/attention tests/fa4
 
 test-unit: env
@@ -81,34 +81,34 @@ test-patches: env
 test-attention: wheel
 	$(PY) -m pytest -n $(JOBS) tests/attention
 
-upstream-test: wheel  ## a sample of upstream's own tests (FRACTION=, COUNT=, SEED=, FULL=1)
+upstream-test: wheel  ## run a sample of upstream's own tests (FRACTION=, COUNT=, SEED=, FULL=1)
 	@$(FAP) upstream-test
 
-sanitize: wheel  ## compute-sanitizer over every CUDA kernel family (needs a GPU)
+sanitize: wheel  ## run every CUDA kernel family under compute-sanitizer (needs a GPU)
 	@$(FAP) sanitize --json docs/results/sanitizers.json
 
-bench: wheel  ## speed of the CPU backend against torch's own attention
+bench: wheel  ## time the CPU backend against torch's own attention
 	$(PY) benchmarks/cpu_vs_sdpa.py --max-ratio 1.5 --json docs/results/cpu_vs_sdpa.json
 	$(PY) benchmarks/plot_cpu.py
 
-bench-gpu: wheel  ## speed and memory of the CUDA kernels without softmax against those with it (needs a GPU)
+bench-gpu: wheel  ## measure speed and memory of the CUDA kernels without softmax against those with it (needs a GPU)
 	$(PY) benchmarks/gpu_vs_softmax.py --json docs/results/gpu_vs_softmax.json
 	$(PY) benchmarks/gpu_tables.py
 
-bench-fa4:  ## TFLOP/s of flash-attn-4's kernels without softmax (needs a Hopper GPU and both wheels)
+bench-fa4:  ## measure TFLOP/s of flash-attn-4's kernels without softmax (needs a Hopper GPU and both wheels)
 	$(PY) benchmarks/fa4_tflops.py --compile $(JOBS)
 	$(PY) benchmarks/fa4_tflops.py --json docs/results/fa4_tflops.json
 	$(PY) benchmarks/fa4_tables.py
 
-bench-host: wheel  ## what a small call costs the host, for each backend that is here
+bench-host: wheel  ## measure what a small call costs the host, for each available backend
 	$(PY) benchmarks/host.py --json docs/results/host.json
 
-bench-linear:  ## linear time against the quadratic kernels and others, on the GPU if there is one
+bench-linear:  ## time linear time against the quadratic kernels and others, on the GPU if there is one
 	$(PY) benchmarks/linear_vs_quadratic.py --json docs/results/linear_vs_quadratic.json
 	$(PY) benchmarks/linear_tables.py --json docs/results/linear_vs_quadratic.json
 
-clean: env  ## drop build/
+clean: env  ## delete build/
 	@$(FAP) clean
 
-distclean:  ## drop everything that git ignores
+distclean:  ## delete everything that git ignores
 	@$(PYTHON) scripts/fap.py distclean

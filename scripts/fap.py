@@ -30,7 +30,7 @@ from fapatch.source import store
 # run, because `env` must run before any package is installed.
 COMMANDS = {
     "env": ("base.env", "make .venv, the project's own Python environment"),
-    "lock-tools": ("base.lock_tools", "renew requirements.lock, the versions and hashes of what .venv gets"),
+    "lock-tools": ("base.lock_tools", "renew requirements.lock, the versions and hashes of .venv's packages"),
     "fetch": ("source.fetch", "bring upstream's source into .cache, verified"),
     "apply": ("series.apply", "make the patched tree in build/src"),
     "status": ("series.status", "say whether the patched tree is up to date, and if not, why"),
@@ -48,12 +48,12 @@ COMMANDS = {
     ),
     "compile-check": (
         "kernels.compile_check",
-        "compile the kernels of flash-attn-4 for Hopper without a GPU and read their machine code",
+        "compile the kernels of flash-attn-4 for Hopper without a GPU and check their machine code",
     ),
     "upstream-test": ("upstream.upstream_test", "run a sample of upstream's own tests"),
     "sanitize": ("kernels.sanitize", "run every kernel family under compute-sanitizer"),
-    "clean": ("series.clean", "drop build/"),
-    "distclean": ("series.clean", "drop everything that git ignores"),
+    "clean": ("series.clean", "delete build/"),
+    "distclean": ("series.clean", "delete everything that git ignores"),
 }
 
 
