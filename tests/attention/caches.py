@@ -1,4 +1,4 @@
-"""Key-value caches, the tensors of a decoding step, and its check against the oracle."""
+"""Make key-value caches and the tensors of a decoding step, and check the step against the oracle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def caches(attention, slots: int = 3, capacity: int = CAPACITY, nheads_k: int = 
 
 
 def step(attention, seqlen: int = 1, nheads: int = 4, nheads_k: int = 2, head_dim: int = 32, batch: int = 3):
-    """q and the new k and v of one decoding step."""
+    """Return q and the new k and v of one decoding step."""
     return tuple(
         randn(batch, seqlen, h, head_dim, seed=20 + h, like=attention) for h in (nheads, nheads_k, nheads_k)
     )
@@ -31,7 +31,7 @@ def rotary(attention, positions: int = CAPACITY, rotary_dim: int = 16) -> dict[s
 
 
 def check(attention, q, k_cache, v_cache, *new, **arguments) -> None:
-    """Output and both caches against the oracle, which appends to copies of its own."""
+    """Compare the output and both caches with the oracle, which appends to copies of its own."""
     copies = [on_cpu(x, torch.float64) for x in (q, k_cache, v_cache, *new)]
     Oracle().kvcache(*copies, **{name: on_cpu(value) for name, value in arguments.items()})
     compare_output(attention, q, k_cache, v_cache, *new, method="kvcache", **arguments)

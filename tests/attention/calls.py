@@ -1,5 +1,5 @@
-"""One call of each public function that has a gradient: its arguments, its result, and how near two results
-must be.
+"""Call each public function that has a gradient: its arguments, its result, and the tolerance between two
+results.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ def sample(device: str, *shape: int) -> torch.Tensor:
 def inputs(
     name: str, device: str, seqlen: int = sum(LENGTHS), nheads: int = 2, head_dim: int = 8
 ) -> tuple[list, list]:
-    """(tensors, lengths) that a function takes first, all of them cut from one packed qkv; varlen is two
-    sequences.
+    """Return (tensors, lengths), the first arguments of a function, all cut from one packed qkv. varlen has
+    two sequences.
     """
     qkv = sample(device, 2, seqlen, 3, nheads, head_dim)
     cu_seqlens, longest = [], []
     if "varlen" in name:
         qkv, copies = qkv[0], 1 if "qkvpacked" in name else 2
-        # Two tensors, not one twice: torch.compile does not trace an autograd.Function that gets a tensor
-        # twice.
+        # Two tensors: torch.compile does not trace an autograd.Function that gets one tensor twice.
         cu_seqlens, longest = [cumulative(LENGTHS, device) for _ in range(copies)], [max(LENGTHS)] * copies
     if "qkvpacked" in name:
         tensors = [qkv]
@@ -47,7 +46,9 @@ def inputs(
 
 
 def run(name: str, device: str, dout=None, **options):
-    """(out, gradients of the packed qkv's three parts) of a public function, batch and packing taken off."""
+    """Call a public function; returns (out, gradients of the three parts of the packed qkv), without
+    packing.
+    """
     tensors, lengths = inputs(name, device)
     out = getattr(flash_attn, name)(*tensors, *lengths, **options)
     gradients = torch.autograd.grad(out, tensors, sample(device, *out.shape) if dout is None else dout)

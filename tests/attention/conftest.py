@@ -1,7 +1,7 @@
-"""Fixtures: the implementation under test, once per device, and the dtypes it takes.
+"""Provide fixtures: the implementation under test, once per device, and the dtypes that it takes.
 
-Tests take an implementation and nothing else that depends on the machine, so that ``test_mutations.py`` can
-call the same test with the oracle and with wrong kernels.
+A test depends on the machine only through its implementation, so that ``test_mutations.py`` can call the same
+test with the oracle and with wrong kernels.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault(
         "TRITON_INTERPRET", "1"
-    )  # read when triton is imported, and flash_attn imports it where it is
+    )  # read when triton is imported, which flash_attn does if it is installed
 
 from package import VARIANTS, Package, devices, missing, not_in_this_build, supports
 
-# Derandomized: a test that fails here fails for everybody, every time.
+# Derandomized, so that a failure repeats on every machine.
 settings.register_profile("attention", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("attention")
 
@@ -41,8 +41,8 @@ def pytest_report_header() -> str:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
-    """A test of what the installed CUDA kernels don't have is skipped with their own words; any other error
-    is a failure.
+    """Skip a test that needs CUDA kernels which are not installed, with the package's own message. Any other
+    error fails the test.
     """
     try:
         return (yield)
@@ -54,7 +54,9 @@ def pytest_runtest_call(item: pytest.Item):
 
 @pytest.fixture(params=devices())
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Tests that don't ask for another backend run on the extension, also where FA4 would be chosen."""
+    """One device at a time. A test that asks for no other backend runs on the extension, even where FA4 would
+    be chosen.
+    """
     if request.param == "cuda":
         monkeypatch.setenv("FLASH_ATTENTION_NOSOFTMAX_BACKEND", "fa2")
         if "attention" not in request.fixturenames and (why := missing("cuda")):
@@ -64,7 +66,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture(params=["quadratic", "linear"] + ["fa4"] * ("cuda" in devices()))
 def attention(request: pytest.FixtureRequest, device: str) -> Package:
-    """The installed package on one device, by each variant."""
+    """The installed package on one device, in each variant."""
     if request.param == "linear" and request.node.get_closest_marker("scores"):
         pytest.skip("the linear algorithm does not form scores")
     if (device, request.param) not in VARIANTS:

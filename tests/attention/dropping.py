@@ -1,4 +1,4 @@
-"""The check of a call with dropout: the oracle is given the mask that the implementation drew."""
+"""Check a call with dropout: the oracle gets the mask that the implementation drew."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ P = 0.17
 
 
 def compare_dropped(attention, q, k, v, dropout_p: float = P, seed: int = 1, **options) -> torch.Tensor:
-    """Output and gradients against the oracle given the same keep mask; returns the mask."""
+    """Compare output and gradients with the oracle under the same keep mask; returns the mask."""
     masks = []
 
     def run(*x):

@@ -1,10 +1,9 @@
-"""A model of the fused kernel: the same attention as the oracle, taken apart into the steps that a kernel
-has.
+"""Model the fused kernel: the same attention as the oracle, divided into a kernel's steps.
 
-Unlike the oracle it writes its backward by hand, recomputes scores in tiles padded with rows that don't
-exist, rounds the weights P and their gradient dS to the input dtype and sums in float32. P and the output
-saturate; dS and gradients overflow. Every step is a method, so a wrong kernel is this one with one step
-replaced; ``mutations.py`` lists such kernels.
+Unlike the oracle, the model writes its backward by hand, recomputes scores in tiles padded beyond the last
+row, rounds the weights P and their gradient dS to the input dtype, and sums in float32. P and the output
+saturate; dS and gradients overflow. Every step is a method, so that replacing one step makes a wrong kernel;
+``mutations.py`` lists such kernels.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from torch import Tensor
 from oracle import FUNCTIONS, ROW_FACTORS, Options, Oracle, distances, sigmoid_bias, visibility
 
 TILE_ROWS = 16
-# relu2 grows with the square of its inputs; far below float32's largest value, so that sums of it stay
-# finite.
+# relu2 grows with the square of its inputs. This limit is far below float32's largest value, so that sums
+# stay finite.
 WIDE_LIMIT = 2.0**80
 
 
 @dataclass(frozen=True)
 class Head:
-    """What one call of the kernel knows about one sequence and one head."""
+    """The data of one call for one sequence and one head."""
 
     o: Options
     slope: object
@@ -54,7 +53,7 @@ class _Attend(torch.autograd.Function):
 
 
 class Kernel(Oracle):
-    """Every method below ``backward`` is a step that a mutant may get wrong."""
+    """The kernel model. Every method below ``backward`` is a step that a mutant may replace."""
 
     def attend(self, q, k, v, o, slope, keep, dropout_p):
         if o.use_softmax:
@@ -88,8 +87,8 @@ class Kernel(Oracle):
         return tuple(self.narrow_result(x, dtype).to(dtype) for x in (dq[: h.seqlen_q], dk, dv))
 
     def load(self, q, dout, k, v, h: Head):
-        """Tiles in the accumulator's dtype: rows past the last query are zeros, keys that nobody sees are not
-        read.
+        """Load tiles in the accumulator's dtype. Rows past the last query are zeros, and keys that no query
+        sees are not read.
         """
         rows = -h.seqlen_q % TILE_ROWS
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -102,7 +101,9 @@ class Kernel(Oracle):
         return torch.where(visible.any(0)[:, None], x, 0)
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """In two parts, as accumulators are: one that holds Inf and one that holds -Inf make NaN."""
+        """Multiply in two parts, as accumulators do: a part that holds Inf and one that holds -Inf make
+        NaN.
+        """
         middle = len(b) // 2
         return a[:, :middle] @ b[:middle] + a[:, middle:] @ b[middle:]
 
@@ -110,7 +111,7 @@ class Kernel(Oracle):
         return False
 
     def scores(self, q: Tensor, k: Tensor, h: Head) -> tuple[Tensor, Tensor]:
-        """Scores s and how they change with scale * q·k."""
+        """Scores s, and their derivative by scale * q·k."""
         u = q @ k.T * self.score_scale(h)
         u, dcap = self.cap(u, h)
         return self.add_bias(u, dcap, h)
@@ -134,7 +135,7 @@ class Kernel(Oracle):
         return FUNCTIONS[h.o.activation](s, sigmoid_bias(h.o, max(h.seqlen_k, 1)))
 
     def weights_again(self, s: Tensor, h: Head) -> Tensor:
-        """P recomputed by the backward, for dV."""
+        """Recompute P in the backward, for dV."""
         return self.function(s, h)
 
     def derivative(self, s: Tensor, h: Head) -> Tensor:
@@ -178,17 +179,15 @@ class Kernel(Oracle):
         return ROW_FACTORS[h.o.normalization](max(h.seqlen_k, 1), visible.sum(-1, keepdim=True).double())
 
     def narrow(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """P, rounded to the input dtype as the matrix unit will take it. What is finite stays so; NaN and Inf
-        show.
-        """
+        """Round P to the input dtype for the matrix unit. Finite values stay finite; NaN and Inf show."""
         return self.saturated(x, min(torch.finfo(dtype).max, WIDE_LIMIT)).to(dtype).to(x.dtype)
 
     def saturated(self, x: Tensor, limit: float) -> Tensor:
         return torch.where(x.isfinite(), x.clamp(-limit, limit), x)
 
     def narrow_gradient(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """dS, rounded to the input dtype: Inf where that can't hold it, so that a loss scale that is too
-        large shows.
+        """Round dS to the input dtype, with Inf where it does not fit, so that too large a loss scale
+        shows.
         """
         return x.to(dtype).to(x.dtype)
 
@@ -196,5 +195,5 @@ class Kernel(Oracle):
         return self.saturated(x, torch.finfo(dtype).max)
 
     def narrow_result(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """dQ, dK and dV."""
+        """Round dQ, dK and dV."""
         return x

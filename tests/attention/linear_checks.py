@@ -1,4 +1,4 @@
-"""Checks of the linear algorithm that take an implementation: the installed package, and the wrong ones of
+"""Check the linear algorithm of an implementation: the installed package, or a wrong one of
 linear_mutations.py.
 """
 
@@ -23,7 +23,7 @@ LENGTHS = [
     (513, 600),
 ]
 PACKED = dict(lengths_q=[130, 0, 64, 5, 200], lengths_k=[130, 7, 0, 133, 100])
-# As near as this to float64, times the error of the quadratic algorithm.
+# The error against float64 may be this many times that of the quadratic algorithm.
 FACTOR = 1.5
 MANY_TOKENS = 2**16
 
@@ -31,7 +31,7 @@ MANY_TOKENS = 2**16
 def check_lengths(
     attention, causal: bool, lengths: tuple[int, int], dtype: torch.dtype | None = None, **options
 ) -> None:
-    """Output and gradients against the oracle; grouped heads."""
+    """Compare output and gradients with the oracle, for grouped heads."""
     compare(
         attention,
         *qkv(attention, 2, *lengths, nheads=4, nheads_k=2, head_dim=16, dtype=dtype),
@@ -46,12 +46,12 @@ def packed(attention, nheads_k: int = 2, **keywords) -> tuple[Tensor, Tensor, Te
 
 
 def check_packed(attention, causal: bool, nheads_k: int = 2, **options) -> None:
-    """Sequences of unequal length, some of them empty on either side."""
+    """Check packed sequences of unequal length, some of them without queries or without keys."""
     compare(attention, *packed(attention, nheads_k), method="varlen", **PACKED, causal=causal, **options)
 
 
 def check_nothing_leaks(attention, causal: bool) -> None:
-    """Bit for bit, a packed sequence does not depend on its neighbours, not even if they are NaN."""
+    """Check that a packed sequence is bit for bit the same beside any neighbours, even if they are NaN."""
     tensors = packed(attention)
     dout = randn(*tensors[0].shape, seed=9, like=attention)
     first_q, first_k = PACKED["lengths_q"][0], PACKED["lengths_k"][0]
@@ -66,7 +66,7 @@ def check_nothing_leaks(attention, causal: bool) -> None:
 
 
 def check_rows_without_keys(attention) -> None:
-    """Rows before the first key are exactly 0 and get no gradient, though they hold NaN."""
+    """Check that rows before the first key are exactly 0 and get no gradient, even if they hold NaN."""
     q, k, v = qkv(attention, 1, 300, 70, head_dim=16)
     dout = randn(*q.shape, seed=9, like=attention)
     q, dout = (poisoned(x, (slice(None), slice(0, 230)), float("nan")) for x in (q, dout))
@@ -76,8 +76,9 @@ def check_rows_without_keys(attention) -> None:
 
 
 def check_many_tokens(attention, quadratic, dtype: torch.dtype, mean: float) -> None:
-    """The last outputs of a long causal sequence, and the gradients of the first keys of a full one, are as
-    exact as those of the quadratic algorithm, which computes only these."""
+    """Check the last outputs of a long causal sequence, and the gradients of the first keys of a full one.
+    They must be as exact as those of the quadratic algorithm, which computes only these.
+    """
     few, size = 64, dict(head_dim=16, nheads=1, dtype=dtype)
     q, k, v = (x + mean for x in qkv(attention, 1, MANY_TOKENS, MANY_TOKENS, **size))
     dout = randn(*q.shape, seed=9, like=attention, dtype=dtype) + mean
@@ -100,15 +101,16 @@ def check_many_tokens(attention, quadratic, dtype: torch.dtype, mean: float) -> 
 
 def _as_exact(name: str, actual: Tensor, other: Tensor, expected: Tensor) -> None:
     error, allowed = ((x.double() - expected).abs().max().item() for x in (actual, other))
-    # Where the other is exact by luck, rounding the result once is still allowed.
+    # If the other is exact by luck, one rounding of the result is still allowed.
     allowed = max(FACTOR * allowed, torch.finfo(actual.dtype).eps / 2 * expected.abs().max().item())
     assert error <= allowed, f"{name} is off by {error:.3g}, allowed {allowed:.3g} ({actual.dtype})"
 
 
 def check_largest(attention, dtype: torch.dtype, largest: float, causal: bool, agree: bool) -> None:
-    """Every input at the largest size that the contract allows, over many chunks: no NaN, no Inf where the
-    dtype has the range, and in float16's output, which saturates; a gradient that it can't hold is not
-    finite."""
+    """Check inputs of the largest size that the contract allows, over many chunks. There is no NaN, and no
+    Inf where the dtype has the range or in float16's output, which saturates. A gradient that float16 cannot
+    hold is not finite.
+    """
     tensors = [randn(1, 1000, 2, 64, seed=i, like=attention, dtype=dtype).sign() * largest for i in range(4)]
     if agree:
         tensors = [x.abs() for x in tensors]
@@ -125,11 +127,11 @@ def check_largest(attention, dtype: torch.dtype, largest: float, causal: bool, a
 
 
 def check_not_finite(attention) -> None:
-    """Inf in a value shows in its own channel of the queries that see it, across chunks, and in
-    nothing else.
+    """Check that Inf in v shows in its own channel of the queries that see it, across chunks, and nowhere
+    else.
     """
     q, k, v = (x.abs() for x in qkv(attention, 1, 300, 300, nheads=1, head_dim=16, dtype=torch.float16))
-    at = 128  # the first of a chunk: within one, a masked product is 0 * Inf
+    at = 128  # the first row of a chunk: within a chunk, a masked product is 0 * Inf
     v[0, at, 0, 3] = float("inf")
     out = attention.dense(q, k, v, causal=True)[0, :, 0]
     assert not torch.isfinite(out[at:, 3]).any(), "an Inf came out finite"
@@ -138,7 +140,9 @@ def check_not_finite(attention) -> None:
 
 
 def check_weights_saturate(attention) -> None:
-    """float16 weights of a million, of keys beside their query: 65504 in the output and in dv."""
+    """Check float16 weights of a million, of keys beside their query: they count as 65504 in the output and
+    in dv.
+    """
     q = torch.full((1, 2, 1, 16), 250.0, dtype=torch.float16, device=attention.device)
     v = torch.full_like(q, 0.25)
     out, _, _, dv = gradients(
@@ -148,7 +152,7 @@ def check_weights_saturate(attention) -> None:
 
 
 def check_pieces(prefill, attention, nheads_k: int, dtype: torch.dtype) -> None:
-    """A sequence in pieces, and token by token at the end, gives what it gives whole."""
+    """Check that a sequence in pieces, and token by token at the end, equals the whole sequence."""
     from flash_attn.linear import linear_attention_step
 
     q, k, v = qkv(attention, 2, 333, 333, nheads=4, nheads_k=nheads_k, head_dim=16, dtype=dtype)

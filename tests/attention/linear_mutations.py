@@ -1,5 +1,5 @@
-"""Wrong primitives on purpose: one step of linear time replaced by a mistake, and the check that must notice
-it.
+"""List wrong primitives of linear time, each with one step replaced by a mistake, and the check that must
+fail for each.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _later_mask(shift: int) -> Callable:
 
 
 def _top_left(self, q, k, v, form):
-    """Row i sees the keys up to i, as if both began at the first position."""
+    """Let row i see the keys up to i, as if both began at the first position."""
     rows = min(q.shape[1], k.shape[1])
     _RIGHT_INIT(self, q[:, :rows], k[:, :rows], v[:, :rows], form)
 
@@ -57,7 +57,7 @@ def _ungrouped(self, x, start, stop, first):
 
 
 def _state_of_the_neighbour(q, k, v, form, cu_q=None, cu_k=None, max_q=0, max_k=0):
-    """Packed sequences as one."""
+    """Treat packed sequences as one."""
     return (
         chunked.attend(q[None], k[None], v[None], form)[0][0]
         if cu_q is not None

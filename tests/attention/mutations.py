@@ -1,8 +1,7 @@
-"""Wrong kernels on purpose, and the test that must notice each of them.
+"""List wrong kernels, each with the test that must fail for it.
 
 A mutant is the kernel model with one step replaced by a mistake that a half-converted softmax kernel makes.
-At the end stand two whole implementations of somebody in a hurry: upstream's dense attention with its softmax
-commented out.
+At the end there are two whole implementations: upstream's dense attention with its softmax commented out.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from oracle import Options, Oracle, distances, rotate, visibility
 
 @dataclass(frozen=True)
 class Mutant:
-    """``steps`` replace methods of the kernel model; ``caught_by`` is ``module.test`` and fails for the
+    """``steps`` replace methods of the kernel model; ``caught_by`` is the ``module.test`` that fails for the
     result.
     """
 
@@ -37,21 +36,20 @@ def mutant(name: str, caught_by: str, **steps: Callable) -> Mutant:
 
 
 def step(name: str) -> Callable:
-    """The right step, to build a wrong one around it."""
+    """Return the right step, to build a wrong step around it."""
     return getattr(Kernel, name)
 
 
 def repeat(times: float, name: str) -> Callable:
-    """The right step times a number."""
+    """Return the right step times a number."""
     return lambda self, *arguments: times * step(name)(self, *arguments)
 
 
 # --- masks
-# ------------------------------------------------------------------------------------------------------------
 
 
 def mask_scores_before_function(self, s, h, filling=0.0):
-    """f sees masked scores as zeros, and nothing masks after it."""
+    """Give f zeros for masked scores, and do not mask after f."""
     visible = F.pad(self.visible(h), (0, 0, 0, len(s) - h.seqlen_q), value=True)
     return step("function")(self, torch.where(visible, s, filling), h)
 
@@ -80,9 +78,7 @@ def swapped_window(self, h):
 
 
 def ordinary_rows_leak(self, q, dout, k, v, h):
-    """The rows that a tile has beyond the last query hold what lies there in memory, here the last query
-    again.
-    """
+    """Fill a tile's rows beyond the last query from the memory behind it, here the last query again."""
     q, dout, *rest = step("load")(self, q, dout, k, v, h)
     for x in (q, dout):
         x[h.seqlen_q :] = x[max(h.seqlen_q - 1, 0)]
@@ -168,7 +164,6 @@ MASKS = [
 ]
 
 # --- score, scale, softcap, bias
-# --------------------------------------------------------------------------------------
 
 
 def row_maximum_subtracted(self, q, k, h):
@@ -182,13 +177,13 @@ def cap_again(self, u, h):
 
 
 def cap_with_bias(self, u, dcap, h):
-    """tanh' from the score that already has the bias."""
+    """Take tanh' at the score that already has the bias."""
     s, _ = step("add_bias")(self, u, dcap, h)
     return s, 1 - (s / h.o.softcap).square() if h.o.softcap > 0 else dcap
 
 
 def column_bias(self, h):
-    """softmax forgives what a row has in common, so this is all that it needs under causal."""
+    """Drop the part of the bias that is constant in a row, as softmax allows under causal."""
     if not h.o.causal:
         return step("bias")(self, h)
     return -h.slope * torch.arange(h.seqlen_k).expand(h.seqlen_q, -1)
@@ -264,11 +259,10 @@ SCORES = [
 ]
 
 # --- dropout
-# ----------------------------------------------------------------------------------------------------------
 
 
 def sign_bit(self, p, keep):
-    """Dropped is written as a minus sign and read back from it: right only where every weight is positive."""
+    """Store dropped weights with a minus sign and read it back: right only if every weight is positive."""
     return p if keep is None else torch.where(keep, p, -p).relu()
 
 
@@ -343,16 +337,15 @@ DROPOUT = [
 ]
 
 # --- functions, normalizations, 16 bit
-# --------------------------------------------------------------------------------
 
 
 def hidden_normalization(self, visible, keep, h):
-    """An average instead of a sum, as if rows still added up to 1."""
+    """Average instead of summing, as if rows still added up to 1."""
     return 1 / visible.sum(-1, keepdim=True).clamp(min=1).double()
 
 
 def padded_to(multiple: int, name: str) -> Callable:
-    """n of the padded keys instead of the keys."""
+    """Count padded keys in n."""
 
     def wrong(self, *arguments):
         *rest, h = arguments
@@ -364,7 +357,7 @@ def padded_to(multiple: int, name: str) -> Callable:
 
 
 def factor_in_weights(self, p, dtype):
-    """1/n multiplied into P before it is rounded to 16 bit, and taken out again by nobody but this model."""
+    """Multiply P by 1/n before rounding it to 16 bit, and divide it out after."""
     n = p.shape[-1] if p.shape[-1] > 1000 else 1
     return step("narrow")(self, p / n, dtype) * n
 
@@ -479,7 +472,6 @@ FUNCTIONS = [
 ]
 
 # --- batches, groups, packed sequences, caches
-# ------------------------------------------------------------------------
 
 
 def whole_sequence(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None), *more):
@@ -509,7 +501,7 @@ def without_left_padding(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, us
 
 
 def merged_splits(merge: Callable) -> Callable:
-    """A split-key kernel whose parts, each over disjoint keys, are put together by ``merge``."""
+    """Make a split-key kernel whose parts, over disjoint keys, ``merge`` combines."""
 
     def kvcache(self, q, k_cache, v_cache, *new, cache_seqlens, num_splits=0, **options):
         if num_splits < 2 or options.get("causal"):
@@ -525,7 +517,7 @@ def merged_splits(merge: Callable) -> Callable:
 
 
 def kvcache_with(change: Callable) -> Callable:
-    """Wrong arguments for the right decoding step."""
+    """Make a decoding step that gets wrong arguments."""
 
     def kvcache(self, q, k_cache, v_cache, *new, **arguments):
         return step("kvcache")(self, q, k_cache, v_cache, *new, **change(dict(arguments)))
@@ -544,7 +536,7 @@ def other_layout(arguments: dict) -> dict:
 
 
 def all_queries_move(self, q, k_cache, v_cache, *new, rotary_cos=None, **arguments):
-    """Queries turn by their own position also where upstream keeps them all at the length of the cache."""
+    """Rotate queries by their own position even where upstream rotates all by the length of the cache."""
     right = step("kvcache")
     if (
         rotary_cos is None
@@ -561,14 +553,14 @@ def all_queries_move(self, q, k_cache, v_cache, *new, rotary_cos=None, **argumen
 
 
 def swapped_group_order(self, q, k, v, **options):
-    """One query per group handled as a block of queries, and put back in the wrong order."""
+    """Treat the heads of a group as a block of queries, and restore them in the wrong order."""
     out = step("dense")(self, q, k, v, **options)
     group = q.shape[2] // k.shape[2]
     return out if q.shape[1] > 1 else out.unflatten(2, (group, k.shape[2])).transpose(2, 3).flatten(2, 3)
 
 
 def last_of_group(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None), *more):
-    """dK and dV of the last query head in place of the group's sum."""
+    """Return dK and dV of the last query head instead of the group's sum."""
     group = q.shape[1] // k.shape[1]
     lone = [
         [x[:, h // group] if h % group == group - 1 else x[:, h // group].detach() for h in range(q.shape[1])]
@@ -657,7 +649,7 @@ MUTANTS = MASKS + SCORES + DROPOUT + FUNCTIONS + SEQUENCES
 
 
 class SoftmaxCommentedOut(Oracle):
-    """Upstream's dense attention with ``softmax(scores)`` replaced by ``scores`` and nothing else changed."""
+    """Upstream's dense attention with only ``softmax(scores)`` replaced by ``scores``."""
 
     filling = -math.inf
 
@@ -679,7 +671,7 @@ class SoftmaxCommentedOut(Oracle):
         }.get(o.activation, lambda s: s)(scores)
 
     def sequence(self, q, k, v, o, batch=0, keep=None, dropout_p=0.0, used=slice(None), *more):
-        """Keys that are not used are masked, not cut off."""
+        """Mask unused keys instead of cutting them off."""
         start, stop, _ = slice(*(None if x is None else int(x) for x in (used.start, used.stop))).indices(
             len(k)
         )
@@ -696,6 +688,6 @@ class SoftmaxCommentedOut(Oracle):
 
 
 class MaskedWithZero(SoftmaxCommentedOut):
-    """The same with 0 for -inf: the mask is right, for the identity, and nothing else was thought of."""
+    """The same with 0 for -inf: only the mask is right, and only for the identity."""
 
     filling = 0.0

@@ -1,10 +1,10 @@
-"""What attention with and without softmax means, written once more and as plainly as possible.
+"""Define attention with and without softmax independently of the package, as plainly as possible.
 
-``attend`` is the whole of the maths for one sequence and one head. It follows the contract in the module
-docstring of ``flash_attn.nosoftmax.score`` and shares no code with the package; autograd differentiates it,
-so it gives the reference gradients too. It computes in the dtype of its inputs: float64 inputs give the
-reference, 16-bit inputs give the error that this precision costs anyhow (see ``measure``). The class around
-it only cuts batches, heads, packed sequences and caches into such single sequences.
+``attend`` holds all the maths for one sequence and one head. It follows the contract in the module docstring
+of ``flash_attn.nosoftmax.score`` and shares no code with the package. Autograd differentiates it, which gives
+the reference gradients. It computes in the dtype of its inputs: float64 inputs give the reference, 16-bit
+inputs the error that is inherent in this precision (see ``measure``). ``Oracle`` only cuts batches, heads,
+packed sequences and caches into such single sequences.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Options:
     activation: str = "identity"
     sigmoid_bias: float | str | Tensor = 0.0
     normalization: str | float | Tensor | None = None
-    deterministic: bool = False  # fixes the order of sums, and with it every bit; the result is the same
+    deterministic: bool = False  # fixes the order of sums, which the oracle ignores
 
     def slope(self, batch: int, head: int) -> float | Tensor:
         """The ALiBi slope of one head; slopes are (nheads,) or (batch, nheads)."""
         return 0.0 if self.alibi_slopes is None else of_head(self.alibi_slopes, batch, head)
 
     def of_head(self, batch: int, head: int) -> Options:
-        """The options of one head, whose bias is a number, without the factors that `factor` gives."""
+        """The options of one head: its bias is a number, and the factors of `factor` are left out."""
         bias = self.sigmoid_bias
         return replace(
             self,
@@ -48,8 +48,9 @@ class Options:
         )
 
     def factor(self, batch: int, rows: slice | None, total: int) -> float | Tensor:
-        """What the caller gave for the rows of one sequence, a number or (seqlen_q, 1, 1). rows: where they
-        are among ``total`` packed ones."""
+        """The caller's factor for the rows of one sequence, a number or (seqlen_q, 1, 1). rows: their place
+        among ``total`` packed rows.
+        """
         given = self.normalization
         if given is None or isinstance(given, str):
             return 1.0
@@ -67,7 +68,7 @@ class Options:
 
 
 def of_head(given: Tensor, batch: int, head: int) -> Tensor:
-    """An entry of (nheads,) or (batch, nheads)."""
+    """The entry of one head in (nheads,) or (batch, nheads)."""
     return given.double()[batch, head] if given.dim() == 2 else given.double()[head]
 
 
@@ -88,7 +89,7 @@ def sigmoid_bias(o: Options, n: int) -> float:
 
 
 def gaussian(s: Tensor) -> Tensor:
-    """The probability that a standard normal number is below s."""
+    """The standard normal distribution function."""
     return torch.special.erfc(-s / math.sqrt(2)) / 2
 
 
@@ -114,7 +115,9 @@ def attend(
 ) -> Tensor:
     """One sequence, one head: q (seqlen_q, d), k and v (seqlen_k, d), keep bool (seqlen_q, seqlen_k)."""
     n, distance, visible = max(len(k), 1), distances(len(q), len(k)), visibility(len(q), len(k), o)
-    k, v = (torch.where(visible.any(0)[:, None], x, 0) for x in (k, v))  # what no query may see is never read
+    k, v = (
+        torch.where(visible.any(0)[:, None], x, 0) for x in (k, v)
+    )  # keys that no query may see are never read
     s = (q @ k.T) * (q.shape[-1] ** -0.5 if o.softmax_scale is None else o.softmax_scale)
     s = o.softcap * torch.tanh(s / o.softcap) if o.softcap > 0 else s
     s = s - (slope * distance.abs()).to(s.dtype)
@@ -147,10 +150,9 @@ def split(x: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 class Oracle:
-    """Batches, packed sequences and key-value caches, one sequence and one head at a time.
+    """Computes batches, packed sequences and key-value caches, one sequence and one head at a time.
 
-    ``dtype`` is the widest dtype that the implementation takes: what the checks use where the dtype is not
-    the point.
+    ``dtype`` is the widest dtype that the implementation takes. Checks use it by default.
     """
 
     device = "cpu"
@@ -189,9 +191,9 @@ class Oracle:
         return torch.stack([self.sequence(q[b], k[b], v[b], o, b, keep[b], dropout_p) for b in range(len(q))])
 
     def dropped(self, q, k, v, dropout_p: float, seed: int, **options) -> tuple[Tensor, Tensor]:
-        """The output and the keep mask that the seed gave; which mask that is belongs to the implementation.
+        """Return the output and the keep mask of the seed. Each implementation has its own masks.
 
-        Packed if ``lengths_q`` and ``lengths_k`` are among the options.
+        The call is packed if ``lengths_q`` and ``lengths_k`` are among the options.
         """
         packed = "lengths_q" in options
         lengths = (

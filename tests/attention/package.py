@@ -1,5 +1,5 @@
-"""The installed ``flash_attn`` behind the same methods as ``oracle.Oracle``, so that one check runs against
-both.
+"""Wrap the installed ``flash_attn`` in the methods of ``oracle.Oracle``, so that a check can run against
+either.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 from torch import Tensor
 
 EXTENSION = "flash_attn_2_cuda"
-# What Package's variants ask the public functions for; "quadratic" is the backend that takes softmax as well.
+# Options of the public functions for each variant. The backend of "quadratic" also takes softmax.
 VARIANTS = {
     ("cpu", "quadratic"): dict(algorithm="quadratic"),
     ("cuda", "quadratic"): dict(backend="fa2"),
@@ -50,9 +50,10 @@ def supports(device: str, dtype: torch.dtype) -> bool:
 
 
 def not_in_this_build(error: BaseException) -> bool:
-    """Whether a call failed because the CUDA build lacks its kernels: another score function than the
-    identity, or what HEAD_DIMS, DTYPES, PASSES or NO_SOFTMAX_ONLY left out. The same test runs on the CPU
-    backend, which has all of it."""
+    """Whether a call failed because the CUDA build lacks its kernels: a score function other than the
+    identity, or kernels that HEAD_DIMS, DTYPES, PASSES or NO_SOFTMAX_ONLY left out. The CPU backend, which
+    has all of them, runs the same test.
+    """
     if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
         return str(error).startswith("This flash attention build has no kernels ")
     words = (f"{EXTENSION} has no kernels for {name}" for name in ("activation=", "normalization"))
@@ -64,7 +65,7 @@ def cumulative(lengths: Sequence[int], device: str) -> Tensor:
 
 
 class Package:
-    """Public functions of flash_attn on one device, by one of VARIANTS; ``use_softmax`` is False unless
+    """The public functions of flash_attn on one device, by one of VARIANTS. ``use_softmax`` is False unless
     given.
 
     A call that the variant does not take skips the test, with the package's own reason.
@@ -113,7 +114,7 @@ class Package:
             return self._varlen_op(
                 q, k, v, cu_q, cu_k, *longest, seqused_k, leftpad_k, block_table, **options
             )
-        # The pair without autograd takes these two.
+        # nosoftmax.forward and backward take these two options.
         return self._refusable(
             lambda: nosoftmax.forward(
                 q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=longest[0],
@@ -126,7 +127,7 @@ class Package:
         self, q, k, v, cu_q, cu_k, max_q, max_k, seqused_k, leftpad_k, block_table, *, softmax_scale=None,
         causal=False, window_size=(-1, -1), softcap=0.0, **options,
     ) -> Tensor:  # fmt: skip
-        """With softmax the operator beneath the public function takes the two."""
+        """Call the operator below the public function, which takes both options with softmax."""
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         return _flash_attn_varlen_forward(
             q, k, v, cu_q, cu_k, max_q, max_k, 0.0, scale, causal, *window_size, softcap,

@@ -1,4 +1,4 @@
-"""Every score function, as the options that choose it."""
+"""List every score function, as the options that choose it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Stand-ins for the packages that upstream's models import, so that the models run without them.
+"""Replace the packages that upstream's models import, so that the models run without them.
 
 gpt.py, bert.py and vit.py need transformers, timm, torchvision, safetensors and sentencepiece for configs,
-checkpoints and stochastic depth. None of that has to do with attention, and torchvision's wheel does not load
-beside a CPU torch.
+checkpoints and stochastic depth. Attention needs none of that, and torchvision's wheel does not load beside a
+CPU torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 class Config:
-    """A config as transformers has them: a bag of attributes."""
+    """A config like those of transformers: a set of attributes."""
 
     def __init__(self, **values) -> None:
         vars(self).update(values)
@@ -31,7 +31,7 @@ class Config:
 
 @contextmanager
 def models() -> Iterator[SimpleNamespace]:
-    """Upstream's modules ``gpt``, ``bert`` and ``vit``, imported with the stand-ins and forgotten
+    """Import upstream's modules ``gpt``, ``bert`` and ``vit`` with the stand-ins, and drop them
     afterwards.
     """
     fakes = {name: mock.MagicMock() for package in PACKAGES for name in _with_parents(package)}
@@ -41,7 +41,7 @@ def models() -> Iterator[SimpleNamespace]:
         "transformers.models.bert.modeling_bert"
     ].BaseModelOutputWithPoolingAndCrossAttentions = SimpleNamespace
     fakes["torchvision.ops"].StochasticDepth = lambda p, mode: nn.Dropout(p)
-    with mock.patch.dict(sys.modules, fakes):  # which also takes the models out of sys.modules again
+    with mock.patch.dict(sys.modules, fakes):  # this also removes the models from sys.modules at the end
         yield SimpleNamespace(**{name: _model(name) for name in ("gpt", "bert", "vit")})
 
 

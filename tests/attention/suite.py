@@ -1,4 +1,4 @@
-"""The attention tests as objects: what test_mutations.py calls with wrong kernels."""
+"""Load the attention tests as objects, for test_mutations.py to call with wrong kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def named(test: str) -> Callable:
 
 
 def parameters(test: Callable) -> Iterator[dict]:
-    """Every set of arguments that the test's own parametrize marks give it, beside the implementation."""
+    """Yield every set of arguments that the test's parametrize marks give it, without the implementation."""
     axes = []
     for mark in getattr(test, "pytestmark", ()):
         if mark.name == "parametrize":

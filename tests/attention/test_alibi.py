@@ -1,4 +1,4 @@
-"""The ALiBi bias: without softmax it must be the whole of -slope * |i + seqlen_k - seqlen_q - j|, also when
+"""Test the ALiBi bias: without softmax it must be the full -slope * |i + seqlen_k - seqlen_q - j|, also when
 causal.
 """
 
@@ -14,7 +14,7 @@ from oracle import FUNCTIONS
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(113, 203), (203, 113), (16, 16), (1, 20)])
 def test_bias(attention, causal, seqlen_q, seqlen_k):
-    """Softmax forgives a bias that is off by a constant per row; without it the value itself counts."""
+    """With softmax a constant per row in the bias has no effect; without softmax the full value counts."""
     q, k, v = qkv(attention, 1, seqlen_q, seqlen_k)
     compare(attention, q, k, v, causal=causal, alibi_slopes=slopes(attention, 2, size=0.05))
 
@@ -39,7 +39,7 @@ def test_softcap(attention):
 
 
 def test_bias_reaches_dv_alone(attention):
-    """For linear f the gradients of q and k don't see the bias; dV does, with the bias of the forward."""
+    """For linear f the bias has no effect on dQ and dK, but dV has the bias of the forward."""
     q, k, v = qkv(attention, 1, 40, 50)
     plain = dict(causal=True, deterministic=True)
     bias = dict(plain, alibi_slopes=slopes(attention, 2))
@@ -51,14 +51,14 @@ def test_bias_reaches_dv_alone(attention):
 
 @pytest.mark.parametrize("activation", [name for name in FUNCTIONS if name != "identity"])
 def test_nonlinear_functions(attention, activation):
-    """The bias moves f' too."""
+    """The bias also enters f'."""
     q, k, v = qkv(attention, 2, 20, 24)
     compare(attention, q, k, v, causal=True, activation=activation, alibi_slopes=slopes(attention, 2))
 
 
 def test_bias_that_overflows_past_the_last_query(attention):
-    """float16: the bias is in range for all 97 queries; rows that only a padded tile has must not
-    spoil dV.
+    """In float16 the bias is in range for all 97 queries. Padding rows of a tile, where it overflows, must
+    not affect dV.
     """
     q, k, v = qkv(attention, 1, 97, 97, nheads=1, head_dim=16, dtype=torch.float16)
     v = v * 1e-3

@@ -1,4 +1,4 @@
-"""The backward pass on its own: finite differences, determinism, memory, and inputs that are views."""
+"""Test the backward pass: finite differences, determinism, memory, and inputs that are views."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def gradcheck(attention, nheads_k: int = 1, **options) -> None:
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
 def test_gradcheck_pairs(attention, device, pair):
-    """Finite differences for each pair of options that may be combined, with grouped heads."""
+    """Gradients match finite differences for each allowed pair of options, with grouped heads."""
     only_wide(device)
     gradcheck(attention, **PIECES[pair[0]], **PIECES[pair[1]])
 
@@ -53,21 +53,21 @@ def test_gradcheck_pairs(attention, device, pair):
 @pytest.mark.parametrize("name", PIECES)
 @pytest.mark.parametrize("function", FUNCTIONS[1:], ids=lambda f: "-".join(map(str, f.values())))
 def test_gradcheck_functions(attention, device, function, name):
-    """Finite differences for each activation with each option."""
+    """Gradients match finite differences for each activation with each option."""
     only_wide(device)
     gradcheck(attention, **function, **PIECES[name])
 
 
 @pytest.mark.parametrize("name", [name for name in PIECES if not name.startswith("1/")])
 def test_gradcheck_softmax(attention, device, name):
-    """With softmax on."""
+    """Gradients match finite differences with softmax on."""
     only_wide(device)
     gradcheck(attention, use_softmax=True, **PIECES[name])
 
 
 @pytest.mark.parametrize("options", [dict(causal=True), dict(dropout_p=0.2), dict(softcap=2.0)], ids=str)
 def test_deterministic(attention, options):
-    """Twice bit for bit the same, from poisoned memory, and the same as without the flag up to rounding."""
+    """Two runs from poisoned memory agree bit for bit, and with a run without the flag up to rounding."""
     q, k, v = qkv(attention, 2, 130, 150, nheads=4, nheads_k=2)
 
     def run(deterministic: bool) -> tuple[Tensor, ...]:
@@ -82,7 +82,9 @@ def test_deterministic(attention, options):
 
 
 def test_without_dropout_nothing_else_is_returned(attention):
-    """No log-sum-exp and no mask: empty, never uninitialised; and a second run is bit for bit the same."""
+    """The log-sum-exp and the mask are empty, never uninitialised, and a second run is bit for bit the
+    same.
+    """
     q, k, v = qkv(attention, 2, 33, 41)
     first, again = (attention.dense(q, k, v, causal=True, return_attn_probs=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
@@ -91,7 +93,7 @@ def test_without_dropout_nothing_else_is_returned(attention):
 
 
 def test_saved_for_backward(attention):
-    """q, k, v and the state of the generator are kept; neither the output nor a log-sum-exp."""
+    """q, k, v and the generator's state are saved for backward, but neither the output nor a log-sum-exp."""
     q, k, v = (x.requires_grad_() for x in qkv(attention, 2, 64, 96, nheads=4, nheads_k=2, head_dim=16))
     bytes_saved = {}
     for use_softmax in (False, True):
@@ -123,7 +125,7 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["quadratic", "linear"])
 def test_memory_grows_with_the_length_not_its_square(device, algorithm):
-    """Forward and backward over 8192 tokens and 2 heads; one matrix of scores would be 512 MiB."""
+    """Forward and backward run over 8192 tokens and 2 heads, where one matrix of scores would be 512 MiB."""
     if device != "cpu":
         pytest.skip("measures the memory of a CPU process")
     probe = [sys.executable, "-c", MEMORY_PROBE.format(seqlen=8192, algorithm=algorithm)]
@@ -132,7 +134,9 @@ def test_memory_grows_with_the_length_not_its_square(device, algorithm):
 
 
 def test_packed_views(attention):
-    """qkv and kv in one tensor are views with gaps; the gradients land in one tensor of the same layout."""
+    """q, k and v of a packed qkv or kv are views with gaps; their gradients land in one tensor of the same
+    layout.
+    """
     q, k, v = qkv(attention, 2, 20, 20, nheads=4)
     dout = randn(*q.shape, seed=99, like=attention)
     expected = gradients(lambda *x: attention.dense(*x, causal=True), q, k, v, dout=dout)
@@ -158,7 +162,9 @@ def test_packed_views(attention):
 
 
 def test_strided_inputs(attention):
-    """q, k, v and dout cut out of larger tensors, heads before tokens; a dout that is one number expanded."""
+    """Inputs may be strided: q, k, v and dout cut from larger tensors, heads before tokens; dout as one
+    expanded number.
+    """
     q, k, v = qkv(attention, 2, 20, 24, nheads=2)
 
     def run(*tensors, dout):

@@ -1,7 +1,7 @@
-"""Which backend runs a call: the rule, its reasons, how it is forced, and what FA4 is handed.
+"""Test which backend runs a call: the rule, its reasons, forcing a backend, and the arguments that FA4 gets.
 
-FA4 is a stand-in here: a package flash_attn.cute that records its calls and computes on the CPU, a GPU that
-says it is a Hopper, and, where something is computed, CPU tensors that pass for CUDA ones.
+FA4 is a stand-in here: a package flash_attn.cute that records its calls and computes on the CPU, and a GPU
+that claims to be a Hopper. Where a test computes, CPU tensors pass for CUDA tensors.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ OURS = {
 }  # fmt: skip
 UPSTREAM = {"__init__.py": "raise AssertionError('imported to find out whose it is')"}
 BROKEN = {**OURS, "__init__.py": "import no_such_requirement"}
-# Of the other revision only the number may be read.
+# Only the number of another revision may be read.
 LATER = {
     **OURS,
     "nosoftmax/revision.py": "REVISION = 1000",
@@ -67,8 +67,8 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install]:
-    """install(cute, extension, capability): flash_attn.cute made of these files, the extension there or not,
-    a GPU.
+    """install(cute, extension, capability) makes flash_attn.cute from these files, with or without the
+    extension, and a GPU.
     """
 
     def install(
@@ -89,7 +89,7 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
         forget_what_is_installed()
 
     monkeypatch.delenv(choice.ENVIRONMENT, raising=False)
-    # The real one, where there is one, stays out of sight, and comes back.
+    # Hide an installed flash_attn.cute, and restore it afterwards.
     monkeypatch.setattr(
         flash_attn,
         "__path__",
@@ -104,12 +104,12 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
 
 
 def forget_fa4() -> dict[str, ModuleType]:
-    """Take flash_attn.cute out of the imported modules; what was taken out."""
+    """Remove flash_attn.cute from the imported modules, and return what was removed."""
     return {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("flash_attn.cute")}
 
 
 def forget_what_is_installed() -> None:
-    """It does not change while a process runs, unless these tests do it."""
+    """Clear the caches of what is installed, which only these tests change while a process runs."""
     for found in (fa4._unavailable, fa4._hopper, fa2._built, extension._found, extension.obstacle):
         found.cache_clear()
     interface._known.clear()
@@ -117,7 +117,7 @@ def forget_what_is_installed() -> None:
 
 
 def swap_devices(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """These backends take CPU tensors for CUDA ones, and the other way round."""
+    """Let these backends take CPU tensors for CUDA tensors, and vice versa."""
     other = {"cpu": "cuda", "cuda": "cpu"}
     for name in names:
         backend = choice._BACKENDS[name]
@@ -128,27 +128,26 @@ def swap_devices(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 @pytest.fixture
 def fake_fa4(install: Install, monkeypatch: pytest.MonkeyPatch) -> list:
-    """CPU tensors are FA4's. Grows by each call that it is handed."""
+    """Give CPU tensors to FA4; returns the list of the calls that it gets."""
     install()
     swap_devices(monkeypatch, "fa4")
     return importlib.import_module("flash_attn.cute.nosoftmax.hopper").CALLS
 
 
 def on_gpu(*shape: int, dtype: torch.dtype = torch.float32, **options) -> torch.Tensor:
-    """A tensor of a GPU without memory."""
+    """Make a tensor on a GPU, without memory."""
     with FakeTensorMode():
         return torch.empty(shape, dtype=dtype, device="cuda", **options)
 
 
 def tensors(device: str, seqlen: int = 16, dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, ...]:
-    """q, k and v without memory where the device is not the CPU."""
+    """Make q, k and v, without memory unless the device is the CPU."""
     if device == "cpu":
         return tuple(torch.zeros(1, seqlen, 2, 8) for _ in range(3))
     return tuple(on_gpu(1, seqlen, 2, 8, dtype=dtype) for _ in range(3))
 
 
-# --- the rule
-# ---------------------------------------------------------------------------------------------------------
+# --- The rule
 
 NO_FA4 = dict(cute=None)
 PURE_PYTHON = dict(extension=False)
@@ -180,7 +179,9 @@ AMPERE = dict(capability=(8, 0))
     ("cpu", {}, SILU, "cpu", {"linear": "activation='silu'", "fa4": "", "fa2": ""}),
 ], ids=str)  # fmt: skip
 def test_choice(install, device, machine, options, expected, reasons):
-    """The first of linear, fa4, fa2 and cpu that takes the call; each one before it gives its reason."""
+    """The first of linear, fa4, fa2 and cpu that takes the call runs it; each backend before it gives its
+    reason.
+    """
     install(**machine)
     chosen = explain(flash_attn_func, *tensors(device), **options)
     assert chosen.backend == expected
@@ -198,7 +199,7 @@ def test_choice(install, device, machine, options, expected, reasons):
         "fa2": "make wheel BACKEND=cuda", "cpu": ""}),
 ], ids=str)  # fmt: skip
 def test_no_choice(install, machine, options, reasons):
-    """The error has the reason of each backend."""
+    """The error lists the reason of each backend."""
     install(**machine)
     with pytest.raises(NotImplementedError) as error:
         explain(flash_attn_func, *tensors("cuda"), **options)
@@ -209,7 +210,7 @@ def test_no_choice(install, machine, options, reasons):
 
 
 def test_softmax_without_the_extension(install):
-    """explain says what the call says."""
+    """explain raises the error of the call."""
     install(**PURE_PYTHON)
     with pytest.raises(ImportError, match="make wheel BACKEND=cuda"):
         explain(flash_attn_func, *tensors("cuda"))
@@ -236,7 +237,7 @@ def shaped(
     dtype: torch.dtype = torch.bfloat16,
     grad: bool = False,
 ):
-    """q, k and v of a GPU."""
+    """Make q, k and v on a GPU."""
     return tuple(
         on_gpu(*shape, dtype=dtype, requires_grad=grad) for shape in (q, k, (*k[:-1], head_dim_v or k[-1]))
     )
@@ -262,8 +263,8 @@ SHORT = (1, 4096, 16, 64)  # 34
     (((4, 8192, 8, 64), (4, 8192, 1, 64)), dict(causal=True), "fa4"),
 ], ids=str)  # fmt: skip
 def test_fa4_is_for_much_work(install, shapes, options, expected):
-    """4 * batch * nheads * seqlen_q * seqlen_k * head_dim floating-point operations, of visible scores alone:
-    from 60e9 on.
+    """FA4 runs calls of 60e9 floating-point operations or more: 4 * batch * nheads * seqlen_q * seqlen_k *
+    head_dim, for visible scores alone.
     """
     install()
     assert (
@@ -277,7 +278,7 @@ def test_fa4_is_for_much_work(install, shapes, options, expected):
     [(2, 4096, "fa2"), (2, 24576, "fa4"), (16, 16384, "fa2"), (16, 65536, "fa4")],
 )
 def test_work_of_packed_sequences_is_that_of_mean_lengths(install, sequences, total, expected):
-    """Their lengths lie on the GPU, and max_seqlen is of one of them."""
+    """The host cannot read the lengths, which lie on the GPU, and max_seqlen is that of one sequence."""
     install()
     lengths = on_gpu(sequences + 1, dtype=torch.int32)
     tokens = (total, 16, 64)
@@ -292,8 +293,8 @@ def test_work_of_packed_sequences_is_that_of_mean_lengths(install, sequences, to
     "page_size, longest, expected", [(256, 4096, "fa2"), (256, 65536, "fa4"), (16, 4096, "fa4")]
 )
 def test_work_of_pages_is_that_of_the_longest_sequence(install, page_size, longest, expected):
-    """The pool of pages says nothing. And the extension takes multiples of 256 as pages, so there are other
-    calls for FA4.
+    """The size of the pool does not count. The extension takes pages of multiples of 256 only, so other page
+    sizes go to FA4.
     """
     install()
     q, k, v = shaped((1024, 16, 64), (100_000, page_size, 16, 64))
@@ -332,7 +333,7 @@ def test_a_build_without_gradients_serves_without_them(install):
 
 
 def test_rocm_has_no_fa4(install, monkeypatch):
-    """MI300's compute capability is 9.4."""
+    """MI300 reports compute capability 9.4, like a Hopper GPU."""
     install(capability=(9, 4))
     monkeypatch.setattr(torch.version, "hip", "6.2")
     with pytest.raises(NotImplementedError, match="not fa4: it has no ROCm kernels"):
@@ -340,7 +341,7 @@ def test_rocm_has_no_fa4(install, monkeypatch):
 
 
 def test_tensors_of_a_gpu_that_is_not_there(install, monkeypatch):
-    """Those of FakeTensorMode, on a machine without one."""
+    """FakeTensorMode gives such tensors on a machine without a GPU."""
 
     def fail(device):
         raise AssertionError("Torch not compiled with CUDA enabled")
@@ -363,7 +364,7 @@ def test_a_cache_stays_with_the_extension(install):
 
 
 def test_nothing_can_run_the_call(install, monkeypatch):
-    """The error is what explain says."""
+    """The call raises the error of explain."""
     install(**NO_FA4)
     swap_devices(monkeypatch, "fa4", "fa2", "cpu")
     arguments = tensors("cpu")
@@ -382,8 +383,7 @@ def test_meta_tensors_are_for_the_operators():
     assert flash_attn_func(q, k, v, **SILU).shape == q.shape
 
 
-# --- whose flash_attn.cute it is
-# --------------------------------------------------------------------------------------
+# --- Whose flash_attn.cute it is
 
 
 @pytest.mark.parametrize("cute, reason", [
@@ -415,8 +415,7 @@ def test_fa4_is_imported_when_it_is_needed_alone(install):
     assert "flash_attn.cute" in sys.modules
 
 
-# --- forcing
-# ----------------------------------------------------------------------------------------------------------
+# --- Forcing
 
 
 @pytest.mark.parametrize("options, expected", [
@@ -427,7 +426,7 @@ def test_fa4_is_imported_when_it_is_needed_alone(install):
     (dict(), "fa2"),
 ], ids=str)  # fmt: skip
 def test_environment(install, monkeypatch, options, expected):
-    """It forces a backend where no argument does."""
+    """The variable forces a backend if no argument does."""
     install()
     monkeypatch.setenv("FLASH_ATTENTION_NOSOFTMAX_BACKEND", "fa2")
     assert explain(flash_attn_func, *tensors("cuda"), **options).backend == expected
@@ -464,7 +463,7 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("message", IMPOSSIBLE)
 def test_impossible(install, monkeypatch, message):
-    """In the same words by explain, whatever the tensors, and by the call."""
+    """explain and the call raise the same message, whatever the tensors."""
     install()
     with pytest.raises(ValueError) as error:
         explain(flash_attn_func, *tensors("cuda"), **IMPOSSIBLE[message])
@@ -491,7 +490,7 @@ def test_impossible_environment(monkeypatch, value, message):
     with pytest.raises(ValueError, match=message):
         flash_attn_func(*tensors("cpu"), **IDENTITY)
     assert torch.isfinite(flash_attn_func(*tensors("cpu"))).all()
-    assert explain(flash_attn_func, *tensors("cpu")).backend == "cpu"  # with softmax it is not looked at
+    assert explain(flash_attn_func, *tensors("cpu")).backend == "cpu"  # with softmax the variable is ignored
 
 
 @pytest.mark.parametrize("count, kwargs, message", [
@@ -512,13 +511,12 @@ def test_explain_takes_the_attention_functions():
         explain(torch.nn.functional.scaled_dot_product_attention, *tensors("cpu"))
 
 
-# --- what FA4 is handed, and what comes back
-# --------------------------------------------------------------------------
+# --- The arguments that FA4 gets, and its results
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients_go_through_the_packing(fake_fa4, name):
-    """Each of the six gives, by FA4, the output and the gradients that the CPU backend gives."""
+    """Through FA4, each of the six functions gives the output and gradients of the CPU backend."""
     options = dict(SILU, causal=True, window_size=(2, 0), softmax_scale=0.3)
     actual, count = run(name, "cpu", **options), len(fake_fa4)
     expected = run(name, "cpu", **options, backend="cpu")
@@ -545,7 +543,7 @@ def test_options_as_fa4_is_handed_them(fake_fa4):
 
 
 def test_packed_calls_as_fa4_is_handed_them(fake_fa4):
-    """Lengths may be int64: FA4 gets int32, and one tensor where there was one."""
+    """Lengths may be int64. FA4 gets int32, and one tensor for both lengths if the caller passed one."""
     q, lengths = torch.randn(8, 2, 8), torch.tensor([0, 3, 8])
     flash_attn_varlen_func(q, q, q, lengths, lengths, 5, 5, **SILU)
     (call,) = fake_fa4
@@ -554,7 +552,7 @@ def test_packed_calls_as_fa4_is_handed_them(fake_fa4):
 
 
 def test_pages(fake_fa4):
-    """A paged cache goes with its table and the lengths of its sequences."""
+    """FA4 gets a paged cache with its table and the lengths of its sequences."""
     pages, q = torch.randn(4, 256, 2, 8), torch.randn(5, 2, 8)
     table = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32)
     arguments = (q, pages, pages.flip(0), cumulative([2, 3], "cpu"), cumulative([300, 200], "cpu"), 3, 300)
@@ -580,8 +578,8 @@ def test_attention_probabilities_are_empty(fake_fa4, name):
 
 
 def test_compiles_to_one_graph(fake_fa4, monkeypatch):
-    """The choice is not traced: the compiled function takes another backend as soon as FA4 does not take the
-    tensors.
+    """The choice is not traced: the compiled function uses another backend for tensors that FA4 does not
+    take.
     """
     for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_varlen_qkvpacked_func"):
         torch._dynamo.reset()

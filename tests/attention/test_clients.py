@@ -1,7 +1,7 @@
-"""How other packages find out what this one can do: with the CUDA extension they use it, and in the wheel
-without one those that look for the extension don't find it.
+"""Test how other packages detect this one: they use it with the CUDA extension, and in a wheel without the
+extension, those that look for it don't find it.
 
-Each check is the client's own, shortened. docs/clients.md says what the user of each one sees.
+Each check is the client's own, shortened. docs/clients.md says what the user of each client sees.
 """
 
 import importlib
@@ -27,14 +27,14 @@ def compiled(request, monkeypatch) -> bool:
 
 
 def xformers_finds_it() -> bool:
-    """xformers/ops/fmha/flash.py (0.0.30 to 0.0.35), which runs when xformers.ops is imported."""
+    """As xformers/ops/fmha/flash.py (0.0.30 to 0.0.35), when xformers.ops is imported."""
     if hasattr(flash_attn_interface, "flash_attn_cuda"):
         return flash_attn_interface.flash_attn_cuda is not None
     return flash_attn_interface.flash_attn_gpu is not None
 
 
 def unsloth_finds_it() -> bool:
-    """unsloth/models/_utils.py (2026.10): HAS_FLASH_ATTENTION, else it takes xformers or SDPA."""
+    """As unsloth/models/_utils.py (2026.10): HAS_FLASH_ATTENTION, else it uses xformers or SDPA."""
     try:
         try:
             from flash_attn.flash_attn_interface import flash_attn_gpu  # noqa: F401
@@ -46,7 +46,7 @@ def unsloth_finds_it() -> bool:
 
 
 def transformer_engine_finds_it() -> bool:
-    """transformer_engine/pytorch/attention/dot_product_attention/backends.py, at import."""
+    """As transformer_engine/pytorch/attention/dot_product_attention/backends.py, at import."""
     importlib.import_module("flash_attn_2_cuda")
     return True
 
@@ -67,8 +67,8 @@ def test_who_takes_the_extension_for_granted_stops_at_import(compiled, check, er
 
 
 def test_the_version_is_one_that_transformers_takes_and_says_what_is_lacking():
-    """transformers/utils/import_utils.py (5.24) asks for nothing else: a call with softmax on a GPU says the
-    rest (test_interface.py).
+    """transformers/utils/import_utils.py (5.24) checks nothing else. A call with softmax on a GPU reports the
+    missing extension (test_interface.py).
     """
     version = metadata.version("flash-attn")
     assert Version(version) >= Version("2.3.3")
@@ -76,7 +76,7 @@ def test_the_version_is_one_that_transformers_takes_and_says_what_is_lacking():
 
 
 def test_what_clients_find_is_called_as_the_extension_is(compiled):
-    """By the functions' names, with upstream's arguments."""
+    """Clients call it by the extension's function names, with upstream's arguments."""
     found = getattr(flash_attn_interface, "flash_attn_gpu", None)
     assert (found is not None) is compiled
     assert found is None or all(callable(getattr(found, name)) for name in extension.SIGNATURES)

@@ -1,6 +1,4 @@
-"""Dropout of weights that may be negative: the mask can hide neither in their sign nor in their
-being zero.
-"""
+"""Test dropout of weights that may be negative or zero: neither the sign nor a zero can encode the mask."""
 
 from __future__ import annotations
 
@@ -14,25 +12,27 @@ from oracle import FUNCTIONS
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_signed_scores(attention, causal):
-    """Dropped means 0 whatever the sign, in the backward too, and the rest is scaled by 1 / (1 - p)."""
+    """Dropped weights are 0 whatever their sign, in the backward too, and the others are scaled by 1 / (1 -
+    p).
+    """
     compare_dropped(attention, *qkv(attention, 2, 33, 41), causal=causal)
 
 
 def test_all_scores_negative(attention):
-    """A kernel that reads the mask from the sign of P drops everything here."""
+    """A kernel that reads the mask from the sign of P would drop everything here."""
     q, k, v = qkv(attention, 2, 33, 41)
     compare_dropped(attention, q.abs(), -k.abs(), v)
 
 
 @pytest.mark.parametrize("activation", [name for name in FUNCTIONS if name != "identity"])
 def test_functions(attention, activation):
-    """Weights that f made zero are not taken for dropped ones."""
+    """Weights that f made zero do not count as dropped."""
     compare_dropped(attention, *qkv(attention, 2, 33, 41), activation=activation)
 
 
 @pytest.mark.parametrize("normalization", ["1/n", "1/visible", "1/sqrt(n)"])
 def test_normalization_does_not_count_drops(attention, normalization):
-    """1/visible counts the keys that the mask shows, dropped or not."""
+    """1/visible counts the keys that the attention mask leaves visible, dropped or not."""
     compare_dropped(attention, *qkv(attention, 2, 33, 41), causal=True, normalization=normalization)
 
 
@@ -45,7 +45,7 @@ def test_window_alibi_and_groups(attention):
     "options", [dict(), dict(causal=True), dict(activation="silu", normalization="1/n")], ids=str
 )
 def test_packed_sequences(attention, options):
-    """Sequences of unequal lengths, an empty one among them; no two share a mask."""
+    """Sequences of unequal lengths, one of them empty, each have their own mask."""
     lengths = dict(lengths_q=[33, 0, 40, 33], lengths_k=[41, 7, 20, 41])
     sizes = ((106, 4), (109, 2), (109, 2))
     tensors = (randn(*size, 8, seed=i, like=attention) for i, size in enumerate(sizes))
@@ -54,19 +54,19 @@ def test_packed_sequences(attention, options):
 
 
 def test_zero_query_with_dropout(attention):
-    """A query whose scores are all 0 has a gradient from the kept keys and from those alone."""
+    """A query whose scores are all 0 gets its gradient from the kept keys alone."""
     q, k, v = qkv(attention, 2, 33, 41)
     q[:, 3] = 0
     compare_dropped(attention, q, k, v)
 
 
 def test_forward_and_backward_agree_across_blocks(attention):
-    """dV = r (Z∘P)ᵀ dO with the mask of the forward, for more queries and keys than one block holds."""
+    """dV = r (Z∘P)ᵀ dO uses the mask of the forward, for more queries and keys than one block holds."""
     compare_dropped(attention, *qkv(attention, 1, 300, 521, nheads=2, head_dim=16), dropout_p=0.5)
 
 
 def test_fraction_kept(attention):
-    """Within 1 % of 1 - p, the same from row to row and key to key."""
+    """The kept fraction is within 1 % of 1 - p, and uniform over rows and keys."""
     q, k, v = qkv(attention, 1, 256, 256, nheads=2, head_dim=8)
     _, keep = attention.dropped(q, k, v, P, 3)
     assert abs(keep.double().mean().item() - (1 - P)) < 0.01
@@ -75,7 +75,7 @@ def test_fraction_kept(attention):
 
 
 def test_rows_and_keys_are_independent(attention):
-    """No two queries, keys, heads or sequences share their mask, or its opposite, more than by chance."""
+    """No two queries, keys, heads or sequences share a mask, or have opposite masks, more than by chance."""
     q, k, v = qkv(attention, 2, 256, 256, nheads=2, head_dim=8)
     _, keep = attention.dropped(q, k, v, 0.5, 3)
     signs = keep.flatten(0, 1).cpu().double() * 2 - 1
@@ -85,14 +85,14 @@ def test_rows_and_keys_are_independent(attention):
 
 
 def test_mask_does_not_depend_on_softmax(attention):
-    """The seed and the position decide, with softmax and without."""
+    """The mask depends on the seed and the position, with softmax and without."""
     q, k, v = qkv(attention, 2, 130, 140)
     with_softmax, without = (attention.dropped(q, k, v, P, 5, use_softmax=on)[1] for on in (True, False))
     assert torch.equal(with_softmax, without)
 
 
 def test_seed_decides(attention):
-    """The same seed gives the same output bit for bit, another seed another one."""
+    """The same seed gives the same output bit for bit, another seed another output."""
     q, k, v = qkv(attention, 2, 33, 41)
     first, again, other = (attention.dropped(q, k, v, P, seed) for seed in (7, 7, 8))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
@@ -106,5 +106,5 @@ def test_keep_mask_is_plus_or_minus_one(attention, device):
     assert lse.shape == (0,) and lse.dtype == torch.float32
     assert mask.shape == (2, 2, 128, 128) and mask.dtype == q.dtype
     assert (mask[:, :, :33, :41].abs() == 1).all()
-    if device == "cpu":  # the CUDA kernels leave what lies outside undefined, with softmax and without
+    if device == "cpu":  # the CUDA kernels leave entries outside undefined, with softmax and without
         assert not mask[:, :, 33:].any() and not mask[:, :, :, 41:].any()

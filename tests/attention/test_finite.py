@@ -1,7 +1,7 @@
-"""Finite in, finite out. Each test fails for a kernel that keeps softmax's way of masking or of converting to
-16 bit.
+"""Test that finite inputs give finite results. Each test fails for a kernel that masks or converts to 16 bit
+as softmax kernels do.
 
-Softmax hides all of this: -inf becomes a weight of 0, weights never exceed 1 and outputs are averages.
+Softmax hides such faults: -inf becomes a weight of 0, weights never exceed 1 and outputs are averages.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def assert_finite(*tensors: torch.Tensor) -> None:
 
 
 def gradients_fit(dtype: torch.dtype, activation: str) -> bool:
-    """Whether gradients of the largest inputs are within the range of the dtype; relu2's derivative grows
-    with the score.
+    """Whether gradients of the largest inputs are within the dtype's range; relu2's derivative grows with the
+    score.
     """
     return dtype != torch.float16 and activation != "relu2"
 
@@ -39,7 +39,7 @@ def test_masked_entries(attention, activation):
 
 @pytest.mark.parametrize("normalization", [None, "1/n", "1/visible", "1/sqrt(n)"])
 def test_rows_without_keys(attention, normalization):
-    """No key, nothing to divide by: the row is 0, not 0/0."""
+    """A row without keys is 0, not 0/0."""
     q, k, v = qkv(attention, seqlen_q=9, seqlen_k=3)
     out, *rest = gradients(lambda *x: attention.dense(*x, causal=True, normalization=normalization), q, k, v)
     assert_finite(out, *rest)
@@ -47,7 +47,9 @@ def test_rows_without_keys(attention, normalization):
 
 
 def test_zero_queries(attention):
-    """Visible scores of exactly 0 next to masked ones: finite, and the gradient does not vanish."""
+    """Visible scores of exactly 0 next to masked scores give finite results, and the gradient does not
+    vanish.
+    """
     q, k, v = qkv(attention, seqlen_q=9, seqlen_k=9)
     q[:, 4] = 0
     out, dq, dk, dv = gradients(lambda *x: attention.dense(*x, causal=True), q, k, v)
@@ -58,7 +60,9 @@ def test_zero_queries(attention):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("seqlen_k", [1, 2, 5, 17])
 def test_poisoned_padding(attention, seqlen_k, value):
-    """NaN or Inf past seqused_k and before leftpad_k; a mask that multiplies by 0 lets it through."""
+    """NaN or Inf past seqused_k and before leftpad_k has no effect. A mask that multiplies by 0 would let it
+    through.
+    """
     q, k, v = (randn(40, 2, 8, seed=i, like=attention) for i in range(3))
     hidden = torch.ones(40, dtype=torch.bool)
     hidden[2 : 2 + seqlen_k] = hidden[20 + 3 : 20 + 3 + seqlen_k] = False
@@ -77,7 +81,7 @@ def test_poisoned_padding(attention, seqlen_k, value):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_poisoned_outside_every_window(attention, value):
-    """Keys that no window reaches, through forward and backward."""
+    """NaN or Inf in keys that no window reaches has no effect, in forward and backward."""
     q, k, v = qkv(attention, seqlen_q=5, seqlen_k=90, nheads=1)
     hidden = ~visibility(5, 90, Options(window_size=(6, 3))).any(0)
     results = []
@@ -94,7 +98,7 @@ def test_poisoned_outside_every_window(attention, value):
 @pytest.mark.parametrize("options", [dict(causal=True), dict(window_size=(-1, 4))], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_poisoned_queries_that_see_no_key(attention, value, options):
-    """Nor does their gradient of the output reach a key."""
+    """NaN or Inf in such queries, or in their rows of dout, reaches no key."""
     if attention.device == "cuda" and attention.variant == "quadratic":
         pytest.skip("the extension's tiles hold such queries beside those that see keys: README, limits")
     q, k, v = qkv(attention, seqlen_q=90, seqlen_k=35, nheads=2)
@@ -115,7 +119,7 @@ def test_poisoned_queries_that_see_no_key(attention, value, options):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_poisoned_cache(attention, value):
-    """Past the end, before the left padding and in slots of nobody: bit for bit as if they held zeros."""
+    """Entries past the end, in the left padding and in unused slots count bit for bit as zeros."""
     q, *new = step(attention, 2)
     arguments = dict(
         cache_seqlens=integers(attention, *LENGTHS), cache_leftpad=integers(attention, 3, 0, 20), causal=True
@@ -134,7 +138,7 @@ def test_poisoned_cache(attention, value):
 
 
 def test_poisoned_pages(attention):
-    """Free pages, and the rest of the last page."""
+    """NaN in free pages and in the rest of the last page has no effect."""
     q = randn(2, 3, 2, 8, seed=0, like=attention)
     k, v = (randn(6, 256, 2, 8, seed=i, like=attention) for i in (1, 2))
     arguments = dict(
@@ -154,7 +158,7 @@ def test_poisoned_pages(attention):
 
 @pytest.mark.scores
 def test_weights_saturate_in_float16(attention):
-    """A third of the scores is beyond 65504; they count as ±65504, and nothing is Inf - Inf."""
+    """A third of the scores are beyond 65504. They count as ±65504, so that no sum is Inf - Inf."""
     q, k, v = qkv(attention, 1, 64, 64, head_dim=64, dtype=torch.float16, size=60)
     v = v * 1e-5
     out = attention.dense(q, k, v, causal=True, softmax_scale=1.0)
@@ -168,8 +172,8 @@ def test_weights_saturate_in_float16(attention):
 
 @pytest.mark.parametrize("size", [60, 400])
 def test_finite_gradients_are_right_in_float16(attention, size):
-    """Some dS = dO·v are beyond 65504: what comes of them is Inf, NaN or right, so that torch.amp.GradScaler
-    sees it.
+    """Some dS = dO·v are beyond 65504. Gradients that depend on them are Inf, NaN or right, so that
+    torch.amp.GradScaler notices.
     """
     q, k, v = qkv(attention, 1, 64, 64, head_dim=64, dtype=torch.float16, size=60)
     k = k * 1e-5
@@ -177,14 +181,14 @@ def test_finite_gradients_are_right_in_float16(attention, size):
     out, dq, *_ = gradients(lambda *x: attention.dense(*x, causal=True), q, k, v, dout=dout)
     assert_finite(out)
     ds = torch.einsum("bihd,bjhd->bhij", dout.double().cpu(), v.double().cpu()).tril()
-    assert (ds.abs() > 65504).sum() > 20  # before they are scaled or, with the larger size, also after it
+    assert (ds.abs() > 65504).sum() > 20  # before scaling and, with the larger size, also after it
     expected = torch.einsum("bhij,bjhd->bihd", ds / 8, k.double().cpu())
     wrong = dq.isfinite().cpu() & ((dq.double().cpu() - expected).abs() > 2e-3 * expected.abs().max())
     assert not wrong.any(), f"{wrong.sum()} values of dq are finite and wrong"
 
 
 def test_weights_do_not_saturate_in_bfloat16(attention):
-    """bfloat16 has the range."""
+    """bfloat16 has the range, so weights do not saturate."""
     q, k, v = qkv(attention, 1, 64, 64, head_dim=64, dtype=torch.bfloat16, size=60)
     v = v * 1e-5
     out = attention.dense(q, k, v, causal=True, softmax_scale=1.0)
@@ -204,7 +208,9 @@ def test_weights_do_not_saturate_in_bfloat16(attention):
     "dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"]
 )
 def test_largest_inputs(attention, dtype, largest, activation, options):
-    """Every input at the largest size that the contract allows, of both signs: no NaN, no Inf in forward."""
+    """Inputs of the largest size that the contract allows, of both signs, give no NaN and no Inf in
+    forward.
+    """
     q, k, v = (x.sign() * largest for x in qkv(attention, 1, 40, 48, nheads=2, head_dim=64, dtype=dtype))
     dout = torch.full_like(q, largest)
     dout[:, ::2] *= -1
@@ -218,7 +224,7 @@ def test_largest_inputs(attention, dtype, largest, activation, options):
     "dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"]
 )
 def test_largest_inputs_in_several_blocks(attention, dtype, largest, activation):
-    """One block's sum of Inf and the next one's of -Inf would be NaN."""
+    """A block with the sum Inf and a next block with -Inf would give NaN."""
     q, k, v, dout = (
         randn(1, 600, 1, 64, seed=i, like=attention, dtype=dtype).sign() * largest for i in range(4)
     )
@@ -230,7 +236,9 @@ def test_largest_inputs_in_several_blocks(attention, dtype, largest, activation)
     "dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"]
 )
 def test_largest_inputs_that_all_agree(attention, dtype, largest):
-    """Every input of one sign: outputs saturate at the largest number, gradients beyond it are not finite."""
+    """With inputs of one sign, outputs saturate at the largest number, and gradients beyond it are not
+    finite.
+    """
     q, k, v = (
         torch.full_like(x, largest) for x in qkv(attention, 1, 40, 48, nheads=2, head_dim=64, dtype=dtype)
     )

@@ -1,5 +1,5 @@
-"""Activations and normalizations: f acts on the score, the mask comes after f, the row factor after
-the sum.
+"""Test activations and normalizations: f acts on the score, the mask comes after f, the row factor after the
+sum.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ NORMALIZATIONS = [None, "1/n", "1/visible", "1/sqrt(n)"]
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: "-".join(map(str, f.values())))
 @pytest.mark.parametrize("options", [dict(causal=True), dict(window_size=(4, 3))], ids=["causal", "local"])
 def test_every_pair(attention, function, normalization, options):
-    """Every activation with every normalization; more queries than keys, so that some rows see none."""
+    """Every activation works with every normalization, with more queries than keys, so that some rows see no
+    key.
+    """
     compare(attention, *qkv(attention, 1, 27, 21), normalization=normalization, **function, **options)
 
 
@@ -34,19 +36,19 @@ def test_dtypes(attention, dtype, function):
 
 @pytest.mark.parametrize("function", FUNCTIONS[1:], ids=lambda f: "-".join(map(str, f.values())))
 def test_softcap_and_window(attention, function):
-    """f' and tanh' multiply."""
+    """f' and tanh' of the softcap multiply."""
     compare(attention, *qkv(attention, 1, 20, 24, size=3), softcap=2.0, window_size=(5, 4), **function)
 
 
 @pytest.mark.parametrize("softmax_scale", [0.02, -0.7, 3.0])
 @pytest.mark.parametrize("function", FUNCTIONS[1:], ids=lambda f: "-".join(map(str, f.values())))
 def test_scales(attention, function, softmax_scale):
-    """The scale is inside f."""
+    """softmax_scale applies inside f."""
     compare(attention, *qkv(attention, 1, 20, 24), softmax_scale=softmax_scale, **function)
 
 
 def test_minus_log_n(attention):
-    """n is the number of keys of the sequence; at equal scores the weights then sum to about 1."""
+    """n is the sequence's number of keys; at equal scores the weights then sum to about 1."""
     q, k, v = qkv(attention, 1, 4, 100)
     out = attention.dense(
         torch.zeros_like(q), k, torch.ones_like(v), activation="sigmoid", sigmoid_bias="-log n"
@@ -55,7 +57,7 @@ def test_minus_log_n(attention):
 
 
 def test_one_over_visible_is_the_mean(attention):
-    """With weights of 1/2 everywhere it gives half the mean of the values that a query sees."""
+    """With weights of 1/2 everywhere, the output is half the mean of the values that a query sees."""
     q, k, v = qkv(attention, 1, 30, 30)
     out = attention.dense(
         torch.zeros_like(q),
@@ -69,7 +71,7 @@ def test_one_over_visible_is_the_mean(attention):
 
 
 def test_normalization_is_not_folded_into_16_bits(attention):
-    """Weights of 0.02 / 32768 have two digits in float16; the factor belongs on the float32 sum."""
+    """Weights of 0.02 / 32768 have two digits in float16, so the factor must apply to the float32 sum."""
     q, k, v = (
         randn(1, s, 1, 64, seed=i, like=attention, dtype=torch.float16)
         for i, s in enumerate((4, 32768, 32768))

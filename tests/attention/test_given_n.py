@@ -1,4 +1,4 @@
-"""Factors and biases that the caller gives: a number, or a tensor for sequences, rows or heads."""
+"""Test factors and biases that the caller gives: a number, or a tensor for sequences, rows or heads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCORES = [
 
 
 def factors(like, *shape: int) -> torch.Tensor:
-    """Float32, all different, one of them 0."""
+    """Float32 factors, all different, one of them 0."""
     return torch.linspace(0.0, 2.0, torch.Size(shape).numel()).reshape(shape).to(like.device)
 
 
@@ -27,7 +27,7 @@ def factors(like, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [None, (2,), (2, 20)], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 def test_dense(attention, score, shape, causal):
-    """A number, a factor for each sequence, and one for each query."""
+    """A factor may be one number, or one for each sequence or each query."""
     given = 1 / 24 if shape is None else factors(attention, *shape)
     tensors = qkv(attention, 2, 20, 24, nheads=4, nheads_k=2)
     compare(attention, *tensors, causal=causal, normalization=given, **score)
@@ -45,7 +45,7 @@ def test_packed(attention, score, count):
 
 
 def test_as_many_sequences_as_rows(attention):
-    """Where both readings fit, a tensor has a factor for each row."""
+    """If both readings fit, a tensor has a factor for each row."""
     lengths = (2, 0, 1)
     tensors = packed(attention, lengths, lengths)
     given = factors(attention, 3)
@@ -54,7 +54,7 @@ def test_as_many_sequences_as_rows(attention):
 
 @pytest.mark.parametrize("given", [0.02, (3,), (3, 2)], ids=str)
 def test_cache(attention, given):
-    """Appending two tokens to each sequence, with a factor that does not know the lengths."""
+    """A given factor applies when two tokens are appended to each sequence, whatever the lengths."""
     lengths = integers(attention, *LENGTHS)
     given = given if isinstance(given, float) else factors(attention, *given)
     new = step(attention, seqlen=2)
@@ -95,7 +95,7 @@ def test_bias_in_a_cache(attention):
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
 def test_decoding_equals_prefill(attention, activation):
-    """Token by token through a cache or all at once: with "1/n" these differ, with a number they do not."""
+    """Decoding token by token equals one full pass with a number as factor; with "1/n" they differ."""
     q, k, v = qkv(attention, 2, 12, 12)
     options = dict(causal=True, activation=activation)
     whole = attention.dense(q, k, v, normalization=1 / 12, **options)
@@ -116,7 +116,7 @@ def test_decoding_equals_prefill(attention, activation):
 
 
 def test_parts_add_up(attention):
-    """Over disjoint keys, with the whole sequence's n as a number."""
+    """Parts over disjoint keys add up if the factor is the whole sequence's, as a number."""
     q, k, v = qkv(attention, 2, 12, 24)
     whole = attention.dense(q, k, v, normalization=1 / 24)
     halves = [attention.dense(q, k[:, half], v[:, half], normalization=1 / 24) for half in
@@ -127,7 +127,7 @@ def test_parts_add_up(attention):
 
 @pytest.mark.parametrize("kind", ["number", "tensor"])
 def test_second_derivatives(device, kind):
-    """The factors belong to each term once."""
+    """The factors enter each term once."""
     if device != "cpu":
         pytest.skip("finite differences need float64, which the CUDA kernels do not take")
     tensors = [x.requires_grad_() for x in qkv(None, 2, 3, 4, head_dim=4)]
@@ -140,7 +140,7 @@ def test_second_derivatives(device, kind):
 
 
 def test_vmap(device):
-    """The factors of each entry, or the same for all."""
+    """Each entry has its own factors, or all share them."""
     q, k, v = (torch.stack([x, x + 1]) for x in qkv(None, 3, 4, 5))
     if device != "cpu":
         pytest.skip("the CPU backend shows it: what is folded is the same")
@@ -163,7 +163,7 @@ def test_vmap(device):
 
 
 def test_compiled(device):
-    """torch.compile with fullgraph, forward and backward, with a symbolic batch."""
+    """torch.compile takes forward and backward with fullgraph and a symbolic batch."""
     if device != "cpu":
         pytest.skip("the operators are the same on both")
 
@@ -232,7 +232,7 @@ def test_refused(options, error, words, ask):
 
 
 def test_explained():
-    """Linear time takes a number; where a tensor is given, explain() says who does not take it."""
+    """Linear time takes a number. For a tensor, explain() says which backends do not take it."""
     q, k, v = qkv(None, seqlen_q=4096, seqlen_k=4096)
     options = dict(use_softmax=False, causal=True)
     number = flash_attn.explain(flash_attn.flash_attn_func, q, k, v, normalization=1 / 4096, **options)

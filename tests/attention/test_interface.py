@@ -1,5 +1,5 @@
-"""The Python surface: signatures, callers from before this patch set, operators under torch.compile,
-errors.
+"""Test the Python interface: signatures, callers written before this patch set, operators under
+torch.compile, errors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from calls import DIFFERENTIABLE, LENGTHS, close, inputs, run, sample
 from package import cumulative, not_in_this_build
 
-# What upstream's functions take by position, and how many arguments each layer beneath them took.
+# Upstream's positional arguments, and the number of arguments of each layer below its functions.
 DENSE = "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"
 UPSTREAM = {
     "flash_attn_func": f"q k v {DENSE}",
@@ -49,7 +49,7 @@ EXTENSION_ARGUMENTS = {"fwd": 13, "varlen_fwd": 21, "bwd": 19, "varlen_bwd": 24,
 
 @pytest.mark.slow
 def test_import_brings_no_compiler():
-    """torch._dynamo takes more than a second to import, and FA4's requirements several."""
+    """torch._dynamo takes more than a second to import, and FA4's requirements take several."""
     heavy = ("torch._dynamo", "triton", "cutlass")
     program = (
         f"import sys, torch, flash_attn, flash_attn.linear; print([name for name in {heavy} if name "
@@ -88,9 +88,7 @@ def positional(name: str) -> list:
 
 @FUNCTIONS
 def test_old_positional_callers(name, device):
-    """A call as it was written for upstream gives softmax attention: by the function, and by its autograd
-    class.
-    """
+    """A call written for upstream gives softmax attention, through the function and its autograd class."""
     tensors, lengths = inputs(name, device)
     expected, lse, _ = getattr(flash_attn, name)(
         *tensors, *lengths, softmax_scale=0.3, causal=True, window_size=(2, 0), deterministic=True,
@@ -107,8 +105,8 @@ def test_old_positional_callers(name, device):
 
 
 def test_old_positional_callers_of_operators_and_extension(device):
-    """The operators and what stands for the extension take upstream's arguments alone, and then mean
-    softmax.
+    """The operators and the extension's stand-in take upstream's arguments alone, and compute softmax
+    attention.
     """
     ops, options = torch.ops.flash_attn, (0.0, 0.3, True, -1, -1, 0.0)
     q, k, v = (t.detach().contiguous() for t in inputs("flash_attn_func", device)[0])
@@ -199,7 +197,7 @@ def test_use_softmax_by_position(name, device):
 @MODES
 @FUNCTIONS
 def test_forms_agree(name, use_softmax, device):
-    """qkv or kv in one tensor, a batch or sequences on end: one attention, one gradient."""
+    """Packed qkv, packed kv, dense and varlen functions give the same output and gradients."""
     actual = run(name, device, causal=True, use_softmax=use_softmax)
     plain = "flash_attn_varlen_func" if "varlen" in name else "flash_attn_func"
     for a, expected in zip(actual, run(plain, device, causal=True, use_softmax=use_softmax), strict=True):
@@ -220,7 +218,7 @@ def test_varlen_is_one_sequence_after_the_other(use_softmax, device):
 @MODES
 @FUNCTIONS
 def test_strided_dout(name, use_softmax, device):
-    """The gradient that comes in may be a view of any strides."""
+    """The incoming gradient may be a view of any strides."""
     shape = inputs(name, device)[0][0].shape
     shape = shape[:-3] + shape[-2:] if "qkvpacked" in name else shape
     wide = sample(device, *shape[:-1], 2 * shape[-1])
@@ -237,7 +235,7 @@ def test_strided_dout(name, use_softmax, device):
 @MODES
 @pytest.mark.parametrize("head_dim", [40, 59, 111])
 def test_scale_comes_from_the_unpadded_head_dim(head_dim, use_softmax, device):
-    """Head dims are padded to a multiple of 8 beneath the function; neither scale nor gradients show it."""
+    """Head dimensions are padded to a multiple of 8 internally, without effect on scale and gradients."""
     q, k, v = (t.detach() for t in inputs("flash_attn_func", device, head_dim=head_dim)[0])
     options = dict(causal=True, use_softmax=use_softmax)
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
@@ -254,7 +252,7 @@ def test_scale_comes_from_the_unpadded_head_dim(head_dim, use_softmax, device):
 
 
 def saved_bytes(name: str, device: str, use_softmax: bool) -> tuple[int, set[int], torch.Tensor]:
-    """(bytes kept for the backward pass, addresses of their memory, the output)."""
+    """Return (bytes kept for the backward pass, addresses of their memory, the output)."""
     kept: list[torch.Tensor] = []
     tensors, lengths = inputs(name, device)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -264,7 +262,7 @@ def saved_bytes(name: str, device: str, use_softmax: bool) -> tuple[int, set[int
 
 @FUNCTIONS
 def test_neither_output_nor_lse_is_saved(name, device):
-    """Of tensors that are parts of one the parts are, and of two that are one, each."""
+    """Parts of a packed tensor are saved as parts; two equal length tensors are both saved."""
     tensors, lengths = inputs(name, device)
     needed = sum(t.nbytes for t in tensors) + 2 * cumulative(LENGTHS, device).nbytes * ("varlen" in name)
     saved, addresses, out = saved_bytes(name, device, use_softmax=False)
@@ -277,7 +275,7 @@ def test_neither_output_nor_lse_is_saved(name, device):
 
 
 def softmax_operator_calls(device: str, seqlen_q: int, dropout_p: float):
-    """(operator, arguments) of upstream's four operators, q, k, v being views of packed tensors."""
+    """Yield (operator, arguments) of upstream's four operators; q, k, v are views of packed tensors."""
     ops = torch.ops.flash_attn
     options, encoded = (dropout_p, 0.3, True, 3, 0, 0.0), dropout_p > 0
     q, k, v = sample(device, 2, seqlen_q, 2, 4, 8)[:, :, 0], *sample(device, 2, 6, 2, 2, 8).unbind(2)
@@ -299,7 +297,7 @@ def softmax_operator_calls(device: str, seqlen_q: int, dropout_p: float):
 
 
 def operator_calls(device: str, seqlen_q: int, dropout_p: float):
-    """The same for the operators without softmax, of dense, packed and paged tensors and of caches."""
+    """Yield the same for the operators without softmax, on dense, packed and paged tensors and on caches."""
     ops, name = torch.ops.flash_attn_nosoftmax, "fa2" if device == "cuda" else "cpu"
 
     def options(*longest: int) -> tuple:
@@ -339,8 +337,8 @@ def operator_calls(device: str, seqlen_q: int, dropout_p: float):
 def test_operators_pass_opcheck(seqlen_q, dropout_p, use_softmax, device):
     """Schema, aliasing and mutation are as declared, and the fake kernels return what the real ones return.
 
-    The last check runs each operator twice and compares. Upstream's CUDA kernels leave memory unwritten where
-    nobody is to look: the generator's state without dropout, and the padding of the encoded weights with
+    The last check runs each operator twice and compares. Upstream's CUDA kernels leave memory unwritten that
+    no caller may read: the generator's state without dropout, and the padding of the encoded weights with
     softmax.
     """
     unwritten = device == "cuda" and (use_softmax or dropout_p == 0)
@@ -349,7 +347,7 @@ def test_operators_pass_opcheck(seqlen_q, dropout_p, use_softmax, device):
     for operator, arguments in (softmax_operator_calls if use_softmax else operator_calls)(
         device, seqlen_q, dropout_p
     ):
-        operator(*arguments)  # what this build lacks is said here in words that opcheck would wrap
+        operator(*arguments)  # raises here if this build lacks the kernels: opcheck would wrap the error
         torch.library.opcheck(operator.default, arguments, test_utils=checks[:-1] if unwritten else checks)
         operators.add(str(operator))
     family = (
@@ -386,8 +384,8 @@ def test_compiles_to_one_graph(form, use_softmax, device):
 
 @pytest.mark.slow
 def test_the_cache_compiles_to_one_graph(device):
-    """An operator that says which tensors it changes: it appends in place from a compiled function too, with
-    any length.
+    """The operator declares the tensors that it changes, so that it appends in place from a compiled function
+    too, at any length.
     """
     torch._dynamo.reset()
     q, k_cache, v_cache = (t.detach() for t in inputs("flash_attn_func", device)[0])
@@ -449,8 +447,7 @@ def test_tensors_on_several_devices(device):
         flash_attn.flash_attn_with_kvcache(q, q.to("meta"), q.to("meta"), use_softmax=False)
 
 
-# --- forward and backward without autograd
-# ----------------------------------------------------------------------------
+# --- Forward and backward without autograd
 
 
 PAIR = {
@@ -474,7 +471,7 @@ def test_the_pair_gives_what_the_function_and_its_gradient_give(name, options, d
     out, rng_state = nosoftmax.forward(q, k, v, **packed, **options)
     assert torch.equal(out, expected) and not out.requires_grad
     assert (rng_state is None) == ("dropout_p" not in options)
-    torch.manual_seed(6)  # the state says what was dropped
+    torch.manual_seed(6)  # rng_state, not the seed, decides what was dropped
     for actual, gradient in zip(
         nosoftmax.backward(dout, q, k, v, rng_state, **packed, **options), gradients, strict=True
     ):
@@ -513,10 +510,9 @@ def test_wrong_gradients_of_the_pair(dout, options, message):
         nosoftmax.backward(dout, X, X, X, **options)
 
 
-# --- what the extension is handed
-# -------------------------------------------------------------------------------------
+# --- The arguments that the extension gets
 
-# Which arguments it gets can be seen without a GPU: the tensors are fake, and so is the extension.
+# Tensors and extension are fake, so that these tests need no GPU.
 
 
 @pytest.fixture
@@ -528,7 +524,7 @@ def cuda_call():
 
 @pytest.fixture(autouse=True)
 def looked_for_again():
-    """What is installed does not change while a process runs, unless these tests do it."""
+    """Clear the caches of what is installed, which only these tests change while a process runs."""
 
     def forget():
         for found in (stands_for_extension._found, stands_for_extension.obstacle, fa2._built):
@@ -549,7 +545,7 @@ def test_cuda_tensor_without_the_extension(cuda_call, monkeypatch):
 
 @pytest.fixture
 def extension(monkeypatch):
-    """A compiled extension that notes its arguments, and returns as many tensors as the real one does."""
+    """A compiled extension that records its arguments and returns as many tensors as the real extension."""
     module = SimpleNamespace(__name__="flash_attn_2_cuda", has_use_softmax=True, given=[])
 
     def function(name: str, like: tuple[int, ...]):
@@ -592,7 +588,7 @@ def test_softmax_gives_the_extension_upstreams_arguments(cuda_call, extension):
 
 
 def test_no_argument_says_that_there_is_no_softmax(cuda_call):
-    """What stands for the extension is upstream's: calls without softmax don't come there."""
+    """The extension's stand-in has upstream's signature, and calls without softmax don't reach it."""
     with pytest.raises(TypeError, match=r"fwd\(\) takes 13 arguments .* and got 14"):
         stands_for_extension.fwd(*cuda_call, False)
 
@@ -605,7 +601,7 @@ def test_stock_extension_is_refused_without_softmax(cuda_call, extension):
 
 
 def without_fakes(args: tuple) -> list:
-    """Fake tensors by their shapes: to compare two would compute."""
+    """Replace fake tensors by their shapes, because comparing tensors would compute."""
     return [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in args]
 
 
@@ -619,8 +615,9 @@ WINDOWS = pytest.mark.parametrize("window, handed", [
 
 @WINDOWS
 def test_patched_extension_is_told_of_dense_calls(extension, window, handed):
-    """use_softmax is False, last. It sets the right side of a causal call itself. `out` of its backward,
-    whose shape it checks and in which nothing is kept, is q."""
+    """The last argument is use_softmax=False. The extension sets the right side of a causal call itself. Its
+    backward gets q as `out`, of which it only checks the shape.
+    """
     q, k = fake(1, 2, 2, 8), fake(1, 5, 1, 8)
     call = nosoftmax_call(q, k, longest=(2, 5), deterministic=True, **window)
     result = fa2.forward(call)
@@ -669,7 +666,7 @@ def test_patched_extension_is_told_of_packed_calls(extension):
 
 @pytest.mark.parametrize("left_padded", [False, True])
 def test_patched_extension_is_told_of_caches(extension, left_padded, monkeypatch):
-    """It looks at left padding beside lengths alone."""
+    """The extension reads left padding only if it also gets lengths."""
     full = torch.full
     monkeypatch.setattr(torch, "full", lambda *args, **options: full(*args, **{**options, "device": "cpu"}))
     q, cache, pad = fake(1, 2, 2, 8), fake(3, 512, 1, 8), fake(1, dtype=torch.int32) if left_padded else None
@@ -689,7 +686,7 @@ def test_patched_extension_is_told_of_caches(extension, left_padded, monkeypatch
 
 @pytest.mark.parametrize("head_dim, padded", [(8, 8), (59, 64), (40, 40)])
 def test_extension_gets_padded_head_dims(extension, head_dim, padded):
-    """And what it returns is cut. q is of its own memory where it has the last dimension contiguous."""
+    """The extension gets padded head dimensions, and its results are cut."""
     x = torch.randn(1, 2, 2, head_dim)
     call = nosoftmax_call(x)
     out = fa2.forward(call).out
@@ -737,7 +734,9 @@ def test_rocm_has_softmax_alone(cuda_call, extension, kind, monkeypatch):
 
 
 def test_an_argument_that_some_releases_lack(cuda_call, extension, monkeypatch):
-    """[in brackets]: the extension gets it, the CPU does without, and any other number is refused."""
+    """An argument [in brackets] reaches the extension, the CPU ignores it, and any other number of arguments
+    is refused.
+    """
     table = stands_for_extension.SIGNATURES["fwd"]
     monkeypatch.setitem(stands_for_extension.SIGNATURES, "fwd", f"{table} [num_splits]")
     fwd = stands_for_extension._entry("fwd")

@@ -135,7 +135,6 @@ def test_values_of_another_head_size(attention, options, head_dim, head_dim_v):
 
 
 # --- the pair
-# ---------------------------------------------------------------------------------------------------------
 
 PAIR = [
     dict(),

@@ -162,7 +162,6 @@ def test_whichever_algorithm_is_chosen(device, monkeypatch, seqlen, causal):
 
 
 # --- torch.func
-# -------------------------------------------------------------------------------------------------------
 
 
 @once
@@ -268,7 +267,6 @@ def test_vmap_with_dropout_is_refused(attention):
 
 
 # --- forward mode
-# -----------------------------------------------------------------------------------------------------
 
 
 @identity

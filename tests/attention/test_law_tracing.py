@@ -29,7 +29,6 @@ def fresh(monkeypatch):
 
 
 # --- tensors without memory
-# -------------------------------------------------------------------------------------------
 
 
 def without_memory(kind: str):
@@ -88,7 +87,6 @@ def test_a_cache_looks_as_it_should(options, append, kind):
 
 
 # --- compiled and exported
-# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [dict(), dict(algorithm="linear"), dict(algorithm="quadratic")], ids=str)
@@ -168,7 +166,6 @@ def test_a_cache_is_traced_and_written(device, options, how):
 
 
 # --- lengths
-# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -204,7 +201,6 @@ def test_cache_lengths_of_either_integer(attention):
 
 
 # --- autocast
-# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", [
@@ -248,7 +244,6 @@ def test_without_autocast_dtypes_are_not_mixed(device):
 
 
 # --- nested tensors
-# ---------------------------------------------------------------------------------------------------
 
 
 def nested(x: torch.Tensor, offsets: torch.Tensor, lengths: list[int]) -> torch.Tensor:

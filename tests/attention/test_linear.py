@@ -42,7 +42,6 @@ def quadratic(device: str) -> Package:
 
 
 # --- values
-# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -128,7 +127,6 @@ def test_mutant_is_caught(monkeypatch, mutant: Mutant):
 
 
 # --- the public functions
-# ---------------------------------------------------------------------------------------------
 
 
 @MASKS
@@ -287,7 +285,6 @@ def test_strides_do_not_matter(linear):
 
 
 # --- the choice
-# -------------------------------------------------------------------------------------------------------
 
 INEXACT = {
     "softcap": dict(softcap=2.0),
@@ -406,7 +403,6 @@ def test_on_a_gpu_sequences_and_heads_count_too(batch, seqlen, expected):
 
 
 # --- wrong arguments
-# --------------------------------------------------------------------------------------------------
 
 X = torch.zeros(1, 8, 2, 8)
 WRONG = {

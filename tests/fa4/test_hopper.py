@@ -42,7 +42,6 @@ def check(run, q, k, v, **arguments) -> None:
 
 
 # --- memory that holds nothing
-# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["batch", "packed"])
@@ -141,7 +140,6 @@ def test_queries_that_see_no_key_reach_no_gradient(hopper, nheads_k, options, un
 
 
 # --- shapes and schedules
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -219,7 +217,6 @@ def test_calls_that_look_the_same_use_their_own_tensors(hopper, nheads_k, dtype,
 
 
 # --- the user's own functions
-# -----------------------------------------------------------------------------------------
 
 
 def seen_by(mask_mod, q, k) -> torch.Tensor:
@@ -270,7 +267,6 @@ def test_blocks_that_are_not_listed_are_not_read(hopper, activation, hidden):
 
 
 # --- torch around the kernels
-# -----------------------------------------------------------------------------------------
 
 
 def test_a_captured_graph_replays_on_other_numbers(hopper):
@@ -336,7 +332,6 @@ def test_softmax_is_upstreams_beside_a_call_without(hopper):
 
 
 # --- the ends of the range
-# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ["silu", "sigmoid"])
@@ -445,7 +440,6 @@ def test_an_infinite_dout_shows(hopper):
 
 
 # --- rows of no sequence, and many sequences
-# --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("nheads_k", [1, 2])
