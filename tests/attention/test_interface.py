@@ -262,7 +262,7 @@ def saved_bytes(name: str, device: str, use_softmax: bool) -> tuple[int, set[int
 
 @FUNCTIONS
 def test_neither_output_nor_lse_is_saved(name, device):
-    """Parts of a packed tensor are saved as parts; two equal length tensors are both saved."""
+    """Parts of a packed tensor are saved as parts. A cu_seqlens for both q and k is saved twice."""
     tensors, lengths = inputs(name, device)
     needed = sum(t.nbytes for t in tensors) + 2 * cumulative(LENGTHS, device).nbytes * ("varlen" in name)
     saved, addresses, out = saved_bytes(name, device, use_softmax=False)

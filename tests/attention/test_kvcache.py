@@ -1,4 +1,4 @@
-"""Decoding from a key-value cache: appending in place, rotary positions, left padding, slots, pages,
+"""Test decoding from a key-value cache: appending in place, rotary positions, left padding, slots, pages,
 splits.
 """
 
@@ -18,7 +18,7 @@ from measure import assert_same, compare_output, integers, poison_allocator, qkv
 )
 @pytest.mark.parametrize("seqlen", [1, 3])
 def test_append(attention, seqlen, options):
-    """New keys go to the end of each sequence, in place, and are seen at once."""
+    """New keys go to the end of each sequence, in place, and are visible at once."""
     q, *new = step(attention, seqlen)
     check(attention, q, *caches(attention), *new, cache_seqlens=integers(attention, *LENGTHS), **options)
 
@@ -33,7 +33,9 @@ def test_read_only(attention, seqlen):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(window_size=(7, 2))], ids=str)
 def test_rotary(attention, interleaved, options):
-    """Keys turn by their position; queries by theirs when causal or local, else all by the cache's length."""
+    """Keys rotate by their position. Queries rotate by theirs if causal or local, else all by the cache's
+    length.
+    """
     q, *new = step(attention, 3)
     turn = dict(rotary(attention), rotary_interleaved=interleaved)
     check(
@@ -52,7 +54,7 @@ def test_left_padding(attention, options):
 
 
 def test_batch_index(attention):
-    """Sequences live in any slot of a larger cache; the other slots are left alone."""
+    """Sequences may use any slots of a larger cache, and the other slots stay unchanged."""
     q, *new = step(attention, 2)
     arguments = dict(
         cache_seqlens=integers(attention, *LENGTHS), cache_batch_idx=integers(attention, 4, 0, 2), causal=True
@@ -62,7 +64,7 @@ def test_batch_index(attention):
 
 @pytest.mark.parametrize("append", [False, True])
 def test_paged(attention, append):
-    """Pages of 256 keys in any order; appending crosses from one page into the next."""
+    """Pages of 256 keys may have any order, and appending may cross from one page into the next."""
     q, *new = step(attention, 3)
     table = integers(attention, 5, 0, 3, 1, 2, 6).view(3, 2)
     arguments = dict(cache_seqlens=integers(attention, 254, 0, 400), block_table=table, causal=True)
@@ -83,7 +85,7 @@ FUNCTIONS = [
 
 @pytest.mark.parametrize("options", FUNCTIONS, ids=str)
 def test_functions(attention, options):
-    """n is the length of each sequence with its new keys, not the capacity of the cache."""
+    """n is each sequence's length with its new keys, not the capacity of the cache."""
     q, *new = step(attention, 2)
     check(
         attention,
@@ -98,7 +100,9 @@ def test_functions(attention, options):
 
 @pytest.mark.parametrize("seqlen", [1, 3])
 def test_alibi(attention, seqlen):
-    """Distances count from the end of each sequence; causal stays on for one query, as the bias needs it."""
+    """Distances count from the end of each sequence. For one query causal stays on, because the bias needs
+    it.
+    """
     q, *new = step(attention, seqlen)
     arguments = dict(
         cache_seqlens=integers(attention, *LENGTHS),
@@ -131,7 +135,9 @@ def test_int_cache_seqlens(attention, place, use_softmax):
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 5, 8, 64, 128])
 @pytest.mark.parametrize("options", [dict(), dict(causal=True)], ids=str)
 def test_splits_add_up(attention, num_splits, options):
-    """Parts over disjoint keys merge by addition; parts without keys add 0, whatever memory held before."""
+    """Parts over disjoint keys merge by addition. Parts without keys add 0, whatever their memory held
+    before.
+    """
     k_cache, v_cache = (x[:, :, :, :8] for x in caches(attention, capacity=520))
     q = step(attention, 2)[0][..., :8].contiguous()
     poison_allocator(attention.device)
@@ -142,7 +148,7 @@ def test_splits_add_up(attention, num_splits, options):
 @pytest.mark.parametrize("num_splits", [2, 8])
 @pytest.mark.parametrize("window_size", [(20, 5), (0, 0)])
 def test_splits_that_a_window_empties(attention, num_splits, window_size):
-    """Most parts lie outside the window of every query."""
+    """Splits add up even if most parts lie outside the window of every query."""
     k_cache, v_cache = caches(attention, capacity=520)
     arguments = dict(
         cache_seqlens=integers(attention, 500, 3, 250), num_splits=num_splits, window_size=window_size
@@ -153,7 +159,9 @@ def test_splits_that_a_window_empties(attention, num_splits, window_size):
 @pytest.mark.slow
 @pytest.mark.parametrize("seqlen_q, seqlen_k, nheads", [(3, 1024, 12), (64, 2048, 4), (16, 20000, 2)])
 def test_dense_that_a_kernel_would_split(attention, seqlen_q, seqlen_k, nheads):
-    """Few queries over many keys: a dense forward may split the keys too; it equals one split."""
+    """A dense forward of few queries over many keys may split the keys too; the result equals that of one
+    split.
+    """
     q, k, v = qkv(attention, 1, seqlen_q, seqlen_k, nheads=nheads, head_dim=64)
     compare_output(attention, q, k, v, method="dense")
     one = attention.kvcache(q, k, v, cache_seqlens=integers(attention, seqlen_k), num_splits=1)

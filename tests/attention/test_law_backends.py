@@ -1,4 +1,6 @@
-"""All backends give the same, and so do the forward/backward pair and the functions that autograd follows."""
+"""Test that all backends agree, and that nosoftmax.forward and backward agree with the differentiable
+functions.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ def given(attention, options: dict, nheads: int) -> dict:
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: "-".join(map(str, f.values())))
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_score_function_with_every_option(attention, function, options):
-    """Packed and dense, heads in groups, more and fewer queries than keys: each backend is the oracle's, so
-    all are the same.
+    """Each backend equals the oracle, so all agree: packed and dense, grouped heads, more and fewer queries
+    than keys.
     """
     options = {**given(attention, options, 2), **function}
     compare(attention, *qkv(attention, 1, 45, 30, nheads=2, nheads_k=1, head_dim=16), **options)
@@ -50,7 +52,7 @@ def test_every_score_function_with_every_option(attention, function, options):
 )
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(300, 300), (70, 260), (260, 70)])
 def test_the_variants_of_a_device_agree(device, dtype, options, seqlen_q, seqlen_k):
-    """The same call by every backend of the device: no further apart than each may be from the truth."""
+    """All backends of a device give the same result, within the tolerance of each against the oracle."""
     if dtype == torch.float64:
         pytest.skip("with float32, which shows the same")
     variants = [v for d, v in VARIANTS if d == device and missing(device, v) is None]
@@ -86,7 +88,7 @@ def test_the_choice_does_not_show(device, monkeypatch, options):
     assert device != "cpu" or algorithms == {"linear", "quadratic"}
 
 
-# As exact far out as near 0, which what autograd makes of the oracle's formulas is not.
+# Exact at large scores too, where autograd of the oracle's formulas is not.
 DERIVATIVES = {
     "sigmoid": lambda s: torch.sigmoid(s) * torch.sigmoid(-s),
     "silu": lambda s: torch.sigmoid(s) * (1 + s * torch.sigmoid(-s)),
@@ -98,8 +100,8 @@ DERIVATIVES = {
 @pytest.mark.parametrize("s", [12.0, 17.0, 25.0, 40.0, -12.0, -40.0])
 @pytest.mark.parametrize("activation", DERIVATIVES)
 def test_derivatives_far_out(attention, activation, s):
-    """One query and one key, so that dk is f'(s): 1 - sigmoid(s) is 0 in float32 from 17 on, sigmoid(-s) is
-    not.
+    """With one query and one key, dk is f'(s). From s = 17 on 1 - sigmoid(s) is 0 in float32, but sigmoid(-s)
+    is not.
     """
     dtype = torch.float32 if attention.device == "cpu" else torch.bfloat16
     one = torch.ones(1, 1, 1, 8, dtype=dtype, device=attention.device) / 8**0.5
@@ -111,7 +113,7 @@ def test_derivatives_far_out(attention, activation, s):
     s = torch.tensor(s, dtype=torch.float64)
     expected = (FORMULAS[activation](s, 0.0) * one.double().cpu().flatten()[0], DERIVATIVES[activation](s))
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2  # relative to each number, not to the largest
-    floor = 0.0 if attention.device == "cpu" else 1e-3  # what tanh.approx leaves, where a kernel has it
+    floor = 0.0 if attention.device == "cpu" else 1e-3  # the error of kernels that use tanh.approx
     for name, a, e in (("out", actual[0], expected[0]), ("dk", actual[2], expected[1])):
         a = a.double().cpu().flatten()[0]
         limit = tolerance * e.abs() + floor * s.abs().clamp(min=1) + 1e-30
@@ -134,7 +136,7 @@ def test_values_of_another_head_size(attention, options, head_dim, head_dim_v):
     compare(attention, *(x.flatten(0, 1) for x in (q, k, v, dout)), method="varlen", **lengths, **options)
 
 
-# --- the pair
+# --- The forward/backward pair
 
 PAIR = [
     dict(),
@@ -151,8 +153,8 @@ PAIR = [
 @pytest.mark.parametrize("options", PAIR, ids=str)
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 def test_the_pair_is_the_function_and_its_gradient(attention, options, layout):
-    """flash_attn.nosoftmax.forward and backward, bit for bit; the output of forward has no part in
-    backward.
+    """flash_attn.nosoftmax.forward and backward give the function and its gradient, bit for bit. backward
+    does not need the output of forward.
     """
     from flash_attn.nosoftmax import backward, forward
 
@@ -174,7 +176,7 @@ def test_the_pair_is_the_function_and_its_gradient(attention, options, layout):
 
     expected = gradients(lambda *x: seeded(function, *x), q, k, v, dout=dout)
     torch.manual_seed(7)
-    inputs = [x.clone().requires_grad_() for x in (q, k, v)]  # which the pair does not follow
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]  # the pair ignores requires_grad
     out, rng_state = forward(*inputs, **lengths, **options, **attention.forced)
     torch.manual_seed(8)
     found = backward(dout, *inputs, rng_state=rng_state, **lengths, **options, **attention.forced)
@@ -184,9 +186,7 @@ def test_the_pair_is_the_function_and_its_gradient(attention, options, layout):
 
 
 def test_the_pair_in_pieces(attention):
-    """What ring attention does: without normalization, partial outputs and gradients over disjoint keys add
-    up.
-    """
+    """As in ring attention, partial outputs and gradients over disjoint keys add up without normalization."""
     from flash_attn.nosoftmax import backward, forward
 
     q, k, v = qkv(attention, 1, 24, 40, nheads=4, nheads_k=2, head_dim=16)
@@ -217,7 +217,9 @@ def test_the_pair_refuses_what_has_no_place_in_it(attention):
 
 @pytest.mark.parametrize("name", ["seqused_k", "leftpad_k", "block_table"])
 def test_the_pair_has_no_backward_of_parts_of_the_keys(attention, name):
-    """The extension's backward would not look at them: a gradient of other keys, without a word."""
+    """The extension's backward would ignore these arguments and silently return the gradient of other
+    keys.
+    """
     from flash_attn.nosoftmax import backward
 
     q, k, v = packed(attention, **LENGTHS)

@@ -1,7 +1,7 @@
-"""Derivatives of any order are right or an error, never silently zero, whichever backend runs the call.
+"""Test that derivatives of any order are right or raise, and are never silently zero, on every backend.
 
-With the identity, without softcap and dropout, the backward is made of forwards, so that second derivatives
-are right. Elsewhere a second derivative raises, at every length.
+With the identity, and without softcap and dropout, the backward consists of forwards, so that second
+derivatives are right. In every other case a second derivative raises, at every length.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ once = pytest.mark.parametrize("options", ONCE.values(), ids=ONCE)
 
 
 def given(attention, options: dict) -> dict:
-    """Slopes are made on the device of the backend."""
+    """Make the slopes in ``options`` on the device of the backend."""
     if "alibi_slopes" not in options:
         return options
     return {**options, "alibi_slopes": slopes(attention, *options["alibi_slopes"], size=0.3)}
@@ -58,7 +58,7 @@ def tensors(attention, method: str = "dense", nheads_k: int = 1) -> tuple[Tensor
 
 
 def penalty(attend, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, order: int) -> tuple[Tensor, ...]:
-    """Gradients of a function of the gradients, of order 2 or 3, with respect to q, k, v and dout."""
+    """Gradients of order 2 or 3, of a function of the gradients, with respect to q, k, v and dout."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, dout)]
     *inputs, gradient = leaves
     found = torch.autograd.grad(attend(*inputs), inputs, gradient, create_graph=True)
@@ -69,7 +69,7 @@ def penalty(attend, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, order: int) -
 
 
 def compare_penalties(attention, method: str, order: int, nheads_k: int = 1, **options) -> None:
-    """Against the oracle in float64 and, for what precision costs, in the dtype of the backend."""
+    """Compare with the oracle in float64, within the error of the oracle in the dtype of the backend."""
     q, k, v = tensors(attention, method, nheads_k)
     size = 0.1 if order > 2 else 1.0  # squares of squares
     inputs = [size * x for x in (q, k, v, randn(*q.shape, seed=9, like=attention))]
@@ -87,7 +87,7 @@ def compare_penalties(attention, method: str, order: int, nheads_k: int = 1, **o
 @identity
 @pytest.mark.parametrize("method", ["dense", "varlen"])
 def test_second_derivatives(attention, method, options):
-    """As a gradient penalty takes them; heads in groups."""
+    """Second derivatives are right in a gradient penalty, with grouped heads."""
     compare_penalties(attention, method, 2, **given(attention, options))
 
 
@@ -130,7 +130,7 @@ NAMED = {name: next(iter(options)) for name, options in NOT_TWICE.items()}
 
 @pytest.mark.parametrize("name", NOT_TWICE)
 def test_second_derivatives_are_refused(attention, name):
-    """Never 0 without a word. The error names the option that is in the way."""
+    """An unsupported second derivative raises, and the error names the option that prevents it."""
     with pytest.raises(RuntimeError, match=NAMED[name]):
         second_derivative(lambda *x: attention.dense(*x, **NOT_TWICE[name]), *qkv(attention, 1, 8, 8))
 
@@ -148,7 +148,7 @@ def test_second_derivatives_are_refused_at_every_length(device, monkeypatch, nam
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("seqlen", [64, 128, 256, 600])
 def test_whichever_algorithm_is_chosen(device, monkeypatch, seqlen, causal):
-    """A second derivative on both sides of the crossover."""
+    """A second derivative is right on both sides of the crossover."""
     if device != "cpu":
         pytest.skip("compares in float64, which the CUDA kernels do not take")
     monkeypatch.delenv("FLASH_ATTENTION_NOSOFTMAX_BACKEND", raising=False)
@@ -166,7 +166,7 @@ def test_whichever_algorithm_is_chosen(device, monkeypatch, seqlen, causal):
 
 @once
 def test_func_grad_and_vjp(attention, options):
-    """What torch.autograd gives."""
+    """torch.func gives the results of torch.autograd."""
     options, (q, k, v) = given(attention, options), tensors(attention)
     dout = randn(*q.shape, seed=99, like=attention)
 
@@ -184,8 +184,8 @@ def test_func_grad_and_vjp(attention, options):
 
 @pytest.mark.parametrize("algorithm", ["quadratic", "linear"])
 def test_backends_meet_plain_tensors(algorithm, monkeypatch):
-    """What torch.func.vjp returns is called when its transform is over, and a kernel can't read its dead
-    wrappers.
+    """The function that torch.func.vjp returns is called after its transform, when a kernel cannot read the
+    dead wrappers.
     """
     backend = {"quadratic": cpu, "linear": linear}[algorithm]
     met = []
@@ -222,19 +222,19 @@ def test_func_grad_of_grad(attention):
     assert torch.func.grad(penalized)(torch.ones_like(k)).item() == pytest.approx(10440, rel=1e-3)
 
 
-# Which of q, k, v have the extra axis, and where.
+# The position of the extra axis in q, k and v, or None.
 AXES = [(0, 0, 0), (1, 1, 1), (0, None, None), (None, 0, 0), (None, 2, None), (3, 0, None)]
 
 
 def batched(x: Tensor, axis: int | None, size: int = 3) -> Tensor:
-    """The tensor with an axis of its own copies, each a bit larger."""
+    """Add an axis of copies of the tensor, each a bit larger."""
     factors = 1 + torch.arange(size, dtype=x.dtype, device=x.device) / 4
     return x if axis is None else torch.stack([x * f for f in factors], axis)
 
 
 @once
 def test_vmap(attention, options):
-    """The axis joins the batch."""
+    """vmap joins the axis with the batch."""
     options, inputs = given(attention, options), tensors(attention)
     for axes in AXES:
         wide = [batched(x, axis) for x, axis in zip(inputs, axes)]
@@ -245,7 +245,7 @@ def test_vmap(attention, options):
 
 
 def test_vmap_of_a_gradient(attention):
-    """Per-sample gradients."""
+    """vmap of a gradient gives per-sample gradients."""
     wide = [batched(x, 0) for x in tensors(attention)]
 
     def loss(q, k, v):
@@ -266,19 +266,21 @@ def test_vmap_with_dropout_is_refused(attention):
         torch.func.vmap(lambda *x: attention.dense(*x, dropout_p=0.2))(*wide)
 
 
-# --- forward mode
+# --- Forward mode
 
 
 @identity
 def test_jvp(attention, options):
-    """By torch.func and by dual numbers; tangents of some inputs alone too."""
+    """Forward derivatives are right by torch.func and by dual numbers, also with tangents of some inputs
+    only.
+    """
     options, inputs = given(attention, options), tensors(attention)
     moves = [randn(*x.shape, seed=30 + i, like=attention) for i, x in enumerate(inputs)]
 
     def expected(dtype: torch.dtype, moved) -> tuple[Tensor, Tensor]:
         plain = {name: on_cpu(value) for name, value in options.items()}
         x, t = ([on_cpu(y, dtype) for y in ys] for ys in (inputs, moved))
-        # The sum of three forwards, each linear in what is differentiated.
+        # The sum of three forwards, each linear in the input that it differentiates.
         return torch.func.jvp(lambda *y: Oracle().dense(*y, **plain), tuple(x), tuple(t))
 
     for subset in ((0, 1, 2), (0,), (1, 2)):

@@ -1,8 +1,8 @@
-"""A wrong call raises the same on every backend and at every length: the class, the words, the public
+"""Test that a wrong call raises the same error on every backend and at every length: class, message, public
 argument and its value.
 
-What is read from a tensor of the CPU, as slopes, offsets and pages, raises there alone: the host reads no
-tensor of a GPU.
+Wrong values in a tensor, such as slopes, offsets and pages, raise on the CPU only: the host reads no GPU
+tensor.
 """
 
 from __future__ import annotations
@@ -60,8 +60,7 @@ def with_value(option: str, value) -> tuple:
     return lambda device, n: dense(device, n, **{option: value})
 
 
-# What is wrong: (function, its arguments on a device at a length, the error, words of it). Words are regular
-# expressions.
+# Fault -> (function, its arguments on a device at a length, error class, regular expression for the message).
 OPTIONS = {
     f"{name}={value}": ("flash_attn_func", with_value(name, value), error, words)
     for name, value, error, words in [
@@ -176,7 +175,7 @@ TENSORS = {
         ValueError, "cu_seqlens_q is empty",
     ),
 }  # fmt: skip
-# On the CPU alone, where tensors are read.
+# On the CPU only, where the values of tensors are read.
 VALUES = {
     "alibi_slopes NaN": (
         "flash_attn_func", lambda device, n: dense(device, n, alibi_slopes=torch.tensor([0.5, NAN])),
@@ -203,7 +202,7 @@ VALUES = {
         "cu_seqlens_k.*max_seqlen_k=7",
     ),
 }  # fmt: skip
-# A cache has no linear algorithm, and the length in question is its capacity.
+# A cache has no linear algorithm, and its length is the capacity.
 CACHES = {
     "cache_seqlens of floats": (
         lambda device, n: cache(device, n, cache_seqlens=lengths(device, 3, 5).float()), TypeError,
@@ -268,7 +267,7 @@ NS = (60, 4100)
 
 
 def backends(device: str) -> list[dict]:
-    """Every way to ask for a backend of the device."""
+    """List every way to ask for a backend of the device."""
     quadratic = ["cpu"] if device == "cpu" else ["fa2", "fa4"]
     return [
         dict(),
@@ -279,7 +278,9 @@ def backends(device: str) -> list[dict]:
 
 
 def errors(function, device: str, arguments, forced: list[dict], asks) -> list[tuple[type, str]]:
-    """(class, message) of the call by each backend at each length; numbers of the length are taken out."""
+    """List (class, message) of the call by each backend at each length, with numbers of the length replaced
+    by N.
+    """
     found = []
     for n in NS:
         for options in forced:
@@ -311,7 +312,7 @@ def check(
 
 @pytest.fixture
 def place(device, monkeypatch) -> str:
-    """A device, and no backend from the environment."""
+    """Return a device, with no backend forced by the environment."""
     monkeypatch.delenv("FLASH_ATTENTION_NOSOFTMAX_BACKEND", raising=False)
     return device
 
@@ -358,7 +359,7 @@ def test_what_is_read_of_a_cache_on_the_cpu(name):
 
 @pytest.mark.parametrize("causal", [True, 1, numpy.bool_(True)], ids=repr)
 def test_what_means_a_number_is_taken(causal):
-    """NumPy's scalars, 0-dim tensors and integers for floats."""
+    """NumPy scalars, 0-dim tensors, and integers in place of floats are accepted."""
     given = dense("cpu", 64)
     given = {
         name: torch.randn(2, 64, 2, 8, generator=torch.Generator().manual_seed(i))
@@ -382,7 +383,7 @@ def test_what_means_a_number_is_taken(causal):
 
 
 def test_an_empty_variable_is_none(device, monkeypatch):
-    """FLASH_ATTENTION_NOSOFTMAX_BACKEND= in a shell."""
+    """FLASH_ATTENTION_NOSOFTMAX_BACKEND= in a shell forces no backend."""
     monkeypatch.setenv("FLASH_ATTENTION_NOSOFTMAX_BACKEND", "")
     given = {name: x.float() for name, x in dense("cpu", 64).items()}
     assert explain(flash_attn.flash_attn_func, **given, use_softmax=False).backend == "cpu"
@@ -390,7 +391,9 @@ def test_an_empty_variable_is_none(device, monkeypatch):
 
 
 def test_lengths_as_a_number_are_taken_everywhere():
-    """An int for cache_seqlens beside pages, an index of rows, and a cache with more rows than the batch."""
+    """An int for cache_seqlens is accepted beside pages, an index of rows, and a cache with more rows than
+    the batch.
+    """
     gen = torch.Generator().manual_seed(0)
     q = torch.randn(2, 1, 2, 8, generator=gen)
     pair = [torch.randn(4, 256, 2, 8, generator=gen) for _ in range(2)]

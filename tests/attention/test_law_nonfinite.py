@@ -1,7 +1,8 @@
-"""What is not finite shows, finite inputs give a finite output, and a finite gradient is a right one.
+"""Test that non-finite values show, that finite inputs give a finite output, and that a finite gradient is
+right.
 
 NaN or Inf in a visible entry of q, k, v or dO reaches every entry of a result that depends on it and no
-other. Which entries depend on it the oracle tells: those that change when the entry does.
+other. The oracle shows which entries depend on it: those that change with it.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from measure import NAMES, gradients, integers, poisoned, qkv, randn, reference
 
 NAN, INF = float("nan"), float("inf")
 ACTIVATIONS = ["identity", "relu", "relu2", "sigmoid", "silu", "gelu", "softplus"]
-# Where f(-Inf) is a limit, "0 or NaN" is a matter of how f is written; NaN has to show with every f.
+# For other f, f(-Inf) is a limit, and the formula of f decides between 0 and NaN. NaN must show with every f.
 NO_LIMIT = ("identity", "relu", "relu2", "sigmoid", "softplus")
 INPUTS = ("q", "k", "v", "dout")
 LENGTH = 12
 
 
 def tensors(like=None, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """q, k, v and dout; two heads of one key head."""
+    """Make q, k, v and dout, with two heads of one key head."""
     shapes = ((LENGTH, 2), (LENGTH, 1), (LENGTH, 1), (LENGTH, 2))
-    # Numbers of bfloat16 are, in this range, numbers of every dtype.
+    # In this range every dtype can represent bfloat16 numbers.
     return [
         randn(1, *s, 8, seed=i).bfloat16().to(like.device if like else "cpu", dtype)
         for i, s in enumerate(shapes)
@@ -34,9 +35,7 @@ def tensors(like=None, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 
 def place(name: str, causal: bool) -> tuple[int, int, int, int]:
-    """An entry of the tensor that every query sees, or which sees every key: a tile that also holds others
-    can't be spared.
-    """
+    """The index of an entry that every query sees, or that sees every key, so that no tile can be skipped."""
     row = {"q": LENGTH - 1, "dout": LENGTH - 1}.get(name, 0) if causal else 5
     return (0, row, 0, 3)
 
@@ -57,7 +56,7 @@ def oracle(activation: str, causal: bool, dtype: torch.dtype):
 
 @functools.cache
 def depend(name: str, causal: bool, activation: str) -> tuple[Tensor, ...]:
-    """For each result, which of its entries depend on the entry."""
+    """Return for each result a mask of the entries that depend on the entry at ``place``."""
     run = oracle(activation, causal, torch.float64)
     return tuple(a != b for a, b in zip(*(results(run, name, value, causal) for value in (1.75, -0.375))))
 
@@ -76,8 +75,8 @@ def test_visible_values_show(attention, activation, causal, dtype):
 
     smooth = "identity" if activation == "identity" else "silu"
     for name in INPUTS:
-        # A score that is NaN makes f and f' NaN on both sides of a kink. Beside a derivative of 0, NaN in v
-        # or dO may show or not.
+        # A NaN score makes f and f' NaN on both sides of a kink. Where the derivative is 0, NaN in v or dO
+        # may show or not.
         sure = smooth if name in "qk" else activation
         finite = results(run, name, 0.5, causal, like=attention, dtype=dtype)
         for value in (NAN, INF) if activation in NO_LIMIT else (NAN,):
@@ -107,7 +106,7 @@ def test_visible_values_show(attention, activation, causal, dtype):
     ids=str,
 )
 def test_float16_of_any_size_gives_a_finite_output(attention, activation, options):
-    """Sizes from the smallest to the largest number, mixed in every row."""
+    """Inputs from the smallest to the largest number, mixed in every row, give a finite output."""
     q, k, v = qkv(attention, 1, 40, 48, head_dim=32, dtype=torch.float16)
     sizes = [torch.logspace(-7, 4.6, 32, dtype=torch.float64).roll(shift) for shift in (0, 3, 11)]
     q, k, v = (
@@ -126,8 +125,8 @@ def finite_and_wrong(actual: Tensor, expected: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [2.0**6, 2.0**9, 2.0**13])
 @pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a != "relu2"])
 def test_finite_gradients_are_right(attention, activation, size, nheads_k):
-    """However large the gradient that comes in: what does not fit is NaN or Inf, never the nearest number
-    that fits.
+    """For an incoming gradient of any size, a result that does not fit is NaN or Inf, never the nearest
+    number that fits.
     """
     q, k, v = qkv(attention, 1, 40, 48, nheads=4, nheads_k=nheads_k, head_dim=16, dtype=torch.float16)
     v, dout = 16 * v, randn(*q.shape, seed=99, like=attention, dtype=torch.float16, size=size).abs()
@@ -138,7 +137,7 @@ def test_finite_gradients_are_right(attention, activation, size, nheads_k):
 
 
 def test_sums_over_a_group_of_heads_do_not_saturate(attention):
-    """Each head's dV fits, their sum does not."""
+    """Each head's dV fits, but their sum does not and shows."""
     q, k, v, dout = (
         torch.ones(1, 16, h, 8, dtype=torch.float16, device=attention.device) for h in (2, 1, 1, 2)
     )
@@ -148,15 +147,15 @@ def test_sums_over_a_group_of_heads_do_not_saturate(attention):
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
 def test_grad_scaler_backs_off(attention, activation):
-    """A loss scale with which dO still fits and dQ, by its formula, does not: the step is skipped, and taken
-    once the scale is smaller.
+    """With a loss scale at which dO fits but dQ does not, GradScaler skips the step, and takes it once the
+    scale is smaller.
     """
     weight = torch.nn.Parameter(torch.eye(16, device=attention.device) * 8)
     optimizer = torch.optim.SGD([weight], lr=1e-3)
     x = torch.ones(1, 32, 2, 16, device=attention.device)
 
     def train(scale: float) -> tuple[bool, float]:
-        """Whether the weight changed, and the scale of the next step."""
+        """Return whether the weight changed, and the scale of the next step."""
         scaler, before = (
             torch.amp.GradScaler(attention.device, init_scale=scale, growth_interval=1000),
             weight.detach().clone(),
@@ -176,7 +175,7 @@ def test_grad_scaler_backs_off(attention, activation):
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
 def test_rotary_saturates(attention, activation):
-    """Turned by 45 degrees, (65504, -65504) is longer than float16 goes, in the cache and in q."""
+    """Rotated by 45 degrees, (65504, -65504) exceeds float16's range and saturates, in the cache and in q."""
     q, k, v = step(attention, 1)
     q, k = (torch.full_like(x, 65504).half() for x in (q, k))
     for x in (q, k):

@@ -1,5 +1,5 @@
-"""A sequence gives the same alone, packed beside any other, with any max_seqlen that is long enough, and from
-any cache.
+"""Test that a sequence gives the same result alone, packed beside any other, with any sufficient max_seqlen,
+and from any cache.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ OPTIONS = [
     dict(window_size=(2, -1), activation="sigmoid", sigmoid_bias="-log n"),
     dict(window_size=(0, 0), softcap=2.0),
 ]
-# (seqlen_q, seqlen_k): as many, fewer, and more queries than keys, by far.
+# (seqlen_q, seqlen_k): as many queries as keys, fewer, and far more.
 SHAPES = [(9, 9), (5, 12), (10, 4), (33, 3), (1, 7)]
 NEIGHBOURS = [(3, 50), (70, 2), (0, 9), (6, 0)]
 
 
 def varlen(attention, q, k, v, lengths_q, lengths_k, more_q: int = 0, more_k: int = 0, **options):
-    """The public function with max_seqlen larger than the longest sequence."""
+    """Call the public function with max_seqlen larger than the longest sequence by ``more_q`` and
+    ``more_k``.
+    """
     cu_q, cu_k = (cumulative(lengths, attention.device) for lengths in (lengths_q, lengths_k))
     longest = max(lengths_q) + more_q, max(lengths_k) + more_k
     return attention._call(flash_attn_varlen_func, q, k, v, cu_q, cu_k, *longest, **options)
@@ -58,7 +60,7 @@ def assert_equal_results(actual, expected) -> None:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("seqlen_q, seqlen_k", SHAPES)
 def test_neighbours_do_not_matter(attention, options, seqlen_q, seqlen_k):
-    """Before it and behind it, longer and shorter; output and gradients."""
+    """Longer and shorter neighbours, before and behind a sequence, do not change its output and gradients."""
     options = dict(options, deterministic=True)
     q, k, v = qkv(attention, 1, seqlen_q, seqlen_k, nheads=2, nheads_k=1)
     dout = randn(*q.shape, seed=99, like=attention)
@@ -82,7 +84,7 @@ def test_neighbours_do_not_matter(attention, options, seqlen_q, seqlen_k):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("seqlen_q, seqlen_k", SHAPES)
 def test_max_seqlen_does_not_matter(attention, options, seqlen_q, seqlen_k):
-    """As long as it is long enough, on either side."""
+    """Any max_seqlen that is long enough, for queries and for keys, gives the same result."""
     lengths = dict(lengths_q=[seqlen_q, 2], lengths_k=[seqlen_k, 2])
     q, k, v = packed(attention, **lengths)
     dout = randn(*q.shape, seed=99, like=attention)
@@ -103,7 +105,7 @@ def test_max_seqlen_does_not_matter(attention, options, seqlen_q, seqlen_k):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("seqlen_q, seqlen_k", SHAPES)
 def test_capacity_does_not_matter(attention, options, seqlen_q, seqlen_k):
-    """Nor what lies in the rest of a cache."""
+    """The capacity of a cache and the content of its unused part do not matter."""
     q, k, v = qkv(attention, 2, seqlen_q, seqlen_k, nheads=2, nheads_k=1)
     expected = attention.dense(q, k, v, **options)
     for capacity in (seqlen_k, seqlen_k + 1, seqlen_q + seqlen_k, 64, 300):
@@ -118,7 +120,7 @@ def test_capacity_does_not_matter(attention, options, seqlen_q, seqlen_k):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_pages_do_not_matter(attention, options):
-    """Pages, dense or a cache: the same keys."""
+    """Dense keys, a cache and pages with the same keys give the same result."""
     q, k, v = qkv(attention, 1, 30, 20, nheads=2, nheads_k=1)
     expected = attention.dense(q, k, v, **options)
     pages = [x.new_full((3, 256, *x.shape[2:]), float("nan")) for x in (k, v)]
@@ -148,7 +150,7 @@ def test_the_keys_that_ten_queries_see_of_four(attention, window_size, seen):
 @pytest.mark.parametrize("window_size", [(31, 7), (1, -1), (-1, 1), (400, 2), (2, 400)], ids=str)
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(799, 3), (300, 130)])
 def test_many_queries_over_few_keys(attention, window_size, seqlen_q, seqlen_k):
-    """Over several blocks of queries."""
+    """Windows are right for many queries over few keys, in several blocks of queries."""
     compare(attention, *qkv(attention, 1, seqlen_q, seqlen_k, nheads=1, head_dim=32), window_size=window_size)
 
 
@@ -164,13 +166,11 @@ def test_any_window_over_any_lengths(attention, data):
 
 @pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
 def test_slack_rows_are_zero(attention, options):
-    """Rows behind the last sequence of out, dq, dk and dv, whatever they and dO hold there."""
+    """Rows behind the last sequence are 0 in out, dq, dk and dv, whatever the inputs and dO hold there."""
     lengths = dict(lengths_q=[5, 0, 7], lengths_k=[6, 2, 3])
     tight = packed(attention, **lengths)
     dout = randn(*tight[0].shape, seed=99, like=attention)
-    torch.full(
-        (1 << 20,), float("nan"), device=attention.device
-    )  # so that memory that nobody writes to is not 0 by luck
+    torch.full((1 << 20,), float("nan"), device=attention.device)  # so that unwritten memory is not 0 by luck
     wide = [torch.cat([x, x.new_full((9, *x.shape[1:]), float("nan"))]) for x in (*tight, dout)]
 
     def run(*x):
@@ -185,7 +185,7 @@ def test_slack_rows_are_zero(attention, options):
 @pytest.mark.parametrize("batch, seqlen_q, seqlen_k", [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0), (0, 0, 0)])
 @pytest.mark.parametrize("activation", ["identity", "silu"])
 def test_nothing_gives_nothing(attention, activation, batch, seqlen_q, seqlen_k):
-    """No sequence, no query, no key: zeros of the right shape, dense and packed."""
+    """Without sequences, queries or keys, results are zeros of the right shape, dense and packed."""
     q, k, v = qkv(attention, batch, seqlen_q, seqlen_k)
     results = gradients(lambda *x: attention.dense(*x, activation=activation), q, k, v)
     for x, like in zip(results, (q, q, k, v)):
@@ -206,7 +206,9 @@ SEQUENCES = 70_000
 
 @pytest.mark.parametrize("activation", ["identity", "silu"])
 def test_more_sequences_than_a_grid_axis_holds(attention, activation):
-    """One token each: out = f(q·k) v. The public limit of a CUDA grid is 65,535 in two of its axes."""
+    """More than 65,535 sequences, CUDA's limit for two axes of a grid, are right. With one token each, out =
+    f(q·k) v.
+    """
     if attention.device == "cpu":
         pytest.skip("there is no grid on the CPU, where packed sequences are a loop; a batch is tested below")
     q, k, v = (randn(SEQUENCES, 1, 8, seed=i, like=attention) for i in range(3))
@@ -242,7 +244,9 @@ def test_more_sequences_than_a_grid_axis_holds_dense(attention):
 
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_sequences_times_heads_in_one_axis(attention, num_splits):
-    """A split cache and the mask that dropout returns put both into one axis of the grid."""
+    """Batch times heads may exceed the limit: a split cache and the returned dropout mask put both into one
+    axis of the grid.
+    """
     if attention.device == "cpu":
         pytest.skip("there is no grid on the CPU")
     batch, nheads = 2200, 32  # 70,400 together
@@ -256,7 +260,7 @@ def test_sequences_times_heads_in_one_axis(attention, num_splits):
 
 
 class _Given:
-    """An implementation that has its result already."""
+    """An implementation that returns a given result."""
 
     def __init__(self, out: torch.Tensor) -> None:
         self.dense = lambda *tensors, **options: out

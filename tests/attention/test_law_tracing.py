@@ -1,4 +1,4 @@
-"""Tensors without memory, torch.compile, torch.export, autocast and nested tensors: each as torch's own
+"""Test tensors without memory, torch.compile, torch.export, autocast and nested tensors, as torch's own
 attention takes them.
 """
 
@@ -28,11 +28,11 @@ def fresh(monkeypatch):
     torch._dynamo.reset()
 
 
-# --- tensors without memory
+# --- Tensors without memory
 
 
 def without_memory(kind: str):
-    """(a mode to be in, the device of its tensors)."""
+    """Return (a mode to enter, the device of its tensors)."""
     return (nullcontext(), "meta") if kind == "meta" else (FakeTensorMode(), kind)
 
 
@@ -44,7 +44,7 @@ kinds = pytest.mark.parametrize("kind", ["meta", "cpu", "cuda"])
 
 
 def results(name: str, kind: str, gradients: bool, **options) -> list[tuple]:
-    """How the output of a function looks, and its gradients, for arguments none of which holds anything."""
+    """Return the looks of a function's output and gradients, for arguments without memory."""
     mode, device = without_memory(kind)
     tensors, lengths = inputs(name, "cpu")
     with mode:
@@ -63,8 +63,10 @@ def results(name: str, kind: str, gradients: bool, **options) -> list[tuple]:
 @scores
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_results_look_as_with_softmax(name, options, kind):
-    """Shapes, dtypes and devices of the output and, where torch can follow them, of the gradients."""
-    # A torch without CUDA neither slices a tensor of a GPU nor differentiates by one.
+    """The output and, where torch supports it, the gradients have the shape, dtype and device that softmax
+    gives.
+    """
+    # A torch without CUDA neither slices a GPU tensor nor differentiates by it.
     absent = kind == "cuda" and not torch.cuda.is_available()
     expected = results(name, "meta" if absent else kind, not absent, causal=options.get("causal", False))
     if absent:
@@ -86,13 +88,13 @@ def test_a_cache_looks_as_it_should(options, append, kind):
     assert looks(out) == looks(q)
 
 
-# --- compiled and exported
+# --- Compiled and exported
 
 
 @pytest.mark.parametrize("options", [dict(), dict(algorithm="linear"), dict(algorithm="quadratic")], ids=str)
 @torch._dynamo.config.patch(capture_scalar_outputs=True)
 def test_a_longest_sequence_from_a_tensor(device, options):
-    """max_seqlen is .item() of a tensor: a number that is not known while the graph is made."""
+    """max_seqlen may be .item() of a tensor, which is unknown while the graph is made."""
     attention, lengths = Package(device), dict(lengths_q=[5, 9, 2], lengths_k=[5, 9, 2])
     cu = cumulative(lengths["lengths_q"], device)
 
@@ -112,7 +114,7 @@ def test_a_longest_sequence_from_a_tensor(device, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(), dict(causal=True), dict(activation="silu")], ids=str)
 def test_export_with_a_dynamic_length(device, options):
-    """One program for lengths on both sides of the crossover, right on both."""
+    """One exported program is right for lengths on both sides of the crossover."""
     attention = Package(device)
 
     class Attention(torch.nn.Module):
@@ -131,7 +133,7 @@ def test_export_with_a_dynamic_length(device, options):
 
 
 def decoding(device: str):
-    """(q, k_cache, v_cache, k, v, lengths) of one step."""
+    """Return (q, k_cache, v_cache, k, v, lengths) of one decoding step."""
     attention = Package(device)
     q, k, v = (randn(2, 1, h, 16, seed=h, like=attention) for h in (4, 2, 2))
     pair = [randn(2, 24, 2, 16, seed=i, like=attention) for i in (5, 6)]
@@ -152,7 +154,7 @@ class Step(torch.nn.Module):
 @pytest.mark.parametrize("how", ["compile", "export"])
 @pytest.mark.parametrize("options", [dict(), dict(activation="silu", normalization="1/n")], ids=str)
 def test_a_cache_is_traced_and_written(device, options, how):
-    """In one graph, and the caches hold what was appended."""
+    """A decoding step is traced in one graph, and the caches hold the appended keys and values."""
     eager, traced = decoding(device), decoding(device)
     if how == "compile":
         step = torch.compile(Step(options), fullgraph=True, backend="aot_eager")
@@ -165,7 +167,7 @@ def test_a_cache_is_traced_and_written(device, options, how):
         assert torch.equal(a, e) and not torch.equal(a, before), name
 
 
-# --- lengths
+# --- Lengths
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -200,7 +202,7 @@ def test_cache_lengths_of_either_integer(attention):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-# --- autocast
+# --- Autocast
 
 
 @pytest.mark.parametrize("given", [
@@ -211,7 +213,7 @@ def test_cache_lengths_of_either_integer(attention):
 ], ids=lambda dtypes: "-".join(str(d).removeprefix("torch.") for d in dtypes))  # fmt: skip
 @pytest.mark.parametrize("options", [dict(), dict(algorithm="linear"), dict(activation="silu")], ids=str)
 def test_autocast_casts_as_torchs_attention_does(device, options, given):
-    """Forward in the dtype of autocast, gradients in those of the inputs."""
+    """Forward runs in autocast's dtype, and gradients have the dtypes of the inputs."""
     tensors = [x.to(dtype) for x, dtype in zip(qkv(Package(device), 1, 40, 40, nheads=2, head_dim=64), given)]
 
     def torchs(q, k, v):
@@ -243,7 +245,7 @@ def test_without_autocast_dtypes_are_not_mixed(device):
         flash_attn_func(q, k.half(), v, use_softmax=False)
 
 
-# --- nested tensors
+# --- Nested tensors
 
 
 def nested(x: torch.Tensor, offsets: torch.Tensor, lengths: list[int]) -> torch.Tensor:
@@ -260,14 +262,14 @@ def nested(x: torch.Tensor, offsets: torch.Tensor, lengths: list[int]) -> torch.
     dict(lengths_q=[7, 1, 13], lengths_k=[7, 1, 13]), dict(lengths_q=[4, 6, 5], lengths_k=[6, 7, 3]),
 ], ids=["self", "cross"])  # fmt: skip
 def test_jagged_tensors_equal_packed_ones(attention, lengths, options):
-    """Output and gradients; out is nested as q is."""
+    """Jagged tensors give the output and gradients of packed ones, and out is nested like q."""
     tensors = packed(attention, **lengths, nheads=4)
     dout = randn(*tensors[0].shape, seed=99, like=attention)
     options = dict(options, deterministic=True)
     expected = gradients(lambda *x: attention.varlen(*x, **lengths, **options), *tensors, dout=dout)
     offsets = {x: cumulative(lengths[f"lengths_{x}"], attention.device).long() for x in "qk"}
     if lengths["lengths_q"] == lengths["lengths_k"]:
-        offsets["k"] = offsets["q"]  # whose identity says that the lengths are the same
+        offsets["k"] = offsets["q"]  # one object for both says that the lengths are equal
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
     q, k, v = (nested(x, offsets[side], lengths[f"lengths_{side}"]) for x, side in zip(leaves, "qkk"))
     out = attention._call(flash_attn_func, q, k, v, **options)

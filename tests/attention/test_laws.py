@@ -1,6 +1,4 @@
-"""Laws that attention without softmax obeys by itself: no oracle, so no error in an oracle can hide behind
-them.
-"""
+"""Test laws of attention without softmax. They need no oracle, so that no error in an oracle can hide."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ def test_linear_in_v(attention, options):
 @pytest.mark.parametrize("factor", [2.0, -0.5])
 @pytest.mark.parametrize("options", LINEAR, ids=str)
 def test_linear_in_q_and_k(attention, options, factor):
-    """Scaling q, k or the softmax scale scales the output; the sign goes through."""
+    """Scaling q, k or the softmax scale scales the output, with its sign."""
     q, k, v = qkv(attention, seqlen_q=17, seqlen_k=21)
     expected = factor * attention.dense(q, k, v, **options)
     assert_same("q", attention.dense(factor * q, k, v, **options), expected)
@@ -59,7 +57,7 @@ def test_relu_splits_identity(attention):
 
 @pytest.mark.parametrize("options", [dict(), *NONLINEAR[::2], dict(activation="relu2")], ids=str)
 def test_disjoint_keys_add_up(attention, options):
-    """Attention over all keys is the sum of attention over each part: what split keys and rings rely on."""
+    """Attention over all keys is the sum of attention over each part, on which split keys and rings rely."""
     q, k, v = qkv(attention, seqlen_q=17, seqlen_k=40)
     parts = [
         attention.dense(q, k[:, part], v[:, part], **options)
@@ -69,7 +67,7 @@ def test_disjoint_keys_add_up(attention, options):
 
 
 def test_causal_is_a_sum_of_a_square_and_a_triangle(attention):
-    """Chunked causal attention: the later queries see the earlier keys whole and their own causally."""
+    """As in chunked causal attention, later queries see all earlier keys, and their own keys causally."""
     q, k, v = qkv(attention, seqlen_q=20, seqlen_k=20)
     late = q[:, 12:]
     whole = attention.dense(late, k[:, :12], v[:, :12])
@@ -81,7 +79,7 @@ def test_causal_is_a_sum_of_a_square_and_a_triangle(attention):
     "options", [dict(), *NONLINEAR[::2], dict(activation="silu", normalization="1/visible")], ids=str
 )
 def test_order_of_keys_does_not_matter(attention, options):
-    """Without mask and bias, forward and backward."""
+    """Without mask and bias, the order of keys does not matter, in forward and backward."""
     q, k, v = qkv(attention, seqlen_q=17, seqlen_k=21)
     order = torch.randperm(21, generator=torch.Generator().manual_seed(0)).to(q.device)
     plain = gradients(lambda *x: attention.dense(*x, **options), q, k, v)
@@ -94,7 +92,7 @@ def test_order_of_keys_does_not_matter(attention, options):
     "options", [dict(), dict(softcap=2.0), dict(activation="relu2"), dict(activation="silu")], ids=str
 )
 def test_zero_keys_do_not_matter(attention, options):
-    """f(0) = 0, so keys of zeros change nothing, whatever their values; softmax would give them weight."""
+    """f(0) = 0, so keys of zeros change nothing, whatever their values. Softmax would give them weight."""
     q, k, v = qkv(attention, seqlen_q=17, seqlen_k=21)
     noise = randn(2, 10, 2, 8, seed=50, like=attention)
     longer = attention.dense(
@@ -105,7 +103,7 @@ def test_zero_keys_do_not_matter(attention, options):
 
 @pytest.mark.parametrize("options", LINEAR + NONLINEAR, ids=str)
 def test_order_of_batch_and_heads_does_not_matter(attention, options):
-    """Each sequence and each head stands alone; grouped heads move with their key head."""
+    """Each sequence and each head is independent; grouped heads move with their key head."""
     q, k, v = qkv(attention, 3, 9, 11, nheads=4, nheads_k=2)
     plain = attention.dense(q, k, v, **options)
     heads, groups, batch = [2, 3, 0, 1], [1, 0], [2, 0, 1]
@@ -119,7 +117,7 @@ def test_order_of_batch_and_heads_does_not_matter(attention, options):
     ids=str,
 )
 def test_later_keys_do_not_matter_when_causal(attention, options):
-    """Bit for bit: a query cannot tell what follows it."""
+    """With causal, keys behind a query do not change its output by a bit."""
     q, k, v = qkv(attention, 1, 20, 20)
     changed = [torch.cat([x[:, :12], -3 * x[:, 12:]], 1) for x in (k, v)]
     a, b = (attention.dense(q, *pair, causal=True, **options) for pair in ((k, v), changed))
@@ -130,8 +128,8 @@ def test_later_keys_do_not_matter_when_causal(attention, options):
     "options", [dict(), dict(causal=True), dict(activation="relu2", window_size=(3, 3))], ids=str
 )
 def test_gradients_pair_with_their_inputs(attention, options):
-    """Euler: <v, dV> = <out, dO>, as the output is linear in v; and <q, dQ> = <k, dK>, as only products q·k
-    enter.
+    """By Euler's theorem <v, dV> = <out, dO>, because the output is linear in v, and <q, dQ> = <k, dK>,
+    because only products q·k enter.
     """
     q, k, v = qkv(attention, seqlen_q=17, seqlen_k=21)
     dout = randn(*q.shape, seed=99, like=attention)
@@ -148,7 +146,7 @@ def test_gradients_pair_with_their_inputs(attention, options):
 def test_backward_is_three_forwards(attention, window_size, alibi, seqlen_q, seqlen_k):
     """dQ = F(dO, V, K; M), dK = F(V, dO, Q; Mᵀ), dV = F(K, Q, dO; Mᵀ, bias), where Mᵀ swaps the two sides.
 
-    The bias is in dV alone.
+    The bias enters dV alone.
     """
     bias = dict(alibi_slopes=slopes(attention, 2)) if alibi else {}
     q, k, v = qkv(attention, 2, seqlen_q, seqlen_k)
@@ -161,7 +159,7 @@ def test_backward_is_three_forwards(attention, window_size, alibi, seqlen_q, seq
 
 
 def test_backward_is_three_linear_forwards(attention):
-    """With no mask: out = scale q (kᵀ v), in time linear in the length."""
+    """Without a mask, out = scale q (kᵀ v), in time linear in the length."""
     q, k, v = qkv(attention, 2, 40, 30)
     state = torch.einsum("bjhd,bjhe->bhde", k.double(), v.double()) * 8**-0.5
     assert_same("out", attention.dense(q, k, v), torch.einsum("bihd,bhde->bihe", q.double(), state), 4)

@@ -1,9 +1,9 @@
-"""Linear time: the primitive and its derivatives, when it is chosen, and that it keeps the contract of
+"""Test linear time: the primitive and its derivatives, when it is chosen, and the contract of
 use_softmax=False.
 
-The other attention tests run with algorithm="linear" too, where it applies (conftest.py). Here is what this
-path alone can get wrong: chunks, the state between them, lengths that no chunk divides, sums over many
-tokens.
+The other attention tests also run with algorithm="linear", where it applies (conftest.py). This file tests
+what only this path can get wrong: chunks, the state between them, lengths that are no multiple of a chunk,
+sums over many tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def quadratic(device: str) -> Package:
     return Package(device, "quadratic")
 
 
-# --- values
+# --- Values
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_largest_inputs(linear, dtype, largest, causal, agree):
 @pytest.mark.parametrize("mean", [0.0, 1.0, 8.0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_many_tokens(linear, quadratic, dtype, mean):
-    """A large mean is where the state grows fastest."""
+    """Many tokens are as exact as in quadratic time. With a large mean the state grows fastest."""
     if dtype == torch.float16 and mean > 1:
         pytest.skip("sums of 64k such tokens are larger than float16's largest number")
     checks.check_many_tokens(linear, quadratic, dtype, mean)
@@ -100,7 +100,7 @@ def test_many_tokens(linear, quadratic, dtype, mean):
 
 @MASKS
 def test_second_derivatives(linear, device, causal):
-    """The derivative is the primitive again, and so is its derivative: finite differences agree with both."""
+    """First and second derivatives, both made of the primitive, agree with finite differences."""
     if device != "cpu":
         pytest.skip("finite differences need float64, which the CUDA kernels do not take")
     tensors = [x.requires_grad_() for x in qkv(linear, 1, 4, 5, nheads=2, nheads_k=1, head_dim=2)]
@@ -118,7 +118,7 @@ def test_gradients_are_the_same_every_time(linear, causal):
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutant_is_caught(monkeypatch, mutant: Mutant):
-    """Each check fails for the mistake that the table names it for, and passes without it."""
+    """Each check fails for the mistake that the table assigns to it, and passes without it."""
     package = Package("cpu", "linear")
     mutant.check(package)
     monkeypatch.setattr(mutant.owner, mutant.step, mutant.wrong)
@@ -126,13 +126,13 @@ def test_mutant_is_caught(monkeypatch, mutant: Mutant):
         mutant.check(package)
 
 
-# --- the public functions
+# --- The public functions
 
 
 @MASKS
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_public_functions(name, device, causal):
-    """Each of the six gives what it gives in quadratic time, and no log-sum-exp."""
+    """Each of the six functions gives its result of quadratic time, and no log-sum-exp."""
     options = dict(use_softmax=False, causal=causal, softmax_scale=0.4)
     actual, expected = (
         run(name, device, **options, algorithm=algorithm) for algorithm in ("linear", "quadratic")
@@ -178,7 +178,7 @@ def test_compiles_to_one_graph(name, device):
 
 @pytest.mark.slow
 def test_compiles_with_dynamic_shapes():
-    """One function for lengths on both sides of the crossover."""
+    """One compiled function serves lengths on both sides of the crossover."""
     torch._dynamo.reset()
 
     def attend(*x):
@@ -192,7 +192,7 @@ def test_compiles_with_dynamic_shapes():
 
 
 def test_operators_pass_opcheck(device):
-    """Those of all backends, with this one behind them."""
+    """The operators of all backends pass opcheck with this backend behind them."""
     q, k, v = (x.detach() for x in inputs("flash_attn_func", device)[0])
     options = (q.shape[1], k.shape[1], 0.0, 0.3, -1, 0, 0.0, False, False, "identity", 0.0, "1/n", 0.5)
     tensors = (q, k, v, *(None,) * 8)
@@ -203,7 +203,7 @@ def test_operators_pass_opcheck(device):
 
 
 class _Recorded(TorchDispatchMode):
-    """Notes which operators run."""
+    """Records which operators run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ class _Recorded(TorchDispatchMode):
 
 
 def test_who_follows_operators_sees_one(device):
-    """A dispatch mode, as selective checkpointing is one; autograd alone does not need them."""
+    """A dispatch mode, such as selective checkpointing, sees one operator. Autograd alone needs none."""
     with _Recorded() as recorded:
         gradients(Package(device, "linear").dense, *qkv(Package(device, "linear")))
     ours = [name for name in recorded.names if name.startswith("flash_attn")]
@@ -226,7 +226,7 @@ def test_who_follows_operators_sees_one(device):
 
 
 def test_tensors_without_memory(monkeypatch):
-    """A FakeTensor has a dispatch of its own, also after its mode."""
+    """A FakeTensor keeps its own dispatch even outside its mode."""
     monkeypatch.setattr(primitive, "_TRITON", True)
     with FakeTensorMode():
         q = torch.empty(1, 16, 4, 8, dtype=torch.float16, device="cuda")
@@ -235,7 +235,7 @@ def test_tensors_without_memory(monkeypatch):
 
 
 def test_forward_derivatives(linear):
-    """The output is linear in q: its change is the output of the change."""
+    """The output is linear in q, so its derivative is the output of the tangent."""
     q, k, v = qkv(linear)
     tangent = randn(*q.shape, seed=3).to(q)
     with forward_ad.dual_level():
@@ -265,8 +265,8 @@ def test_activation_checkpointing(linear):
 
 
 def test_autocast_casts_the_tensors_alone(linear, device):
-    """As scaled_dot_product_attention does it: what is within keeps its precision, and gradients have the
-    leaves' dtype.
+    """As with scaled_dot_product_attention, autocast casts the tensors alone: inner results keep their
+    precision, and gradients have the leaves' dtype.
     """
     tensors = qkv(linear, 1, 200, 200, dtype=torch.float32 if device == "cpu" else torch.float16)
     dout = randn(*tensors[0].shape, seed=3).to(device, torch.bfloat16)
@@ -284,7 +284,7 @@ def test_strides_do_not_matter(linear):
         assert_same(name, a, b)
 
 
-# --- the choice
+# --- The choice
 
 INEXACT = {
     "softcap": dict(softcap=2.0),
@@ -298,7 +298,7 @@ INEXACT = {
 
 @pytest.mark.parametrize("name", INEXACT)
 def test_linear_is_refused_where_it_is_not_exact(name):
-    """The error names the option that is in the way."""
+    """The error names the option that prevents linear time."""
     q, k, v = (torch.zeros(1, 8, 2, 8) for _ in range(3))
     reason = "with use_softmax=True" if name == "use_softmax" else f": {name}"
     with pytest.raises(ValueError, match=f'algorithm="linear" is not possible ?{reason}'):
@@ -315,7 +315,7 @@ def test_linear_is_refused_with_pages():
 
 
 def test_a_window_that_causal_implies_is_none(linear):
-    """upstream's callers pass window_size=(-1, 0) for causal."""
+    """Upstream's callers pass window_size=(-1, 0) with causal."""
     q, k, v = qkv(linear, 1, 9, 9)
     assert torch.equal(
         linear.dense(q, k, v, causal=True, window_size=(-1, 0)), linear.dense(q, k, v, causal=True)
@@ -333,7 +333,7 @@ def test_unknown_algorithm():
 
 @pytest.fixture
 def taken(monkeypatch) -> list[str]:
-    """Grows by one with each call that runs in linear time."""
+    """A list that grows by one with each call that runs in linear time."""
     calls: list[str] = []
     right = backend.forward
     monkeypatch.setattr(backend, "forward", lambda call: calls.append("linear") or right(call))
@@ -367,7 +367,7 @@ def test_auto_goes_by_the_mean_length_of_packed_sequences(taken):
 
 @MASKS
 def test_auto_gives_the_result_of_the_algorithm_it_takes(device, monkeypatch, causal):
-    """Above and below the crossover, within the quadratic algorithm's error."""
+    """Above and below the crossover, "auto" is right within the quadratic algorithm's error."""
     monkeypatch.delenv("FLASH_ATTENTION_NOSOFTMAX_BACKEND", raising=False)
     try:
         for seqlen in (64, 6000):
@@ -386,7 +386,7 @@ def test_auto_gives_the_result_of_the_algorithm_it_takes(device, monkeypatch, ca
 @pytest.mark.parametrize("device_type", backend.CROSSOVERS)
 @MASKS
 def test_the_cost_rule_is_monotone(device_type, causal):
-    """Once linear is faster it stays so for longer sequences; wider heads need longer ones."""
+    """Where linear is faster, it stays faster for longer sequences. Wider heads need longer sequences."""
     device = torch.device(device_type)
     for head_dim in (32, 64, 128, 256):
         chosen = [
@@ -402,7 +402,7 @@ def test_on_a_gpu_sequences_and_heads_count_too(batch, seqlen, expected):
     assert backend.predicted_faster(torch.device("cuda"), 64, True, seqlen, seqlen, 16 * batch) == expected
 
 
-# --- wrong arguments
+# --- Wrong arguments
 
 X = torch.zeros(1, 8, 2, 8)
 WRONG = {
@@ -440,7 +440,7 @@ def test_wrong_cu_seqlens(lengths, message):
 
 
 def test_cu_seqlens_of_another_dtype():
-    """int64 will do as well."""
+    """cu_seqlens may be int64."""
     x, lengths = randn(8, 2, 8, seed=0), torch.tensor([0, 3, 8])
     outputs = [
         flash_attn_varlen_func(x, x, x, cu, cu, 5, 5, use_softmax=False, algorithm="linear")

@@ -1,8 +1,8 @@
-"""The Triton kernels against the primitive in PyTorch, in float64: on a GPU, or interpreted on the CPU where
+"""Test the Triton kernels against the primitive in PyTorch in float64, on a GPU, or interpreted on the CPU if
 triton is installed.
 
-triton is no dependency of the project, so that a CPU machine without it skips this file. The interpreter has
-no bfloat16.
+The project does not depend on triton, and a CPU machine without it skips this file. The interpreter has no
+bfloat16.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def kernels():
 
 @pytest.fixture(autouse=True)
 def short_segments(kernels, monkeypatch):
-    """Several segments in sequences that the interpreter gets through."""
+    """Shorten the segments, so that sequences short enough for the interpreter have several."""
     monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 64)
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 12)
     plans = (kernels._forward_plan, kernels._backward_plan)
@@ -54,7 +54,7 @@ def draw(*shape: int, seed: int, dtype: torch.dtype, mean: float = 0.0) -> Tenso
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, form: Form, lengths_q=None, lengths_k=None) -> Tensor:
-    """In float64."""
+    """Compute the output in float64."""
     q, k, v = (x.double().cpu() for x in (q, k, v))
     if lengths_q is None:
         return chunked.attend(q, k, v, form)[0]
@@ -63,7 +63,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, form: Form, lengths_q=None, lengths_k
 
 
 def check(kernels, q, k, v, dout, form: Form, lengths_q=None, lengths_k=None) -> None:
-    """Output and gradients, to about the rounding of one 16-bit number of the largest size."""
+    """Compare output and gradients, within about one 16-bit rounding of the largest value."""
     options, back = (None, None, 0, 0), (lengths_k, lengths_q)
     if lengths_q is not None:
         options = (
@@ -99,7 +99,7 @@ def test_dense(kernels, causal, dtype, seqlen_q, seqlen_k, nheads, nheads_k):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seqlen_q, seqlen_k", [(200, 200), (70, 300), (300, 70)])
 def test_per_visible(kernels, transposed, dtype, seqlen_q, seqlen_k):
-    """Also of the transposed form, as second derivatives have it."""
+    """ "1/visible" is right, also for the transposed form of second derivatives."""
     q, dout = (draw(2, seqlen_q, 4, 24, seed=i, dtype=dtype) for i in (0, 1))
     k, v = (draw(2, seqlen_k, 2, 24, seed=i, dtype=dtype) for i in (2, 3))
     check(kernels, q, k, v, dout, Form(0.2, True, transposed, "1/visible"))
@@ -112,8 +112,8 @@ def test_per_visible(kernels, transposed, dtype, seqlen_q, seqlen_k):
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_per_visible_keeps_what_is_small(kernels, dtype, sizes):
-    """Of small q and dout, small v . dout and small q . k, dk and dv are as exact at the last keys, which
-    1/700 weighs, as at the first.
+    """dk and dv at the last keys, which have the factor 1/700, are as exact as at the first, for small q,
+    dout, v . dout and q . k.
     """
     heads = (2, 1, 1, 2)
     q, k, v, dout = (draw(1, 700, heads[i], 16, seed=i, dtype=dtype) * size for i, size in enumerate(sizes))
@@ -133,7 +133,7 @@ def test_per_visible_keeps_what_is_small(kernels, dtype, sizes):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @PER_VISIBLE
 def test_factor(kernels, causal, dtype, normalization):
-    """A number that was given, beside the normalization."""
+    """A given number applies beside the normalization."""
     q, dout = (draw(2, 70, 2, 16, seed=i, dtype=dtype) for i in (0, 1))
     k, v = (draw(2, 90, 1, 16, seed=i, dtype=dtype) for i in (2, 3))
     check(kernels, q, k, v, dout, Form(0.25, causal, normalization=normalization, factor=1 / 640))
@@ -150,7 +150,7 @@ def test_packed(kernels, causal, normalization):
 
 @PER_VISIBLE
 def test_packed_neighbours_are_nan(kernels, normalization):
-    """Nothing of a packed sequence reaches the next one."""
+    """NaN in a packed sequence does not reach its neighbours."""
     lengths = [150, 100]
     x = [draw(250, 1, 16, seed=i, dtype=torch.float16) for i in range(4)]
     for y in x:
@@ -190,14 +190,14 @@ def test_largest_inputs(kernels, causal, normalization, dtype, largest):
 
 
 def results(kernels, x, form: Form, *options) -> tuple[Tensor, ...]:
-    """The output and the gradients, of q, k, v and dout."""
+    """Return the output and the gradients for x = (q, k, v, dout)."""
     q, k, v, dout = x
     options = options or (None, None, 0, 0)
     return kernels.attend(q, k, v, form, *options), *kernels.gradients(dout, q, k, v, form, *options)
 
 
 def expected_results(x, form: Form) -> tuple[Tensor, ...]:
-    """By the primitive in PyTorch, in the dtype of x."""
+    """Return them by the primitive in PyTorch, in the dtype of x."""
     q, k, v, dout = (y.cpu() for y in x)
     return tuple(
         chunked.attend(*y, f)[0]
@@ -213,7 +213,7 @@ def expected_results(x, form: Form) -> tuple[Tensor, ...]:
 @MASKS
 @pytest.mark.parametrize("d, d_v", [(16, 40), (40, 16)])
 def test_head_dim_v(kernels, causal, d, d_v):
-    """Dense with grouped heads, and packed."""
+    """Another head_dim of v is right, dense with grouped heads and packed."""
     dtype = torch.float16
     q, k, v, dout = (
         draw(1, 150, h, w, seed=i, dtype=dtype)
@@ -235,10 +235,10 @@ def test_head_dim_v(kernels, causal, d, d_v):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("poisoned", range(4), ids=["q", "k", "v", "dout"])
 def test_not_finite_shows(kernels, causal, normalization, dtype, value, poisoned):
-    """In every entry that depends on it, and in no other, which are what they were.
+    """A non-finite value shows in every entry that depends on it, and all others stay right.
 
-    The entry is at the edge of a chunk: of two rows in one chunk, where one sees a NaN, products with 0 hand
-    it to the other.
+    The value is at the edge of a chunk: within a chunk, products with 0 would pass a NaN from a row that sees
+    it to one that does not.
     """
     form = Form(0.25, causal, normalization=normalization)
     x = [draw(1, 200, 1, 16, seed=i, dtype=dtype) for i in range(4)]
@@ -262,7 +262,7 @@ def test_not_finite_shows(kernels, causal, normalization, dtype, value, poisoned
 
 @pytest.mark.parametrize("normalization, dv", [(None, (32752.0, 16376.0)), ("1/visible", (24560.0, 8188.0))])
 def test_weights_saturate_and_their_gradients_do_not(kernels, normalization, dv):
-    """Of two tokens with weights of a million: P is 65504 in the output and in dv. Products dO . v of a
+    """With two tokens and weights of a million, P is 65504 in the output and in dv. Products dO . v of a
     million are Inf.
     """
     q, k = (torch.full((1, 2, 1, 16), 250.0, dtype=torch.float16, device=DEVICE) for _ in range(2))
@@ -280,7 +280,7 @@ def test_weights_saturate_and_their_gradients_do_not(kernels, normalization, dv)
 
 @MASKS
 def test_output_saturates(kernels, causal):
-    """Inf comes from what is not finite alone."""
+    """Finite inputs saturate the output; only a non-finite input gives a non-finite output."""
     q, k = (torch.full((1, 150, 1, 16), 1.0, dtype=torch.float16, device=DEVICE) for _ in range(2))
     v = torch.full((1, 150, 1, 16), 60000.0, dtype=torch.float16, device=DEVICE)
     v[..., 8:] *= -1
@@ -298,8 +298,9 @@ def _shifted(lengths: list[int], before: int) -> Tensor:
 @MASKS
 @pytest.mark.parametrize("max_seqlen", [130, 1000])
 def test_slack_rows_are_zero(kernels, causal, max_seqlen, monkeypatch):
-    """Rows before the first sequence and behind the last hold NaN, as does memory that nobody has written; a
-    max_seqlen that is longer than any sequence changes nothing."""
+    """Rows before the first and behind the last sequence are 0, although the inputs there and unwritten
+    memory hold NaN. A max_seqlen longer than any sequence changes nothing.
+    """
     new_empty = torch.Tensor.new_empty
 
     def unwritten(*arguments, **options) -> Tensor:
@@ -331,7 +332,9 @@ def test_slack_rows_are_zero(kernels, causal, max_seqlen, monkeypatch):
 @MASKS
 @pytest.mark.parametrize("batch, heads", [(3, 2), (2, 3)])
 def test_more_than_an_axis_of_the_grid(kernels, causal, batch, heads, monkeypatch):
-    """More sequences or heads than an axis has places, here 2: bit for bit the same."""
+    """With more sequences or heads than an axis of the grid holds, here 2, results are bit for bit the
+    same.
+    """
     form = Form(0.25, causal)
     x = [draw(batch, 140, h, 16, seed=i, dtype=torch.float16) for i, h in enumerate((heads, 1, 1, heads))]
     packed = [y.flatten(0, 1) for y in x]
@@ -364,7 +367,7 @@ def test_more_than_an_axis_of_the_grid(kernels, causal, batch, heads, monkeypatc
 
 @MASKS
 def test_plans_are_for_what_looks_the_same(kernels, causal):
-    """Of one shape after the other, and of one shape with other strides, sequences and normalization."""
+    """Calls in turn with other shapes, strides, sequences or normalization each use the right plan."""
     form = Form(0.2, causal)
     for seqlen in (200, 130, 200):
         x = [draw(2, seqlen, 2, 16, seed=i, dtype=torch.float16) for i in range(4)]
@@ -386,7 +389,7 @@ def test_plans_are_for_what_looks_the_same(kernels, causal):
 
 
 class _Kernel:
-    """As a Triton kernel and what it compiles to: notes what each is called with."""
+    """Stands in for a Triton kernel and its compiled form, and records the arguments of each."""
 
     def __init__(self, calls, name="kernel"):
         self._calls, self._name = calls, name
@@ -435,7 +438,7 @@ def test_state_in_pieces(kernels, mean):
 
 @pytest.mark.parametrize("limit", [101376, 166912, 232448], ids=["99 KiB", "163 KiB", "227 KiB"])
 def test_tunings_fit_the_shared_memory(kernels, limit):
-    """Of compute capability 8.9, 8.0 and 9.0, whose tunings are as they stand in the table."""
+    """Tunings fit compute capability 8.9, 8.0 and 9.0. The largest limit needs no change of the table."""
     for block_d, tuning in kernels._WALK.items():
         fitted = tuning.within(limit, block_d)
         assert (
@@ -448,9 +451,7 @@ def test_tunings_fit_the_shared_memory(kernels, limit):
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_captured_in_a_cuda_graph(kernels):
-    """No call looks at a tensor on the host: what is captured is replayed on other lengths of other
-    numbers.
-    """
+    """No call reads a tensor on the host, so a captured graph replays on other lengths and numbers."""
     from flash_attn import flash_attn_varlen_func
 
     q, k, v = (draw(400, 2, 64, seed=i, dtype=torch.bfloat16) for i in range(3))

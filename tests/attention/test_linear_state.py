@@ -1,5 +1,5 @@
-"""The recurrent form: a state that a prefill returns, that the next piece goes on from, and that a step adds
-one token to.
+"""Test the recurrent form: a prefill returns a state, the next piece continues from it, and a step adds one
+token to it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def linear(device: str) -> Package:
 
 @pytest.mark.parametrize("nheads_k", [1, 2, 4])
 def test_pieces_give_the_whole(linear, nheads_k, dtype):
-    """The state is a float32, so pieces of float64 are no more exact than that."""
+    """Pieces give the result of the whole. The state is float32, so pieces in float64 are no more exact."""
     if dtype == torch.float64:
         pytest.skip("float64 pieces with a float32 state don't have float64's precision")
     checks.check_pieces(linear_attention_prefill, linear, nheads_k, dtype)
@@ -84,7 +84,7 @@ def test_largest_inputs(linear, dtype, largest):
 
 
 def test_steps_equal_causal_attention():
-    """From zeros, token by token, without a prefill."""
+    """Steps from a zero state, without a prefill, equal causal attention."""
     q, k, v = (randn(1, 9, n, 8, seed=n) for n in (4, 2, 2))
     state = torch.zeros(1, 2, 8, 8)
     steps = [linear_attention_step(*(x[:, t].float() for x in (q, k, v)), state)[0] for t in range(9)]
@@ -93,8 +93,8 @@ def test_steps_equal_causal_attention():
 
 
 def test_agrees_with_flash_linear_attention():
-    """A second oracle: the plain recurrence of fla, where the package fla-core is installed. Its state is
-    ours.
+    """A second oracle, the plain recurrence of fla (package fla-core), gives the same result and state, if
+    installed.
     """
     naive = pytest.importorskip("fla.ops.linear_attn.naive", exc_type=ImportError)
     q, k, v = (randn(2, 150, 3, 16, seed=i).float() for i in range(3))

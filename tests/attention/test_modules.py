@@ -1,5 +1,5 @@
-"""Modules and models: every path to attention gives the same, with the same options, in training and in
-generation.
+"""Test modules and models: every path to attention gives the same result with the same options, in training
+and generation.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ SCORES = {
     "softplus": dict(use_softmax=False, activation="softplus", normalization="1/n"),
 }
 scores = pytest.mark.parametrize("options", SCORES.values(), ids=SCORES)
-# "1/n" and "-log n" count the keys there are so far, so only the others decode as the full pass computes.
+# "1/n" and "-log n" count the keys so far, so only the other options decode as the full pass computes.
 DECODABLE = ("softmax", "identity", "silu", "gelu")
 decodable = pytest.mark.parametrize("options", [SCORES[name] for name in DECODABLE], ids=DECODABLE)
 
 
 def exact(device: str) -> dict:
-    """Where and in what dtype modules are made, and how near two ways to compute the same must come."""
+    """The device and dtype of modules."""
     return {"device": device, "dtype": torch.float32 if device == "cpu" else torch.float16}
 
 
@@ -48,7 +48,7 @@ def randn(device: str, *shape: int) -> torch.Tensor:
 
 
 def twins(cls, device: str, **arguments) -> tuple[nn.Module, nn.Module]:
-    """The same module on its flash path and on its fallback, with the same weights."""
+    """Make a module on its flash path and on its fallback, with the same weights."""
     torch.manual_seed(3)
     flash, fallback = (
         cls(DIM, NHEADS, use_flash_attn=flash, **exact(device), **arguments) for flash in (True, False)
@@ -77,7 +77,7 @@ def with_gradient(module: nn.Module, x: torch.Tensor, **arguments) -> tuple[torc
     ids=["causal", "full", "gqa", "rotary", "mqa-rotary", "scale"],
 )
 def test_flash_path_equals_fallback(arguments, options, device):
-    """MHA with and without use_flash_attn is one function of its input, with one gradient."""
+    """MHA gives the same output and gradient with and without use_flash_attn."""
     flash, fallback = twins(mha.MHA, device, **arguments, **options)
     x = randn(device, 2, SEQLEN, DIM)
     for actual, expected in zip(with_gradient(flash, x), with_gradient(fallback, x), strict=True):
@@ -99,7 +99,9 @@ def test_cross_attention(causal, options, device):
 @scores
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_padding_is_not_counted(causal, options, device):
-    """A padding mask (fallback) and sequences on end (flash) agree where there is no padding, also in n."""
+    """A padding mask (fallback) and packed sequences (flash) agree on all tokens that are not padding, also
+    in n.
+    """
     flash, fallback = (cls(causal=causal, **options) for cls in (mha.FlashSelfAttention, mha.SelfAttention))
     qkv = randn(device, 2, SEQLEN, 3, NHEADS, 16)
     keep = torch.arange(SEQLEN, device=device) < torch.tensor([[5], [SEQLEN]], device=device)
@@ -121,7 +123,7 @@ def test_cross_attention_aligns_the_last_keys(options, device):
 
 
 def test_fallback_weights_stay_finite_in_float16(device):
-    """relu2 of a score beyond 256 does not fit into float16; it saturates, as in the kernels."""
+    """relu2 of a score beyond 256 does not fit into float16 and saturates, as in the kernels."""
     qkv = torch.ones(1, 2, 3, 1, 64, dtype=torch.float16, device=device) * 10.0  # scores of 800
     qkv[:, :, 2] = 1e-3
     out = mha.SelfAttention(use_softmax=False, activation="relu2")(qkv)
@@ -129,8 +131,8 @@ def test_fallback_weights_stay_finite_in_float16(device):
 
 
 def decode(module: nn.Module, x: torch.Tensor, prefill: int = 4) -> torch.Tensor:
-    """The module's output for x, the first tokens at once and the rest one after the other, as in
-    generation.
+    """Return the module's output for x as in generation: the first tokens at once, the rest one after the
+    other.
     """
     params = InferenceParams(max_seqlen=x.shape[1], max_batch_size=x.shape[0])
     out = []
@@ -153,7 +155,7 @@ paths = pytest.mark.parametrize("arguments", PATHS.values(), ids=PATHS)
 @decodable
 @paths
 def test_decoding_equals_the_full_pass(arguments, options, device):
-    """A KV-cache call that forgot an option would train without softmax and generate with it."""
+    """If a KV-cache call forgot an option, the model would train without softmax and generate with it."""
     torch.manual_seed(3)
     arguments = dict(causal=True, layer_idx=0, use_flash_attn=True, **arguments, **options)
     module = mha.MHA(DIM, NHEADS, **arguments, **exact(device))
@@ -185,7 +187,7 @@ def test_kvcache_keeps_the_window(arguments, options, device):
 
 
 class Linear(nn.Linear):
-    """A tensor-parallel linear layer of one process; upstream's needs a compiled extension of its own."""
+    """A tensor-parallel linear layer of one process. Upstream's layer needs another compiled extension."""
 
     def __init__(
         self, in_features, out_features, process_group, sequence_parallel=True, multiple_of=1, **arguments
@@ -232,7 +234,9 @@ def test_wrong_options_fail_at_construction(flash):
 @pytest.mark.parametrize("offsets", [0, 3, "each"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "batch"])
 def test_rotary_turns_each_position(packed, offsets, interleaved, device):
-    """Channel pairs are complex numbers, multiplied by exp(i * position * frequency); backward turns back."""
+    """Rotary multiplies channel pairs, as complex numbers, by exp(i * position * frequency); backward rotates
+    back.
+    """
     lengths, nheads, head_dim, half, seqlen_ro = (5, 2), 2, 12, 4, 16
     each = torch.tensor([3, 6], dtype=torch.int32, device=device) if offsets == "each" else offsets
     frequency = torch.rand(half, generator=torch.Generator().manual_seed(1))
@@ -274,7 +278,7 @@ def upstream():
 
 
 def in_config(options: dict) -> dict:
-    """The options of a public function under their names in a model's config."""
+    """Rename the options of a public function to their names in a model's config."""
     return {name if name == "use_softmax" else f"attn_{name}": value for name, value in options.items()}
 
 
@@ -304,7 +308,7 @@ def tokens(device: str) -> torch.Tensor:
 
 
 def both_ways(make, device: str) -> list[nn.Module]:
-    """[flash, fallback] with the same weights; make(use_flash_attn) builds a model."""
+    """Return [flash, fallback] with the same weights; make(use_flash_attn) builds a model."""
     torch.manual_seed(3)
     flash, fallback = (make(use_flash_attn).to(**exact(device)).eval() for use_flash_attn in (True, False))
     fallback.load_state_dict(flash.state_dict())
@@ -354,7 +358,7 @@ def test_gpt_generates_what_it_learnt(upstream, values, options, device):
 @scores
 @pytest.mark.parametrize("subset", [False, True], ids=["whole", "masked tokens"])
 def test_bert(upstream, subset, options, device):
-    """With padding: unpadded sequences on the flash path, a padding mask on the fallback."""
+    """BERT gives the same with unpadded sequences (flash path) and with a padding mask (fallback)."""
     keep = torch.arange(SEQLEN, device=device) < torch.tensor([[6], [SEQLEN]], device=device)
     masked = torch.zeros_like(keep)
     masked[:, 2:4] = True
@@ -370,7 +374,7 @@ def test_bert(upstream, subset, options, device):
         out = model(tokens(device), attention_mask=keep).last_hidden_state
         return out[masked] if subset else out[keep]
 
-    if subset:  # the last layer's projections are one matrix without the subset, two with it
+    if subset:  # without the subset the last layer's projections are one matrix, with it two
 
         def share(flash: nn.Module, fallback: nn.Module) -> None:
             state = flash.state_dict()

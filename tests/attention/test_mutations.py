@@ -1,6 +1,4 @@
-"""The tests are tested: each wrong kernel is caught by the test that the table names, and the right ones pass
-it.
-"""
+"""Test the tests: each wrong kernel fails the test that the table names, and right kernels pass it."""
 
 from __future__ import annotations
 
@@ -21,13 +19,13 @@ NEED_SATURATION = {
     for mutant in MUTANTS
     if "in_float16" in mutant.caught_by or "largest" in mutant.caught_by
 }
-# autograd takes relu'(NaN) for 1.
+# autograd computes relu'(NaN) as 1.
 NEED_OWN_DERIVATIVE = {"test_law_nonfinite.test_visible_values_show"}
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutant_is_caught(mutant: Mutant):
-    """By the test that the table names, through a failed assertion and not through a crash."""
+    """The named test fails by an assertion, not by a crash."""
     assert next(failures(named(mutant.caught_by), mutant.build()), None), (
         f"{mutant.caught_by} passes with: {mutant.name}"
     )
@@ -35,8 +33,8 @@ def test_mutant_is_caught(mutant: Mutant):
 
 @pytest.mark.parametrize("test", sorted({mutant.caught_by for mutant in MUTANTS}))
 def test_right_kernel_passes(test: str):
-    """The model that the mutants are made from passes every test that catches one (the package: the test
-    itself).
+    """The model from which the mutants are made passes every test that catches one. (The package runs these
+    tests itself.)
     """
     assert list(failures(named(test), Kernel())) == []
 
@@ -45,8 +43,8 @@ def test_right_kernel_passes(test: str):
     "test", sorted({mutant.caught_by for mutant in MUTANTS} - NEED_SATURATION - NEED_OWN_DERIVATIVE)
 )
 def test_oracle_passes(test: str):
-    """So does the oracle, but where 16-bit overflow is the point: it has no limits of its own, and its
-    derivatives are autograd's.
+    """The oracle passes them too, except tests of 16-bit overflow, because it does not saturate, and of
+    derivatives that autograd gets wrong.
     """
     assert list(failures(named(test), Oracle())) == []
 
@@ -58,11 +56,11 @@ def test_names_differ():
 
 @pytest.mark.parametrize("test", FINITE_TESTS, ids=lambda test: test.__name__)
 def test_commented_out_softmax_fails_every_finite_test(test: Callable):
-    """What a user gets who comments the softmax out by hand: each of these tests fails."""
+    """Each of these tests fails for a kernel whose softmax was commented out by hand."""
     assert next(failures(test, SoftmaxCommentedOut()), None)
 
 
-# The last two are about precision: they guard against too low a limit, not against none.
+# The last two test precision: they catch too low a limit, but not a missing one.
 ZERO_IS_ENOUGH = {
     "test_masked_entries",
     "test_rows_without_keys",
@@ -74,7 +72,7 @@ ZERO_IS_ENOUGH = {
 
 @pytest.mark.parametrize("test", FINITE_TESTS, ids=lambda test: test.__name__)
 def test_masking_with_zero_is_not_enough(test: Callable):
-    """Writing 0 for -inf mends masked entries; unwritten memory and 16-bit overflow still spoil the
+    """Writing 0 for -inf corrects masked entries, but unwritten memory and 16-bit overflow still spoil the
     output.
     """
     assert any(failures(test, MaskedWithZero())) == (test.__name__ not in ZERO_IS_ENOUGH)

@@ -1,4 +1,4 @@
-"""Hypothesis: any shape with any options that may go together, against the oracle."""
+"""Test any shape with any compatible options against the oracle, with Hypothesis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from package import Package
 
 pytestmark = pytest.mark.slow
 
-# The implementation holds no state, so one instance may serve all examples.
+# The implementation holds no state, so one instance can serve all examples.
 reuse = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 lengths = st.integers(0, 70)
@@ -28,17 +28,17 @@ functions = st.one_of(
 
 @st.composite
 def masks(draw, seqlen_q: int, seqlen_k: int) -> dict:
-    """Causal or not, and any window."""
+    """Draw causal or not, and any window."""
     left, right = (draw(st.integers(-1, max(seqlen_q, seqlen_k) + 2)) for _ in range(2))
     return dict(causal=draw(st.booleans()), window_size=(left, right))
 
 
 @st.composite
 def masks_with_softmax(draw, seqlen_q: int, seqlen_k: int) -> dict:
-    """Windows where every release of upstream means the same by them.
+    """Draw windows that mean the same in every release of upstream.
 
-    Its host code takes a side of seqlen_k or more for an open one, and an open right side beside a closed
-    left one for seqlen_k keys, which cuts off keys if there are more than seqlen_k + 1 queries.
+    Upstream's host code treats a side of seqlen_k or more as open. It treats an open right side beside a
+    closed left side as seqlen_k, which cuts off keys if there are more than seqlen_k + 1 queries.
     """
     left, right = (draw(st.integers(-1, max(seqlen_k - 1, -1))) for _ in range(2))
     return dict(
@@ -52,16 +52,15 @@ def options(draw, seqlen_q: int, seqlen_k: int) -> dict:
     chosen["normalization"] = draw(st.sampled_from(list(ROW_FACTORS)))
     chosen["softcap"] = draw(st.sampled_from([0.0, 0.0, 1.0, 20.0]))
     signs = (0.05, 2.0) if chosen["softcap"] else (-1.0, 2.0)
-    # Products with a smaller scale may be subnormal and keep a few bits at best; no tolerance is relative to
-    # that.
+    # Products with a smaller scale may be subnormal and keep few bits, for which no tolerance allows.
     scales = st.floats(*signs).filter(lambda scale: scale == 0 or abs(scale) > 1e-30)
     chosen["softmax_scale"] = draw(st.one_of(st.none(), scales))
     return chosen
 
 
 def built(attention, chosen: dict) -> dict:
-    """The part of ``chosen`` that the kernels of the device have: other score functions are the CPU backend's
-    alone.
+    """Return the part of ``chosen`` that the device's kernels have. Only the CPU backend has other score
+    functions.
     """
     absent = () if attention.device == "cpu" else ("activation", "sigmoid_bias", "normalization")
     return {name: value for name, value in chosen.items() if name not in absent}
@@ -116,8 +115,8 @@ def test_varlen(attention, data):
 @reuse
 @given(data=st.data())
 def test_linear_algorithm(device, data):
-    """Any lengths, dense and packed, over several chunks, with every option that has an exact algorithm in
-    linear time.
+    """Linear time is right for any lengths, dense and packed, over several chunks, with every option that it
+    takes.
     """
     attention = Package(device, "linear")
     chosen = dict(

@@ -1,4 +1,4 @@
-"""The README's example runs as it stands there."""
+"""Test that the README's example runs as printed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""flash_attn.nosoftmax.score on its own: f, f', saturation, and the dense weights that models without a
-kernel use.
+"""Test flash_attn.nosoftmax.score alone: f, f', saturation, and the dense weights of models without a
+kernel.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def test_function_and_derivative(activation):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_what_is_not_finite_shows(activation):
-    """In f and in f'. Only f itself may end an Inf."""
+    """NaN and Inf show in f and f'. Only f itself may turn Inf into a finite value."""
     row, s = ACTIVATIONS[activation], torch.tensor([math.nan, math.inf, -math.inf, 1.0])
     value, slope = row.value(s.clone(), 0.0), row.times_derivative(torch.ones(4), s.clone(), 0.0)
     assert value[0].isnan() and (slope[0].isnan() or ACTIVATIONS[activation].linear)
@@ -45,7 +45,7 @@ def test_what_is_not_finite_shows(activation):
 
 
 def test_saturation():
-    """In float16 alone, of what is finite alone."""
+    """Only float16 saturates, and only finite values."""
     wide = [0.0, -1e9, 7e4, 65504.0, -65504.0, 3e38, math.inf, -math.inf, math.nan]
     narrow = saturate_(torch.tensor(wide), torch.float16).half()
     assert (
@@ -59,7 +59,9 @@ def test_saturation():
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_dense_weights(activation, normalization):
-    """Values and gradients; hidden scores may be NaN; a row that sees nothing is 0."""
+    """Dense weights and their gradients are right. Hidden scores may be NaN, and a row that sees no key is
+    0.
+    """
     scores = torch.randn(2, 3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     visible = torch.ones(5, 7, dtype=torch.bool).tril()
     visible[1] = False
@@ -86,7 +88,7 @@ def test_dense_weights(activation, normalization):
     ((False, "sigmoid", "-log n", "1/visible"), ("sigmoid", None, "1/visible", 1.0)),
 ])  # fmt: skip
 def test_resolve(arguments, resolved):
-    """As the operators take them: -log n is None."""
+    """resolve returns the options in the operators' form, with None for -log n."""
     assert resolve(*arguments) == resolved
 
 
@@ -102,6 +104,6 @@ def test_resolve(arguments, resolved):
     ((True, "identity", "-log n"), "use_softmax"),
 ])  # fmt: skip
 def test_resolve_refuses(arguments, word):
-    """The message names what was wrong."""
+    """The message names the wrong argument."""
     with pytest.raises(ValueError, match=word):
         resolve(*arguments)

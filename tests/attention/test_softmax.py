@@ -1,4 +1,4 @@
-"""With use_softmax=True, or without a word about it, everything is as upstream documents it."""
+"""Test that with use_softmax=True, or without the argument, everything is as upstream documents it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_kvcache(attention, options):
 
 
 def test_is_the_default(attention):
-    """A call that says nothing gets softmax."""
+    """A call without use_softmax gets softmax."""
     from flash_attn import flash_attn_func
 
     q, k, v = qkv(attention)
@@ -97,7 +97,7 @@ def test_log_sum_exp(attention):
 
 
 def test_encoded_weights(attention, device):
-    """S_dmask is exp(s - row maximum) with a minus sign where it was dropped."""
+    """S_dmask is exp(s - row maximum), with a minus sign for dropped entries."""
     if device != "cpu":
         pytest.skip(
             "the CUDA kernels encode relative to the maxima of their blocks, which upstream's own tests undo"

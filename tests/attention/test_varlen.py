@@ -1,4 +1,4 @@
-"""Packed sequences of unequal lengths, empty ones among them, and sequences cut short by seqused_k and
+"""Test packed sequences of unequal lengths, some of them empty, and sequences cut short by seqused_k and
 leftpad_k.
 """
 
@@ -26,25 +26,25 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("lengths", [RAGGED, EMPTY], ids=["ragged", "empty"])
 def test_options(attention, lengths, options):
-    """Masks, -log n and normalizations go by each sequence's own length; empty sequences cost nothing."""
+    """Masks, -log n and normalizations use each sequence's own length; sequences may be empty."""
     compare(attention, *packed(attention, **lengths, nheads=4), method="varlen", **lengths, **options)
 
 
 def test_alibi(attention):
-    """Slopes per batch and head, distances from each sequence's own end."""
+    """Slopes are per batch and head, and distances count from each sequence's own end."""
     options = dict(RAGGED, alibi_slopes=slopes(attention, 3, 2, size=0.1), causal=True)
     compare(attention, *packed(attention, **RAGGED), method="varlen", **options)
 
 
 def test_one_key_each(attention):
-    """Long queries over single keys; most causal rows are empty."""
+    """Many queries over single keys are right; most causal rows are empty."""
     lengths = dict(lengths_q=[76, 34, 146], lengths_k=[1, 1, 1])
     compare(attention, *packed(attention, **lengths), method="varlen", **lengths, causal=True)
 
 
 @pytest.mark.parametrize("seqlen_k", [1, 2, 5, 17])
 def test_short_keys(attention, seqlen_k):
-    """Sequences shorter than any tile."""
+    """Sequences may be shorter than any tile."""
     lengths = dict(lengths_q=[130, 3], lengths_k=[seqlen_k, seqlen_k])
     compare(attention, *packed(attention, **lengths), method="varlen", **lengths)
 
@@ -57,14 +57,14 @@ def test_empty_queries_give_no_key_gradient(attention):
 
 
 def test_equal_lengths_equal_dense(attention):
-    """Sequences of one length, packed or not."""
+    """Sequences of equal length give the same packed and dense."""
     q, k, v = qkv(attention, 3, 8, 11)
     out = attention.varlen(*(x.flatten(0, 1) for x in (q, k, v)), [8] * 3, [11] * 3, causal=True)
     assert_close("out", out.unflatten(0, (3, 8)), attention.dense(q, k, v, causal=True))
 
 
 def test_sequences_do_not_see_each_other(attention):
-    """Changing one sequence leaves the others bit for bit as they were, gradients too."""
+    """Changing one sequence leaves the others, and their gradients, bit for bit as they were."""
     q, k, v = packed(attention, **RAGGED)
     changed = tuple(x.clone() for x in (q, k, v))
     changed[0][7:8], changed[1][9:29], changed[2][9:29] = 3.0, 5.0, -7.0
@@ -84,7 +84,9 @@ def test_sequences_do_not_see_each_other(attention):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("seqused, leftpad", [((5, 0, 3), None), (None, (2, 4, 1)), ((8, 20, 4), (2, 4, 4))])
 def test_seqused_and_leftpad(attention, seqused, leftpad, options):
-    """Keys before leftpad_k and from seqused_k on are not there; n and the alignment go by what is left."""
+    """Keys before leftpad_k and from seqused_k on do not count; n and the alignment use the remaining
+    keys.
+    """
     used = dict(
         seqused_k=seqused and integers(attention, *seqused),
         leftpad_k=leftpad and integers(attention, *leftpad),
@@ -96,7 +98,7 @@ def test_seqused_and_leftpad(attention, seqused, leftpad, options):
     "options", [dict(), dict(causal=True), dict(window_size=(50, 9)), dict(normalization="1/n")], ids=str
 )
 def test_paged(attention, options):
-    """Prefill from pages in any order, ragged, one sequence without keys."""
+    """Prefill from pages works in any order, for ragged lengths and a sequence without keys."""
     lengths = dict(lengths_q=[5, 2, 9], lengths_k=[300, 0, 17])
     q, _, _ = packed(attention, **lengths, nheads=4)
     k, v = (randn(7, 256, 2, 8, seed=i, like=attention) for i in (1, 2))
@@ -105,8 +107,8 @@ def test_paged(attention, options):
 
 
 def test_pages_have_no_backward(device):
-    """The forward runs for tensors that ask for a gradient, as upstream's own tests want it; the backward
-    says what is missing.
+    """The forward runs for tensors that require a gradient, as upstream's own tests expect. The backward
+    raises an error.
     """
     attention = Package(device)
     pages, q = (
