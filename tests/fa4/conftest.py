@@ -1,4 +1,4 @@
-"""The trees of flash-attn-4, pristine and patched, an interpreter that can compile its kernels, and a GPU
+"""Provide the pristine and patched trees of flash-attn-4, an interpreter that compiles its kernels, and a GPU
 that runs them.
 """
 
@@ -22,7 +22,7 @@ from fapatch.wheel.cuda_toolkit import Torch
 
 @pytest.fixture(scope="session")
 def compiler() -> tuple[Path, Path]:
-    """(an interpreter with torch and nvidia-cutlass-dsl, cuobjdump). FA4_PYTHON names another interpreter
+    """(an interpreter with torch and nvidia-cutlass-dsl, cuobjdump). FA4_PYTHON names an interpreter other
     than this one.
     """
     python = Path(os.environ.get("FA4_PYTHON", sys.executable))
@@ -36,7 +36,7 @@ def compiler() -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def trees(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(pristine, patched) of the default release, in folders of their own."""
+    """The trees (pristine, patched) of the default release, in separate folders."""
     project = Project.open(family="flash-attn-4", version="")
     with locking.exclusive(project, "tests/fa4"):
         base, files = fetch.pinned(project), refresh.Files.of(project)

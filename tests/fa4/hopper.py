@@ -1,4 +1,4 @@
-"""flash_attn.cute on a Hopper GPU, behind the methods of ``oracle.Oracle`` (tests/attention)."""
+"""Wrap flash_attn.cute on a Hopper GPU in the methods of ``oracle.Oracle`` (tests/attention)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def missing() -> str | None:
-    """What the tests on Hopper need and this machine lacks; None if they can run."""
+    """Say what this machine lacks for the tests on Hopper; None if they can run."""
     if not torch.cuda.is_available():
         return "needs a Hopper GPU: torch sees none"
     if (capability := torch.cuda.get_device_capability())[0] != 9:
@@ -26,7 +26,7 @@ def missing() -> str | None:
 
 @dataclass(frozen=True)
 class Hopper:
-    """``options`` go to every call beside its own: what the oracle does not know, as pack_gqa or a
+    """``options`` are added to every call: those that the oracle does not know, such as pack_gqa or a
     score_mod.
     """
 
@@ -43,7 +43,7 @@ class Hopper:
         return flash_attn_func(q, k, v, **{"use_softmax": False, **self.options, **options})[0]
 
     def varlen(self, q, k, v, lengths_q=None, lengths_k=None, *, block_table=None, **options) -> Tensor:
-        """Packed if there are lengths, else a batch; keys may lie in pages."""
+        """Call with packed sequences if there are lengths, else with a batch. Keys may lie in pages."""
         from flash_attn.cute import flash_attn_varlen_func
 
         given = {"use_softmax": False}

@@ -1,4 +1,4 @@
-"""A score_mod, its derivative, and two mask_mods, as a user of flash_attn.cute writes them."""
+"""Define a score_mod, its derivative and two mask_mods, as a user of flash_attn.cute would."""
 
 
 def square(score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors):
@@ -14,5 +14,5 @@ def even_distance(batch_idx, head_idx, q_idx, kv_idx, seqlen_info=None, aux_tens
 
 
 def causal_with_gaps(batch_idx, head_idx, q_idx, kv_idx, seqlen_info=None, aux_tensors=None):
-    """Nobody sees the second block of keys, and the third block of queries sees nothing."""
+    """No query sees the second block of keys, and the third block of queries sees no key."""
     return (kv_idx <= q_idx) & ((kv_idx < 128) | (kv_idx >= 256)) & ((q_idx < 256) | (q_idx >= 384))

@@ -1,6 +1,4 @@
-"""The modules of the overlay that need no compiler, imported without flash_attn.cute, whose __init__ needs
-it.
-"""
+"""Import the overlay's modules that need no compiler, without flash_attn.cute, whose __init__ needs it."""
 
 import importlib
 import sys
@@ -16,7 +14,7 @@ PACKAGE = "fa4_overlay"
 
 
 def module(name: str) -> ModuleType:
-    """nosoftmax/<name>.py; what both wheels share is found where its one home is."""
+    """Import nosoftmax/<name>.py; a file that both wheels share is imported from its one home."""
     if PACKAGE not in sys.modules:
         package = ModuleType(PACKAGE)
         package.__path__ = [str(folder) for folder in FOLDERS]

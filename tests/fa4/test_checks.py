@@ -1,4 +1,4 @@
-"""What the Hopper kernels refuse, and in which words; no GPU, no compiler."""
+"""Test which calls the Hopper kernels refuse, and the messages, without GPU and compiler."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ call, checks, serves = (module(name) for name in ("call", "checks", "serves"))
 
 
 def refusal(q, k, v, **options):
-    """What is said of a call, by the checks that all backends share or by these kernels; None if it is
-    served.
+    """Return the message that refuses a call, from the checks of all backends or of these kernels; None if
+    the call is served.
     """
     given = dict(
         max_seqlen_q=0, max_seqlen_k=0, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(None,
@@ -32,7 +32,7 @@ def hopper(monkeypatch):
 
 
 def tensors(head_dim=64, head_dim_v=None, dtype=torch.bfloat16, nheads=4, nheads_k=4, device="meta", batch=2):
-    """As on a GPU: the check looks at the type of the device alone, and `meta` stands for it."""
+    """Make q, k and v as on a GPU. The check reads only the type of the device, and `meta` stands for it."""
     shapes = [
         (batch, 100, nheads, head_dim),
         (batch, 90, nheads_k, head_dim),

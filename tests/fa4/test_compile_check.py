@@ -1,4 +1,6 @@
-"""The kernels compile for Hopper without a GPU; what the check of their machine code notices."""
+"""Test that the kernels compile for Hopper without a GPU, and what the check of their machine code
+notices.
+"""
 
 import json
 import struct
@@ -28,7 +30,7 @@ def test_softmax_kernels_are_unchanged(compiler, trees, tmp_path):
 
 
 def said(python, tree, program, **variables):
-    """What a program prints that imports flash_attn.cute from a tree, as JSON."""
+    """Run a program that imports flash_attn.cute from a tree, and return the JSON that it prints."""
     environment = {**FOR_HOPPER, "PYTHONPATH": str(tree), "PATH": "/usr/bin:/bin", **variables}
     environment = {name: value for name, value in environment.items() if value is not None}
     done = subprocess.run(
@@ -69,7 +71,9 @@ def test_cache_is_on_by_default(compiler, trees, tmp_path):
 
 @pytest.mark.source
 def test_what_the_compiler_says_of_every_kernel_is_kept_from_users(compiler, trees):
-    """The words are the compiler's; other warnings, and these of another argument, come through."""
+    """One warning of the compiler is hidden. Other warnings, and the same warning about another argument,
+    appear.
+    """
     program = """
 import json, warnings
 import flash_attn.cute.cache_utils
@@ -128,7 +132,7 @@ def test_faults(case, instructions, words):
     ],
 )
 def test_some_backward_kernels_may_spill(case, most):
-    """Head sizes between those of the tiles have the next larger one's."""
+    """A head size between two tiles has the limit of the next larger tile."""
     spilling = [kernel(LDL=n) for n in (most, most + 1)]
     assert [bool(compile_check.faults(case, k, backward=True)) for k in spilling] == [False, True]
     assert [bool(compile_check.faults(case, k)) for k in spilling] == [most > 0, True]
@@ -148,7 +152,7 @@ def test_what_is_no_attention_kernel_is_noticed():
 
 
 def elf(machine: int, body: bytes) -> bytes:
-    """An ELF file of which only the header is right: one section header behind the body."""
+    """Make an ELF file with a valid header only, and one section header behind the body."""
     header = bytearray(64)
     header[:4] = b"\x7fELF"
     struct.pack_into("<H", header, 18, machine)

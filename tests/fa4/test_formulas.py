@@ -1,6 +1,4 @@
-"""The formulas of the kernels against score.py, and a model of the kernels' backward with its
-normalization.
-"""
+"""Test the kernels' formulas against score.py, and their backward's normalization by a model."""
 
 import itertools
 import math
@@ -12,8 +10,8 @@ from overlay_package import module
 formulas = module("formulas")
 contract = module("score")
 
-# f in float64, beside the formulas: relu2 with its cap, gelu and softplus by functions that have nothing in
-# common with ours.
+# f in float64, independent of the formulas: relu2 with its cap, gelu and softplus by other functions than
+# ours.
 EXACT = {
     "identity": lambda s, bias: s,
     "relu": lambda s, bias: s.relu(),
@@ -23,7 +21,7 @@ EXACT = {
     "gelu": lambda s, bias: 0.5 * s * torch.special.erfc(-s / math.sqrt(2.0)),
     "softplus": lambda s, bias: torch.logaddexp(s, torch.zeros_like(s)),
 }
-# Relative error of a formula by polynomials; the others are f itself.
+# Relative error of the formulas that use polynomials. The others are exact.
 RTOL = {"gelu": 2.0**-14, "softplus": 2.0**-14}
 CASES = [
     (activation, bias, softcap)
@@ -39,7 +37,7 @@ N = 50
 
 
 class Host:
-    """The operations of formulas.py on the CPU; ramp loses NaN as that of the kernels does."""
+    """The operations of formulas.py on the CPU; ramp loses NaN, as in the kernels."""
 
     tanh = staticmethod(torch.tanh)
     exp2 = staticmethod(torch.exp2)
@@ -67,7 +65,9 @@ def exact(u: torch.Tensor, activation: str, bias, softcap: float) -> torch.Tenso
 
 @pytest.fixture
 def scores() -> torch.Tensor:
-    return torch.linspace(-9.0, 9.0, 360, dtype=torch.float64)  # an even number: 0 is a kink
+    return torch.linspace(
+        -9.0, 9.0, 360, dtype=torch.float64
+    )  # an even number of points leaves out 0, a kink
 
 
 @pytest.mark.parametrize("activation, bias, softcap", CASES)
@@ -86,7 +86,7 @@ def test_derivative_times_unit_is_that_of_autograd(scores, activation, bias, sof
     (want,) = torch.autograd.grad(exact(u, activation, bias, softcap), u, grad)
     f = formulas.formula(activation, bias, softcap)
     got = f.derivative(Host, grad, scores.detach() * f.unit, float(N)) * f.unit
-    # gelu' has a zero, beside which its two terms are as large as grad.
+    # gelu' has a zero, near which its two terms are as large as grad.
     torch.testing.assert_close(
         got, want, rtol=RTOL.get(activation, 1e-9), atol=1e-4 if activation == "gelu" else 1e-12
     )
@@ -94,7 +94,7 @@ def test_derivative_times_unit_is_that_of_autograd(scores, activation, bias, sof
 
 @pytest.mark.parametrize("activation", EXACT)
 def test_a_wrong_unit_is_noticed(scores, activation):
-    """The test of the values fails on a formula that forgets its factor."""
+    """The test of the values fails for a formula without its factor."""
     f = formulas.formula(activation)
     wrong = f.value(Host, scores * f.unit * 1.01, float(N))
     assert not torch.allclose(
@@ -108,8 +108,8 @@ def test_every_activation_has_a_test():
 
 @pytest.mark.parametrize("activation, lowest, digits", [("gelu", -12.0, 1e-4), ("softplus", -80.0, 1e-4)])
 def test_tails_keep_their_digits_in_float32(activation, lowest, digits):
-    """Relative to f, which is 1e-31 at the ends: float16 and bfloat16 round by 2^-12 and 2^-9. gelu' is
-    measured by |f'| + |s f''|, for it has a zero near -0.75.
+    """The error is relative to f, which is 1e-31 at the ends; float16 and bfloat16 round by 2^-12 and 2^-9.
+    That of gelu' is relative to |f'| + |s f''|, because gelu' has a zero near -0.75.
     """
     s = torch.linspace(lowest, 12.0, 2001, dtype=torch.float64).requires_grad_()
     f = formulas.formula(activation)
@@ -124,7 +124,9 @@ def test_tails_keep_their_digits_in_float32(activation, lowest, digits):
 
 
 def test_the_derivative_of_a_sigmoid_keeps_its_digits_in_float32():
-    """p - p^2 is off by 1 % at a score of 12, and 0 from 17 on. Far out on the other side 2^-y is Inf."""
+    """p - p^2 would be off by 1 % at a score of 12, and 0 from 17 on. At large negative scores 2^-y is
+    Inf.
+    """
     f = formulas.formula("sigmoid", -3.0)
     s = torch.tensor(
         [-200.0, -90.0, -80.0, -20.0, -3.0, 0.0, 3.0, 15.0, 20.0, 60.0, 80.0], dtype=torch.float64
@@ -142,7 +144,7 @@ def test_nan_shows_in_value_and_derivative(activation, bias, softcap):
     f = formulas.formula(activation, bias, softcap)
     y = torch.full((1,), math.nan)
     assert f.value(Host, y, float(N)).isnan().all()
-    if activation != "identity" or softcap:  # the derivative of the identity does not know the score
+    if activation != "identity" or softcap:  # the derivative of the identity does not depend on the score
         assert f.derivative(Host, torch.ones(1), y, float(N)).isnan().all()
     if f.value(Host, torch.ones(1), float(N)) != 0.0:
         assert f.derivative(Host, y, torch.ones(1), float(N)).isnan().all()
@@ -153,7 +155,7 @@ def test_nan_shows_in_value_and_derivative(activation, bias, softcap):
     "activation, bias", [*((a, 0.0) for a in EXACT), ("sigmoid", -6.0), ("sigmoid", None)]
 )
 def test_an_infinite_score_shows_unless_f_ends_it(activation, bias, softcap):
-    """And where the kernels look for no Inf, there is none."""
+    """An infinite score shows, and formulas whose Inf the kernels do not look for give none."""
     f = formulas.formula(activation, bias, softcap)
     y = torch.tensor([math.inf, -math.inf])
     got = f.value(Host, y, float(N))
@@ -167,8 +169,8 @@ def test_an_infinite_score_shows_unless_f_ends_it(activation, bias, softcap):
 
 
 def test_a_small_sigmoid_keeps_its_digits():
-    """(1 + tanh) / 2 with the error of tanh.approx, 2^-11, has lost a weight of 1/n; the formula by exp2 has
-    not.
+    """(1 + tanh) / 2 loses a weight of 1/n in the error of tanh.approx, 2^-11; the formula by exp2 keeps
+    it.
     """
 
     class Rough(Host):
@@ -205,8 +207,8 @@ def test_relu2_caps_its_value_and_not_its_derivative():
 
 
 def model_backward(q, k, v, dout, activation: str, normalization, causal: bool, balance: bool = True):
-    """What flash_bwd_sm90 with the hooks computes: float32 sums, P and dS in float16, norm as row and
-    sequence factors.
+    """Model the hooked flash_bwd_sm90: float32 sums, P and dS in float16, norm as row and sequence
+    factors.
     """
     f = formulas.formula(activation)
     n, half = k.shape[0], torch.float16
@@ -217,7 +219,7 @@ def model_backward(q, k, v, dout, activation: str, normalization, causal: bool, 
     of_sequence = {None: 1.0, "1/n": 1.0 / n, "1/sqrt(n)": n**-0.5, "1/visible": n**-0.5}[normalization]
     if normalization == "1/visible":
         row = n**0.5 / visible.sum(1, keepdim=True).clamp(min=1).float()
-    if not balance:  # the factors of the sequence on P and dP too
+    if not balance:  # apply the sequence's factors to P and dP too
         row, of_sequence = row * of_sequence, 1.0
     y = q.float() @ k.float().T * scale
     p = (f.value(Host, y, float(n)).masked_fill(~visible, 0.0) * row).to(half).float()
@@ -261,7 +263,7 @@ def test_backward_keeps_float16_digits(activation, normalization, causal):
 
 
 def test_a_norm_folded_into_float16_is_noticed():
-    """With small gradients, 1/n on P and dP leaves subnormals of float16; as factor of the sums it costs
+    """With small gradients, 1/n on P and dP gives subnormals of float16; as a factor of the sums it loses
     nothing.
     """
     generator = torch.Generator().manual_seed(0)

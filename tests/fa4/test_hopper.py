@@ -1,6 +1,6 @@
-"""What the Hopper kernels do beyond tests/attention, which runs on them too: memory behind seqused and in
-free pages, head sizes, forced pack_gqa, determinism, the user's own functions and blocks, CUDA graphs,
-torch.compile, and the ends of tanh.approx.
+"""Test the Hopper kernels beyond tests/attention, which also runs on them: memory behind seqused and in free
+pages, head sizes, forced pack_gqa, determinism, the user's own functions and blocks, CUDA graphs,
+torch.compile, and saturation of tanh.approx.
 
 Formulas and refusals are tested without a GPU, in test_formulas.py, test_checks.py and test_public.py.
 """
@@ -36,24 +36,24 @@ MASKED = [
 
 
 def check(run, q, k, v, **arguments) -> None:
-    """Output and gradients of a call against the oracle, which takes ``arguments``."""
+    """Compare output and gradients of a call with the oracle, which takes ``arguments``."""
     dout = randn(*q.shape[:-1], v.shape[-1], seed=99).to(q)
     compare_results(gradients(run, q, k, v, dout=dout), q, k, v, dout, **arguments)
 
 
-# --- memory that holds nothing
+# --- Unused memory
 
 
 @pytest.mark.parametrize("layout", ["batch", "packed"])
 @pytest.mark.parametrize("options", MASKED, ids=str)
 def test_nothing_behind_seqused_is_read(hopper, layout, options):
-    """The result is that of the used parts alone, and 0 behind them."""
+    """The result is that of the used parts alone, and 0 behind seqused."""
     batch, seqlen = len(LENGTHS["lengths_q"]), 300
     q, k, v = packed(hopper, **LENGTHS, head_dim=64)
     dout = randn(*q.shape, seed=99, like=hopper)
     used = [
         LENGTHS[name] for name in ("lengths_q", "lengths_q", "lengths_k", "lengths_k")
-    ]  # of out or dout, q, k, v
+    ]  # used lengths of out and dout, q, k, v
 
     def slots(x, lengths):
         padded = torch.stack(
@@ -75,7 +75,7 @@ def test_nothing_behind_seqused_is_read(hopper, layout, options):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("options", MASKED, ids=str)
 def test_neighbours_in_a_packed_batch_are_not_read(hopper, head_dim, options):
-    """Every second sequence is NaN; the others are right."""
+    """NaN in every second sequence does not affect the others."""
     lengths = dict(lengths_q=[200, 150, 333, 64], lengths_k=[190, 77, 333, 130])
     q, k, v = packed(hopper, **lengths, head_dim=head_dim)
     dout = randn(*q.shape, seed=99, like=hopper)
@@ -128,7 +128,7 @@ def test_free_slots_of_pages_are_not_read(hopper, page_size, lengths_q, nheads):
 )
 @pytest.mark.parametrize("nheads_k", [1, 2])
 def test_queries_that_see_no_key_reach_no_gradient(hopper, nheads_k, options, unseen):
-    """They share a tile with queries that see keys."""
+    """Such queries share a tile with queries that see keys."""
     q, k, v = qkv(hopper, 2, 300, 70, nheads_k=nheads_k, head_dim=64)
     dout = randn(*q.shape, seed=99, like=hopper)
     rows = slice(None), slice(0, unseen)
@@ -139,7 +139,7 @@ def test_queries_that_see_no_key_reach_no_gradient(hopper, nheads_k, options, un
     assert not results[0][rows].any() and not results[1][rows].any()
 
 
-# --- shapes and schedules
+# --- Shapes and schedules
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -191,7 +191,7 @@ def test_deterministic_runs_are_equal_bit_for_bit(hopper, method, lengths, nhead
 @pytest.mark.parametrize("head_dim", [128, 240, 256])
 @pytest.mark.parametrize("options", MASKED, ids=str)
 def test_tiles_of_the_backward_that_are_not_upstreams(hopper, head_dim, nheads_k, options):
-    """They serve dense and packed calls, groups of heads, and sums in a fixed order."""
+    """Our own tiles serve dense and packed calls, grouped heads, and sums in a fixed order."""
     tensors = qkv(hopper, 1, 300, 270, nheads=4, nheads_k=nheads_k, head_dim=head_dim)
     check(lambda *x: hopper.dense(*x, deterministic=True, **options), *tensors, **options)
     tensors = packed(hopper, **LENGTHS, nheads=4, nheads_k=nheads_k, head_dim=head_dim)
@@ -207,7 +207,7 @@ def test_tiles_of_the_backward_that_are_not_upstreams(hopper, head_dim, nheads_k
 )
 @pytest.mark.parametrize("nheads_k, dtype", [(4, torch.bfloat16), (1, torch.float16)])
 def test_calls_that_look_the_same_use_their_own_tensors(hopper, nheads_k, dtype, options):
-    """From the second on they repeat what the first one launched."""
+    """Calls after the first repeat its launches."""
     for seed in range(3):
         compare(
             hopper,
@@ -216,11 +216,11 @@ def test_calls_that_look_the_same_use_their_own_tensors(hopper, nheads_k, dtype,
         )
 
 
-# --- the user's own functions
+# --- The user's own functions
 
 
 def seen_by(mask_mod, q, k) -> torch.Tensor:
-    """(batch, nheads, seqlen_q, seqlen_k) bool, as the oracle takes it."""
+    """Return the mask for the oracle: (batch, nheads, seqlen_q, seqlen_k) bool."""
     seen = mask_mod(None, None, torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1]))
     return seen.expand(q.shape[0], q.shape[2], -1, -1)
 
@@ -249,7 +249,7 @@ def test_a_mask_mod_hides_after_the_activation(hopper, activation):
 @pytest.mark.parametrize("hidden", [0.0, NAN])
 @pytest.mark.parametrize("activation", ["identity", "sigmoid"])
 def test_blocks_that_are_not_listed_are_not_read(hopper, activation, hidden):
-    """Full, partial and empty blocks of 128 x 128, forward and backward."""
+    """Blocks of 128 x 128 may be full, partial or empty, in forward and backward."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -266,7 +266,7 @@ def test_blocks_that_are_not_listed_are_not_read(hopper, activation, hidden):
     compare_results(results, q, k, v, dout, activation=activation, keep=seen_by(causal_with_gaps, q, k))
 
 
-# --- torch around the kernels
+# --- Torch around the kernels
 
 
 def test_a_captured_graph_replays_on_other_numbers(hopper):
@@ -325,20 +325,20 @@ def test_operators_pass_opcheck(hopper):
 
 
 def test_softmax_is_upstreams_beside_a_call_without(hopper):
-    """Equal shapes: the two are different kernels under different keys."""
+    """For equal shapes, calls with and without softmax are different kernels under different keys."""
     tensors = qkv(hopper, 2, 300, 300, head_dim=64)
     for use_softmax in (False, True, False):
         compare(hopper, *tensors, causal=True, use_softmax=use_softmax)
 
 
-# --- the ends of the range
+# --- The ends of the range
 
 
 @pytest.mark.parametrize("activation", ["silu", "sigmoid"])
 def test_tanh_saturates_where_it_must(hopper, activation):
-    """One query and one key a sequence, so that the output is f(s) and dk is f'(s). tanh.approx is off by
-    2^-11, which counts s times in f and f' of silu; far out it has to be 1, or 1 - tanh^2 times s is
-    anything."""
+    """With one query and one key a sequence, the output is f(s) and dk is f'(s). tanh.approx is off by 2^-11,
+    which counts s times in f and f' of silu. At large s it must be 1, or s * (1 - tanh^2) is meaningless.
+    """
     s = torch.tensor(
         [sign * x for x in (3.0, 5.0, 7.0, 9.0, 10.0, 16.0, 100.0, 6e4) for sign in (1, -1)],
         dtype=torch.float64,
@@ -362,8 +362,8 @@ def test_tanh_saturates_where_it_must(hopper, activation):
     "dtype, largest", [(torch.float16, 65504.0), (torch.bfloat16, 1e9)], ids=["float16", "bfloat16"]
 )
 def test_largest_inputs_of_grouped_heads(hopper, dtype, largest, activation):
-    """The output stays finite. Of the gradients, whose sums pass through other kernels, what float16 can't
-    hold shows.
+    """The output stays finite. Gradients, whose sums pass through other kernels, show it if float16 cannot
+    hold them.
     """
     q, k, v = (
         x.sign() * largest for x in qkv(hopper, 1, 300, 300, nheads=8, nheads_k=2, head_dim=64, dtype=dtype)
@@ -381,7 +381,9 @@ def test_largest_inputs_of_grouped_heads(hopper, dtype, largest, activation):
 
 @pytest.mark.parametrize("nheads_k", [1, 2])
 def test_gradients_that_overflow_float16_show(hopper, nheads_k):
-    """dq and dk through dS, dv through its sum; a loss scale that is small enough makes them right."""
+    """dq and dk overflow through dS, dv through its sum. A loss scale that is small enough makes them
+    right.
+    """
     q, k, v = qkv(hopper, 1, 200, 200, nheads=2, nheads_k=nheads_k, head_dim=64, dtype=torch.float16)
     for scale, finite in ((1.0, True), (2.0**13, False)):  # dout itself stays finite
         dout = randn(*q.shape, seed=99).to(q) * scale
@@ -398,8 +400,8 @@ SCORES = ["identity", "relu", "relu2", "sigmoid", "silu", "gelu", "softplus"]
     "options", [dict(), dict(causal=True), dict(causal=True, normalization="1/visible")], ids=str
 )
 def test_what_is_not_finite_shows(hopper, dtype, activation, options):
-    """In every result of its sequence that depends on it, in tiles with and without masked keys, and nowhere
-    in another sequence.
+    """A non-finite value shows in every result of its sequence that depends on it, in tiles with and without
+    masked keys, and in no other sequence.
     """
     tensors = qkv(hopper, 2, 400, 400, nheads=2, head_dim=64, dtype=dtype)
     dout = randn(*tensors[0].shape, seed=99).to(tensors[0])
@@ -419,7 +421,7 @@ def test_what_is_not_finite_shows(hopper, dtype, activation, options):
             )
             nan = value != value
             if name == "q":
-                # relu and softplus end -Inf, sigmoid both; with so many keys a row has +Inf too.
+                # relu and softplus make -Inf finite, sigmoid both; with so many keys a row has +Inf too.
                 shown = [out[1, row, 0]] if nan or activation != "sigmoid" else []
                 shown += [dk[1, seen, 0, 5]]
                 shown += [dv[1, seen, 0]] if nan or activation == "identity" else []
@@ -439,13 +441,13 @@ def test_an_infinite_dout_shows(hopper):
     assert not any(torch.isfinite(x).any() for x in (dq[0, 7, 0], dk[0, :, 0], dv[0, :, 0, 3]))
 
 
-# --- rows of no sequence, and many sequences
+# --- Rows of no sequence, and many sequences
 
 
 @pytest.mark.parametrize("nheads_k", [1, 2])
 @pytest.mark.parametrize("first, slack", [(0, 300), (5, 0), (3, 1)])
 def test_rows_of_no_sequence_are_zero(hopper, nheads_k, first, slack):
-    """Also from the second call on, which repeats the launches of the first."""
+    """Rows of no sequence are 0, also in the second call, which repeats the launches of the first."""
     from flash_attn.cute import flash_attn_varlen_func
 
     lengths = [100, 1, 130]
@@ -480,7 +482,7 @@ def test_rows_of_no_sequence_are_zero(hopper, nheads_k, first, slack):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_more_sequences_than_a_grid_has_blocks(hopper, causal):
-    """The last of them come out as they do alone."""
+    """The last sequences give the same as alone."""
     batch = 65_537
     tensors = [
         randn(1, 3, 2, 8, seed=i, like=hopper).expand(batch, -1, -1, -1).contiguous() for i in range(3)

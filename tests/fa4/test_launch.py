@@ -1,4 +1,4 @@
-"""nosoftmax/launch.py with stand-ins for upstream's host code: plans of packed calls, slack rows, small
+"""Test nosoftmax/launch.py, with stand-ins for upstream's host code: plans of packed calls, slack rows, small
 grids.
 """
 
@@ -86,7 +86,7 @@ def run(compiler, trees):
 
 
 def test_packed_calls_run_the_host_code_once_and_use_their_own_lengths(run):
-    """Also where q and k share one tensor of offsets; what is in it may change, how long it is may not."""
+    """q and k may share one tensor of offsets. Its values may change between calls, its length may not."""
     right, names, plans = run("""
 right = []
 for shared in (True, False):
@@ -140,7 +140,7 @@ print(json.dumps(len(runs)))
 
 
 def test_rows_of_no_sequence_are_zero(run):
-    """Only with offsets of the caller's, and not behind seqused, where all is zeros at first."""
+    """Rows are zeroed only for the caller's own offsets. With seqused, tensors are zeros from the start."""
     zero, seen = run("""
 q, k, v, dout = numbers(12, 2, 8)
 zero = []
@@ -162,7 +162,7 @@ print(json.dumps([zero, slack]))
 
 
 def test_a_batch_beyond_the_grid_is_handed_on_as_a_packed_one(run):
-    """The limit is 65,535 sequences, and as many heads; here it is 3."""
+    """The limit of 65,535 for sequences and for heads is 3 here."""
     right, seen = run("""
 launch._MOST_BLOCKS = 3
 right = []
@@ -216,7 +216,7 @@ print(json.dumps([[x.shape == y.shape and not x.any().item() for x, y in zip(res
 
 
 def test_the_kernel_that_zeroes_slack_rows_compiles(run):
-    """For Hopper: with the offsets of queries alone, and with those of keys."""
+    """The kernel compiles for Hopper, with the offsets of queries alone and with those of keys."""
     assert (
         run("""
 import importlib

@@ -1,5 +1,5 @@
-"""nosoftmax/plan.py: what repeats the launches of an earlier call, and what must not. Kernels are Python
-functions here.
+"""Test nosoftmax/plan.py: which calls repeat the launches of an earlier call, and which must not. Kernels are
+Python functions here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ plan = module("plan")
 
 
 def kernel(x, y, total, out, factor):
-    """total, memory of the launch's own, has to be zero at first."""
+    """``total``, memory of the launch itself, must be zero at first."""
     total += x * y
     out.copy_(total * factor)
 

@@ -1,5 +1,5 @@
-"""The functions of flash_attn.cute with use_softmax, on fake tensors: signatures, errors, and the upstream
-path with softmax on.
+"""Test the functions of flash_attn.cute with use_softmax, on fake tensors: signatures, errors, and upstream's
+path with softmax.
 """
 
 import inspect
@@ -123,8 +123,8 @@ print(json.dumps([list(out.shape), list(lse.shape), str(lse.dtype),
 
 
 def test_torch_compile_keeps_the_call_as_one_operator(run):
-    """Traced whole, forward and backward. The tensors are fake, so nothing is launched, and on the CPU,
-    because torch asks the driver for the device of a gradient.
+    """Forward and backward are traced whole. The tensors are fake, so that nothing is launched, and on the
+    CPU, because torch asks the driver for the device of a gradient.
     """
     forward, backward = run("""
 from torch._dynamo.backends.common import aot_autograd
@@ -148,8 +148,8 @@ print(json.dumps([sum("nosoftmax.forward" in n for n in graphs[0]),
 
 
 def test_eager_calls_need_no_operator(run):
-    """One costs the host several times what the call does. What operators see to holds without: no second
-    derivative that is silently zero, and no backward with other lengths than the forward.
+    """An operator costs the host several times as much as the call. Its guarantees hold without it: no second
+    derivative is silently zero, and no backward uses other lengths than the forward.
     """
     operators, twice, changed = run("""
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -184,7 +184,7 @@ print(json.dumps([[s for s in seen if "mul" in s or "nosoftmax" in s], message(g
 
 
 def test_calls_go_through_upstreams_host_code_once(run):
-    """Those with the user's functions every time. The kernels are stand-ins."""
+    """Calls with the user's functions go through it every time. The kernels are stand-ins."""
     seen, right = run("""
 from flash_attn.cute.nosoftmax import launch, plan
 public.obstacle = lambda *args, **options: None
@@ -221,7 +221,7 @@ print(json.dumps([seen, all(right)]))
 
 
 def test_keys_before_every_window_are_left_out(run):
-    """A NaN in them would reach the result through a tile that they share with seen keys."""
+    """A NaN in such keys would reach the result through a tile that they share with visible keys."""
     assert run("""
 from flash_attn.cute.nosoftmax import launch
 seen = []
@@ -240,8 +240,8 @@ print(json.dumps(seen))
 
 
 def test_queries_that_see_no_key_are_left_out_of_the_backward(run):
-    """A NaN in them or in their dout would reach dk and dv through a tile that they share with queries that
-    see keys.
+    """A NaN in such queries or their dout would reach dk and dv through a tile that they share with queries
+    that see keys.
     """
     found = run("""
 from flash_attn.cute.nosoftmax import launch
@@ -280,8 +280,8 @@ print(json.dumps([
     ],
 )
 def test_the_users_functions_and_blocks_compile(run, options):
-    """Forward and backward, for those of test_hopper.py. The backward is called by hand: autograd asks the
-    driver for the device.
+    """The functions and blocks of test_hopper.py compile, forward and backward. The test calls backward
+    directly, because autograd asks the driver for the device.
     """
     functions = "".join(map(inspect.getsource, (square, square_bwd, even_distance, causal_with_gaps)))
     assert run(f"""

@@ -1,10 +1,10 @@
-"""Calls every family of kernels without softmax (FA2, linear time, FA4) on shapes so small that
+"""Call every family of kernels without softmax (FA2, linear time, FA4) on shapes so small that
 compute-sanitizer can watch each access.
 
     compute-sanitizer --tool memcheck python tests/gpu/small_shapes.py --head-dims 64 --dtypes bf16
 
 Results are compared with the CPU backend in float64, so that a run under a sanitizer also shows that the
-kernels ran. `make sanitize` runs it under all four tools.
+kernels ran. `make sanitize` runs this script under all four tools.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import Tensor
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-TOLERANCE = 2e-2  # of the largest value; bf16 rounds weights and results
+TOLERANCE = 2e-2  # relative to the largest value; bf16 rounds weights and results
 BACKWARD_ENV = "FLASH_ATTENTION_NOSOFTMAX_BACKWARD"
-# One tile and a bit more, with uneven ends; a key head serves two query heads.
+# Slightly more than one tile, with uneven ends; a key head serves two query heads.
 SEQLEN_Q, SEQLEN_K, NHEADS, NHEADS_K = 136, 150, 2, 1
 EVEN = 128
 # Two segments of nosoftmax/backends/linear/kernels.py, the second one short.
@@ -35,8 +35,8 @@ SEGMENTS = (600, 700)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a case runs: numbers are rounded to ``rounded``, then computed with in ``dtype`` on ``device`` by
-    ``backend``.
+    """Where a case runs: inputs are rounded to ``rounded``; ``backend`` computes with them in ``dtype`` on
+    ``device``.
     """
 
     device: str
@@ -46,7 +46,7 @@ class Place:
 
     @property
     def options(self) -> dict[str, object]:
-        """No softmax, and on a GPU the backend."""
+        """Options of a call: no softmax, and on a GPU the backend."""
         return {"use_softmax": False, "backend": self.backend if self.device == "cuda" else "auto"}
 
     def numbers(self, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def dense(
 
 
 def varlen(place: Place, head_dim: int, longest: tuple[int, int] = (70, 70), **options) -> list[Tensor]:
-    """Packed sequences, one of them without queries and one without keys."""
+    """Call with packed sequences, one of them without queries and one without keys."""
     lengths_q, lengths_k = [longest[0], 0, 5, longest[0] - 5], [longest[1] - 5, 15, 0, longest[1]]
     starts_q, starts_k = ([0, *accumulate(lengths)] for lengths in (lengths_q, lengths_k))
     cu_q, cu_k = place.int32(starts_q), place.int32(starts_k)
@@ -92,8 +92,8 @@ def varlen(place: Place, head_dim: int, longest: tuple[int, int] = (70, 70), **o
 
 
 def kvcache(place: Place, head_dim: int, new: bool, paged: bool, **options) -> list[Tensor]:
-    """Decoding with a cache of 512 slots, all of whose unused ones hold NaN; returns the cache as well when
-    it is appended to.
+    """Decode with a cache of 512 slots, whose unused slots hold NaN; also returns the cache if the call
+    appends to it.
     """
     slots, page = 512, 256
     q, k, v, *fresh = place.randn(
@@ -119,7 +119,7 @@ def kvcache(place: Place, head_dim: int, new: bool, paged: bool, **options) -> l
 
 
 def pages(place: Place, head_dim: int, **options) -> list[Tensor]:
-    """Packed queries and keys in pages, whose unused slots hold NaN. There is no backward."""
+    """Call with packed queries, and keys in pages, whose unused slots hold NaN. There is no backward."""
     q, k, v = place.randn((8, NHEADS, head_dim), *[(4, 256, NHEADS_K, head_dim)] * 2)
     for cache in (k, v):
         for page, used in ((0, 44), (2, 0), (3, 17)):
@@ -202,8 +202,8 @@ CASES = {"fa2": fa2_cases, "linear": linear_cases, "fa4": fa4_cases}
 
 
 def difference(name: str, actual: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest error of any result, in units of its largest value. Raises AssertionError for NaN
-    or Inf.
+    """Return the largest error of any result, relative to its largest value. Raises AssertionError for NaN or
+    Inf.
     """
     worst = 0.0
     for x, y in zip(actual, expected):
@@ -215,14 +215,14 @@ def difference(name: str, actual: list[Tensor], expected: list[Tensor]) -> float
 
 
 def missing(backend: str) -> str | None:
-    """Why a backend does not run on this machine's GPU."""
+    """Say why a backend does not run on this machine's GPU; None if it does."""
     x = torch.zeros(1, 1, 1, 64, device="cuda", dtype=torch.bfloat16)
     return explain(flash_attn_func, x, x, x, use_softmax=False, backend=backend).passed_over.get(backend)
 
 
 def check(name: str, case: Case, head_dim: int, dtype: torch.dtype, device: str, backend: str) -> None:
     actual = case(Place(device, backend, dtype, dtype), head_dim)
-    if "dropout" in name:  # another backend drops other entries
+    if "dropout" in name:  # each backend drops other entries
         expected = [x.double().cpu() for x in actual]
     else:
         expected = case(Place("cpu", backend, torch.float64, dtype), head_dim)
@@ -251,8 +251,8 @@ def main(argv: list[str] | None = None) -> int:
     failed = total = 0
     for head_dim, dtype, backend in itertools.product(args.head_dims, args.dtypes, args.backends):
         for name, case in CASES[backend]():
-            # With "forwards" what can be three forward passes is; softcap and dropout take the backward
-            # kernel anyway.
+            # "forwards" makes backward three forward passes; with softcap or dropout it is still the backward
+            # kernel.
             for backward in ("kernel", "forwards"):
                 if backward == "forwards" and (
                     backend != "fa2" or any(one_way in name for one_way in ("softcap", "dropout", "kvcache"))

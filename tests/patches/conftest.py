@@ -1,4 +1,4 @@
-"""The real series of every family on upstream's real source, in a checkout of its own, so that nothing here
+"""Apply the real series of every family to upstream's real source, in a separate checkout, so that no test
 touches build/ or waits for a lock.
 """
 
@@ -36,7 +36,7 @@ class Patched:
 
     @property
     def upstream(self) -> dict[str, str]:
-        """Path -> blob id of every file of upstream's."""
+        """Path -> blob id of every upstream file."""
         return git.list_tree(self.base.commit, repo=self.project.store)
 
 
@@ -58,7 +58,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture(scope="session")
 def make(checkout: Project):
-    """(version, family) -> Patched, each made once."""
+    """Return a function (version, family) -> Patched that makes each only once."""
     made: dict[tuple[str, str], Patched] = {}
 
     def patched(version: str, family: str = REAL.family.name) -> Patched:
@@ -76,27 +76,27 @@ def make(checkout: Project):
 
 @pytest.fixture(params=RELEASES, ids="-".join)
 def patched(request: pytest.FixtureRequest, make) -> Patched:
-    """Each release of each family in turn."""
+    """One release of one family at a time."""
     family, version = request.param
     return make(version, family)
 
 
 @pytest.fixture(params=WITH_EXTENSION, ids="-".join)
 def with_extension(request: pytest.FixtureRequest, make) -> Patched:
-    """Each release whose kernels are compiled into the wheel."""
+    """One release at a time whose kernels are compiled into the wheel."""
     family, version = request.param
     return make(version, family)
 
 
 @pytest.fixture(params=[family.name for family in REAL.lock.families])
 def default(request: pytest.FixtureRequest, make) -> Patched:
-    """The release that the series is written for, of each family."""
+    """The release that the series is written for, one family at a time."""
     return make(REAL.lock.family(request.param).default, request.param)
 
 
 @pytest.fixture
 def plain(patched: Patched, tmp_path: Path) -> Path:
-    """Upstream's files of the release in a folder that no git knows."""
+    """Upstream's files of the release, in a folder outside git."""
     for path, content in git.read_tree(patched.base.commit, lambda _: True, repo=patched.project.store):
         (tmp_path / "plain" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "plain" / path).write_bytes(content)

@@ -1,4 +1,4 @@
-"""Backported fixes do what they were backported for, before a compiler sees them."""
+"""Test that backported fixes work, on their source text, without a compiler."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def hunks() -> list[Hunk]:
 
 
 def offset(lines: list[str]) -> int:
-    """row_offset_dq_accum of these lines of C++, with C++'s types: an int is 32 bits wide and wraps (as
-    NumPy's do).
+    """Compute row_offset_dq_accum from these lines of C++, with C++'s types: an int has 32 bits and wraps, as
+    in NumPy.
     """
     params = SimpleNamespace(
         seqlen_q_rounded=np.int32(SEQLEN_Q), h=np.int32(NHEADS), d_rounded=np.int32(HEAD_DIM)

@@ -1,5 +1,5 @@
-"""Every header that the kernels include is in the patched tree: the lock's list of upstream files is complete
-for a CUDA build.
+"""Test that every header that the kernels include is in the patched tree, so that the lock's list of upstream
+files is complete for a CUDA build.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.source
 INCLUDE = re.compile(rb'^\s*#\s*include\s+"([^"/]+)"', re.MULTILINE)
-OF_CUDA = {"cuda_runtime.h"}  # in quotes all the same
+OF_CUDA = {"cuda_runtime.h"}  # included in quotes, although it is CUDA's
 SOURCES = (".cu", ".cpp", ".h", ".cuh")
 
 

@@ -1,8 +1,8 @@
-"""The hooks in upstream's C++ are read by compilers on every machine: nvcc's front end, which stops before it
-makes code, reads the kernels, and g++ the extension's interface.
+"""Test that compilers accept the hooks in upstream's C++, on every machine: nvcc's front end parses the
+kernels without generating code, and g++ parses the extension's interface.
 
-A template is parsed where it is defined, so that a syntax error and a name that nobody declares are found in
-seconds. What depends on the template's arguments is left to the tests that compile kernels.
+A template is parsed at its definition, which finds syntax errors and undeclared names in seconds. Errors that
+depend on the template's arguments are left to the tests that compile kernels.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from fapatch.source import fetch
 pytestmark = [pytest.mark.source, pytest.mark.slow]
 REAL = Project.open(family="flash-attn", version="")
 SRC = Path("csrc/flash_attn/src")
-# As the extension is built: C++20 would take an undeclared f<T>(x) for one that is found by its argument.
+# The extension's standard: C++20 would accept an undeclared f<T>(x), to be looked up by its argument.
 STANDARD = kernel_build.language_standard(["-std=c++17"], torch.__version__)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """The compilers, and the folder with the patched tree, CUTLASS and headers in the place of torch's."""
+    """The compilers, and a folder with the patched tree, CUTLASS and headers that replace torch's."""
 
     nvcc: Path
     folder: Path
@@ -48,13 +48,13 @@ class Reader:
         return [f"-I{folder}" for folder in folders]
 
     def kernels(self) -> None:
-        """Read all kernels. Raises FapError with the first error."""
+        """Parse all kernels. Raises FapError with the first error."""
         written = generate_nosoftmax_kernels.write(
             self.folder / "kernels", kernel_build.PASSES, ["64"], ["fp16"]
         )
         source = self.folder / "kernels.cu"
         source.write_text("".join(f'#include "{path}"\n' for path in [*written, "slack_rows.cu"]))
-        # In place of torch's header, which includes all of ATen, and takes longer to read than the kernels.
+        # Replaces torch's header, which includes all of ATen and takes longer to parse than the kernels.
         generator = self.folder / "brief" / "ATen" / "cuda" / "CUDAGeneratorImpl.h"
         generator.parent.mkdir(parents=True, exist_ok=True)
         generator.write_text("#pragma once\n#include <ATen/cuda/PhiloxCudaState.h>\n")
@@ -65,7 +65,7 @@ class Reader:
             self.read(*command)
 
     def interface(self) -> None:
-        """Read flash_api.cpp. Raises FapError with the first error."""
+        """Parse flash_api.cpp. Raises FapError with the first error."""
         include = [self.nvcc.parents[1] / "include", sysconfig.get_path("include")]
         defined = ["-DTORCH_EXTENSION_NAME=flash_attn_2_cuda", *kernel_build.KernelSubset().macros()]
         self.read(
@@ -82,8 +82,8 @@ class Reader:
 
 
 def front_end(dryrun: str) -> Iterator[list[str]]:
-    """Of the commands that nvcc would start: the preprocessor of the host's pass, and cudafe++, which reads
-    what that writes.
+    """Pick two of the commands that nvcc would start: the preprocessor of the host's pass, and cudafe++,
+    which reads its output.
     """
     lines = [line.removeprefix("#$ ") for line in dryrun.splitlines()]
     yield shlex.split(next(line for line in lines if " -E " in line))
@@ -92,7 +92,7 @@ def front_end(dryrun: str) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def reader(make, tmp_path_factory) -> Reader:
-    """Of the release that the series is written for, in a copy that a test may change."""
+    """A Reader of the release that the series is written for, in a copy that a test may change."""
     nvcc = next((n for path in sys.path for n in Path(path).glob("nvidia/*/bin/nvcc")), None)
     if nvcc is None or shutil.which("g++") is None:
         pytest.skip("needs g++, and the package cuda-toolkit[nvcc] of CUDA 13 or newer")
@@ -100,7 +100,7 @@ def reader(make, tmp_path_factory) -> Reader:
     folder = tmp_path_factory.mktemp("hooks")
     shutil.copytree(made.built.folder / "csrc", folder / "csrc")
     fetch.export_cutlass(made.project, folder / "cutlass")
-    # A torch without CUDA lacks this one header, which says how its library was linked.
+    # A torch without CUDA lacks only this header, which says how its library was linked.
     macros = folder / "stand-in" / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
     macros.parent.mkdir(parents=True)
     macros.write_text("#pragma once\n")

@@ -1,7 +1,7 @@
-"""With softmax on, the machine code of upstream's kernels is that of pristine upstream: a few kernels,
-compiled on both sides.
+"""Test that with softmax on, the machine code of upstream's kernels is that of pristine upstream, for a few
+kernels compiled on both sides.
 
-`make sass-identity` compares whole files; here one kernel of each kind is instantiated by hand, which takes a
+`make sass-identity` compares whole files. This test instantiates one kernel of each kind, which takes a
 minute or two.
 """
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.source
 REAL = Project.open(family="flash-attn", version="")
 VERSIONS = [release.version for release in REAL.family.releases]
 SRC = "csrc/flash_attn/src"
-# The arguments after the traits switch a feature each; `true` are the even sizes.
+# Each argument after the traits switches a feature; `true` stands for even sizes.
 ATTENTION = """
 template __global__ void flash_fwd_kernel<Fwd, false, false, false, false, true, true, false, false>(
     KERNEL_PARAM_MODIFIER const Flash_fwd_params);
@@ -55,7 +55,7 @@ using Bwd = Flash_bwd_kernel_traits<32, 64, 64, 8, 4, 4, 4, true, false, cutlass
 {kernels}
 }}
 """  # noqa: E501
-# In place of torch's header, which includes all of ATen: parsing that would take longer than compiling the
+# Replaces torch's header, which includes all of ATen: parsing it would take longer than compiling the
 # kernels.
 GENERATOR_HEADER = "#pragma once\n#include <ATen/cuda/PhiloxCudaState.h>\n"
 
@@ -66,7 +66,7 @@ def pristine_tree(made, patches) -> str:
 
 @pytest.fixture(scope="module")
 def tools() -> tuple[Toolkit, Path]:
-    """nvcc and cuobjdump; skips the test where one is missing, in the words of `make sass-identity`."""
+    """nvcc and cuobjdump; skips the test if one is missing, with the message of `make sass-identity`."""
     torch = Torch.of(Path(sys.executable))
     try:
         toolkit = cuda_toolkit.find(REAL.venv, torch).require("this test", "make toolchain")
@@ -87,8 +87,8 @@ def workshop(make, tmp_path_factory) -> Workshop:
 
 @pytest.fixture(scope="module")
 def compare(tools: tuple[Toolkit, Path], workshop: Workshop):
-    """(name, kernels) -> Comparison of a file with these instantiations, added to both trees and compiled
-    with the wheel's flags.
+    """Return a function (name, kernels) -> Comparison of a file with these instantiations, added to both
+    trees and compiled with the wheel's flags.
     """
     toolkit, cuobjdump = tools
     variables = {
@@ -119,11 +119,11 @@ def test_kernels_with_softmax_are_those_of_upstream(compare):
 
 
 def test_a_changed_header_is_noticed(compare, workshop):
-    """The comparison can fail, and a header that changes is compiled again. The smallest kernel shows it."""
+    """The comparison can fail, and a changed header is compiled again. The smallest kernel shows it."""
     assert compare("combine", COMBINE) == Comparison(kernels=1, different=())
     path = workshop.tree("patched") / SRC / "flash_fwd_kernel.h"
     before = path.read_text()
-    # How the kernel adds up the sums of the splits.
+    # This statement adds up the sums of the splits.
     changed = before.replace("expf(lse_accum(0) - lse_max)", "expf(lse_accum(0) - 2.0f * lse_max)")
     assert changed != before
     path.write_text(changed)

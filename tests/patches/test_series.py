@@ -1,5 +1,5 @@
-"""The series on every supported release: exact, reversible, the same by another engine, and what the export
-gives back.
+"""Test the series on every supported release: exact, reversible, equal by another engine, and equal to its
+export.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def test_every_change_of_the_series_is_applied_or_a_backport(patched):
 def test_each_prefix_of_the_series_leaves_python_that_parses(patched):
     folder = patched.built.folder
     commits = git.output("rev-list", "--reverse", f"{patched.base.commit}..HEAD", cwd=folder).splitlines()
-    assert len(commits) == len(patched.built.applied) + 1  # and one for the overlay
+    assert len(commits) == len(patched.built.applied) + 1  # one commit more for the overlay
     for commit in commits:
         changed = git.output(
             "diff-tree", "-r", "--name-only", "--no-commit-id", commit, cwd=folder
@@ -78,9 +78,7 @@ def test_second_engine_gives_the_same_tree(patched, plain):
 
 
 def test_bundle_applies_to_the_whole_source_distribution(patched, tmp_path):
-    """With plain `git apply`, in a checkout that has all of upstream's files and not only those that
-    we take.
-    """
+    """Plain `git apply` takes the bundle in a checkout of all upstream files, not only those that we take."""
     plain = tmp_path / "plain"
     with tarfile.open(download.sdist(patched.project)) as tar:
         for member in tar:
@@ -165,7 +163,7 @@ def test_second_apply_does_nothing_and_says_so(default, capsys):
 
 
 def test_a_changed_line_upstream_would_be_noticed(default, tmp_path):
-    """The checks above can fail: a series whose first hunk expects another line does not apply."""
+    """The checks can fail: a series whose first hunk expects another line does not apply."""
     first = next(p for p in default.files.patches if p.name in default.built.applied)
     broken = first.data.replace(b"\n-", b"\n-not what upstream has ", 2)
     patches = (type(first)(first.name, broken),)

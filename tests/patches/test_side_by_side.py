@@ -1,5 +1,5 @@
-"""The wheels of both families in one environment, put there by pip in either order; taking one away leaves
-the other whole.
+"""Test that pip installs the wheels of both families into one environment in either order, and that removing
+one leaves the other whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fapatch.wheel import build_copy, wheel
 
 pytestmark = pytest.mark.source
 FAMILIES = {"flash-attn": "cpu", "flash-attn-4": "python"}
-# What an environment says of the two packages, without importing flash_attn.cute, which needs its compiler.
+# Reports the two packages of an environment, without importing flash_attn.cute, which needs its compiler.
 ABOUT = """
 import importlib.util, json
 from importlib import metadata
@@ -45,7 +45,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """family -> its wheel, built now from the default release."""
+    """family -> its wheel, built for this test from the default release."""
     built = {}
     for family, backend in FAMILIES.items():
         project = Project.open(family=family, version="")
@@ -60,9 +60,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """The interpreter of an environment of its own, which sees the packages of this one but not
-    flash_attn.
-    """
+    """The interpreter of a separate environment, which sees the packages of this one but not flash_attn."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     packages = tmp_path / "packages"
     packages.mkdir()
@@ -83,7 +81,7 @@ def pip(python: Path, *arguments: str | Path) -> None:
 
 
 def about(python: Path) -> dict:
-    """What is there. Raises AssertionError when a file that pip wrote is gone."""
+    """Report the installed packages. Raises AssertionError if a file that pip wrote is gone."""
     done = subprocess.run([python, "-c", ABOUT], cwd=python.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -92,7 +90,7 @@ def about(python: Path) -> dict:
 
 
 def is_whole(said: dict, family: str) -> bool:
-    """Whether the package of ``family`` is there, and is the one that its name imports."""
+    """Whether the package of ``family`` is installed, and its name imports it."""
     if family == "flash-attn":
         return said["flash_attn"] == "flash_attn.flash_attn_interface" and bool(said["files"]["flash_attn"])
     return said["cute"] in said["files"]["flash_attn_4"]
@@ -113,7 +111,9 @@ def test_both_work_and_each_outlives_the_other(wheels, python, order):
 
 
 def test_the_check_notices_a_file_that_is_gone(wheels, python):
-    """As after uninstalling upstream's flash_attn, whose wheel holds files of the same names."""
+    """A file is gone, as after uninstalling upstream's flash_attn, whose wheel holds files of the same
+    names.
+    """
     pip(python, "install", "--no-index", "--no-deps", wheels["flash-attn-4"])
     (gone,) = (python.parents[1]).glob("lib/python*/site-packages/flash_attn/cute/mask.py")
     gone.unlink()
@@ -122,7 +122,9 @@ def test_the_check_notices_a_file_that_is_gone(wheels, python):
 
 
 def test_the_version_is_that_of_the_distribution(wheels, python):
-    """flash_attn.cute's own lines about it, run alone: importing the package needs its compiler."""
+    """Runs only flash_attn.cute's own lines about its version, because importing the package needs its
+    compiler.
+    """
     pip(python, "install", "--no-index", "--no-deps", wheels["flash-attn-4"])
     (init,) = (python.parents[1]).glob("lib/python*/site-packages/flash_attn/cute/__init__.py")
     lines = init.read_text().partition("from .")[0] + "print(__version__)\n"

@@ -1,6 +1,4 @@
-"""Upstream's setup.py, run on the patched tree: the traps it holds are real, and the way the wheel is built
-avoids them.
-"""
+"""Test upstream's setup.py on the patched tree: its traps are real, and the wheel's build avoids them."""
 
 from __future__ import annotations
 
@@ -24,8 +22,7 @@ from fapatch.wheel import build_copy, facts, wheel
 
 pytestmark = pytest.mark.source
 
-# Loaded by every Python that is started with its folder on PYTHONPATH: a download fails loudly and leaves a
-# note.
+# Loaded by every Python that starts with its folder on PYTHONPATH: a download raises and leaves a note.
 NO_DOWNLOAD = """
 import pathlib, urllib.request
 
@@ -35,7 +32,7 @@ def urlretrieve(url, *args, **kwargs):
 
 urllib.request.urlretrieve = urlretrieve
 """
-# In place of git: says what it was asked for.
+# Replaces git, and records its arguments.
 FAKE_GIT = """#!/bin/sh
 echo "$@" >> "$(dirname "$0")/git-calls"
 """
@@ -43,7 +40,7 @@ echo "$@" >> "$(dirname "$0")/git-calls"
 
 @pytest.fixture(scope="module")
 def patched(request) -> tuple[Project, State]:
-    """(this project with flash-attn, or the family that the test names; its patched tree)"""
+    """(this project, with flash-attn or the family that the test names; its patched tree)."""
     project = Project.open(family=getattr(request, "param", "flash-attn"), version="")
     with locking.exclusive(project, "tests"):
         return project, build_copy.verified(project, apply.ensure(project))
@@ -58,7 +55,7 @@ def elsewhere(patched, tmp_path: Path) -> Project:
 
 @pytest.fixture
 def guards(tmp_path: Path, monkeypatch) -> Path:
-    """A folder whose `git` and `sitecustomize` note what setup.py would do to the outer world."""
+    """A folder whose `git` and `sitecustomize` record what setup.py does outside its folder."""
     folder = tmp_path / "guards"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(NO_DOWNLOAD)
@@ -138,12 +135,13 @@ def test_the_wheel_is_the_patched_package_and_the_same_each_time(patched, backen
     assert said["patched tree"] == patched[1].tree and said["patches"] == list(patched[1].applied)
     assert metadata["Version"] == f"{release}+{label}"
     assert any(n.endswith("/LICENSE") for n in names)
-    # One folder each, so that the two can be installed side by side.
+    # Each wheel has its own folder, so that both can be installed side by side.
     assert all(
         n.startswith("flash_attn/cute/") == (package == "flash_attn_4") for n in names if n.endswith(".py")
     )
 
-    # Again, with nothing left of the first time, another umask, and a setuptools that gives another version.
+    # Build again, without the first build's files, with another umask, and a setuptools that gives another
+    # version.
     shutil.rmtree(elsewhere.build)
     site, other = Path(installed.distribution("setuptools").locate_file("")), tmp_path / "other"
     (info,) = site.glob("setuptools-*.dist-info")
