@@ -1,4 +1,6 @@
-"""A toy upstream with two releases and a patch set over it, fresh and applied. No network, no torch."""
+"""Provide a toy upstream with two releases and a patch set over it, fresh and applied. No network, no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,12 @@ import pytest
 from toy import MESSAGE, RELEASES, Toy, lock_text, make_sdist, make_upstream, point_pip_at, shell
 
 ROOT = Path(__file__).resolve().parents[2]
-CHOICES = ("VERSION", "FAMILY", "SOURCE", "FA_SRC_DIR", "FORCE")  # what fap.py reads from the environment
+CHOICES = ("VERSION", "FAMILY", "SOURCE", "FA_SRC_DIR", "FORCE")  # the variables that fap.py reads
 
 
 @pytest.fixture(autouse=True)
 def person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder with a name in its git configuration, and no setting of this machine. Returns the
+    """Make a home folder with a name in its git configuration, and no setting of this machine. Returns the
     configuration file.
     """
     home = tmp_path / "home"
@@ -36,7 +38,7 @@ def person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy checkout that every test gets a copy of: two patches and one overlay file, applied and
+    """The toy checkout, of which every test gets a copy: two patches and one overlay file, applied and
     refreshed once.
     """
     folder = tmp_path_factory.mktemp("toy")
@@ -101,5 +103,5 @@ def toy(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Itera
 
 @pytest.fixture
 def index_is_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package index that nobody can reach, as on a machine without network."""
+    """Make the package index unreachable, as on a machine without network."""
     point_pip_at(monkeypatch, "http://127.0.0.1:9/simple")

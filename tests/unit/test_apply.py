@@ -1,4 +1,4 @@
-"""The patched tree: whole or not at all, exact, and never at the cost of somebody's work."""
+"""Test the patched tree: whole or not at all, exact, and never made at the cost of somebody's work."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_tree_is_upstream_overlay_and_series(fresh):
 
 
 def test_git_is_a_file_there(fresh):
-    """Upstream's setup.py runs `git submodule update` where .git is a folder."""
+    """Upstream's setup.py runs `git submodule update` if .git is a folder."""
     fresh.fap("apply")
     assert (fresh.source / ".git").is_file()
 
@@ -87,7 +87,7 @@ def test_failure_names_patch_file_and_hunk_and_changes_nothing(toy, old, new, to
 
 
 def test_no_fuzz(toy):
-    """GNU patch takes a hunk with wrong context at its edge (fuzz); this must not."""
+    """GNU patch accepts a hunk with wrong context at its edge (fuzz); apply must not."""
     patch = toy.patches / CORE_PATCH
     wrong = patch.read_bytes().replace(b" line 5\n", b" line five\n")
     assert wrong != patch.read_bytes()
@@ -104,9 +104,7 @@ def test_no_fuzz(toy):
 
 
 def test_zero_context_deletion_is_not_taken_as_applied(toy):
-    """`git apply -R --check --unidiff-zero` says of such a patch that it is applied; only contents
-    can tell.
-    """
+    """`git apply -R --check --unidiff-zero` reports such a patch as applied, so only contents can decide."""
     deletion = (
         b"diff --git a/toy/core.py b/toy/core.py\n--- a/toy/core.py\n+++ b/toy/core.py\n@@ -10 +9,0 "
         b"@@\n-line 10\n"
@@ -194,7 +192,7 @@ def test_every_patch_that_does_not_apply_is_named(toy):
 
 @pytest.mark.parametrize("command", ["apply", "refresh", "bundle"])
 def test_a_release_outside_applies_to_is_refused(toy, command):
-    """Without a patch that it needs, a release would be half patched and look like a whole one."""
+    """A release without a patch that it needs would be half patched and look complete."""
     for patch in toy.patches.glob("*.patch"):
         toy.replace(patch, "Applies-To: >=1.0", "Applies-To: >=1.0,<1.1")
     said = toy.fap(command, code=1, version="1.1")
@@ -213,7 +211,7 @@ def test_a_release_that_needs_no_backport_is_carried_without_it(toy):
 
 
 def test_one_of_two_forms_of_a_patch_is_enough(toy):
-    """Two files of one subject: each release takes the one that it is inside of."""
+    """Of two files with one subject, each release takes the file whose Applies-To includes it."""
     new = (toy.patches / CORE_PATCH).read_bytes().replace(b">=1.0", b">=1.1")
     (toy.patches / "core-change-line-eight-1-1.patch").write_bytes(new.replace(b"+line eight", b"+line new"))
     toy.replace(toy.patches / CORE_PATCH, ">=1.0", ">=1.0,<1.1")
@@ -262,8 +260,8 @@ def test_crlf_checkout_keeps_the_bytes_of_patches(toy, tmp_path):
 
 
 def test_moved_checkout_keeps_its_work(toy):
-    """Git writes absolute paths into a worktree; ours must survive a move and never reach into a copy's
-    original.
+    """Git writes absolute paths into a worktree. Ours must survive a move, and a copy must never reach into
+    its original.
     """
     original = state.read(toy.project()).commit
     toy.commit("mine", core=("line 10\n", "line ten\n"))
@@ -289,7 +287,7 @@ def test_copied_checkout_leaves_its_original_alone(made, toy):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
 def test_cache_of_another_user(toy, person):
-    """Git refuses a repository that somebody else owns, unless safe.directory names it."""
+    """Git refuses a repository of another user, unless safe.directory names it."""
     person.write_text("[user]\n name = A Person\n email = person@example.org\n")
     for path in [toy.root, *toy.root.rglob("*")]:
         os.chown(path, 12345, 12345, follow_symlinks=False)

@@ -1,5 +1,5 @@
-"""The command line: one line for what a person can mend, the right exit code, one run at a time, and no harm
-from being stopped.
+"""Test the command line: one line for a fault that a user can correct, the right exit code, one run at a
+time, and no harm from an interruption.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def start(toy, *argv: str, **env: str) -> subprocess.Popen:
         [sys.executable, FAP, "--root", toy.root, *argv],
         env={**os.environ, **env},
         start_new_session=True,
-        # A shell's background job ignores the signal, and so would what these tests interrupt.
+        # A background job of a shell ignores the signal, and so would the programs that these tests
+        # interrupt.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -37,7 +38,7 @@ def start(toy, *argv: str, **env: str) -> subprocess.Popen:
 
 
 def slow_git(tmp_path, verb: str) -> dict[str, str]:
-    """A git that stops for a long time when it is asked to do ``verb``, and makes the file `reached`."""
+    """Make a git that waits for a long time when asked to do ``verb``, and creates the file `reached`."""
     folder = tmp_path / "bin"
     folder.mkdir()
     script = folder / "git"
@@ -82,7 +83,7 @@ def test_killed_half_way(toy, tmp_path):
 
 
 def test_second_run_waits_for_the_first(fresh, tmp_path):
-    """Both do the whole work from an empty store; the tree is made once."""
+    """Both runs start from an empty store, and the tree is made once."""
     runs = [start(fresh, "apply") for _ in range(3)]
     said = [run.communicate(timeout=120) for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0], said
@@ -138,7 +139,7 @@ def test_git_that_is_too_old(toy, monkeypatch, tmp_path):
 
 
 def test_no_space_left(toy, monkeypatch):
-    """The state is written to /dev/full, which fails as a full disk does."""
+    """The state is written to /dev/full, which fails like a full disk."""
     toy.fap("clean")
     with monkeypatch.context() as patch:
         patch.setattr(state.files, "write", lambda path, text: Path("/dev/full").write_text(text))
@@ -200,7 +201,7 @@ def test_clean_and_distclean(toy):
     before = toy.exported()
     assert "build/ removed" in toy.fap("clean", "--force")
     assert "Nothing to do" in toy.fap("clean")
-    # Committed work is still in the store, whatever was forced.
+    # Committed work is still in the store, even after FORCE.
     assert (
         shell("git", f"--git-dir={toy.project().store}", "cat-file", "-t", commit, cwd=toy.root).strip()
         == "commit"
@@ -233,7 +234,7 @@ def test_help_of_every_command(command, capsys):
 
 
 def test_a_program_past_its_time_is_ended_with_all_that_it_started(tmp_path):
-    """git's own helper, stuck in a connect(), keeps the pipe open: the wait must end all the same."""
+    """A helper of git, stuck in connect(), keeps the pipe open, and the wait must still end."""
     begin = time.monotonic()
     with pytest.raises(FapError, match="did not finish within 0 s.*try another"):
         process.run("sh", "-c", "sleep 30 & sleep 30", timeout=0.3, hint="try another")

@@ -1,4 +1,4 @@
-"""Finding a CUDA toolkit that a build can use, among those that only look like one."""
+"""Test finding a CUDA toolkit that a build can use, among folders that only look like one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def header(path: Path, text: str = "") -> Path:
 
 
 def toolkit(home: Path, version: int = 13000) -> Path:
-    """A folder with all that makes a toolkit usable."""
+    """Make a folder with all parts of a usable toolkit."""
     program(home / "bin" / "nvcc")
     header(home / "include" / "cuda_runtime.h")
     header(home / "include" / "cuda_runtime_api.h", f"#define CUDART_VERSION  {version}\n")
@@ -38,7 +38,7 @@ def toolkit(home: Path, version: int = 13000) -> Path:
 
 @pytest.fixture(autouse=True)
 def usual(tmp_path, monkeypatch) -> Path:
-    """The usual place, empty and in ``tmp_path``."""
+    """Move the usual place to an empty folder in ``tmp_path``."""
     monkeypatch.setattr(cuda_toolkit, "USUAL_HOME", tmp_path / "usual")
     return tmp_path / "usual"
 

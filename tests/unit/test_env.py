@@ -1,5 +1,5 @@
-"""The project's environment: made once, mended when it was left half made, and clear about what it cannot
-get.
+"""Test the project's environment: made once, completed after an interruption, and clear about packages that
+it cannot get.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def wheels(root: Path, made: Path, monkeypatch) -> Path:
-    """Beside an empty .venv, the only folder that pip looks into. top 1.0, which needs below, and below are
-    in the lock, top 2.0 is not.
+    """The only folder that pip looks into, beside an empty .venv. The lock has top 1.0, which needs below,
+    and below, but not top 2.0.
     """
     shutil.copytree(made, root / ".venv", symlinks=True)
     folder = root / "wheels"
@@ -86,14 +86,14 @@ def make_wheel(folder: Path, name: str, version: str, *requires: str) -> Path:
 
 
 def entry(*wheels: Path) -> str:
-    """What a lock says of builds of one version."""
+    """Make the lock's entry for builds of one version."""
     name, version = wheels[0].name.split("-")[:2]
     hashes = [f"--hash=sha256:{files.sha256(wheel)}" for wheel in wheels]
     return f"{name}=={version} \\\n    " + " \\\n    ".join(hashes) + "\n"
 
 
 def have(root: Path, *packages: str) -> list[str]:
-    """The versions that .venv sees."""
+    """The versions of ``packages`` in .venv."""
     code = "import sys; from importlib.metadata import version as v; print(*map(v, sys.argv[1:]))"
     return run(env.venv_python(root / ".venv"), "-c", code, *packages).stdout.decode().split()
 
@@ -113,7 +113,7 @@ def test_made_once_then_left_alone_and_mended_after_a_cut(root):
     assert ensure(root).startswith(".venv is up to date: Python 3.")
     assert state(venv) == before
 
-    # An interrupted run leaves a stamp without the hash: gone through again, but not made anew.
+    # After an interrupted run, whose stamp has no hash, .venv is completed but not made anew.
     (venv / env.STAMP).write_text(json.dumps({"base": os.environ["PYTHON"]}))
     mark = venv / "mark"
     mark.touch()
@@ -124,7 +124,7 @@ def test_made_once_then_left_alone_and_mended_after_a_cut(root):
     (root / "pyproject.toml").write_text(PYPROJECT.format(torch="'pip'"))
     assert ensure(root).startswith(".venv is ready")
 
-    # An interpreter that is gone, as after an upgrade or a move: made anew.
+    # If the interpreter is gone, as after an upgrade or a move, .venv is made anew.
     env.venv_python(venv).unlink()
     assert ensure(root).startswith(".venv is ready")
     assert not mark.exists()
@@ -173,14 +173,14 @@ def test_what_cannot_be_had_is_named_with_a_way_out(root):
     assert caught.value.message.startswith("pip could not get no-such-package-at-all==3.1, which .venv lacks")
     assert "PIP_FIND_LINKS" in caught.value.hint
     assert "\n" not in str(caught.value)
-    with pytest.raises(FapError):  # and it does not count as made
+    with pytest.raises(FapError):  # and .venv does not count as ready
         ensure(root)
 
 
 def test_the_lock_gives_the_versions_and_all_that_they_need(root, wheels):
     assert install_top(root) and have(root, "top", "below") == ["1.0", "1.2"]
     assert not install_top(root)
-    # A lock that was renewed is followed.
+    # A renewed lock is followed.
     (root / env.LOCK).write_text(entry(wheels / "top-2.0-py3-none-any.whl"))
     assert install_top(root) and have(root, "top", "below") == ["2.0", "1.2"]
 
@@ -208,8 +208,8 @@ def test_what_the_lock_does_not_give_is_named(root, wheels):
 
 
 def test_a_build_of_a_locked_version_may_come_from_a_folder(root, wheels, monkeypatch):
-    """As torch 2.13.0+cpu does, whose hash is in the lock beside those of the index. pip alone would take the
-    file of the index, whose page names the hash.
+    """For instance torch 2.13.0+cpu, whose hash is in the lock beside those of the index. By itself pip would
+    take the index's file, whose page names the hash.
     """
     for wheel in list(wheels.glob("*-1.*.whl")):
         page = root / "simple" / wheel.name.partition("-")[0] / "index.html"
@@ -227,8 +227,8 @@ def test_a_build_of_a_locked_version_may_come_from_a_folder(root, wheels, monkey
 
 
 def test_beside_a_shared_torch_only_what_is_missing_is_installed(root, wheels, made, tmp_path, monkeypatch):
-    """The base is a virtual environment, whose packages --system-site-packages passes by. It has one package
-    in another version than the lock, which will do, and without what that needs.
+    """The base is a virtual environment, whose packages --system-site-packages skips. It has a package in a
+    suitable version that is not the lock's, without that package's dependency.
     """
     shutil.rmtree(root / ".venv")
     parent = shutil.copytree(made, tmp_path / "parent", symlinks=True)
@@ -269,8 +269,8 @@ def test_a_python_that_is_too_old_is_refused(tmp_path):
 
 
 def test_the_list_of_missing_packages_needs_no_package(root):
-    """missing.py runs before anything is installed: -S leaves out all of site-packages but what it
-    is shown.
+    """missing.py runs before anything is installed. -S leaves out site-packages, except the folder that the
+    test adds.
     """
     pip_home = (
         run(sys.executable, "-c", "import pip, pathlib; print(pathlib.Path(pip.__file__).parents[1])")

@@ -1,4 +1,4 @@
-"""What a family may lack: a submodule, a compiled extension, the top folder of upstream's tree."""
+"""Test families that lack a submodule, a compiled extension or the top folder of upstream's tree."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from toy import release_files
 
 @pytest.fixture
 def below(fresh) -> Project:
-    """The toy's release, whose source distribution is the folder a/b of upstream's tree, and the
-    only source.
+    """The toy's release, with a source distribution that is the folder a/b of upstream's tree and the only
+    source.
     """
     project = fresh.project()
     include = ("a/b/setup.py", "a/b/toy/**/*.py")

@@ -1,5 +1,5 @@
-"""Where upstream's files come from: verified before use, equal from every source, and there without network
-once they were there.
+"""Test fetching upstream's files: verified before use, equal from every source, and available offline once
+fetched.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from toy import RELEASES, SHARED, lock_text, make_sdist, point_pip_at, release_f
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A package index on this machine; returns the folder of its pages, for the files and what it says of
-    them.
-    """
+    """Serve a package index on this machine; returns the folder of its files and pages."""
     folder = tmp_path / "index" / "simple" / "toy"
     folder.mkdir(parents=True)
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "index"))
@@ -40,7 +38,7 @@ def index(tmp_path, monkeypatch):
 
 
 def offer(index, data: bytes, version: str = "1.0", sha256: str | None = None) -> None:
-    """Put a source distribution on the index, with the hash of ``data`` unless another one is given."""
+    """Put a source distribution on the index, with the hash of ``data`` unless another hash is given."""
     digest = hashlib.sha256(data).hexdigest() if sha256 is None else sha256
     (index / f"toy-{version}.tar.gz").write_bytes(data)
     link = f"toy-{version}.tar.gz" + (f"#sha256={digest}" if digest else "")
@@ -69,7 +67,7 @@ def sdist(toy, version="1.0"):
 
 
 def pin(toy, data: bytes) -> None:
-    """Make the lock name ``data`` as the sdist of 1.0, and forget the trees."""
+    """Make the lock name ``data`` as the sdist of 1.0, and drop the trees."""
     commits = {r.version: r.commit for r in toy.project().family.releases}
     lines = lock_text({"1.0": data, "1.1": sdist(toy, "1.1").read_bytes()}, commits, "/nowhere")
     (toy.root / "upstream.toml").write_text(lines)
@@ -195,7 +193,7 @@ def add_submodule(toy, upstream, commit):
 
 
 def test_submodule_gives_the_same_tree_as_the_sdist(fresh, upstream):
-    """Also where it has files that the sdist lacks, links among them, and attributes that would change line
+    """The submodule may have files that the sdist lacks, links, and attributes that would change line
     ends.
     """
     expected = fresh.project().release.tree
@@ -277,7 +275,7 @@ def test_own_checkout_that_is_none(toy, monkeypatch, value, told):
 
 
 def test_carried_cache(toy, tmp_path, index_is_far):
-    """Only .cache comes along, to another path; the store remembers worktrees that are not there."""
+    """Only .cache is copied, to another path, and the store still lists worktrees that do not exist there."""
     other = tmp_path / "another machine"
     shutil.copytree(toy.root, other, ignore=shutil.ignore_patterns("build"))
     shutil.rmtree(toy.root)
@@ -302,7 +300,7 @@ def test_damaged_store_is_set_aside_and_filled_again(toy, damage):
     said = toy.fap("apply")
     assert "is ready" in said or "Nothing to do" in said
     assert "clean" in toy.fap("status") and "line eight" in (toy.source / "toy" / "core.py").read_text()
-    assert list((toy.root / ".cache").glob("store.broken-*"))  # somebody's commits may be in it
+    assert list((toy.root / ".cache").glob("store.broken-*"))  # the old store may hold commits
 
 
 def test_store_that_is_gone_does_not_take_work_with_it(toy):
@@ -331,7 +329,7 @@ def test_cutlass_headers_are_laid_out(fresh, tmp_path):
 
 
 def test_a_release_is_added_from_the_index_and_nothing_of_it_runs(fresh, index, tmp_path):
-    """setup.py of the archive would leave a file; the lock gets what the index and the archive say."""
+    """The archive's setup.py would leave a file. The lock gets the data of the index and the archive."""
     ran = tmp_path / "ran"
     with monkeyed_release("1.2", f"open({str(ran)!r}, 'w')\n"):
         data = make_sdist(tmp_path / "sdist.tar.gz", "1.2")
@@ -374,7 +372,7 @@ def test_a_folder_that_pip_looks_into_serves_too(fresh, index_is_far, monkeypatc
 
 
 def test_user_configuration_does_not_leak(toy, person, monkeypatch, tmp_path):
-    """Each of these changes the bytes of a patch, or stops git, when it is read."""
+    """Each of these settings changes the bytes of a patch, or stops git, if git reads it."""
     hooks = tmp_path / "hooks"
     hooks.mkdir()
     for hook in ("pre-commit", "applypatch-msg", "pre-applypatch", "post-checkout", "commit-msg"):

@@ -1,4 +1,4 @@
-"""Windows in the host code of the CUDA extension: fit_window of src/window.h, compiled, against the
+"""Test windows in the host code of the CUDA extension: fit_window of src/window.h, compiled, against the
 contract.
 """
 
@@ -25,7 +25,7 @@ SIDES = (-1, 0, 1, 2, 3, 4, 5, 9)
 
 @pytest.fixture(scope="module")
 def fit(tmp_path_factory):
-    """(left, right, max_seqlen_q, max_seqlen_k, stays_windowed) -> (left, right)"""
+    """Compile the function (left, right, max_seqlen_q, max_seqlen_k, stays_windowed) -> (left, right)."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("window")
@@ -64,12 +64,12 @@ def visible(seqlen_q: int, seqlen_k: int, left: int, right: int) -> list[tuple[i
 @pytest.mark.parametrize("stays_windowed", [False, True])
 @pytest.mark.parametrize("longest", [(10, 4), (4, 10), (5, 5), (1, 7), (7, 1)], ids=str)
 def test_the_same_keys_are_visible(fit, longest, stays_windowed):
-    """To every sequence that is packed together, whatever the longest is: more queries than keys, and more
-    keys.
+    """Every packed sequence sees the same keys, whatever the longest sequence is, with more queries than keys
+    or more keys.
     """
     for left, right in itertools.product(SIDES, SIDES):
         sides = fit(left, right, *longest, stays_windowed)
-        # What set_params_fprop does with them: kernels take both sides or none.
+        # As set_params_fprop does: kernels take both sides or none.
         kernel = (longest[1], sides[1]) if sides[0] < 0 <= sides[1] else sides
         assert (kernel[0] < 0) == (kernel[1] < 0)
         for lengths in itertools.product(range(1, longest[0] + 1), range(1, longest[1] + 1)):
@@ -82,7 +82,9 @@ def test_the_same_keys_are_visible(fit, longest, stays_windowed):
 
 
 def test_a_window_that_hides_nothing_is_open(fit):
-    """Full attention has the fastest kernels, and one query with grouped heads a faster layout."""
+    """An open window gets full attention's kernels, the fastest, and one query with grouped heads a faster
+    layout.
+    """
     assert fit(-1, 0, 1, 100, False) == (-1, -1)
     assert fit(99, 0, 1, 100, False) == (-1, -1)
     assert fit(99, 0, 7, 100, False) == (-1, 0)
@@ -90,6 +92,6 @@ def test_a_window_that_hides_nothing_is_open(fit):
 
 
 def test_rotary_calls_keep_their_window(fit):
-    """Queries turn by their positions in a call with a window, however large the window is."""
+    """In a call with a window of any size, queries rotate by their positions."""
     assert max(fit(100, 100, 3, 10, True)) >= 0
     assert fit(-1, -1, 3, 10, True) == (-1, -1)

@@ -1,5 +1,5 @@
-"""The GPU benchmark without a GPU: its arithmetic, tables, plot and errors, and the whole flow on the CPU
-with made-up times.
+"""Test the GPU benchmark without a GPU: its arithmetic, tables, plot and errors, and the whole flow on the
+CPU with invented times.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ MATMUL_TFLOPS, COPY_TB_PER_S = 800.0, 3.0
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The modules of benchmarks/, which import one another as scripts of one folder do; of those that need
-    flash_attn only if it is installed."""
+    """Import the modules of benchmarks/, which import one another as scripts in one folder. Those that need
+    flash_attn are left out if it is not installed.
+    """
     monkeypatch.syspath_prepend(BENCHMARKS)
     names = MODULES if importlib.util.find_spec("flash_attn") else MODULES[:-2]
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -44,7 +45,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture
 def flow(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The same, for tests that call the package on CPU tensors. ``machine`` stands in for the GPU."""
+    """The same modules, for tests that call the package on CPU tensors. ``machine`` stands in for the GPU."""
     if not hasattr(bench, "gpu_parts"):
         pytest.skip("needs the installed flash_attn: run `make wheel`")
     monkeypatch.setattr(bench.gpu_cases, "BACKEND", "cpu")
@@ -52,7 +53,7 @@ def flow(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Si
     class OnCpu(bench.gpu_device.Gpu):
         device = "cpu"
         cache_bytes = 20_000  # two or more caches for the smallest decode rows, one for the others
-        held = iter(())  # what allocated() and peak() say, one after the other
+        held = iter(())  # results of allocated() and peak(), in turn
 
         def __init__(self, budget_ms):
             self.budget_ms = budget_ms
@@ -91,7 +92,9 @@ def flow(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Si
 
     bench.machine = OnCpu
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the sizes are tiny: a second thread only waits, and for long on a busy machine
+    torch.set_num_threads(
+        1
+    )  # the sizes are tiny: a second thread would only wait, for long on a busy machine
     yield bench
     torch.set_num_threads(threads)
 
@@ -177,8 +180,8 @@ def test_bad_options_are_named(bench, capsys, option, words):
 
 
 def ones(*shape, **options):
-    """Instead of randn. Scores are then sqrt(head_dim), and an output is 1 with softmax, keys times
-    sqrt(head_dim) without.
+    """Replace randn. Scores are then sqrt(head_dim), and outputs are 1 with softmax, and the number of keys
+    times sqrt(head_dim) without.
     """
     return torch.ones(*shape, **options)
 
@@ -244,7 +247,7 @@ def test_decode_walks_over_caches_that_overflow_the_cache_of_the_device(flow, mo
     case = case_of(flow, "decode", batch=1, seqlen=16, nheads=4, nheads_k=1)
     gpu = flow.machine(1)
     sides, calls = flow.gpu_cases.decode(case, torch.float32, gpu)
-    assert calls == 3  # of 8192 bytes each
+    assert calls == 3  # three caches of 8192 bytes
     (out,), again = sides["no_softmax"]()
     torch.testing.assert_close(out, torch.full((1, 1, 4, 64), 16 * 8.0))
     assert len(again()) == 3
@@ -257,7 +260,7 @@ def test_memory_of_a_training_step_is_counted_from_the_inputs_on(flow):
     gradients = 3 * 2 * 8 * 4 * 64 * 4
     gpu.held = iter(
         [1000, 1500, 1300, 1000 + gradients + 200]
-    )  # before, peak of forward, between, peak of backward
+    )  # before, peak of forward, between the passes, peak of backward
     found = flow.gpu_cases.training_step_memory(case_of(flow, causal=True), "softmax", torch.float32, gpu)
     assert found == {"kept_bytes": 300, "gradient_bytes": gradients, "peak_bytes": 200}
 
@@ -304,7 +307,7 @@ def test_all_parts_on_the_cpu_with_made_up_times(flow, tmp_path, capsys):
     )
     assert dense["tflops"]["no_softmax"] == pytest.approx(2.5 * 4 * 32 * 32 * 1024 * 2 / 1.6e-3 / 1e12)
     small, *_, large = record["decode"]
-    assert small["ms"]["no_softmax"] == pytest.approx(1.6 / 2)  # two steps a call
+    assert small["ms"]["no_softmax"] == pytest.approx(1.6 / 2)  # two steps in each call
     assert large["bandwidth"]["no_softmax"] == pytest.approx(2 * 2 * 48 * 4 * 128 * 2 / 1.6e-3 / 3e12)
     assert capsys.readouterr().err.count("\n") == 24 + 44 + 8 + 6
 
@@ -402,7 +405,7 @@ def test_a_run_that_is_stopped_keeps_the_parts_that_were_done(flow, monkeypatch,
 
 @pytest.fixture
 def small_record(bench) -> dict:
-    """A run with one head size, as gpu_vs_softmax.py writes it."""
+    """The record of a run with one head size, as gpu_vs_softmax.py writes it."""
     common = {"skipped": {}, "finite": True}
     case = {"name": "plain", "batch": 32, "nheads": 32, "nheads_k": 32, "head_dim": 64, "causal": False}
     forward = {
@@ -484,7 +487,7 @@ def test_files_are_written_and_the_plot_fits_a_page(bench, small_record, tmp_pat
     assert table.read_text() == bench.gpu_tables.markdown(small_record)
     width, height = (
         int.from_bytes(plot.read_bytes()[i : i + 4], "big") for i in (16, 20)
-    )  # of the PNG's header
+    )  # from the PNG's header
     assert width == 1100 and 500 <= height <= 800
     assert capsys.readouterr().out == f"wrote {table}\nwrote {plot}\n"
 

@@ -1,4 +1,4 @@
-"""Build options of the CUDA extension: which sources and flags a build gets."""
+"""Test the build options of the CUDA extension: the sources and flags that a build gets."""
 
 import os
 import re
@@ -45,13 +45,13 @@ def test_subset_of_sources(options, expected):
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in the place of the one where setup.py lies."""
+    """A folder in place of that of setup.py."""
     monkeypatch.setattr(kernel_build, "ROOT", tmp_path)
     return tmp_path
 
 
 def configured(sources: list[str], **options: str) -> list[str]:
-    """What setup.py compiles of its `sources` and of ours after its call of `configure`."""
+    """List the files that setup.py compiles, of its `sources` and of ours, after its call of `configure`."""
     extension = SimpleNamespace(sources=sources, extra_compile_args={"cxx": [], "nvcc": []})
     kernel_build.configure(extension, {"ARCHS": "90", **options})
     return extension.sources

@@ -1,4 +1,4 @@
-"""How the files lie: a test module is imported by pytest alone, and the rooms of scripts/fapatch import
+"""Test the layout: only pytest imports test modules, and the rooms (subpackages) of scripts/fapatch import
 downwards.
 """
 
@@ -18,7 +18,7 @@ TOOLS = Path(fapatch.__file__).parent
 
 
 def imported(path: Path) -> set[str]:
-    """The modules that a file imports, by their last names."""
+    """The last parts of the names of the modules that a file imports."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -47,7 +47,7 @@ def test_the_check_sees_an_import(tmp_path):
 
 
 def module_imports(tools: Path) -> dict[str, set[str]]:
-    """room/module -> the room/module of every import in it, wherever it stands; a room by itself is room/."""
+    """Map room/module -> the room/module of every import anywhere in it; an imported room is room/."""
     found = {}
     for path in tools.glob("*/*.py"):
         room = path.parent.name
@@ -60,7 +60,7 @@ def module_imports(tools: Path) -> dict[str, set[str]]:
                 paths = [[*where, name] for name in names] if len(where) < 2 else [where]
                 targets.update(f"{p[0]}/{p[1] if len(p) > 1 else ''}" for p in paths)
             else:
-                # Without dots the walls would not see it.
+                # An absolute import would escape this check, so there may be none.
                 names = [a.name for a in getattr(node, "names", ())] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 assert not any(n.split(".")[0] in ("fapatch", "fap") for n in names), f"{path}: {names}"
@@ -68,7 +68,7 @@ def module_imports(tools: Path) -> dict[str, set[str]]:
 
 
 def breaches(tools: Path) -> list[str]:
-    """Every import that goes up or sideways, and a circle if there is one."""
+    """List every import that goes up or sideways, and an import cycle if there is one."""
     floor = {room: n for n, rooms in enumerate(fapatch.FLOORS) for room in rooms}
     imports = module_imports(tools)
     found = [

@@ -1,8 +1,9 @@
-"""Every rule of the linter passes a good example and catches a bad one, and nothing but the bad thing in it.
+"""Test that every rule of the linter passes a good example, and finds in a bad one the fault and nothing
+else.
 
-Fixtures: fixtures/lint/base is a small project without a finding. `<rule>.{pass,fail}.patch`, or a single
-patch in a folder of that name where the name matters, is checked as a patch of that project;
-`<rule>.{pass,fail}/` with other files is laid over a copy of it.
+Fixtures: fixtures/lint/base is a small project without a finding. `<rule>.{pass,fail}.patch` is checked as a
+patch of that project; if the patch's name matters, it lies alone in a folder of that name.
+`<rule>.{pass,fail}/` with other files is copied over a copy of the project.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def test_gitlinks_are_read_from_the_index(tmp_path):
 
 
 def test_the_attributes_rule_agrees_with_git(tmp_path):
-    """The rule reads .gitattributes itself; git is the judge of what the file means."""
+    """The rule reads .gitattributes itself, and must agree with git about its meaning."""
     run("git", "init", "--quiet", tmp_path)
     for verdict, expected in (("pass", "unset"), ("fail", "auto")):
         shutil.copyfile(FIXTURES / f"attributes.{verdict}" / ".gitattributes", tmp_path / ".gitattributes")

@@ -1,4 +1,6 @@
-"""requirements.lock answers pyproject.toml, and is renewed without losing what only another machine has."""
+"""Test that requirements.lock satisfies pyproject.toml, and that renewing it keeps the hashes of builds on
+other machines.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def test_the_page_of_the_hopper_kernels_says_the_locked_versions():
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch) -> Project:
-    """A pyproject.toml that asks for top, its lock, and a uv that finds the same top, or a new one."""
+    """A pyproject.toml that asks for top, its lock, and a uv that finds the same top or a new one."""
     python = env.venv_python(tmp_path / ".venv")
     python.parent.mkdir(parents=True)
     python.touch()

@@ -1,5 +1,5 @@
-"""The plugins that run a planned subset of a test file: the names are pytest's own, only the plan is made,
-the journal is complete.
+"""Test the plugins that run a planned subset of a test file: pytest's own names, only planned cases, a
+complete journal.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def on_gpu():
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "test_file.py").write_text(TEST_FILE)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    # axes.py imports these two; the parameters of a file do not depend on what they do.
+    # axes.py imports these two, but the parameters of a file do not depend on them.
     (tmp_path / "stand_in").mkdir()
     (tmp_path / "stand_in" / "cpu_as_cuda.py").write_text(NO_GPU)
     (tmp_path / "stand_in" / "flash_attn.py").write_text("")
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 def python(folder: Path, *argv: object) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(folder / "stand_in"), str(PLUGINS)])
     env = {**os.environ, "PYTHONPATH": path, "PYTEST_ADDOPTS": ""}
-    # A worker of an outer pytest-xdist must not be mistaken for one of the run under test.
+    # A worker of an outer pytest-xdist must not count as a worker of the run under test.
     env = {k: v for k, v in env.items() if not k.startswith("PYTEST_XDIST")}
     return subprocess.run(
         [sys.executable, *map(str, argv)], cwd=folder, env=env, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Each way in which pip can fail has its own way out."""
+"""Test that each failure of pip gets its own hint."""
 
 from __future__ import annotations
 

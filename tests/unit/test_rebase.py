@@ -1,5 +1,5 @@
-"""To another release: replayed, stopped at a conflict with the list of files, gone on or dropped without
-loss.
+"""Test the rebase to another release: replayed, stopped at a conflict with the list of files, continued or
+dropped without loss.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NEW_FORM = "core-change-line-eight-1-2.patch"
 
 @pytest.fixture
 def clash(toy, monkeypatch):
-    """A release 1.2 in which upstream changed the line that a patch changes; in the lock, not yet patched."""
+    """A release 1.2 in the lock, not yet patched, in which upstream changed the line that a patch changes."""
     monkeypatch.setitem(
         RELEASES,
         "1.2",
@@ -110,7 +110,7 @@ def test_the_old_form_stays_beside_the_new_one_and_no_release_takes_both(clash):
     for version in ("1.0", "1.1", "1.2"):
         clash.fap("apply", version=version)
         assert "clean, 2 patches" in clash.fap("status", version=version)
-    # From there to the next release: it starts from the one that takes the new form.
+    # The rebase to the next release starts from the release that takes the new form.
     make_sdist(clash.root / ".cache" / "downloads" / "toy-1.3.tar.gz", "1.2")
     clash.fap("lock", "add", "1.3")
     assert "carrying 2 patches from 1.2 to 1.3" in clash.fap("rebase", version="1.3")
@@ -182,9 +182,7 @@ def test_patch_that_the_target_does_not_need_is_left_out_and_kept(clash):
 
 @pytest.fixture
 def fork(toy, tmp_path, monkeypatch):
-    """A checkout of somebody's own, in which the line that a patch changes is another, asked for by
-    FA_SRC_DIR.
-    """
+    """A user's own checkout, named by FA_SRC_DIR, in which the line that a patch changes is different."""
     for name, text in release_files("1.1").items():
         (tmp_path / "fork" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "fork" / name).write_bytes(text.replace("line 8\n", "line VIII\n").encode())
@@ -199,7 +197,7 @@ def test_a_checkout_is_a_source_like_any_other(toy, fork, monkeypatch):
     assert f"1.0 is a release in upstream.toml, and {fork} is a checkout" in toy.fap("rebase", code=2)
     toy.fap("rebase", code=1, version="1.2.dev0")
     mend(toy)
-    monkeypatch.delenv("FA_SRC_DIR")  # what goes on knows where it began
+    monkeypatch.delenv("FA_SRC_DIR")  # a rebase that continues remembers its checkout
     assert f"are written against {fork} (1.2.dev0) now" in toy.fap("rebase", "--continue")
     monkeypatch.setenv("FA_SRC_DIR", str(fork))
     for command in ("apply", "refresh"):
@@ -211,8 +209,10 @@ def test_a_checkout_is_a_source_like_any_other(toy, fork, monkeypatch):
         assert "clean, 2 patches" in toy.fap("apply", version=version) + toy.fap("status", version=version)
     assert "is not a release of toy" in toy.fap("apply", code=2, version="1.2.dev0")
     toy.fap("lock", "drop", "1.1")
-    assert (toy.patches / "core-change-line-eight-1-2-dev0.patch").exists()  # no release of the lock takes it
-    # His next checkout starts from this one.
+    assert (
+        toy.patches / "core-change-line-eight-1-2-dev0.patch"
+    ).exists()  # no release of the lock takes this patch
+    # The user's next checkout starts from this one.
     monkeypatch.setenv("FA_SRC_DIR", str(fork))
     said = toy.fap("rebase", "--from", "1.2.dev0", version="1.2.dev1")
     assert "carrying 2 patches from 1.2.dev0 to" in said

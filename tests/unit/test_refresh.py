@@ -1,5 +1,5 @@
-"""Export: what was committed in the patched tree becomes patches and overlay, the same bytes every time, and
-nothing gets lost.
+"""Test the export: commits in the patched tree become patches and overlay, with the same bytes every time,
+and nothing gets lost.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def test_patch_edited_by_hand_comes_out_as_git_writes_it(toy):
 
 
 def test_lines_that_moved_are_a_refresh_not_a_change(toy):
-    """Equal patch id and equal words: only `index` and `@@` lines differ."""
+    """With equal patch id and equal message, only `index` and `@@` lines differ."""
     patch = toy.patches / DOS_PATCH
     original = patch.read_bytes()
     moved = original.replace(b"@@ -27,7 +27,7 @@", b"@@ -25,7 +25,7 @@")
@@ -228,8 +228,8 @@ def test_release_that_cannot_be_fetched_is_named_and_the_rest_is_written(toy, in
 
 
 def test_interrupted_while_writing_goes_on(toy, monkeypatch):
-    """Killed after some files were written: the tree still has the commits, and what was written is no
-    conflict with them.
+    """After a kill between two writes the tree still has the commits, and the written files do not conflict
+    with them.
     """
     commit = toy.git("log", "--format=%H", "--grep=Change line eight")
     toy.commit(f"fixup! {commit}", core=("line 20\n", "line twenty\n"))

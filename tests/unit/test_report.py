@@ -1,4 +1,4 @@
-"""The summary of a run of upstream's tests counts what the journal holds and hides nothing."""
+"""Test that the summary of a run of upstream's tests counts every result in the journal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The revision that users read at run time is that of the wheels' names."""
+"""Test that the revision at run time is that in the wheels' names."""
 
 from __future__ import annotations
 

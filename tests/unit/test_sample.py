@@ -1,4 +1,4 @@
-"""Which of upstream's cases are chosen: the same for a seed, every stratum represented, nothing left out
+"""Test the choice of upstream's cases: the same for a seed, every stratum represented, nothing left out
 silently.
 """
 

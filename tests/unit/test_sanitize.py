@@ -1,5 +1,5 @@
-"""Reading what compute-sanitizer says; running it needs a GPU (`make sanitize`), its calls run here on the
-CPU backend.
+"""Test reading the output of compute-sanitizer. Running it needs a GPU (`make sanitize`); its calls run here
+on the CPU backend.
 """
 
 from __future__ import annotations

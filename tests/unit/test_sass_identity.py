@@ -1,5 +1,5 @@
-"""Comparison of machine code: encodings by architecture and mangled name, whatever the columns of the
-listing; what is compared.
+"""Test the comparison of machine code: encodings by architecture and mangled name, for any columns of the
+listing, and the choice of files.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_what_is_compared(environ, full, expected):
 
 
 class Listings(Workshop):
-    """In place of objects: what each side of each file holds."""
+    """Replaces the objects by the kernels on each side of each file."""
 
     def compare(self, source, cuobjdump):
         pristine = parse_listing(LISTING)

@@ -1,4 +1,4 @@
-"""One file in the patched trees of two families: written down once, edited from either, lost from neither."""
+"""Test a file that two families share: stored once, edited from either patched tree, lost from neither."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ sdist = { name = "other-7.tar.gz", size = 1, sha256 = "" }
 
 @pytest.fixture
 def sharing(toy):
-    """A toy whose overlay has a file of another family's, applied."""
+    """A toy, applied, whose overlay shares a file of another family."""
     path = toy.root / "upstream.toml"
     path.write_text(
         path.read_text().replace("revision = 3", f'shared = {{ "{HERE}" = "{HOME}" }}\nrevision = 3') + OTHER

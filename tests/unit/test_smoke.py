@@ -1,4 +1,4 @@
-"""The smoke test runs with what the installed extension was built for; on the GPU itself it is the end of
+"""Test that the smoke test uses the kernels of the installed extension. On a GPU, it is the last step of
 `make wheel`.
 """
 
@@ -24,7 +24,7 @@ def package():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU and an extension with these attributes; returns the calls that were made on it."""
+    """Fake a GPU and an extension with given attributes; returns the calls that were made."""
     calls = []
 
     def make(**built) -> list:
@@ -92,7 +92,7 @@ def test_every_public_function_is_called_with_softmax_and_without(package):
 
 
 def test_a_function_that_cannot_be_called_is_named(package, monkeypatch, capsys):
-    """As when upstream gives the extension one more argument than what stands for it knows."""
+    """The function fails as if upstream gave the extension one more argument than its stand-in knows."""
     from flash_attn import flash_attn_interface
 
     def more(*args):
@@ -113,7 +113,7 @@ def test_a_wrong_result_is_noticed(package, monkeypatch, capsys):
 
 
 def test_a_flash_attn_of_the_base_does_not_hide_the_folder_of_the_second_wheel(tmp_path):
-    """As in a .venv that shares the packages of an interpreter which has upstream's flash_attn."""
+    """The situation of a .venv that shares the packages of an interpreter with upstream's flash_attn."""
     site, base = tmp_path / "site", tmp_path / "base"
     info = site / "flash_attn_4-1.dist-info"
     for path, text in {

@@ -1,4 +1,6 @@
-"""The smoke test of a wheel whose kernels are compiled when they are called says what it could not check."""
+"""Test that the smoke test of a wheel whose kernels are compiled when called reports what it could not
+check.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ METADATA = "Metadata-Version: 2.1\nName: flash-attn-4\nVersion: 4.0.0b36+nosoftm
 
 
 class Installed:
-    """A small flash_attn.cute before all other packages, which is imported with an error."""
+    """A small flash_attn.cute, ahead of all other packages, whose import raises."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -22,7 +24,7 @@ class Installed:
         self.info = folder / "flash_attn_4-4.0.0b36+nosoftmax.1.dist-info"
         self.file.parent.mkdir(parents=True)
         self.info.mkdir()
-        (folder / "triton-3.dist-info").mkdir()  # what the lock adds to the requirements
+        (folder / "triton-3.dist-info").mkdir()  # a requirement that the lock adds
         (folder / "triton-3.dist-info" / "METADATA").write_text(
             "Metadata-Version: 2.1\nName: triton\nVersion: 3\n"
         )
@@ -31,7 +33,7 @@ class Installed:
         (self.info / "RECORD").write_text("flash_attn/cute/__init__.py,,\n")
 
     def smoke(self, requires: str = "no-such-compiler>=4") -> tuple[int, str]:
-        """(exit code, what is printed) of the smoke test, with the package requiring that."""
+        """Run the smoke test with a package that has this requirement; returns (exit code, output)."""
         (self.info / "METADATA").write_text(METADATA.format(requires))
         command = [sys.executable, FAP, "--family", "flash-attn-4", "smoke"]
         done = subprocess.run(

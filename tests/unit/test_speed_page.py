@@ -1,4 +1,6 @@
-"""The figures in docs are those of their records: each page and section is what its script writes."""
+"""Test that the figures in docs are those of their records: each page and section equals its script's
+output.
+"""
 
 from __future__ import annotations
 

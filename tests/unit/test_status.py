@@ -1,5 +1,5 @@
-"""`status` names what is out of step, and its exit code says how bad it is: 0 clean, 1 out of date or edited,
-2 in the middle of something.
+"""Test that `status` names each difference, and its exit code: 0 clean, 1 out of date or edited, 2 in the
+middle of a git operation.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A store in a carried .cache can do nothing: it runs no program and changes no byte, neither in the tools'
-git nor in the git of a person who works in the patched tree afterwards.
+"""Test that a store in a carried .cache runs no program and changes no byte, in the tools' git or in the git
+of a user who works in the patched tree afterwards.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ATTRIBUTE = "*.py filter=evil\n"
 
 @dataclass
 class Carried:
-    """A store that somebody else had in hands. ``program`` notes that it ran."""
+    """A store that somebody else may have changed. ``program`` records that it ran."""
 
     store: Path
     program: Path
@@ -46,7 +46,7 @@ class Carried:
 
 
 def replace_refs(had: Carried) -> None:
-    evil = git.output("hash-object", "-w", "--stdin", repo=had.store)  # no bytes at all
+    evil = git.output("hash-object", "-w", "--stdin", repo=had.store)  # an empty file
     git.git(
         "update-ref", f"refs/replace/{had.id('refs/upstream/toy/1.0:toy/ops/deep.py')}", evil, repo=had.store
     )
@@ -90,7 +90,7 @@ def programs_in_settings(had: Carried) -> None:
 
 
 def promised_objects(had: Carried) -> None:
-    """A partial clone fetches an object that is not there with a program of its settings."""
+    """A partial clone fetches a missing object with a program from its settings."""
     had.configure(
         '[core]\n repositoryformatversion = 1\n[extensions]\n partialClone = evil\n[remote "evil"]\n'
         " url = {elsewhere}\n promisor = true\n uploadpack = {program}\n"
@@ -122,7 +122,9 @@ def another_common_folder(had: Carried) -> None:
 
 
 def forged_object(had: Carried) -> None:
-    """Under the id of another content. No ref leads to it: it would be taken when that content is written."""
+    """Store an object under the id of another content. No ref leads to it, but git would use it when that
+    content is written.
+    """
     name = had.id("refs/upstream/toy/1.0:toy/ops/deep.py")
     path = had.store / "objects" / name[:2] / name[2:]
     path.chmod(0o644)
@@ -132,7 +134,7 @@ def forged_object(had: Carried) -> None:
 
 @pytest.fixture
 def carried(toy: Toy, tmp_path: Path) -> Carried:
-    """The cache of the toy, to be used by a checkout where nothing is built yet."""
+    """The cache of the toy, for a checkout in which nothing is built yet."""
     shutil.rmtree(toy.root / "build")
     shutil.rmtree(toy.project().store / "worktrees")
     program = tmp_path / "program"
@@ -165,14 +167,16 @@ def test_what_a_carried_store_holds_is_ignored(toy, carried, tmp_path, tamper):
     expected = git.output("rev-parse", "toy/1.0^{tree}", repo=carried.store)
     tamper(carried)
     said = toy.fap("apply")
-    # What a person does there next.
+    # The user works in the tree.
     (toy.source / "toy" / "ops" / "deep.py").unlink()
     toy.git("checkout", "--", ".")
     toy.git("status")
     toy.git("commit", "--quiet", "--allow-empty", "-m", "mine")
     assert git.tree_of(toy.source, store.EXCLUDE) == expected
     assert toy.git("rev-parse", "HEAD^{tree}") == expected
-    assert toy.git("rev-list", "--count", "@{upstream}..") == "4"  # the overlay, two patches, mine
+    assert (
+        toy.git("rev-list", "--count", "@{upstream}..") == "4"
+    )  # the overlay, two patches, the user's commit
     assert not (tmp_path / "ran").exists()
     shutil.rmtree(carried.elsewhere)
     toy.git("fsck")

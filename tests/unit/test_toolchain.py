@@ -1,5 +1,5 @@
-"""The compiler packages: which ones a torch gets, and how they become a toolkit. Without network: pip and
-nvcc are stand-ins.
+"""Test the compiler packages: which ones a torch gets, and how they become a toolkit. pip and nvcc are
+stand-ins, without network.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from fapatch.wheel import cuda_toolkit
 from fapatch.wheel.cuda_toolkit import Torch
 
 TORCH = Torch(python="3.12.1", version="2.11.0+cu130", cuda="13.0", gpu=True, home=None, packages=())
-# In place of .venv's Python: `python -m pip install ... --target FOLDER ...` makes what the packages of CUDA
-# 13 hold, and notes the call.
+# Replaces .venv's Python: `python -m pip install ... --target FOLDER ...` makes the files of the CUDA 13
+# packages, and records the call.
 PIP = """#!/bin/sh
 echo "$@" >> "$(dirname "$0")/calls"
 {before}
@@ -61,7 +61,7 @@ def test_the_packages_become_a_toolkit_that_is_found(tmp_path, capsys):
     )
     home = venv / cuda_toolkit.TOOLCHAIN / "nvidia" / "cu13"
     assert cuda_toolkit.find(venv, TORCH, {}).toolkit == cuda_toolkit.Toolkit(home, "make toolchain")
-    # What `-L$CUDA_HOME/lib64 -lcudart` needs.
+    # `-L$CUDA_HOME/lib64 -lcudart` needs this.
     assert (home / "lib64" / "libcudart.so").resolve() == home / "lib" / "libcudart.so.13"
     assert "installing cuda-toolkit[cccl,nvcc]==13.0.*" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Which of upstream's cases are left out, and what a result is tied to."""
+"""Test which of upstream's cases are left out, and on which files a result depends."""
 
 from __future__ import annotations
 

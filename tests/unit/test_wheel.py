@@ -1,4 +1,4 @@
-"""Deciding what to build and whether to build at all, and refusing a wheel that is not the patched
+"""Test the decision what to build and whether to build, and the refusal of a wheel that is not the patched
 package.
 """
 
@@ -54,7 +54,7 @@ def test_auto_takes_cuda_only_where_it_can_be_built_and_run(gpu, torch_cuda, nvc
 def test_a_gpu_that_waits_for_a_compiler_alone_gets_a_hint():
     hint = wheel.choose_backend("auto", torch(True, "13.0"), NONE).hint
     assert "/usr/local/bin/nvcc has no headers" in hint and "`make toolchain`" in hint
-    # Nowhere else: there a compiler would change nothing.
+    # No hint elsewhere, where a compiler would change nothing.
     for gpu, cuda, nvcc in [(False, "13.0", NONE), (True, None, NONE), (True, "13.0", FOUND)]:
         assert not wheel.choose_backend("auto", torch(gpu, cuda), nvcc).hint
     assert not wheel.choose_backend("cpu", torch(True, "13.0"), NONE).hint
@@ -185,7 +185,7 @@ def test_the_facts_in_a_wheel_are_compared_and_recorded(project, tree, tmp_path)
 
 
 def written_by_setuptools(path: Path, new: bool, mode: int) -> Path:
-    """A wheel as setuptools wrote it before version 77, or after."""
+    """Make a wheel as setuptools wrote it before version 77, or, if ``new``, as it does since."""
     info = "x-1.dist-info"
 
     def pick(old: str, young: str) -> str:
@@ -243,7 +243,7 @@ def test_a_wheel_has_one_form_whatever_built_it(tmp_path):
 
 @pytest.fixture
 def worktree(project) -> Path:
-    """A store with one commit and a worktree of it, as `apply` leaves them."""
+    """A store with one commit and a worktree of it, as after `apply`."""
     project.store.mkdir(parents=True)
     git.git("init", "--quiet", "--bare", project.store)
     scratch = project.root / "scratch"
@@ -335,8 +335,7 @@ def test_a_build_says_how_far_it_is_and_keeps_its_output():
     for line in lines:
         progress(line)
     assert log.getvalue() == b"".join(lines)
-    # The second file came a second after the first: not every line is worth printing where nothing overwrites
-    # it.
+    # The second file came too soon after the first to get a line, because no terminal overwrites lines here.
     assert screen.getvalue().splitlines() == [
         "kernel_build: no option leaves these out: new.cu",
         "compiled 1 of 4 files, 0:30 elapsed, about 1:30 left",

@@ -1,4 +1,4 @@
-"""The toy patch set that the tests of the tools work on: its upstream, its lock, and what a person does in a
+"""Define the toy patch set for the tests of the tools: its upstream, its lock, and a user's actions in a
 checkout of it.
 """
 
@@ -42,7 +42,7 @@ Applies-To: {applies}
 
 
 def upstream_tree(version: str) -> str:
-    """The git tree id of the files that the toy's lock takes."""
+    """The git tree id of the files that the toy takes from upstream."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in release_files(version).items():
             if name == "setup.py" or name.startswith("toy/") and not name.startswith("toy/left_out/"):
@@ -56,7 +56,7 @@ def release_files(version: str) -> dict[str, str]:
 
 
 def make_sdist(path: Path, version: str, extra: list[tarfile.TarInfo] | None = None) -> bytes:
-    """A source distribution as setuptools writes it; ``extra`` members have no content."""
+    """Make a source distribution as setuptools does; ``extra`` members have no content."""
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w") as tar:
         for name, text in release_files(version).items():
@@ -104,7 +104,7 @@ def lock_text(sdists: dict[str, bytes], commits: dict[str, str], url: str) -> st
 
 
 def point_pip_at(monkeypatch: pytest.MonkeyPatch, index: str) -> None:
-    """Make ``index`` the one place where pip looks, whatever this machine is configured for."""
+    """Make ``index`` the only place where pip looks, whatever this machine's configuration."""
     for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -112,7 +112,7 @@ def point_pip_at(monkeypatch: pytest.MonkeyPatch, index: str) -> None:
 
 
 def shell(*argv: str | Path, cwd: Path, check: bool = True, env: dict[str, str] | None = None) -> str:
-    """Run a program as a user would, with whatever configuration that user has."""
+    """Run a program as a user would, with that user's configuration."""
     result = subprocess.run(
         [str(a) for a in argv], cwd=cwd, check=False, capture_output=True, env={**os.environ, **(env or {})}
     )
@@ -122,7 +122,7 @@ def shell(*argv: str | Path, cwd: Path, check: bool = True, env: dict[str, str] 
 
 @dataclass
 class Toy:
-    """A checkout of a toy patch set, and what a person does in it."""
+    """A checkout of the toy patch set, and a user's actions in it."""
 
     root: Path
     capsys: pytest.CaptureFixture[str] | None = None
@@ -177,7 +177,7 @@ class Toy:
         return {p.relative_to(self.root).as_posix(): p.read_bytes() for p in files}
 
     def leftovers(self) -> list[str]:
-        """What a run that failed must not leave behind."""
+        """List files that a failed run must not leave behind."""
         hidden = [
             *self.root.glob("build/src/*/.new*"),
             *self.root.glob(".cache/.*"),
@@ -189,8 +189,8 @@ class Toy:
 
 
 def make_upstream(folder: Path) -> dict[str, str]:
-    """The toy's git repository: what the sdist has without its vendored folders, and files that no sdist has.
-    Version -> commit.
+    """Make the toy's git repository: the sdist's files without vendored folders, and files that no sdist has.
+    Returns version -> commit.
     """
     shell("git", "init", "--quiet", folder, cwd=folder.parent)
     commits = {}
@@ -202,8 +202,7 @@ def make_upstream(folder: Path) -> dict[str, str]:
                 (folder / name).write_bytes(text.encode())
         (folder / "AGENTS.md").unlink()
         (folder / "AGENTS.md").symlink_to("docs/readme.md")
-        # The bytes as they are, whatever .gitattributes says: that is how such a file looks like in many a
-        # repository.
+        # Store the bytes as they are, despite .gitattributes, as many repositories do with such files.
         blobs = [
             line
             for p in sorted(folder.rglob("*"))

@@ -5,8 +5,7 @@ of them).
     {"gpus": 0, "with_softmax": true, "package": ".../flash_attn",
      "functions": {"test_x": [{"names": ["seqlen_q", "seqlen_k"], "labels": ["1-128", ...]}, ...]}}
 
-The axes of a function stand in pytest's order, so that joining one label of each with "-" gives the id that
-pytest would give.
+The axes of a function are in pytest's order, so that joining one label of each with "-" gives pytest's id.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ import torch
 
 
 def _label(name: str, value: Any, index: int) -> str:
-    """What pytest calls one parameter value in a test's id (pytest's documented rule for ids that are not
-    given).
+    """The label of one parameter value in a test's id, by pytest's documented rule for ids that are not
+    given.
     """
     if value is None or isinstance(value, (str, bool, int, float, complex)):
         return str(value)
@@ -34,7 +33,9 @@ def _label(name: str, value: Any, index: int) -> str:
 
 
 def axes_of(function: Any) -> list[tuple[tuple[str, ...], list[tuple[Any, ...]], list[str]]]:
-    """(names, values, labels) for each ``pytest.mark.parametrize`` of ``function``, the innermost first."""
+    """List (names, values, labels) of each ``pytest.mark.parametrize`` of ``function``, the innermost
+    first.
+    """
     axes = []
     for mark in getattr(function, "pytestmark", []):
         if mark.name != "parametrize":

@@ -1,4 +1,4 @@
-"""Pytest plugin: lets upstream's own tests, written for a GPU, run on the CPU backend.
+"""Pytest plugin that runs upstream's own tests, written for a GPU, on the CPU backend.
 
 Upstream's test files say ``device="cuda"`` and ask for the compute capability while they are imported, so
 without a GPU they cannot even be collected. This plugin
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-A100 = (8, 0)  # the capability that upstream's files skip nothing for
+A100 = (8, 0)  # upstream's files skip nothing for this capability
 WHOLE_ROW = 1 << 30
 
 
@@ -41,7 +41,7 @@ def _to_cpu(value: Any) -> Any:
 
 
 class CpuAsCuda(TorchFunctionMode):
-    """Inside this mode torch's functions and tensor methods that are given a CUDA device use the CPU."""
+    """In this mode torch's functions and tensor methods use the CPU if they are given a CUDA device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.cuda:
@@ -50,7 +50,7 @@ class CpuAsCuda(TorchFunctionMode):
 
 
 def _memory() -> int:
-    """Physical memory in bytes, in place of the GPU's: upstream's files skip their largest cases by it."""
+    """Physical memory in bytes, in place of the GPU's, by which upstream's files skip their largest cases."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
 
 
@@ -78,8 +78,8 @@ def _answer_for_torch_cuda() -> None:
 
 
 def activate() -> None:
-    """From here on this process sees a CPU where upstream's tests look for a GPU; nothing happens on a
-    machine with one.
+    """Make this process use the CPU where upstream's tests look for a GPU. Does nothing on a machine with a
+    GPU.
     """
     if on_gpu():
         return
@@ -102,6 +102,6 @@ def pytest_configure(config) -> None:
 
 
 def pytest_runtest_teardown() -> None:
-    """Give back what the test's references took: several processes share a GPU."""
+    """Free the memory of the test's reference computations, because several processes share a GPU."""
     if on_gpu():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Pytest plugin: makes only the test cases that a plan names, and keeps a journal of what became of each.
+"""Pytest plugin that makes only the test cases of a plan, and keeps a journal of their results.
 
     pytest -p pick --pick PLAN --journal FILE TEST_FILE
 
@@ -46,15 +46,14 @@ class Picker:
 
 
 class Journal:
-    """One line a test, written at once: a run that is stopped loses nothing that was finished."""
+    """Writes one line for each test at once, so that a stopped run loses no finished result."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("a", encoding="utf-8", buffering=1)
 
     def pytest_runtest_logreport(self, report) -> None:
-        # A test that passes or fails is reported from its call phase; setup and teardown count when they fail
-        # or skip.
+        # A test's result is that of its call phase; setup and teardown count if they fail or skip.
         if report.when == "call" or report.outcome != "passed":
             name = report.nodeid.rpartition("::")[2]
             message = (
@@ -74,7 +73,6 @@ class Journal:
 def pytest_configure(config) -> None:
     if plan := config.getoption("--pick"):
         config.pluginmanager.register(Picker(json.loads(plan.read_text(encoding="utf-8"))))
-    # With pytest-xdist every report comes by the controlling process, so the workers keep no journal of their
-    # own.
+    # With pytest-xdist the controlling process gets every report, so the workers keep no journal.
     if (journal := config.getoption("--journal")) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Journal(journal))

@@ -1,5 +1,5 @@
-"""The plugin sends what asks for a GPU to the CPU, leaves a real GPU alone, and lets upstream's tests catch a
-wrong kernel.
+"""Test that the plugin sends calls for a GPU to the CPU, leaves a real GPU alone, and lets upstream's tests
+catch a wrong kernel.
 """
 
 from __future__ import annotations

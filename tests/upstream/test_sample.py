@@ -1,4 +1,4 @@
-"""Tier 4: a sample of upstream's own tests passes on the installed wheel, with softmax and without."""
+"""Test that a sample of upstream's own tests passes on the installed wheel, with softmax and without."""
 
 from __future__ import annotations
 
