@@ -5,7 +5,7 @@ A row is a Case, as a dict, with
 
     ms             side -> median time of one call in milliseconds; sides are SOFTMAX, NO_SOFTMAX,
                    NO_SOFTMAX_KERNEL
-    skipped        side -> why it was not timed, in the words of the build
+    skipped        side -> why it was not timed, from the error message
     finite         whether no side gave NaN or Inf
     ratio          time with softmax / time without: above 1 where use_softmax=False is faster; None if a side
                    is missing

@@ -109,7 +109,7 @@ def forget_fa4() -> dict[str, ModuleType]:
 
 
 def forget_what_is_installed() -> None:
-    """Clear the caches of what is installed, which only these tests change while a process runs."""
+    """Clear the caches that assume that the installed packages do not change, as these tests change them."""
     for found in (fa4._unavailable, fa4._hopper, fa2._built, extension._found, extension.obstacle):
         found.cache_clear()
     interface._known.clear()

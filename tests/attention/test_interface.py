@@ -524,7 +524,7 @@ def cuda_call():
 
 @pytest.fixture(autouse=True)
 def looked_for_again():
-    """Clear the caches of what is installed, which only these tests change while a process runs."""
+    """Clear the caches that assume that the installed packages do not change, as these tests change them."""
 
     def forget():
         for found in (stands_for_extension._found, stands_for_extension.obstacle, fa2._built):

@@ -69,7 +69,7 @@ def test_the_variants_of_a_device_agree(device, dtype, options, seqlen_q, seqlen
 
 @pytest.mark.parametrize("options", [dict(), dict(causal=True)], ids=str)
 def test_the_choice_does_not_show(device, monkeypatch, options):
-    """On both sides of the crossover "auto" gives what the other algorithm gives."""
+    """On both sides of the crossover, "auto" gives the result of the other algorithm."""
     monkeypatch.delenv("FLASH_ATTENTION_NOSOFTMAX_BACKEND", raising=False)
     dtype, algorithms = (torch.float64 if device == "cpu" else torch.float16), set()
     for seqlen in (64, 2500):

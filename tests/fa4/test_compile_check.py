@@ -1,5 +1,5 @@
-"""Test that the kernels compile for Hopper without a GPU, and what the check of their machine code
-notices.
+"""Test that the kernels compile for Hopper without a GPU, and that the check of their machine code finds
+faults.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Test the patched tree: whole or not at all, exact, and never made at the cost of somebody's work."""
+"""Test the patched tree: whole or not at all, exact, and never made at the cost of a user's work."""
 
 from __future__ import annotations
 

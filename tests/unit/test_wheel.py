@@ -1,6 +1,4 @@
-"""Test the decision what to build and whether to build, and the refusal of a wheel that is not the patched
-package.
-"""
+"""Test how a build is chosen or skipped, and that a wheel that is not the patched package is refused."""
 
 from __future__ import annotations
 

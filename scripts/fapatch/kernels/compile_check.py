@@ -202,8 +202,8 @@ def faults(case: Mapping[str, Any], kernel: Kernel, backward: bool = False) -> l
 
 
 def compile_cases(python: Path, tree: Path, cases: Cases, folder: Path) -> None:
-    """Write folder/<case>.<fwd|bwd>.cubin for each case. Raises FapError with the last words of the
-    compiler.
+    """Write folder/<case>.<fwd|bwd>.cubin for each case. Raises FapError with the last line of the compiler's
+    output.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -133,8 +133,8 @@ def ensure(venv: Path, torch: Torch) -> str:
 
 
 def ensure_requirements(project: Project, python: Path) -> str:
-    """Install from requirements.lock what the wheel of the project's release requires, with its extra for
-    torch's CUDA version if it has one; returns one line that says what was done.
+    """Install from requirements.lock the requirements of the release's wheel, with its extra for torch's CUDA
+    version if it has one; returns one line that says what was done.
     """
     asked = env.dependencies(apply.ensure(project) / project.family.folder / "pyproject.toml")
     cuda = (Torch.of(python).cuda or "").partition(".")[0]

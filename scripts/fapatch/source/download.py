@@ -1,8 +1,8 @@
 """Download source distributions into .cache/downloads: found by name on the package index, verified before
 anything reads them, never run.
 
-The index is pip's. Its page names each file with a hash, so no code of a package is run to identify it, as
-`pip download` would.
+The index is pip's. Its page names each file with a hash, so that, unlike with `pip download`, no code of a
+package runs to identify it.
 """
 
 from __future__ import annotations

@@ -281,7 +281,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
     for start in range(0, len(todo), BATCH):
         _run_batch(project, test_file, folder, todo[start : start + BATCH], journal, jobs)
     if fingerprint(*tested) != key:
-        journal.unlink()  # nobody knows which results belong to which
+        journal.unlink()  # its results may belong to either version
         raise FapError(
             f"{package} or upstream's tests changed while the tests ran",
             "run this again, without `make wheel` beside it",

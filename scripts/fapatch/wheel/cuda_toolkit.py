@@ -72,7 +72,7 @@ class Search:
     refused: tuple[str, ...]
 
     def require(self, what: str, hint: str) -> Toolkit:
-        """Return the toolkit. Raises FapError, which says that ``what`` needs one and why each that is here
+        """Return the toolkit. Raises FapError, which says that ``what`` needs one and why each toolkit found
         was refused.
         """
         if self.toolkit is None:
