@@ -1,4 +1,4 @@
-"""Calls that look the same are checked and chosen for once: each call still gets what it asks for."""
+"""Test that calls which look the same, checked and dispatched only once, each get the right result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_one_tensor_for_all_three_and_then_others():
 
 
 def test_positional_arguments_and_keywords():
-    """dropout_p, softmax_scale, causal: the third is not the second."""
+    """The positional arguments are dropout_p, softmax_scale and causal, in this order."""
     q, k, v = qkv(None, 2, 9, 9)
     by_name = flash_attn_func(q, k, v, causal=True, softmax_scale=0.5, **OFF)
     for _ in range(2):
@@ -49,7 +49,7 @@ def test_equal_numbers_of_another_type():
 
 
 def test_lists_and_tensors_in_the_place_of_numbers():
-    """They are read at each call."""
+    """Lists and tensors are read at each call."""
     q, k, v = qkv(None, 2, 9, 9)
     for make in (list, torch.tensor):
         window = make([-1, 0])
@@ -67,7 +67,7 @@ def test_lists_and_tensors_in_the_place_of_numbers():
 
 
 def test_lengths_that_are_not_contiguous(monkeypatch):
-    """A kernel reads them as if they were."""
+    """A kernel reads lengths as if they were contiguous."""
     attend, calls = interface.ops.attend, []
     monkeypatch.setattr(
         interface.ops, "attend", lambda call, *more: calls.append(call) or attend(call, *more)
@@ -82,7 +82,7 @@ def test_lengths_that_are_not_contiguous(monkeypatch):
 
 
 def test_what_lies_in_the_tensors_is_looked_at_again():
-    """On the CPU: the offsets of the second call are wrong."""
+    """On the CPU values are checked again: the offsets of the second call are wrong."""
     x = [t.flatten(0, 1) for t in qkv(None, 1, 9, 9)]
     flash_attn_varlen_func(*x, *[cumulative((4, 5), "cpu")] * 2, 5, 5, **OFF)
     with pytest.raises(ValueError, match="cu_seqlens_q"):
@@ -119,7 +119,7 @@ def test_autocast():
 
 
 def test_the_environment(monkeypatch):
-    """It is read at each call that leaves the choice open."""
+    """FLASH_ATTENTION_NOSOFTMAX_BACKEND is read at each call that names no backend."""
     q, k, v = qkv(None, 2, 9, 9)
     flash_attn_func(q, k, v, use_softmax=False)
     monkeypatch.setenv("FLASH_ATTENTION_NOSOFTMAX_BACKEND", "no such backend")
@@ -128,7 +128,7 @@ def test_the_environment(monkeypatch):
 
 
 def test_factors_and_biases():
-    """Keywords of the door, whose tensors are found again too."""
+    """Tensors in our own keywords are read at each call."""
     q, k, v = qkv(None, 2, 9, 9)
     plain = flash_attn_func(q, k, v, **OFF)
     for factor in (1.0, 2.0, 3.0):

@@ -77,8 +77,8 @@ def _with_gone(
 
 
 def keep_old(project: Project, before: tuple[Patch, ...], after: tuple[Patch, ...]) -> tuple[Patch, ...]:
-    """Add old forms, from ``before``, to ``after``, the series written for the project's release: of each patch
-    that ``after`` has lost, or whose new form does not apply to a release that took the old one.
+    """Add old forms, from ``before``, to ``after``, the series written for the project's release: of each
+    patch that ``after`` lost, or whose new form does not apply to a release that took the old one.
     """
     old, needed, version = {p.name: p for p in before}, set(), project.release.version
     others = [r for r in project.family.releases if r.version != version]
