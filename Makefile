@@ -13,7 +13,7 @@ export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE R
         test test-fast test-unit test-patches test-attention upstream-test sanitize bench bench-gpu bench-fa4 bench-host bench-linear clean distclean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
 
 env:  ## make .venv, the project's own Python environment
 	@$(PYTHON) scripts/fap.py env
