@@ -33,6 +33,21 @@ def test_dense(attention, score, shape, causal):
     compare(attention, *tensors, causal=causal, normalization=given, **score)
 
 
+@pytest.mark.parametrize("normalization", [1 / 24, "1/n", "1/sqrt(n)", "1/visible"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_bfloat16(attention, normalization, dropout_p):
+    """Factors that all rows share, which the CUDA extension takes in this dtype."""
+    tensors = qkv(attention, 2, 20, 24, nheads=4, nheads_k=2, dtype=torch.bfloat16)
+    if dropout_p == 0.0:
+        compare(attention, *tensors, normalization=normalization)
+        return
+    out, keep = attention.dropped(*tensors, dropout_p, 3, normalization=normalization)
+    plain, kept = attention.dropped(*tensors, dropout_p, 3)
+    assert torch.equal(keep, kept)
+    factor = {"1/sqrt(n)": 24**-0.5, 1 / 24: 1 / 24}.get(normalization, 1 / 24)
+    torch.testing.assert_close(out.float(), plain.float() * factor, rtol=2e-2, atol=2e-3)
+
+
 @pytest.mark.parametrize("score", SCORES, ids=lambda score: score["activation"])
 @pytest.mark.parametrize("count", [None, len(RAGGED), sum(RAGGED)], ids=str)
 def test_packed(attention, score, count):

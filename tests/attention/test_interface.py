@@ -593,6 +593,43 @@ def test_no_argument_says_that_there_is_no_softmax(cuda_call):
         stands_for_extension.fwd(*cuda_call, False)
 
 
+@pytest.mark.parametrize("options, factor", [
+    (dict(factor=1 / 64), 1 / 64),
+    (dict(factor=1 / 64, window_left=1, window_right=0, dropout_p=0.1), 1 / 64),
+    (dict(normalization="1/n"), 1 / 5),
+    (dict(normalization="1/sqrt(n)", window_left=1, window_right=0), 5**-0.5),
+    (dict(normalization="1/visible"), 1 / 5),
+], ids=str)  # fmt: skip
+def test_a_factor_that_all_rows_share_is_part_of_the_extensions_scale(extension, options, factor):
+    """In bfloat16 its kernels multiply by the scale in float32 and at the end, forward and backward."""
+    q, k = fake(2, 3, 4, 8, dtype=torch.bfloat16), fake(2, 5, 4, 8, dtype=torch.bfloat16)
+    call = nosoftmax_call(q, k, longest=(3, 5), **options)
+    assert fa2.obstacle(call) is None
+    fa2.forward(call)
+    fa2.backward(call, q, None)
+    for _, arguments in extension.given:
+        assert [x for x in arguments if isinstance(x, float)][1] == 0.3 * factor
+
+
+@pytest.mark.parametrize("options, dtype, words", [
+    (dict(factor=0.5), torch.float16, "normalization=0.5 with torch.float16"),
+    (dict(factor=0.5, softcap=2.0), torch.bfloat16, "softcap=2.0"),
+    (dict(factor=0.5, alibi_slopes=True), torch.bfloat16, "normalization=0.5 with alibi_slopes"),
+    (dict(normalization="1/visible", window_right=0), torch.bfloat16, "normalization='1/visible'"),
+    (dict(normalization="1/n", packed=True), torch.bfloat16, "normalization='1/n'"),
+    (dict(row_factors=True), torch.bfloat16, "normalization as a tensor"),
+    (dict(activation="silu", factor=0.5), torch.bfloat16, "activation='silu'"),
+], ids=str)  # fmt: skip
+def test_other_factors_are_refused_by_name(extension, options, dtype, words):
+    options, tensors = dict(options), {}
+    for name in ("alibi_slopes", "row_factors"):
+        if options.pop(name, False):
+            tensors[name] = fake(2, dtype=torch.float32)
+    lengths = [fake(3, dtype=torch.int32)] * 2 if options.pop("packed", False) else []
+    call = nosoftmax_call(fake(2, 3, 4, 8, dtype=dtype), None, None, *lengths, **options)._replace(**tensors)
+    assert words in fa2.obstacle(call)
+
+
 def test_stock_extension_is_refused_without_softmax(cuda_call, extension):
     extension.has_use_softmax = False
     stands_for_extension.fwd(*cuda_call)
@@ -751,7 +788,7 @@ def test_an_argument_that_some_releases_lack(cuda_call, extension, monkeypatch):
 
 
 def test_too_few_arguments(cuda_call):
-    with pytest.raises(TypeError, match=r"fwd\(\) takes 13 arguments .*return_softmax, gen\) and got 11"):
+    with pytest.raises(TypeError, match=r"fwd\(\) takes 13 arguments .*return_softmax, gen.*\) and got 11"):
         stands_for_extension.fwd(*cuda_call[:-2])
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ... import extension
 from ..call import Call, needs_grad
+from ..score import NORMALIZATIONS
 from . import Result
 
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -47,11 +48,50 @@ def _beyond_the_identity(call: Call) -> Optional[str]:
     o = call.options
     if o.activation != "identity":
         return f"activation={o.activation!r}"
-    if o.normalization is not None:
-        return f"normalization={o.normalization!r}"
-    if o.factor != 1.0:
-        return f"normalization={o.factor}"
-    return None if call.row_factors is None else "normalization as a tensor"
+    factor = _factor(call)
+    if factor == 1.0 or factor is not None and _scales_at_end(call):
+        return None
+    given = o.factor if o.normalization is None else o.normalization
+    name = "normalization as a tensor" if call.row_factors is not None else f"normalization={given!r}"
+    return name if factor is None else f"{name} with {_unscaled(call)}"
+
+
+def _factor(call: Call) -> Optional[float]:
+    """Return the factor on the output if all rows have one that the host knows, else None."""
+    o = call.options
+    if call.row_factors is not None:
+        return None
+    if o.normalization is None:
+        return o.factor
+    windowed = o.window_left >= 0 or o.window_right >= 0
+    if call.varlen or call.cache is not None or (windowed and NORMALIZATIONS[o.normalization].by_row):
+        return None
+    n = max(call.k.shape[1], 1)
+    return NORMALIZATIONS[o.normalization].factor(n, n)
+
+
+def _unscaled(call: Call) -> Optional[str]:
+    """Name what makes the kernels apply softmax_scale before the end, if anything does."""
+    if call.q.dtype != torch.bfloat16:
+        return f"{call.q.dtype}"
+    if call.options.softcap > 0.0:
+        return f"softcap={call.options.softcap}"
+    return None if call.alibi_slopes is None else "alibi_slopes"
+
+
+def _scales_at_end(call: Call) -> bool:
+    """Whether the kernels multiply by softmax_scale in float32 and at the end, where a factor of the output
+    belongs (kScaleAtEnd in csrc/flash_attn/src/nosoftmax.h).
+    """
+    return _unscaled(call) is None
+
+
+def _scale(call: Call) -> float:
+    """Return softmax_scale with the factor of the output in it."""
+    o = call.options
+    if o.normalization is None and o.factor == 1.0:  # as nearly always
+        return o.softmax_scale
+    return o.softmax_scale * _factor(call)
 
 
 def disadvantage(call: Call) -> Optional[str]:
@@ -118,7 +158,7 @@ def forward(call: Call) -> Result:
             None,
             call.alibi_slopes,
             o.dropout_p,
-            o.softmax_scale,
+            _scale(call),
             *window,
             o.softcap,
             s_dmask,
@@ -129,7 +169,7 @@ def forward(call: Call) -> Result:
         out, _, mask, rng_state = extension.load().varlen_fwd(
             q, k, v, None, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k, call.leftpad_k,
             call.block_table, call.alibi_slopes, o.max_seqlen_q, o.max_seqlen_k, o.dropout_p,
-            o.softmax_scale, False, *window, o.softcap, s_dmask, None, False,
+            _scale(call), False, *window, o.softcap, s_dmask, None, False,
         )  # fmt: skip
     return Result(_cut(out, call.q), rng_state if o.dropout_p > 0.0 else None, mask if s_dmask else None)
 
@@ -142,13 +182,13 @@ def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) 
     if not call.varlen:
         grads = extension.load().bwd(
             dout, q, k, v, q, q.new_empty(0, dtype=torch.float32), None, None, None, call.alibi_slopes,
-            o.dropout_p, o.softmax_scale, *window, o.softcap, o.deterministic, None, rng_state, False,
+            o.dropout_p, _scale(call), *window, o.softcap, o.deterministic, None, rng_state, False,
         )  # fmt: skip
     else:
         grads = extension.load().varlen_bwd(
             dout, q, k, v, q, q.new_empty(0, dtype=torch.float32), None, None, None, call.cu_seqlens_q,
             call.cu_seqlens_k, call.alibi_slopes, o.max_seqlen_q, o.max_seqlen_k, o.dropout_p,
-            o.softmax_scale, False, *window, o.softcap, o.deterministic, None, rng_state, False,
+            _scale(call), False, *window, o.softcap, o.deterministic, None, rng_state, False,
         )  # fmt: skip
     return tuple(_cut(grad, x) for grad, x in zip(grads[:3], (call.q, call.k, call.v)))
 
@@ -166,6 +206,6 @@ def _with_cache(call: Call) -> Result:
     out, _ = extension.load().fwd_kvcache(
         q, call.k, call.v, _contiguous(given.k), _contiguous(given.v), seqlens, given.rotary_cos,
         given.rotary_sin, given.cache_batch_idx, call.leftpad_k, call.block_table, call.alibi_slopes, None,
-        o.softmax_scale, *_window(call), o.softcap, given.rotary_interleaved, given.num_splits, False,
+        _scale(call), *_window(call), o.softcap, given.rotary_interleaved, given.num_splits, False,
     )  # fmt: skip
     return Result(out)
