@@ -13,10 +13,12 @@ from fapatch.kernels import toolchain
 from fapatch.wheel import cuda_toolkit
 from fapatch.wheel.cuda_toolkit import Torch
 
+LOCK = Path(__file__).parents[2] / "requirements.lock"
 TORCH = Torch(python="3.12.1", version="2.11.0+cu130", cuda="13.0", gpu=True, home=None, packages=())
 # Replaces .venv's Python: `python -m pip install ... --target FOLDER ...` makes the files of the CUDA 13
 # packages, and records the call.
 PIP = """#!/bin/sh
+case "$*" in *"pip config list") exit;; esac
 echo "$@" >> "$(dirname "$0")/calls"
 {before}
 while [ "$1" != --target ]; do shift; done
@@ -56,7 +58,7 @@ def test_a_torch_without_cuda_and_one_whose_compiler_is_not_on_the_index_are_ref
 def test_the_packages_become_a_toolkit_that_is_found(tmp_path, capsys):
     venv = make_venv(tmp_path)
     assert (
-        toolchain.ensure(venv, TORCH)
+        toolchain.ensure(venv, TORCH, LOCK)
         == f".venv/{cuda_toolkit.TOOLCHAIN}/nvidia/cu13 is ready: CUDA 13.0; `make wheel` builds with it"
     )
     home = venv / cuda_toolkit.TOOLCHAIN / "nvidia" / "cu13"
@@ -66,29 +68,40 @@ def test_the_packages_become_a_toolkit_that_is_found(tmp_path, capsys):
     assert "installing cuda-toolkit[cccl,nvcc]==13.0.*" in capsys.readouterr().out
 
 
-def test_the_second_run_does_nothing_and_another_torch_gets_another_compiler(tmp_path):
+def test_the_second_run_does_nothing_and_another_torch_gets_another_compiler(tmp_path, capsys):
     venv = make_venv(tmp_path)
-    toolchain.ensure(venv, TORCH)
-    assert toolchain.ensure(venv, TORCH).endswith("is up to date: CUDA 13.0. Nothing to do.")
+    toolchain.ensure(venv, TORCH, LOCK)
+    assert toolchain.ensure(venv, TORCH, LOCK).endswith("is up to date: CUDA 13.0. Nothing to do.")
     calls = venv / "bin" / "calls"
     assert len(calls.read_text().splitlines()) == 1
     newer = Torch(**{**TORCH.__dict__, "cuda": "13.1"})
-    assert "is ready" in toolchain.ensure(venv, newer)
-    assert "cuda-toolkit[cccl,nvcc]==13.1.*" in calls.read_text().splitlines()[1]
+    assert "is ready" in toolchain.ensure(venv, newer, LOCK)
+    first, second = calls.read_text().splitlines()
+    assert "--require-hashes" in first and "--no-deps" in first
+    assert "cuda-toolkit[cccl,nvcc]==13.1.*" in second and "--require-hashes" not in second
+    assert "whose hashes requirements.lock does not have" in capsys.readouterr().out
+
+
+def test_the_lock_has_every_part_of_the_compiler():
+    """With hashes; another CUDA version has none."""
+    entries = toolchain.locked(LOCK, "13.0")
+    assert [entry.partition("==")[0] for entry in entries] == list(toolchain.PARTS)
+    assert all("--hash=sha256:" in entry for entry in entries)
+    assert toolchain.locked(LOCK, "13.1") == [] and toolchain.locked(LOCK, "130.0") == []
 
 
 def test_a_compiler_that_cannot_compile_is_not_kept(tmp_path):
     venv = make_venv(tmp_path, nvcc="echo cannot find g++ >&2; exit 1")
     with pytest.raises(FapError, match="cannot compile a kernel: cannot find g.*->.*install g"):
-        toolchain.ensure(venv, TORCH)
+        toolchain.ensure(venv, TORCH, LOCK)
     assert [path.name for path in venv.iterdir()] == ["bin"]
 
 
 def test_no_index_is_said_in_words_and_leaves_the_old_one(tmp_path):
     venv = make_venv(tmp_path)
-    toolchain.ensure(venv, TORCH)
+    toolchain.ensure(venv, TORCH, LOCK)
     (venv / cuda_toolkit.TOOLCHAIN / toolchain.STAMP).unlink()
     make_venv(tmp_path, before='echo "ERROR: No matching distribution found for cuda-toolkit" >&2; exit 1')
     with pytest.raises(FapError, match="No matching distribution found for cuda-toolkit.*PIP_FIND_LINKS"):
-        toolchain.ensure(venv, TORCH)
+        toolchain.ensure(venv, TORCH, LOCK)
     assert cuda_toolkit.find(venv, TORCH, {}).toolkit

@@ -174,7 +174,7 @@ def install_missing(python: Path, lock: Path, wanted: list[str], leave: Iterable
                 f"{lock.name} has no {names[unknown[0]]} for this machine and the Python of {python}",
                 "make env PYTHON= with a Python from 3.10 to 3.13, or `make lock-tools`",
             )
-        _install(python, chosen, lacking)
+        install_locked(python, chosen, lacking)
         tried.update(names)
     return bool(tried)
 
@@ -197,7 +197,10 @@ def missing(python: Path, lock: Path, wanted: list[str], leave: Iterable[str] = 
     return [requirement for requirement in json.loads(said) if canonical(requirement) not in leave]
 
 
-def _install(python: Path, chosen: list[str], what: list[str]) -> None:
+def install_locked(python: Path, chosen: list[str], what: list[str], *options: str | Path) -> None:
+    """Install the lock's entries ``chosen``, and nothing else, with pip's ``options``. ``what``: their names
+    for people.
+    """
     print(f"installing {', '.join(what)}", flush=True)
     names = set(map(canonical, chosen))
     # pip prefers a file whose hash it was told to one that it must read first. A local build (2.13.0+cpu)
@@ -219,6 +222,7 @@ def _install(python: Path, chosen: list[str], what: list[str]) -> None:
             "--only-binary=:all:",
             f"--find-links={page}",
             f"--requirement={listed}",
+            *options,
             what=f"{', '.join(what)}, which .venv lacks",
             or_else=", or set PYTHON= to an interpreter that has them; `scripts/fap.py env --groups "
             "torch,build` is enough for a wheel",

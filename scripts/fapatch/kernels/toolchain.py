@@ -4,8 +4,9 @@ For a family that is Python alone, it installs the packages that the family's wh
 it installs the CUDA compiler, for a torch with CUDA on a machine without nvcc.
 
 The CUDA packages have torch's own CUDA version: compiler, headers, runtime library, and cuobjdump for `make
-sass-identity`. They go into .venv/cuda-toolchain, a CUDA_HOME with all its parts, and torch's packages stay
-as they are. `make wheel` finds it there. The second run does nothing and says so.
+sass-identity`. Their hashes are those of requirements.lock where it has that CUDA version. They go into
+.venv/cuda-toolchain, a CUDA_HOME with all its parts, and torch's packages stay as they are. `make wheel`
+finds it there. The second run does nothing and says so.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ EXCLUSIVE = True
 STAMP = "requirements.txt"  # lists the requirements that the folder was made from
 # Earlier packages hold ptxas, but neither nvcc nor cudafe++.
 FIRST_CUDA_WITH_NVCC = 13
+# The packages below, and what they need.
+PARTS = (
+    "cuda-toolkit", "nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime",
+    "nvidia-cuda-cccl", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm",
+)  # fmt: skip
 PROGRAM = """
 #include <cuda_fp16.h>
 #include <cuda/std/array>
@@ -95,16 +101,31 @@ def check(home: Path) -> None:
             ) from e
 
 
-def _install(python: Path, wanted: list[str], *options: str | Path) -> None:
-    print(f"installing {', '.join(wanted)}", flush=True)
-    pip(python, "install", "--only-binary", ":all:", *options, *wanted, what=", ".join(wanted))
+def locked(lock: Path, cuda: str) -> list[str]:
+    """Return the entries of ``lock`` for PARTS, or none if its cuda-toolkit is of another CUDA version."""
+    listed = {env.canonical(entry): entry for entry in env.entries(lock.read_text(encoding="utf-8"))}
+    release = ".".join(cuda.split(".")[:2])
+    if not listed.get("cuda-toolkit", "").startswith(f"cuda-toolkit=={release}."):
+        return []
+    return [listed[name] for name in PARTS if name in listed]
 
 
-def ensure(venv: Path, torch: Torch) -> str:
+def _install(python: Path, wanted: list[str], entries: list[str], folder: Path) -> None:
+    if entries:
+        env.install_locked(python, entries, wanted, "--target", folder)
+        return
+    print(f"installing {', '.join(wanted)}, whose hashes {env.LOCK} does not have", flush=True)
+    pip(
+        python, "install", "--only-binary", ":all:", "--target", folder, *wanted, what=", ".join(wanted)
+    )  # fmt: skip
+
+
+def ensure(venv: Path, torch: Torch, lock: Path) -> str:
     """Make the toolchain of ``venv`` match ``torch``; returns one line that says what was done."""
     wanted = requirements(torch.cuda)
     folder = venv / cuda_toolkit.TOOLCHAIN
-    stamp = "".join(f"{requirement}\n" for requirement in wanted)
+    entries = locked(lock, torch.cuda)
+    stamp = "".join([*(f"{requirement}\n" for requirement in wanted), *entries])
     home = cuda_toolkit.toolchain_home(venv)
     if home and (folder / STAMP).is_file() and (folder / STAMP).read_text() == stamp:
         return (
@@ -113,7 +134,7 @@ def ensure(venv: Path, torch: Torch) -> str:
         )
     with tempfile.TemporaryDirectory(dir=venv, prefix=f".{cuda_toolkit.TOOLCHAIN}-") as scratch:
         new = Path(scratch) / cuda_toolkit.TOOLCHAIN
-        _install(env.venv_python(venv), wanted, "--target", new)
+        _install(env.venv_python(venv), wanted, entries, new)
         home = cuda_toolkit.toolchain_home(Path(scratch))
         if home is None:
             raise FapError(
@@ -154,7 +175,7 @@ def main(project: Project, args: argparse.Namespace) -> int:
     if not python.exists():
         raise FapError(".venv is missing", "make env")
     print(
-        ensure(project.venv, Torch.of(python))
+        ensure(project.venv, Torch.of(python), project.root / env.LOCK)
         if project.family.extension
         else ensure_requirements(project, python)
     )
