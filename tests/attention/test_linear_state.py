@@ -107,6 +107,80 @@ def test_agrees_with_flash_linear_attention():
     torch.testing.assert_close(new_state, expected_state, rtol=1e-4, atol=1e-3)
 
 
+def plainly(q, k, v, state, scale):
+    """Compute one piece by its definition: (out, the state after it)."""
+    group = q.shape[2] // k.shape[2]
+    keys, values = (x.repeat_interleave(group, 2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, keys).tril()
+    out = torch.einsum("bhqk,bkhe->bqhe", scores, values)
+    out = out + torch.einsum("bqhd,bhde->bqhe", q, state.repeat_interleave(group, 1))
+    return out * scale, state + torch.einsum("bthd,bthe->bhde", k, v)
+
+
+def in_pieces(*cuts: int):
+    def run(q, k, v, state, scale):
+        outs = []
+        for start, stop in zip((0, *cuts), (*cuts, q.shape[1])):
+            out, state = linear_attention_prefill(*(x[:, start:stop] for x in (q, k, v)), state, scale)
+            outs.append(out)
+        return torch.cat(outs, 1), state
+
+    return run
+
+
+def by_steps(q, k, v, state, scale):
+    outs = []
+    for t in range(q.shape[1]):
+        out, state = linear_attention_step(q[:, t], k[:, t], v[:, t], state, scale)
+        outs.append(out)
+    return torch.stack(outs, 1), state
+
+
+@pytest.mark.parametrize(
+    "run", [in_pieces(), in_pieces(1), in_pieces(0, 7, 7, 12), by_steps], ids=["whole", "1", "4", "steps"]
+)
+@pytest.mark.parametrize("nheads_k", [1, 2, 4])
+def test_gradients_of_pieces_are_those_of_the_whole(device, run, nheads_k):
+    """Of q, k, v and the initial state, from the outputs and from the final state; and second derivatives."""
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    shapes = ((2, 19, 4, 8), (2, 19, nheads_k, 8), (2, 19, nheads_k, 6), (2, nheads_k, 8, 6))
+    tensors = [randn(*shape, seed=i, dtype=torch.float32).to(device) for i, shape in enumerate(shapes)]
+    douts = randn(2, 19, 4, 6, seed=7), randn(2, nheads_k, 8, 6, seed=8)
+
+    def derivatives(function, dtype, wide):
+        leaves = [x.detach().to(wide if i == 3 else dtype).requires_grad_() for i, x in enumerate(tensors)]
+        results = function(*leaves, 0.3)
+        grads = torch.autograd.grad(
+            results, leaves, [d.to(r) for d, r in zip(douts, results)], create_graph=True
+        )
+        second = torch.autograd.grad(sum(g.float().square().sum() for g in grads), leaves)
+        return [*(x.detach() for x in (*results, *grads)), *second]
+
+    actual = derivatives(run, dtype, torch.float32)
+    expected = derivatives(plainly, torch.float64, torch.float64)
+    for a, e in zip(actual, expected):
+        tolerance = (1e-5 if device == "cpu" else 2e-2) * e.abs().max().item()
+        torch.testing.assert_close(a.double(), e, rtol=0, atol=tolerance, check_device=False)
+
+
+def test_a_step_with_gradients_leaves_its_state_alone():
+    state = torch.zeros(1, 1, 4, 4, requires_grad=True)
+    x = torch.ones(1, 1, 4)
+    _, after = linear_attention_step(x, x, x, state)
+    assert not state.any() and after.requires_grad
+    with torch.no_grad():
+        assert linear_attention_step(x, x, x, state)[1] is state and state.all()
+
+
+def test_an_output_that_saturates_has_the_gradient_of_one_that_does_not():
+    q, k, v = (torch.full((1, 2, 1, 4), 60.0, dtype=torch.float16, requires_grad=True) for _ in range(3))
+    state = torch.full((1, 1, 4, 4), 1e4, requires_grad=True)
+    out, _ = linear_attention_prefill(q, k, v, state, 1.0)
+    assert (out == 65504.0).all()
+    (grad,) = torch.autograd.grad(out.float().sum(), state)
+    torch.testing.assert_close(grad, torch.full_like(grad, 120.0))
+
+
 X, STATE = torch.zeros(1, 8, 2, 8), torch.zeros(1, 2, 8, 8)
 WRONG = {
     "state has shape": dict(state=torch.zeros(1, 2, 8, 9)),
@@ -117,7 +191,6 @@ WRONG = {
     "q has shape": dict(q=torch.zeros(8, 2, 8)),
     "heads in q": dict(k=torch.zeros(1, 8, 3, 8), v=torch.zeros(1, 8, 3, 8)),
     "v has dtype": dict(v=X.half()),
-    "no gradient": dict(q=X.clone().requires_grad_()),
 }
 
 

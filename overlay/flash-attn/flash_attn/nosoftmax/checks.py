@@ -454,11 +454,6 @@ def state(
         shape("state", given, *expected, axes="batch, nheads_k, head_dim, head_dim_v")
         if given.dtype != torch.float32:
             raise TypeError(f"state has dtype {given.dtype}, expected torch.float32")
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, given)):
-        raise ValueError(
-            "the functions with a state have no gradient: call them under torch.no_grad(), or detach the "
-            "tensors"
-        )
     return options(
         q.shape[-1], 0, 0, 0.0, softmax_scale, False, (-1, -1), 0.0, False, False, "identity", 0.0, None
     ).softmax_scale
