@@ -29,6 +29,12 @@ def settings(python: Path, command: str) -> dict[str, str]:
     return found
 
 
+def default_index(python: Path) -> str:
+    """The index that pip of ``python`` asks where nothing is configured."""
+    program = "from pip._internal.models.index import PyPI; print(PyPI.simple_url)"
+    return run(python, "-c", program).stdout.decode().strip()
+
+
 def local_wheels(python: Path) -> list[Path]:
     """List the wheels in the find-links folders of pip of ``python``."""
     folders = settings(python, "install").get("find-links", "").split()

@@ -27,7 +27,7 @@ from ..base.env import venv_python
 from ..base.errors import FapError
 from ..base.files import sha256
 from ..base.lock import Sdist
-from ..base.pip import settings
+from ..base.pip import default_index, settings
 from ..base.project import Project
 
 SECONDS = 60.0
@@ -65,8 +65,9 @@ def verify(path: Path, sdist: Sdist) -> None:
 def indexes(project: Project) -> list[str]:
     """List the indexes and folders that pip is configured for, in pip's order."""
     own = venv_python(project.venv)
-    found = settings(own if own.exists() else Path(sys.executable), "download")
-    main = [] if found.get("no-index") else [found.get("index-url", "https://pypi.org/simple")]
+    python = own if own.exists() else Path(sys.executable)
+    found = settings(python, "download")
+    main = [] if found.get("no-index") else [found.get("index-url") or default_index(python)]
     extra = found.get("extra-index-url", "").split() if main else []
     return [*found.get("find-links", "").split(), *main, *extra]
 
