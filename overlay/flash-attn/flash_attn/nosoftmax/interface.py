@@ -278,10 +278,12 @@ class _Known(NamedTuple):
 
     def call(self, values: tuple) -> Call:
         """Return the call with other tensors that look the same."""
-        tensors = [None if place is None else values[place] for place in self.places]
-        if self.has_more:  # every backend takes any strides of q, k and v
-            tensors[3:] = [None if x is None else x.contiguous() for x in tensors[3:]]
-        return Call(*tensors, self.options)
+        q, k, v, *more = self.places
+        if not self.has_more:
+            return Call(values[q], values[k], values[v], *more, self.options)
+        # Each backend takes any strides of q, k and v.
+        more = [None if place is None else values[place].contiguous() for place in more]
+        return Call(values[q], values[k], values[v], *more, self.options)
 
 
 _known: dict[tuple, _Known] = {}
