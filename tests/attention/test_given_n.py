@@ -67,6 +67,15 @@ def test_as_many_sequences_as_rows(attention):
     compare(attention, *tensors, method="varlen", lengths_q=lengths, lengths_k=lengths, normalization=given)
 
 
+@pytest.mark.parametrize("batch, seqlen_q", [(2, 0), (0, 5), (0, 0)])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_nothing_to_normalize(attention, batch, seqlen_q, by_row):
+    given = factors(attention, *((batch, seqlen_q) if by_row else (batch,)))
+    tensors = qkv(attention, batch, seqlen_q, 6)
+    results = gradients(lambda *x: attention.dense(*x, normalization=given), *tensors)
+    assert all(x.shape == like.shape and not x.any() for x, like in zip(results, (tensors[0], *tensors)))
+
+
 @pytest.mark.parametrize("given", [0.02, (3,), (3, 2)], ids=str)
 def test_cache(attention, given):
     """A given factor applies when two tokens are appended to each sequence, whatever the lengths."""

@@ -81,6 +81,30 @@ def test_largest_inputs(linear, dtype, largest):
     out, state = linear_attention_prefill(q, k, v)
     step, state = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], state)
     assert all(torch.isfinite(x).all() for x in (out, step, state))
+    if dtype == torch.float16:
+        assert (out == largest).all() and (step == largest).all()
+
+
+@pytest.mark.parametrize("size", [60.0, 1000.0, 65504.0])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("derived", [False, True])
+def test_a_sum_beyond_float16_is_its_largest_number(size, sign, derived):
+    """However far beyond it is, with gradients and without."""
+    q, k, v = (torch.full((1, 4, 1, 64), x * size, dtype=torch.float16) for x in (1.0, 1.0, sign))
+    state = torch.full((1, 1, 64, 64), sign * 1e9, requires_grad=derived)
+    out, _ = linear_attention_prefill(q, k, v, state)
+    step, _ = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], state)
+    assert (out == sign * 65504.0).all() and (step == sign * 65504.0).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("derived", [False, True])
+def test_a_state_that_is_not_finite_shows(value, derived):
+    x = torch.ones(1, 4, 1, 8, dtype=torch.float16)
+    state = torch.full((1, 1, 8, 8), value, requires_grad=derived)
+    out, _ = linear_attention_prefill(x, x, x, state)
+    step, _ = linear_attention_step(x[:, 0], x[:, 0], x[:, 0], state)
+    assert not torch.isfinite(out).any() and not torch.isfinite(step).any()
 
 
 def test_steps_equal_causal_attention():

@@ -58,7 +58,8 @@ class Sequences:
             if rows is not None and len(factors) == len(call.q):
                 factors = factors[None, rows]
             else:
-                factors = factors[batch.start : batch.stop].view(len(batch), -1)
+                factors = factors[batch.start : batch.stop]
+                factors = factors[:, None] if factors.dim() == 1 else factors
             factors = factors.to(dtype).repeat_interleave(nheads_k, dim=0)
         dropout = Dropout(seed, o.dropout_p, batch.start * nheads) if o.dropout_p > 0.0 else None
         visibility = Visibility(*seqlens, Window.of(o.window_left, o.window_right))

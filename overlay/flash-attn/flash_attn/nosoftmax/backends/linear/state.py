@@ -106,10 +106,10 @@ def _derivable_piece(
 
 def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Saturate x and convert it to dtype. The gradient is that of an output that does not saturate."""
-    if dtype == torch.float16:
-        plain = x.detach()
-        x = x + (saturate_(plain.clone(), dtype) - plain)
-    return x.to(dtype)
+    if dtype != torch.float16 or not x.requires_grad:
+        return saturate_(x, dtype).to(dtype)
+    # x - x.detach() is exactly 0, whatever the size of x, and carries the gradient.
+    return (saturate_(x.detach().clone(), dtype) + (x - x.detach())).to(dtype)
 
 
 def _checked(
