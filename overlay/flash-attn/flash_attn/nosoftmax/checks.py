@@ -110,7 +110,7 @@ def options(
         deterministic, return_attn_probs, activation, sigmoid_bias, normalization, use_softmax,
     )  # fmt: skip
     # Cache plain values only: a tensor may change, and torch.compile does not use caches.
-    plain = _PLAIN.issuperset(map(type, given)) and not torch.compiler.is_compiling()
+    plain = PLAIN.issuperset(map(type, given)) and not torch.compiler.is_compiling()
     return (_options_again if plain else _options)(*given)
 
 
@@ -153,7 +153,7 @@ def _options(
     )  # fmt: skip
 
 
-_PLAIN = frozenset((int, float, bool, str, type(None)))
+PLAIN = frozenset((int, float, bool, str, type(None)))
 _options_again = lru_cache(4096, typed=True)(_options)
 
 

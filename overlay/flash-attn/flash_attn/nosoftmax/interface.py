@@ -92,8 +92,7 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
                 )
             return function(*args, **kwargs)
         values = (*args, *kwargs.values(), use_softmax, activation, sigmoid_bias, normalization)
-        looks = _looks((function, len(args), *kwargs), values, algorithm, backend, has_cache)
-        known = None if looks is None else _known.get(looks)
+        looks, known = _recall((function, len(args), *kwargs), values, algorithm, backend, has_cache)
         if known is not None and known.places is not None:
             return _returned(known.call(values), known.backend, False)
         score = use_softmax, activation, sigmoid_bias, normalization
@@ -101,11 +100,10 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(arguments.get("q", arguments.get("qkv")), "is_nested", False):
             arguments, rebuild = _packed(arguments)
         call = _call_of(arguments, score)
-        as_operator = looks is None and ops.followed(call) or call.q.is_meta
-        name = _backend(call, algorithm, backend, as_operator) if known is None else known.backend
-        if known is None and looks is not None and not as_operator:
-            _remember(looks, call, name, (*names[: len(args)], *kwargs, *_SCORE), values)
-        return _returned(call, name, as_operator, rebuild)
+        if known is not None:
+            return _returned(call, known.backend, False, rebuild)
+        named = (*names[: len(args)], *kwargs, *_SCORE)
+        return _returned(call, *_settle(call, algorithm, backend, looks, named, values), rebuild)
 
     def question(args: tuple, kwargs: dict) -> Choice:
         """Return the Choice for flash_attn.explain."""
@@ -240,8 +238,7 @@ _PAIR_PACKED = {
 def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) -> tuple[Call, str]:
     algorithm, backend = options.get("algorithm", "auto"), options.get("backend", "auto")
     values = (q, k, v, *options.values())
-    looks = _looks((_prepared, *options), values, algorithm, backend, strides=False)
-    known = None if looks is None else _known.get(looks)
+    looks, known = _recall((_prepared, *options), values, algorithm, backend, strides=False)
     if known is not None and known.places is not None:
         return known.call(values), known.backend
     defaults = {**_PAIR, **_PAIR_PACKED} if "cu_seqlens_q" in options else _PAIR
@@ -254,11 +251,9 @@ def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) 
         if given[name] is None:
             raise TypeError(f"{name} is missing: packed sequences need it beside cu_seqlens_q")
     call = _call_of(given, (False, given["activation"], given["sigmoid_bias"], given["normalization"]))
-    as_operator = ops.followed(call)
-    name = _backend(call, algorithm, backend, as_operator)
-    if looks is not None and not as_operator:
-        _remember(looks, call, name, ("q", "k", "v", *options), values)
-    return call, name
+    if known is not None:
+        return call, known.backend
+    return call, _settle(call, algorithm, backend, looks, ("q", "k", "v", *options), values)[0]
 
 
 # ---- From the arguments of a function to a call ----
@@ -295,22 +290,21 @@ _OF_TENSORS = frozenset((
     "cache_leftpad",
 ))  # fmt: skip
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
-_PLAIN_TYPES = frozenset((int, float, bool, str, type(None)))
 
 
-def _looks(of: tuple, values: tuple, algorithm: str, backend: str, strides: bool) -> Optional[tuple]:
-    """Return a hashable key of all that a check or a choice may depend on, except for tensor contents. None
-    if the call may not be remembered: under a compiler or a dispatch mode, or with an argument that may
-    change, such as a list.
+def _recall(of: tuple, values: tuple, algorithm: str, backend: str, strides: bool) -> tuple:
+    """Return (looks, known): a key of all that a check or a choice may depend on, except for tensor contents,
+    and what is remembered of a call with that key, if anything.
 
-    strides: whether the key includes the strides of the tensors.
+    looks is None if the call may not be remembered: under a compiler or a dispatch mode, or with an argument
+    that may change, such as a list. strides: whether the key includes the strides of the tensors.
     """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
     ):
-        return None
+        return None, None
     named = os.environ.get(ENVIRONMENT) if backend == "auto" else None
     looks = [of, torch.is_grad_enabled(), algorithm, backend, named]
     if torch._C._is_any_autocast_enabled():
@@ -322,17 +316,16 @@ def _looks(of: tuple, values: tuple, algorithm: str, backend: str, strides: bool
                 looks += x.shape, x.dtype, x.device, x.requires_grad
                 if strides:
                     looks.append(x.stride())
-            elif kind in _PLAIN_TYPES:
+            elif kind in checks.PLAIN:
                 looks += kind, x
-            elif kind is tuple and _PLAIN_TYPES.issuperset(map(type, x)):
+            elif kind is tuple and checks.PLAIN.issuperset(map(type, x)):
                 looks += x, *map(type, x)
             else:
-                return None
+                return None, None
         looks = tuple(looks)
-        hash(looks)
-    except (RuntimeError, TypeError):  # a nested tensor of the strided layout has no shape
-        return None
-    return looks
+        return looks, _known.get(looks)
+    except (RuntimeError, TypeError):  # a nested tensor of the strided layout has no shape, a list no hash
+        return None, None
 
 
 def _remember(looks: tuple, call: Call, backend: str, names: tuple, values: tuple) -> None:
@@ -372,14 +365,21 @@ def _returned(call: Call, backend: str, as_operator: bool, rebuild: Optional[Cal
     return out, lse, call.q.new_empty(0) if result.s_dmask is None else result.s_dmask
 
 
-def _backend(call: Call, algorithm: str, backend: str, as_operator: bool) -> str:
-    """Check the call and return its backend. An operator gets the requested name, and chooses when it
-    runs."""
+def _settle(
+    call: Call, algorithm: str, backend: str, looks: Optional[tuple], names: tuple, values: tuple
+) -> tuple[str, bool]:
+    """Check the call, and return its backend and whether it runs as an operator. An operator gets the
+    requested name, and chooses when it runs. Remembers the answer under `looks`; names, values: see
+    `_remember`.
+    """
     among = wanted(algorithm, backend)
     _check(call)
-    if as_operator:
-        return backend if backend != "auto" else algorithm
-    return choose(call, among).backend
+    if (looks is None or call.q.is_meta) and ops.followed(call):
+        return backend if backend != "auto" else algorithm, True
+    name = choose(call, among).backend
+    if looks is not None:
+        _remember(looks, call, name, names, values)
+    return name, False
 
 
 def _check(call: Call) -> None:

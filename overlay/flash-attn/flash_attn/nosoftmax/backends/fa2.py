@@ -48,12 +48,12 @@ def _beyond_the_identity(call: Call) -> Optional[str]:
     o = call.options
     if o.activation != "identity":
         return f"activation={o.activation!r}"
-    factor = _factor(call)
-    if factor == 1.0 or factor is not None and _scales_at_end(call):
+    factor, reason = _factor(call), _scales_before(call)
+    if factor == 1.0 or (factor is not None and reason is None):
         return None
     given = o.factor if o.normalization is None else o.normalization
     name = "normalization as a tensor" if call.row_factors is not None else f"normalization={given!r}"
-    return name if factor is None else f"{name} with {_unscaled(call)}"
+    return name if factor is None else f"{name} with {reason}"
 
 
 def _factor(call: Call) -> Optional[float]:
@@ -70,20 +70,17 @@ def _factor(call: Call) -> Optional[float]:
     return NORMALIZATIONS[o.normalization].factor(n, n)
 
 
-def _unscaled(call: Call) -> Optional[str]:
-    """Name what makes the kernels apply softmax_scale before the end, if anything does."""
+def _scales_before(call: Call) -> Optional[str]:
+    """Name what makes the kernels apply softmax_scale before the end, if anything does.
+
+    Otherwise they multiply by it in float32 and at the end (kScaleAtEnd in csrc/flash_attn/src/nosoftmax.h),
+    where a factor of the output belongs.
+    """
     if call.q.dtype != torch.bfloat16:
         return f"{call.q.dtype}"
     if call.options.softcap > 0.0:
         return f"softcap={call.options.softcap}"
     return None if call.alibi_slopes is None else "alibi_slopes"
-
-
-def _scales_at_end(call: Call) -> bool:
-    """Whether the kernels multiply by softmax_scale in float32 and at the end, where a factor of the output
-    belongs (kScaleAtEnd in csrc/flash_attn/src/nosoftmax.h).
-    """
-    return _unscaled(call) is None
 
 
 def _scale(call: Call) -> float:
