@@ -34,6 +34,7 @@ class Feature:
 
     name: str
     options: dict[str, object] = field(default_factory=dict)
+    score: dict[str, object] = field(default_factory=dict)  # options of the side without softmax
     heads_per_key_head: int = 1
     alibi: bool = False
     varlen: bool = False
@@ -44,7 +45,7 @@ class Feature:
         """Whether backward can be three forwards, which is then the default (backward_by_forwards in
         kernel_dispatch.h).
         """
-        return not {"softcap", "dropout_p"} & set(self.options)
+        return not {"softcap", "dropout_p"} & set(self.options) and not self.score
 
     @property
     def backward_by(self) -> str:
@@ -52,6 +53,12 @@ class Feature:
 
 
 PLAIN = Feature("plain")
+ACTIVATIONS = (
+    *(Feature(name, score={"activation": name}) for name in ("relu", "relu2", "silu", "gelu", "softplus")),
+    Feature("sigmoid", score={"activation": "sigmoid"}),
+    Feature("sigmoid -log n", score={"activation": "sigmoid", "sigmoid_bias": "-log n"}),
+    Feature("identity 1/visible", score={"normalization": "1/visible"}),
+)
 FEATURES = (
     Feature("dropout 0.17", {"dropout_p": 0.17}),
     Feature("softcap 30", {"softcap": 30.0}),
@@ -102,27 +109,33 @@ def attention(feature: Feature, case: Case, dtype: torch.dtype, device: str) -> 
     ]
     attend = _attend(feature, case, lengths, device)
     if case.direction != BACKWARD:
-        return {name: partial(_forward, attend, inputs, name == SOFTMAX) for name in (SOFTMAX, NO_SOFTMAX)}
+        return {
+            name: partial(_forward, attend, inputs, _score(feature, name)) for name in (SOFTMAX, NO_SOFTMAX)
+        }
     dout = torch.randn_like(inputs[0])
     names = (SOFTMAX, NO_SOFTMAX, NO_SOFTMAX_KERNEL) if feature.has_two_backwards else (SOFTMAX, NO_SOFTMAX)
-    return {name: partial(_backward, attend, inputs, dout, name) for name in names}
+    return {name: partial(_backward, attend, inputs, dout, name, _score(feature, name)) for name in names}
+
+
+def _score(feature: Feature, side: str) -> dict[str, object]:
+    return {"use_softmax": True} if side == SOFTMAX else {"use_softmax": False, **feature.score}
 
 
 def _forward(
-    attend: Callable[..., Tensor], inputs: list[Tensor], use_softmax: bool
+    attend: Callable[..., Tensor], inputs: list[Tensor], score: dict[str, object]
 ) -> tuple[list[Tensor], Call]:
     @torch.no_grad()
     def call() -> Tensor:
-        return attend(*inputs, use_softmax=use_softmax)
+        return attend(*inputs, **score)
 
     return [call()], call
 
 
 def _backward(
-    attend: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor, name: str
+    attend: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor, name: str, score: dict[str, object]
 ) -> tuple[Sequence[Tensor], Call]:
     """Make a call of backward alone, on a graph that is kept."""
-    out = attend(*inputs, use_softmax=name == SOFTMAX)
+    out = attend(*inputs, **score)
 
     def call() -> Sequence[Tensor]:
         with backward_choice(name):
@@ -147,9 +160,11 @@ def backward_choice(name: str) -> Iterator[None]:
             os.environ[BACKWARD_SWITCH] = before
 
 
-def decode(case: Case, dtype: torch.dtype, gpu: Gpu) -> tuple[dict[str, Side], int]:
+def decode(
+    case: Case, dtype: torch.dtype, gpu: Gpu, score: dict[str, object] | None = None, page: int = 0
+) -> tuple[dict[str, Side], int]:
     """The sides of one decode step (one new query token, nothing appended), and the number of steps in each
-    call.
+    call. score: options of the side without softmax. page: keys of a page, in shuffled order, or 0 for none.
 
     A small cache would stay in L2, unlike in a model with many layers. Each call therefore walks over enough
     caches to overflow L2.
@@ -161,10 +176,16 @@ def decode(case: Case, dtype: torch.dtype, gpu: Gpu) -> tuple[dict[str, Side], i
         *[(case.batch, case.seqlen, case.nheads_k, case.head_dim)] * 2,
     ]
     caches = [[torch.randn(s, dtype=dtype, device=gpu.device) for s in shapes] for _ in range(steps)]
+    options = {"cache_seqlens": lengths, "causal": True, "backend": BACKEND}
+    if page:
+        pages = torch.randperm(case.batch * case.seqlen // page, dtype=torch.int32, device=gpu.device)
+        options["block_table"] = pages.reshape(case.batch, -1)
+        caches = [[q, *(x.view(-1, page, *x.shape[2:]) for x in kv)] for q, *kv in caches]
 
     def side(use_softmax: bool) -> tuple[list[Tensor], Call]:
-        options = {"cache_seqlens": lengths, "causal": True, "backend": BACKEND, "use_softmax": use_softmax}
-        calls = [partial(flash_attn_with_kvcache, *cache, **options) for cache in caches]
+        options["use_softmax"] = use_softmax
+        chosen = {**options, **({} if use_softmax else score or {})}
+        calls = [partial(flash_attn_with_kvcache, *cache, **chosen) for cache in caches]
         return [calls[0]()], gpu.captured(calls)
 
     return {name: partial(side, name == SOFTMAX) for name in (SOFTMAX, NO_SOFTMAX)}, steps

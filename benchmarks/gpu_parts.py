@@ -5,6 +5,7 @@ them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -28,6 +29,11 @@ from gpu_record import (
 
 HEAD_DIMS = (64, 128)  # of all parts but dense
 DECODE_HEADS = (32, 4)  # of queries, of keys
+SHORTEST = 2048  # N of the activations part
+PAGED_CONTEXT, PAGED_HEADS = (
+    8192,
+    (32, 8),
+)  # of its decode steps: the longest context; heads of queries and keys
 NOT_BUILT = ("has no kernels ", "This flash attention build ")
 
 Row = dict[str, object]
@@ -109,6 +115,30 @@ def dense(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> I
         yield {**row, "tflops": {name: tera_per_second(flops, ms) for name, ms in row["ms"].items()}}
 
 
+def activations(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> Iterator[Row]:
+    """Measure each activation as `dense` does, from N = 2k on, and decode steps with it over a cache in
+    pages, for the largest batch.
+    """
+    seqlens = [seqlen for seqlen in args.seqlens if seqlen >= SHORTEST]
+    for case, row in _attention(args, gpu, gpu_cases.ACTIVATIONS, args.head_dims, seqlens):
+        flops = attention_flops(case)
+        yield {**row, "tflops": {name: tera_per_second(flops, ms) for name, ms in row["ms"].items()}}
+    context = max((c for c in args.contexts if c <= PAGED_CONTEXT and c % 256 == 0), default=None)
+    if context is None:
+        return
+    for head_dim, feature in itertools.product(_narrow(args), gpu_cases.ACTIVATIONS):
+        case = Case(feature.name, DECODE, max(args.batches), context, *PAGED_HEADS, head_dim)
+        sides, calls = gpu_cases.decode(case, args.dtype, gpu, feature.score, page=256)
+        yield _with_bandwidth(_compare(case, sides, gpu, calls), case, args, yardsticks)
+
+
+def _with_bandwidth(row: Row, case: Case, args: argparse.Namespace, yardsticks: dict[str, float]) -> Row:
+    """Add the share of the copy bandwidth that reading K and V reaches."""
+    size = kv_bytes(case, args.dtype.itemsize)
+    shares = {name: tera_per_second(size, ms) / yardsticks["copy_tb_per_s"] for name, ms in row["ms"].items()}
+    return {**row, "bandwidth": shares}
+
+
 def features(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> Iterator[Row]:
     """Measure the options beside the plain form, with half of the tokens in the longest sequence."""
     for _, row in _attention(args, gpu, FEATURES, _narrow(args), [args.tokens // 2]):
@@ -134,13 +164,7 @@ def decode(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> 
         else:
             sides, calls = gpu_cases.decode(case, args.dtype, gpu)
             row = _compare(case, sides, gpu, calls)
-        yield {
-            **row,
-            "bandwidth": {
-                name: tera_per_second(size, ms) / yardsticks["copy_tb_per_s"]
-                for name, ms in row["ms"].items()
-            },
-        }
+        yield _with_bandwidth(row, case, args, yardsticks)
 
 
 def memory(args: argparse.Namespace, gpu: Gpu, yardsticks: dict[str, float]) -> Iterator[Row]:

@@ -9,7 +9,7 @@ A row is a Case, as a dict, with
     finite         whether no side gave NaN or Inf
     ratio          time with softmax / time without: above 1 where use_softmax=False is faster; None if a side
                    is missing
-    tflops         side -> TFLOP/s (dense rows)
+    tflops         side -> TFLOP/s (dense and activations rows)
     bandwidth      side -> share of the copy bandwidth measured in the same run (decode rows)
     backward_by    how backward runs without softmax when nothing is forced (backward rows)
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-PARTS = ("dense", "features", "decode", "memory")
+PARTS = ("dense", "activations", "features", "decode", "memory")
 
 SOFTMAX = "softmax"
 NO_SOFTMAX = "no_softmax"  # use_softmax=False; backward as the package chooses

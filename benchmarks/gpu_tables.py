@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import results_page
-from gpu_record import BACKWARD, FORWARD, NO_SOFTMAX, NO_SOFTMAX_KERNEL, SOFTMAX
+from gpu_record import BACKWARD, DECODE, FORWARD, NO_SOFTMAX, NO_SOFTMAX_KERNEL, SOFTMAX
 from legend import legend_below
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -152,7 +152,38 @@ def _memory(rows: list[dict]) -> str:
     )
 
 
-PARTS = {"dense": _dense, "features": _features, "decode": _decode, "memory": _memory}
+def _activations(rows: list[dict]) -> str:
+    text = ""
+    for direction in (FORWARD, BACKWARD):
+        chosen = [r for r in rows if r["direction"] == direction]
+        text += f"\n## Activations, {direction}: TFLOP/s, and the ratio to softmax\n\n"
+        text += table(
+            chosen,
+            "activation, head_dim, mask",
+            lambda r: f"{r['name']}, {r['head_dim']} {_mask(r['causal'])}",
+            lambda r: f"N = {tokens(r['seqlen'])}",
+            _speed,
+        )
+    steps = [r for r in rows if r["direction"] == DECODE]
+    if not steps:
+        return text
+    first = steps[0]
+    text += (
+        f"\n## Activations, decode: {first['nheads']} query heads, {first['nheads_k']} key heads, batch "
+        f"{first['batch']}, context {tokens(first['seqlen'])} in pages of 256\n\n"
+    )
+    return text + table(
+        steps, "activation", lambda r: r["name"], lambda r: f"head_dim {r['head_dim']}", _step
+    )
+
+
+PARTS = {
+    "dense": _dense,
+    "activations": _activations,
+    "features": _features,
+    "decode": _decode,
+    "memory": _memory,
+}
 
 
 def skipped(record: dict) -> list[str]:

@@ -192,9 +192,6 @@ def test_choice(install, device, machine, options, expected, reasons):
 
 
 @pytest.mark.parametrize("machine, options, reasons", [
-    ({}, dict(SILU, dropout_p=0.1), {"linear": "'silu'", "fa4": "no dropout_p", "fa2": "'silu'",
-        "cpu": "q is on cuda"}),
-    (NO_FA4, SILU, {"linear": "'silu'", "fa4": "not installed", "fa2": "activation='silu'", "cpu": ""}),
     (PURE_PYTHON, dict(IDENTITY, dropout_p=0.1), {"linear": "dropout_p", "fa4": "",
         "fa2": "make wheel BACKEND=cuda", "cpu": ""}),
 ], ids=str)  # fmt: skip
@@ -446,9 +443,6 @@ IMPOSSIBLE = {
         IDENTITY, backend="fa4", dropout_p=0.1
     ),
     'backend="fa4" is not possible with use_softmax=True: tensors on cuda': dict(backend="fa4"),
-    "backend=\"fa2\" is not possible: flash_attn_2_cuda has no kernels for activation='silu'": dict(
-        SILU, backend="fa2"
-    ),
     'backend="cpu" is not possible: q is on cuda': dict(IDENTITY, backend="cpu"),
     'backend="linear" is not possible with use_softmax=True: tensors on cuda': dict(backend="linear"),
     "backend=\"linear\" is not possible: activation='gelu'": dict(

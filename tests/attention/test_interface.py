@@ -593,41 +593,46 @@ def test_no_argument_says_that_there_is_no_softmax(cuda_call):
         stands_for_extension.fwd(*cuda_call, False)
 
 
-@pytest.mark.parametrize("options, factor", [
-    (dict(factor=1 / 64), 1 / 64),
-    (dict(factor=1 / 64, window_left=1, window_right=0, dropout_p=0.1), 1 / 64),
-    (dict(normalization="1/n"), 1 / 5),
-    (dict(normalization="1/sqrt(n)", window_left=1, window_right=0), 5**-0.5),
-    (dict(normalization="1/visible"), 1 / 5),
+PLAIN = ("identity", 0.0, None, None, 1.0, None, None)
+
+
+@pytest.mark.parametrize("options, tensors, score", [
+    (dict(), dict(), None),
+    (dict(activation="silu"), dict(), ("silu", *PLAIN[1:])),
+    (dict(activation="sigmoid", sigmoid_bias=None), dict(), ("sigmoid", None, *PLAIN[2:])),
+    (dict(activation="sigmoid"), dict(sigmoid_biases=(4,)), ("sigmoid", 0.0, (4,), *PLAIN[3:])),
+    (dict(normalization="1/visible"), dict(), (*PLAIN[:3], "1/visible", *PLAIN[4:])),
+    (dict(factor=1 / 64), dict(), (*PLAIN[:4], 1 / 64, None, None)),
+    (dict(), dict(row_factors=(2,)), (*PLAIN[:5], (2,), None)),
+    (dict(), dict(row_factors=(2, 3)), (*PLAIN[:6], (2, 3))),
 ], ids=str)  # fmt: skip
-def test_a_factor_that_all_rows_share_is_part_of_the_extensions_scale(extension, options, factor):
-    """In bfloat16 its kernels multiply by the scale in float32 and at the end, forward and backward."""
-    q, k = fake(2, 3, 4, 8, dtype=torch.bfloat16), fake(2, 5, 4, 8, dtype=torch.bfloat16)
-    call = nosoftmax_call(q, k, longest=(3, 5), **options)
+def test_extension_is_told_of_the_score_function(extension, options, tensors, score):
+    """Forward and backward, as its last argument."""
+    q, k = fake(2, 3, 4, 8), fake(2, 5, 4, 8)
+    tensors = {name: fake(*shape, dtype=torch.float32) for name, shape in tensors.items()}
+    call = nosoftmax_call(q, k, longest=(3, 5), **options)._replace(**tensors)
     assert fa2.obstacle(call) is None
     fa2.forward(call)
     fa2.backward(call, q, None)
     for _, arguments in extension.given:
-        assert [x for x in arguments if isinstance(x, float)][1] == 0.3 * factor
+        last = arguments[-1]
+        assert (last if last is None else tuple(without_fakes(last))) == score
 
 
-@pytest.mark.parametrize("options, dtype, words", [
-    (dict(factor=0.5), torch.float16, "normalization=0.5 with torch.float16"),
-    (dict(factor=0.5, softcap=2.0), torch.bfloat16, "softcap=2.0"),
-    (dict(factor=0.5, alibi_slopes=True), torch.bfloat16, "normalization=0.5 with alibi_slopes"),
-    (dict(normalization="1/visible", window_right=0), torch.bfloat16, "normalization='1/visible'"),
-    (dict(normalization="1/n", packed=True), torch.bfloat16, "normalization='1/n'"),
-    (dict(row_factors=True), torch.bfloat16, "normalization as a tensor"),
-    (dict(activation="silu", factor=0.5), torch.bfloat16, "activation='silu'"),
-], ids=str)  # fmt: skip
-def test_other_factors_are_refused_by_name(extension, options, dtype, words):
-    options, tensors = dict(options), {}
-    for name in ("alibi_slopes", "row_factors"):
-        if options.pop(name, False):
-            tensors[name] = fake(2, dtype=torch.float32)
-    lengths = [fake(3, dtype=torch.int32)] * 2 if options.pop("packed", False) else []
-    call = nosoftmax_call(fake(2, 3, 4, 8, dtype=dtype), None, None, *lengths, **options)._replace(**tensors)
-    assert words in fa2.obstacle(call)
+@pytest.mark.parametrize("count, by_row", [(2, False), (9, True)])
+def test_packed_factors_are_of_sequences_or_rows(extension, count, by_row):
+    q, starts = fake(9, 2, 8), fake(3, dtype=torch.int32)
+    call = nosoftmax_call(q, q, None, starts, starts, longest=(5, 5))
+    fa2.forward(call._replace(row_factors=fake(count, dtype=torch.float32)))
+    ((_, arguments),) = extension.given
+    assert without_fakes(arguments[-1])[-2:] == ([None, (count,)] if by_row else [(count,), None])
+
+
+def test_as_many_sequences_as_rows_means_rows(extension):
+    q, starts = fake(2, 2, 8), fake(3, dtype=torch.int32)
+    call = nosoftmax_call(q, q, None, starts, starts, longest=(2, 2))
+    fa2.forward(call._replace(row_factors=fake(2, dtype=torch.float32)))
+    assert without_fakes(extension.given[0][1][-1])[-2:] == [None, (2,)]
 
 
 def test_stock_extension_is_refused_without_softmax(cuda_call, extension):
@@ -652,8 +657,8 @@ WINDOWS = pytest.mark.parametrize("window, handed", [
 
 @WINDOWS
 def test_patched_extension_is_told_of_dense_calls(extension, window, handed):
-    """The last argument is use_softmax=False. The extension sets the right side of a causal call itself. Its
-    backward gets q as `out`, of which it only checks the shape.
+    """The last arguments are use_softmax=False and no score function. The extension sets the right side of a
+    causal call itself. Its backward gets q as `out`, of which it only checks the shape.
     """
     q, k = fake(1, 2, 2, 8), fake(1, 5, 1, 8)
     call = nosoftmax_call(q, k, longest=(2, 5), deterministic=True, **window)
@@ -664,12 +669,27 @@ def test_patched_extension_is_told_of_dense_calls(extension, window, handed):
     (_, forward), (_, backward) = extension.given
     assert [name for name, _ in extension.given] == ["fwd", "bwd"]
     q_, k_ = (1, 2, 2, 8), (1, 5, 1, 8)
-    assert without_fakes(forward) == [q_, k_, k_, None, None, 0.0, 0.3, *handed, 0.0, False, None, False]
+    assert without_fakes(forward) == [
+        q_,
+        k_,
+        k_,
+        None,
+        None,
+        0.0,
+        0.3,
+        *handed,
+        0.0,
+        False,
+        None,
+        False,
+        None,
+    ]
     assert without_fakes(backward) == [
-        q_, q_, k_, k_, q_, (0,), None, None, None, None, 0.0, 0.3, *handed, 0.0, True, None, None, False
+        q_, q_, k_, k_, q_, (0,), None, None, None, None, 0.0, 0.3, *handed, 0.0, True, None, None, False,
+        None
     ]  # fmt: skip
     assert backward[4] is q and backward[5].dtype == torch.float32
-    assert (len(forward), len(backward)) == (EXTENSION_ARGUMENTS["fwd"] + 1, EXTENSION_ARGUMENTS["bwd"] + 1)
+    assert (len(forward), len(backward)) == (EXTENSION_ARGUMENTS["fwd"] + 2, EXTENSION_ARGUMENTS["bwd"] + 2)
 
 
 def test_patched_extension_is_told_of_packed_calls(extension):
@@ -689,15 +709,15 @@ def test_patched_extension_is_told_of_packed_calls(extension):
     q_, k_, handed = (9, 2, 8), (3, 256, 1, 8), (True, -1, -1)
     assert without_fakes(forward) == [
         q_, k_, k_, None, (3,), (3,), None, None, (2, 2), None, 5, 300, 0.1, 0.3, False, *handed, 0.0, False,
-        None, False
+        None, False, None
     ]  # fmt: skip
     assert without_fakes(backward) == [
         q_, q_, q_, q_, q_, (0,), None, None, None, (3,), (3,), None, 5, 5, 0.1, 0.3, False, *handed, 0.0,
-        False, None, (2,), False
+        False, None, (2,), False, None
     ]  # fmt: skip
     assert (len(forward), len(backward)) == (
-        EXTENSION_ARGUMENTS["varlen_fwd"] + 1,
-        EXTENSION_ARGUMENTS["varlen_bwd"] + 1,
+        EXTENSION_ARGUMENTS["varlen_fwd"] + 2,
+        EXTENSION_ARGUMENTS["varlen_bwd"] + 2,
     )
 
 
@@ -712,11 +732,11 @@ def test_patched_extension_is_told_of_caches(extension, left_padded, monkeypatch
         nosoftmax_call(q, cache, cache=given, leftpad_k=pad, longest=(2, 512), window_left=7, window_right=0)
     )
     ((name, args),) = extension.given
-    assert name == "fwd_kvcache" and len(args) == EXTENSION_ARGUMENTS["fwd_kvcache"] + 1
+    assert name == "fwd_kvcache" and len(args) == EXTENSION_ARGUMENTS["fwd_kvcache"] + 2
     lengths, padding = ((1,), (1,)) if left_padded else (None, None)
     assert without_fakes(args) == [
         (1, 2, 2, 8), (3, 512, 1, 8), (3, 512, 1, 8), None, None, lengths, None, None, None, padding, None,
-        None, None, 0.3, True, 7, -1, 0.0, True, 4, False,
+        None, None, 0.3, True, 7, -1, 0.0, True, 4, False, None,
     ]  # fmt: skip
     assert not left_padded or args[5].tolist() == [512]
 
@@ -733,15 +753,11 @@ def test_extension_gets_padded_head_dims(extension, head_dim, padded):
     assert torch.equal(out, x) and all(torch.equal(grad, x) for grad in grads)
 
 
-@pytest.mark.parametrize("options", [
-    dict(activation="relu"), dict(activation="gelu"), dict(activation="sigmoid", sigmoid_bias=None),
-        dict(normalization="1/n"),
-], ids=str)  # fmt: skip
-def test_extension_lacks_an_activation(extension, options):
-    name, value = next(iter(options.items()))
-    reason = fa2.obstacle(nosoftmax_call(fake(1, 2, 2, 8), **options))
-    assert f"{name}={value!r}" in reason and "flash-attn-4" in reason and "CPU" in reason
-    assert not_in_this_build(ValueError(reason))
+@pytest.mark.parametrize("activation", ["relu", "gelu", "sigmoid"])
+@pytest.mark.parametrize("normalization", [None, "1/n", "1/visible"])
+def test_extension_takes_every_score_function(extension, activation, normalization):
+    call = nosoftmax_call(fake(1, 2, 2, 8), activation=activation, normalization=normalization)
+    assert fa2.obstacle(call) is None
 
 
 @pytest.mark.parametrize("tensors, words", [
@@ -795,19 +811,6 @@ def test_too_few_arguments(cuda_call):
 @pytest.mark.parametrize(
     "error, expected",
     [
-        (
-            NotImplementedError(
-                "flash_attn_2_cuda has no kernels for activation='relu', sigmoid_bias=0.0, "
-                "normalization=None; ..."
-            ),
-            True,
-        ),
-        (
-            ValueError(
-                "backend=\"fa2\" is not possible: flash_attn_2_cuda has no kernels for activation='relu', ..."
-            ),
-            True,
-        ),
         (
             RuntimeError(
                 "This flash attention build has no kernels for fp16: rebuild with DTYPES=fp16 added"

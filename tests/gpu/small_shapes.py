@@ -61,6 +61,7 @@ class Place:
 
 
 Case = Callable[[Place, int], list[Tensor]]
+ACTIVATIONS = ("relu", "relu2", "sigmoid", "silu", "gelu", "softplus")
 
 
 def with_gradients(run: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
@@ -70,12 +71,20 @@ def with_gradients(run: Callable[..., Tensor], tensors: list[Tensor]) -> list[Te
 
 
 def dense(
-    place: Place, head_dim: int, seqlens=(SEQLEN_Q, SEQLEN_K), uneven=False, alibi=False, **options
+    place: Place,
+    head_dim: int,
+    seqlens=(SEQLEN_Q, SEQLEN_K),
+    uneven=False,
+    alibi=False,
+    factors=False,
+    **options,
 ) -> list[Tensor]:
     d = head_dim - 8 if uneven else head_dim
     tensors = place.randn((1, seqlens[0], NHEADS, d), *[(1, seqlens[1], NHEADS_K, d)] * 2)
     if alibi:
         options["alibi_slopes"] = torch.tensor([0.05, 0.1], device=place.device)
+    if factors:
+        options["normalization"] = torch.linspace(0.0, 2.0, seqlens[0], device=place.device)[None]
     return with_gradients(partial(flash_attn_func, **{**place.options, **options}), tensors)
 
 
@@ -160,6 +169,25 @@ def fa2_cases() -> Iterator[tuple[str, Case]]:
     yield "general, dropout", partial(dense, uneven=True, dropout_p=0.2)
     yield "varlen", varlen
     yield "varlen, causal", partial(varlen, causal=True)
+    for activation in ACTIVATIONS:
+        score = {"activation": activation}
+        yield f"{activation}", partial(dense, **score)
+        yield (
+            f"{activation}, causal, 1/visible",
+            partial(dense, causal=True, normalization="1/visible", **score),
+        )
+        yield f"{activation}, varlen, 1/n", partial(varlen, normalization="1/n", **score)
+        yield (
+            f"{activation}, kvcache, 3 splits",
+            partial(kvcache, paged=True, new=True, num_splits=3, **score),
+        )
+    bias = {"activation": "sigmoid", "sigmoid_bias": "-log n"}
+    yield "sigmoid, -log n, window", partial(dense, window_size=(40, 7), **bias)
+    yield "silu, softcap", partial(dense, activation="silu", softcap=5.0)
+    yield "silu, ALiBi", partial(dense, activation="silu", alibi=True)
+    yield "silu, dropout, causal", partial(dense, activation="silu", dropout_p=0.2, causal=True)
+    yield "factors of rows", partial(dense, factors=True, causal=True)
+    yield "silu, factors of rows", partial(dense, factors=True, activation="silu")
     for paged in (False, True):
         for new in (False, True):
             for splits in (1, 3):

@@ -53,7 +53,7 @@ class Reader:
             self.folder / "kernels", kernel_build.PASSES, ["64"], ["fp16"]
         )
         source = self.folder / "kernels.cu"
-        source.write_text("".join(f'#include "{path}"\n' for path in [*written, "slack_rows.cu"]))
+        source.write_text("".join(f'#include "{path}"\n' for path in [*written, *kernel_build.OWN_FILES]))
         # Replaces torch's header, which includes all of ATen and takes longer to parse than the kernels.
         generator = self.folder / "brief" / "ATen" / "cuda" / "CUDAGeneratorImpl.h"
         generator.parent.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 HEAD_DIMS = ("32", "64", "96", "128", "192", "256")
 ELEMENT_TYPES = {"fp16": "cutlass::half_t", "bf16": "cutlass::bfloat16_t"}
 FUNCTIONS = {
-    "fwd": "run_mha_fwd_nosoftmax<{element}, {head_dim}>(Flash_fwd_params &params, cudaStream_t stream)",
-    "bwd": "run_mha_bwd_nosoftmax<{element}, {head_dim}>(Flash_bwd_params &params, cudaStream_t stream)",
-    "splitkv": "run_mha_fwd_splitkv_nosoftmax<{element}, {head_dim}>(Flash_fwd_params &params, "
+    "fwd": "run_mha_fwd_nosoftmax<{element}, {head_dim}>(const FwdParams &params, cudaStream_t stream)",
+    "bwd": "run_mha_bwd_nosoftmax<{element}, {head_dim}>(const BwdParams &params, cudaStream_t stream)",
+    "splitkv": "run_mha_fwd_splitkv_nosoftmax<{element}, {head_dim}>(const FwdParams &params, "
     "cudaStream_t stream)",
 }
 TEMPLATE = """\

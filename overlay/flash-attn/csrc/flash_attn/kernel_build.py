@@ -25,6 +25,7 @@ PASSES = tuple(FUNCTIONS)
 ARCHS = ("80", "90", "100", "120")
 
 ROOT = Path(__file__).parents[2]  # where setup.py lies, and its build folder
+OWN_FILES = ("slack_rows.cu", "row_factors.cu")  # which every build needs
 PASS_OF_FILE = {"fwd": "fwd", "bwd": "bwd", "fwd_split": "splitkv"}
 KERNEL_FILE = re.compile(
     r"flash_(?P<kind>fwd|bwd|fwd_split)_hdim(?P<head_dim>\d+)_(?P<dtype>fp16|bf16)_(?:causal_)?sm80\.cu"
@@ -52,11 +53,11 @@ class KernelSubset:
         )
 
     def own_sources(self) -> list[Path]:
-        """Write the kernels without softmax to the build folder. Returns their files and slack_rows.cu."""
+        """Write the kernels without softmax to the build folder. Returns their files and OWN_FILES."""
         kernels = generate_nosoftmax_kernels.write(
             ROOT / "build" / "nosoftmax_kernels", self.passes, self.head_dims, self.dtypes
         )
-        return [*kernels, ROOT / "csrc" / "flash_attn" / "src" / "slack_rows.cu"]
+        return [*kernels, *(ROOT / "csrc" / "flash_attn" / "src" / name for name in OWN_FILES)]
 
     def macros(self) -> list[str]:
         """Return the same lists for src/built_kernels.h, as compiler flags."""

@@ -15,11 +15,12 @@ namespace FLASH_NAMESPACE {
 
 // Whether the backward pass is three forward passes: with F the forward without softmax and Mᵀ the transposed mask,
 // dQ = F(dO, V, K; M), dK = F(V, dO, Q; Mᵀ), dV = F(K, Q, dO; Mᵀ, same bias). It needs no workspace and no atomics, and
-// holds for linear f: no softcap, no dropout. With grouped heads, dK and dV are computed for each query head, as in the
+// holds for linear f: no softcap, no dropout; and for factors that all rows of a sequence share. With grouped heads, dK and dV are computed for each query head, as in the
 // backward kernels, and the caller sums them. FLASH_ATTENTION_NOSOFTMAX_BACKWARD=kernel|forwards overrides the choice
 // where both ways are possible.
-inline bool backward_by_forwards(const float softcap, const float p_dropout) {
-    if (!built::holds(built::passes, built::fwd) || softcap > 0.f || p_dropout > 0.f) { return false; }
+inline bool backward_by_forwards(const float softcap, const float p_dropout, const Score &score) {
+    if (!built::holds(built::passes, built::fwd) || softcap > 0.f || p_dropout > 0.f
+        || score.activation != Activation::identity || score.by_row()) { return false; }
     const char *choice = std::getenv("FLASH_ATTENTION_NOSOFTMAX_BACKWARD");
     return choice == nullptr || std::string(choice) != "kernel";
 }
@@ -31,10 +32,11 @@ struct Operand {
 };
 
 template <typename Element>
-Flash_fwd_params forward_params(const Flash_bwd_params &params, Operand q, Operand k, Operand v, Operand o,
+FwdParams forward_params(const BwdParams &params, Operand q, Operand k, Operand v, Operand o,
                                 const bool is_transposed, const bool is_dv) {
-    Flash_fwd_params fwd = params;
-    fwd.saturates = is_dv ? Flash_fwd_params::Saturates::products : Flash_fwd_params::Saturates::nothing;
+    FwdParams fwd{params, params.score};
+    fwd.score.saturates = is_dv ? Saturates::products : Saturates::nothing;
+    fwd.score.n_counts_queries = is_transposed;
     // If both sequences are walked backwards, the transposed causal mask is the causal mask, which has faster kernels.
     const bool is_backwards = is_transposed && params.is_causal && params.cu_seqlens_q == nullptr
         && params.seqlen_q == params.seqlen_k;
@@ -54,7 +56,7 @@ Flash_fwd_params forward_params(const Flash_bwd_params &params, Operand q, Opera
     fwd.o_row_stride = o.row_stride; fwd.o_head_stride = o.head_stride;
     if (!is_dv) { fwd.alibi_slopes_ptr = nullptr; }
     if (is_transposed) {
-        fwd.q_group_size = params.h_h_k_ratio;
+        fwd.score.q_group_size = params.h_h_k_ratio;
         fwd.h_h_k_ratio = 1;
     }
     if (is_transposed && !is_backwards) {
@@ -69,7 +71,7 @@ Flash_fwd_params forward_params(const Flash_bwd_params &params, Operand q, Opera
 }
 
 template <typename T, int kHeadDim>
-void run_backward_by_forwards(const Flash_bwd_params &params, cudaStream_t stream) {
+void run_backward_by_forwards(const BwdParams &params, cudaStream_t stream) {
     const Operand q{params.q_ptr, params.q_batch_stride, params.q_row_stride, params.q_head_stride};
     const Operand k{params.k_ptr, params.k_batch_stride, params.k_row_stride, params.k_head_stride};
     const Operand v{params.v_ptr, params.v_batch_stride, params.v_row_stride, params.v_head_stride};
@@ -77,7 +79,7 @@ void run_backward_by_forwards(const Flash_bwd_params &params, cudaStream_t strea
     const Operand dq{params.dq_ptr, params.dq_batch_stride, params.dq_row_stride, params.dq_head_stride};
     const Operand dk{params.dk_ptr, params.dk_batch_stride, params.dk_row_stride, params.dk_head_stride};
     const Operand dv{params.dv_ptr, params.dv_batch_stride, params.dv_row_stride, params.dv_head_stride};
-    for (Flash_fwd_params fwd : {
+    for (const FwdParams &fwd : {
             forward_params<T>(params, dout, v, k, dq, /*is_transposed=*/false, /*is_dv=*/false),
             forward_params<T>(params, v, dout, q, dk, /*is_transposed=*/true, /*is_dv=*/false),
             forward_params<T>(params, k, q, dout, dv, /*is_transposed=*/true, /*is_dv=*/true)}) {

@@ -9,12 +9,16 @@
 
 #include "flash.h"
 #include "namespace_config.h"
+#include "score_params.h"
 
 namespace FLASH_NAMESPACE {
 
-template<typename T, int Headdim> void run_mha_fwd_nosoftmax(Flash_fwd_params &params, cudaStream_t stream);
-template<typename T, int Headdim> void run_mha_fwd_splitkv_nosoftmax(Flash_fwd_params &params, cudaStream_t stream);
-template<typename T, int Headdim> void run_mha_bwd_nosoftmax(Flash_bwd_params &params, cudaStream_t stream);
+using FwdParams = WithScore<Flash_fwd_params>;
+using BwdParams = WithScore<Flash_bwd_params>;
+
+template<typename T, int Headdim> void run_mha_fwd_nosoftmax(const FwdParams &params, cudaStream_t stream);
+template<typename T, int Headdim> void run_mha_fwd_splitkv_nosoftmax(const FwdParams &params, cudaStream_t stream);
+template<typename T, int Headdim> void run_mha_bwd_nosoftmax(const BwdParams &params, cudaStream_t stream);
 
 // A packed tensor (total, heads, head_dim) of 16-bit elements, and the offsets of its sequences.
 struct PackedRows {

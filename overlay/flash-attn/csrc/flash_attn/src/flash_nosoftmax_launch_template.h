@@ -25,6 +25,38 @@ inline constexpr bool kBuildAlibi = false;
 inline constexpr bool kBuildAlibi = true;
 #endif
 
+// Upstream's kernels, with parameters that have a Score.
+
+template<typename Kernel_traits, bool Is_dropout, bool Is_causal, bool Is_local, bool Has_alibi, bool Is_even_MN,
+         bool Is_even_K, bool Is_softcap>
+__global__ void flash_nosoftmax_fwd_kernel(KERNEL_PARAM_MODIFIER const FwdParams params) {
+    static_assert(!(Is_causal && Is_local));
+    FLASH_NAMESPACE::compute_attn<Kernel_traits, Is_dropout, Is_causal, Is_local, Has_alibi, Is_even_MN, Is_even_K,
+                                  Is_softcap, /*Return_softmax=*/false>(params);
+}
+
+template<typename Kernel_traits, bool Is_local, bool Is_softcap, bool Split, bool Append_KV>
+__global__ void flash_nosoftmax_fwd_splitkv_kernel(KERNEL_PARAM_MODIFIER const FwdParams params) {
+    FLASH_NAMESPACE::compute_attn_splitkv<Kernel_traits, /*Is_causal=*/false, Is_local, kBuildAlibi,
+                                          /*Is_even_MN=*/false, /*Is_even_K=*/false, Is_softcap, Split, Append_KV>(
+        params);
+}
+
+template<typename Kernel_traits, bool Is_dropout, bool Is_causal, bool Is_local, bool Has_alibi, bool Is_even_K,
+         bool Is_softcap>
+__global__ void flash_nosoftmax_bwd_kernel(KERNEL_PARAM_MODIFIER const BwdParams params) {
+    static_assert(!(Is_causal && Is_local));
+    FLASH_NAMESPACE::compute_dq_dk_dv_seqk_parallel<Kernel_traits, Is_dropout, Is_causal, Is_local, Has_alibi,
+                                                    /*Is_even_MN=*/false, Is_even_K, Is_softcap>(params);
+}
+
+template<typename Kernel_traits>
+__global__ void flash_nosoftmax_convert_dq_kernel(KERNEL_PARAM_MODIFIER const BwdParams params, const int nsplits) {
+    FLASH_NAMESPACE::convert_dQ<Kernel_traits>(params, nsplits);
+}
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+
 template <typename Params>
 bool is_windowed(const Params &params) { return params.window_size_left >= 0 || params.window_size_right >= 0; }
 
@@ -102,19 +134,19 @@ template <bool Is_dropout> struct FwdTile<256, Is_dropout> {
     static constexpr int kM = 64, kN = 64, kWarps = 4;
 };
 
-template <typename T, int Headdim, bool Is_dropout, bool Any_scale=false>
+template <typename T, int Headdim, bool Is_dropout, bool Any_scale=false, bool Identity=false>
 using FwdTraits = NoSoftmaxTraits<Flash_fwd_kernel_traits<
     Headdim, FwdTile<Headdim, Is_dropout>::kM, FwdTile<Headdim, Is_dropout>::kN, FwdTile<Headdim, Is_dropout>::kWarps,
-    /*Is_Q_in_regs=*/false, /*Share_Q_K_smem=*/false, T>, Any_scale>;
+    /*Is_Q_in_regs=*/false, /*Share_Q_K_smem=*/false, T>, Any_scale, Identity>;
 
 template <typename Kernel_traits>
-dim3 fwd_grid(const Flash_fwd_params &params) {
+dim3 fwd_grid(const FwdParams &params) {
     return grid_of(cute::ceil_div(params.seqlen_q, Kernel_traits::kBlockM), params.b, params.h);
 }
 
-template<typename T, int Headdim, bool Is_dropout, bool Has_alibi, bool Is_softcap>
-void run_special_fwd(Flash_fwd_params &params, cudaStream_t stream) {
-    using Traits = FwdTraits<T, Headdim, Is_dropout>;
+template<typename T, int Headdim, bool Is_dropout, bool Has_alibi, bool Is_softcap, bool Identity=false>
+void run_special_fwd(const FwdParams &params, cudaStream_t stream) {
+    using Traits = FwdTraits<T, Headdim, Is_dropout, /*Any_scale=*/false, Identity>;
     // As upstream, head sizes above 128 have one kernel for full and ragged tiles.
     constexpr bool Has_even_MN = Headdim <= 128 && !Is_dropout && !Has_alibi && !Is_softcap;
     const bool is_even_MN = Has_even_MN && !is_varlen(params) && params.seqlen_k % Traits::kBlockN == 0
@@ -123,9 +155,10 @@ void run_special_fwd(Flash_fwd_params &params, cudaStream_t stream) {
     BOOL_SWITCH(params.is_causal, Is_causal, [&] {
         LOCAL_SWITCH(is_local, Is_local, [&] {
             BOOL_SWITCH(is_even_MN, Is_even_MN, [&] {
-                auto kernel = &flash_fwd_kernel<Traits, Is_dropout, Is_causal, Is_local && !Is_causal, Has_alibi,
-                                                Is_even_MN && Has_even_MN && !(Is_local && !Is_causal),
-                                                /*Is_even_K=*/true, Is_softcap, /*Return_softmax=*/false>;
+                auto kernel = &flash_nosoftmax_fwd_kernel<Traits, Is_dropout, Is_causal, Is_local && !Is_causal,
+                                                          Has_alibi,
+                                                          Is_even_MN && Has_even_MN && !(Is_local && !Is_causal),
+                                                          /*Is_even_K=*/true, Is_softcap>;
                 launch(kernel, fwd_grid<Traits>(params), Traits::kNThreads, Traits::kSmemSize, params, stream);
             });
         });
@@ -133,12 +166,11 @@ void run_special_fwd(Flash_fwd_params &params, cudaStream_t stream) {
 }
 
 template<typename T, int Headdim, bool Is_dropout, bool Is_softcap>
-void run_general_fwd(Flash_fwd_params &params, cudaStream_t stream) {
+void run_general_fwd(const FwdParams &params, cudaStream_t stream) {
     using Traits = FwdTraits<T, Headdim, Is_dropout, /*Any_scale=*/true>;
     BOOL_SWITCH(is_windowed(params), Is_local, [&] {
-        auto kernel = &flash_fwd_kernel<Traits, Is_dropout, /*Is_causal=*/false, Is_local, kBuildAlibi,
-                                        /*Is_even_MN=*/false, /*Is_even_K=*/false, Is_softcap,
-                                        /*Return_softmax=*/false>;
+        auto kernel = &flash_nosoftmax_fwd_kernel<Traits, Is_dropout, /*Is_causal=*/false, Is_local, kBuildAlibi,
+                                                  /*Is_even_MN=*/false, /*Is_even_K=*/false, Is_softcap>;
         launch(kernel, fwd_grid<Traits>(params), Traits::kNThreads, Traits::kSmemSize, params, stream);
     });
 }
@@ -147,7 +179,7 @@ void run_general_fwd(Flash_fwd_params &params, cudaStream_t stream) {
 // warp for each block of 16 queries x 32 keys, which one draw of a warp covers (Dropout::apply_dropout). A grid whose y
 // or z axis is too short goes over the blocks of rows, or the heads of the sequences, several times.
 template <typename Element>
-__global__ void flash_nosoftmax_keep_mask_kernel(const Flash_fwd_params params) {
+__global__ void flash_nosoftmax_keep_mask_kernel(const FwdParams params) {
     const int lane = threadIdx.x % 32;
     const unsigned col_block = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     const auto seed_offset = at::cuda::philox::unpack(params.philox_args);
@@ -177,7 +209,7 @@ __global__ void flash_nosoftmax_keep_mask_kernel(const Flash_fwd_params params) 
 }
 
 template<typename T>
-void write_keep_mask(Flash_fwd_params &params, cudaStream_t stream) {
+void write_keep_mask(const FwdParams &params, cudaStream_t stream) {
     constexpr int kWarps = 4;
     const dim3 grid(params.seqlen_k_rounded / (32 * kWarps), std::min(params.seqlen_q_rounded / 16, kMaxGridYZ),
                     std::min(params.b * params.h, kMaxGridYZ));
@@ -185,7 +217,7 @@ void write_keep_mask(Flash_fwd_params &params, cudaStream_t stream) {
 }
 
 template<typename T, int Headdim>
-void run_mha_fwd_nosoftmax(Flash_fwd_params &params, cudaStream_t stream) {
+void run_mha_fwd_nosoftmax(const FwdParams &params, cudaStream_t stream) {
     const bool is_special_call = is_special<Headdim>(params);
     DROPOUT_SWITCH(params.p_dropout < 1.f, Is_dropout, [&] {
         SOFTCAP_SWITCH(params.softcap > 0.f, Is_softcap_, [&] {
@@ -193,7 +225,11 @@ void run_mha_fwd_nosoftmax(Flash_fwd_params &params, cudaStream_t stream) {
             if (!is_special_call) { return run_general_fwd<T, Headdim, Is_dropout, Is_softcap>(params, stream); }
             ALIBI_SWITCH(params.alibi_slopes_ptr != nullptr, Has_alibi, [&] {
                 constexpr bool Is_alibi = Has_alibi && !Is_dropout && !Is_softcap;
-                run_special_fwd<T, Headdim, Is_dropout, Is_alibi, Is_softcap>(params, stream);
+                // A choice of activation in the tile costs the identity a tenth of its speed.
+                constexpr bool Has_identity = !Is_alibi && !Is_dropout && !Is_softcap;
+                BOOL_SWITCH(params.score.activation == Activation::identity, Identity, [&] {
+                    run_special_fwd<T, Headdim, Is_dropout, Is_alibi, Is_softcap, Identity && Has_identity>(params, stream);
+                });
             });
         });
         if constexpr (Is_dropout) {
@@ -204,9 +240,10 @@ void run_mha_fwd_nosoftmax(Flash_fwd_params &params, cudaStream_t stream) {
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
-// Partial sums over disjoint keys add up: O = sum over splits of Oaccum, in a fixed order. A thread sums 4 columns.
+// Partial sums over disjoint keys add up: O = norm times the sum over splits of Oaccum, in a fixed order. A thread sums
+// 4 columns.
 template <typename Element>
-__global__ void flash_nosoftmax_combine_kernel(const Flash_fwd_params params) {
+__global__ void flash_nosoftmax_combine_kernel(const FwdParams params) {
     const int threads_per_row = params.d_rounded / 4;
     const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     const int64_t row = index / threads_per_row;  // of (b, h, seqlen_q)
@@ -223,12 +260,16 @@ __global__ void flash_nosoftmax_combine_kernel(const Flash_fwd_params params) {
         const float4 x = partial[split * split_stride];
         sum(0) += x.x; sum(1) += x.y; sum(2) += x.z; sum(3) += x.w;
     }
-    Tensor out = FLASH_NAMESPACE::convert_finite_saturating<Element>(sum);
     const int bidb = row / (int64_t(params.h) * params.seqlen_q);
     const int bidh = row / params.seqlen_q % params.h;
     const int row_of_head = row % params.seqlen_q;
     const BlockInfo</*Varlen=*/true> binfo(params, bidb);
     if (row_of_head >= binfo.actual_seqlen_q) { return; }
+    const auto row_factors = row_factors_of(params, binfo, bidb);
+    const float factor = row_factors.of_sequence() * (params.score.by_row() ? row_factors.of_row(row_of_head) : 1.f);
+    #pragma unroll
+    for (int i = 0; i < 4; ++i) { sum(i) *= factor; }
+    Tensor out = FLASH_NAMESPACE::convert_finite_saturating<Element>(sum);
     Element *o_ptr = reinterpret_cast<Element *>(params.o_ptr) + binfo.q_offset(params.o_batch_stride, params.o_row_stride, bidb)
         + bidh * params.o_head_stride + row_of_head * params.o_row_stride + col;
     // One by one: the strides of the caller's output need not keep 8 bytes of alignment.
@@ -237,11 +278,11 @@ __global__ void flash_nosoftmax_combine_kernel(const Flash_fwd_params params) {
 }
 
 template<typename T, int Headdim>
-void run_mha_fwd_splitkv_nosoftmax(Flash_fwd_params &params, cudaStream_t stream) {
+void run_mha_fwd_splitkv_nosoftmax(const FwdParams &params, cudaStream_t stream) {
     // The tile has to match set_params_splitkv.
     constexpr int kBlockM = 64, kBlockN = Headdim <= 64 ? 256 : (Headdim <= 128 ? 128 : 64);
     using Traits = NoSoftmaxTraits<Flash_fwd_kernel_traits<Headdim, kBlockM, kBlockN, 4, false, false, T>,
-                                   /*Any_scale=*/true>;
+                                   /*Any_scale=*/true, /*Identity=*/false, /*Few_rows=*/true>;
     const int num_m_block = cute::ceil_div(params.seqlen_q, kBlockM);
     BOOL_SWITCH(params.num_splits > 1, Split, [&] {
         const dim3 grid = Split ? splitkv_grid_of(num_m_block, params.num_splits, params.b, params.h)
@@ -249,9 +290,7 @@ void run_mha_fwd_splitkv_nosoftmax(Flash_fwd_params &params, cudaStream_t stream
         BOOL_SWITCH(is_windowed(params), Is_local, [&] {
             BOOL_SWITCH(params.knew_ptr != nullptr, Append_KV, [&] {
                 SOFTCAP_SWITCH(params.softcap > 0.f, Is_softcap, [&] {
-                    auto kernel = &flash_fwd_splitkv_kernel<Traits, /*Is_causal=*/false, Is_local, kBuildAlibi,
-                                                            /*Is_even_MN=*/false, /*Is_even_K=*/false, Is_softcap,
-                                                            Split, Append_KV>;
+                    auto kernel = &flash_nosoftmax_fwd_splitkv_kernel<Traits, Is_local, Is_softcap, Split, Append_KV>;
                     launch(kernel, grid, Traits::kNThreads, Traits::kSmemSize, params, stream);
                 });
             });
@@ -269,7 +308,7 @@ void run_mha_fwd_splitkv_nosoftmax(Flash_fwd_params &params, cudaStream_t stream
 
 template<typename Kernel_traits, bool Is_dropout, bool Is_causal, bool Is_local, bool Has_alibi, bool Is_even_K,
          bool Is_softcap>
-void launch_bwd_kernels(Flash_bwd_params &params, cudaStream_t stream) {
+void launch_bwd_kernels(BwdParams params, cudaStream_t stream) {
     // As upstream: with deterministic, each of the blocks along x adds to its own dq_accum.
     int num_n_block = cute::ceil_div(params.seqlen_k, Kernel_traits::kBlockN);
     if (params.deterministic) {
@@ -277,12 +316,12 @@ void launch_bwd_kernels(Flash_bwd_params &params, cudaStream_t stream) {
         // A kernel steps from one dq_accum to the next by blockIdx.x, which also counts sequences in a long grid.
         if (params.b > kMaxGridYZ) { params.dq_accum_split_stride = 0; }
     }
-    auto kernel = &flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<
-        Kernel_traits, Is_dropout, Is_causal, Is_local, Has_alibi, /*Is_even_MN=*/false, Is_even_K, Is_softcap>;
+    auto kernel = &flash_nosoftmax_bwd_kernel<Kernel_traits, Is_dropout, Is_causal, Is_local, Has_alibi, Is_even_K,
+                                              Is_softcap>;
     launch(kernel, grid_of(num_n_block, params.b, params.h), Kernel_traits::kNThreads,
            Kernel_traits::kSmemSize1colblock, params, stream);
 
-    auto convert = &flash_bwd_convert_dq_kernel<NoSoftmaxTraits<typename Kernel_traits::Upstream>>;
+    auto convert = &flash_nosoftmax_convert_dq_kernel<NoSoftmaxTraits<typename Kernel_traits::Upstream>>;
     constexpr int smem_dq = Kernel_traits::kSmemdQSize;
     if (smem_dq >= 48 * 1024) {
         C10_CUDA_CHECK(cudaFuncSetAttribute(convert, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_dq));
@@ -294,7 +333,7 @@ void launch_bwd_kernels(Flash_bwd_params &params, cudaStream_t stream) {
 }
 
 template<typename Upstream_traits>
-void run_bwd(Flash_bwd_params &params, cudaStream_t stream) {
+void run_bwd(const BwdParams &params, cudaStream_t stream) {
     using Traits = NoSoftmaxTraits<Upstream_traits>;
     constexpr int Headdim = Traits::kHeadDim;
     const bool is_special_call = is_special<Headdim>(params) && params.alibi_slopes_ptr == nullptr
@@ -329,7 +368,7 @@ inline int max_smem_per_block() {
 
 // Tiles are upstream's: the first for A100 and H100, the last for GPUs with 99 KB of shared memory a block.
 template<typename T, int Headdim>
-void run_mha_bwd_nosoftmax(Flash_bwd_params &params, cudaStream_t stream) {
+void run_mha_bwd_nosoftmax(const BwdParams &params, cudaStream_t stream) {
     const int smem = max_smem_per_block();
     if constexpr (Headdim == 32) {
         run_bwd<Flash_bwd_kernel_traits<32, 128, 128, 8, 4, 4, 4, true, false, T>>(params, stream);

@@ -28,14 +28,14 @@ void launch_built(Params &params, Without without_softmax, With with_softmax) {
 template <typename T, int kHeadDim, bool Is_causal>
 void launch_fwd(Flash_fwd_params &params, cudaStream_t stream) {
     launch_built<built::fwd, T, kHeadDim>(
-        params, [stream](auto &params) { run_mha_fwd_nosoftmax<T, kHeadDim>(params, stream); },
+        params, [stream](auto &params) { run_mha_fwd_nosoftmax<T, kHeadDim>(with_score(params), stream); },
         [stream](auto &params) { run_mha_fwd_<T, kHeadDim, Is_causal>(params, stream); });
 }
 
 template <typename T, int kHeadDim, bool Is_causal>
 void launch_fwd_splitkv(Flash_fwd_params &params, cudaStream_t stream) {
     launch_built<built::splitkv, T, kHeadDim>(
-        params, [stream](auto &params) { run_mha_fwd_splitkv_nosoftmax<T, kHeadDim>(params, stream); },
+        params, [stream](auto &params) { run_mha_fwd_splitkv_nosoftmax<T, kHeadDim>(with_score(params), stream); },
         [stream](auto &params) { run_mha_fwd_splitkv_dispatch<T, kHeadDim, Is_causal>(params, stream); });
 }
 
@@ -45,9 +45,9 @@ void launch_bwd(Flash_bwd_params &params, cudaStream_t stream) {
         params,
         [stream](auto &params) {
             if constexpr (kIsBuilt<built::fwd, T, kHeadDim>) {
-                if (params.dq_accum_ptr == nullptr) { return run_backward_by_forwards<T, kHeadDim>(params, stream); }
+                if (params.dq_accum_ptr == nullptr) { return run_backward_by_forwards<T, kHeadDim>(with_score(params), stream); }
             }
-            run_mha_bwd_nosoftmax<T, kHeadDim>(params, stream);
+            run_mha_bwd_nosoftmax<T, kHeadDim>(with_score(params), stream);
         },
         [stream](auto &params) { run_mha_bwd_<T, kHeadDim, Is_causal>(params, stream); });
 }

@@ -1,9 +1,10 @@
-// Replaces the online softmax in the forward, split-KV and backward kernels: O = dropout(M ⊙ f(scale · Q Kᵀ)) V. A
-// kernel chooses this through its traits: NoSoftmaxTraits<KT> is KT with a tag, so that no template list and no kernel
-// name changes, and the code for softmax compiles as before.
+// Replaces the online softmax in the forward, split-KV and backward kernels: O = norm ⊙ dropout(M ⊙ f(scale · Q Kᵀ)) V. A
+// kernel chooses this through its traits: NoSoftmaxTraits<KT> is KT with a tag, so that no template list changes, and
+// the code for softmax compiles as before. f and norm are choices at run time: params.score.
 
 #pragma once
 
+#include <limits>
 #include <type_traits>
 
 #include <cute/tensor.hpp>
@@ -11,8 +12,11 @@
 #include <cutlass/numeric_types.h>
 
 #include "namespace_config.h"
+#include "activations.h"
 #include "mask.h"
+#include "row_factors.h"
 #include "saturate.h"
+#include "score_params.h"
 #include "softmax.h"
 #include "utils.h"
 
@@ -26,11 +30,15 @@ using namespace cute;
 // round scale + 1, an error of less than 2^-16 of their scales, where fp16 keeps 2^-11 of the score.
 inline constexpr float kLeastScale = 1.f / 128;
 
-template <typename Kernel_traits, bool Any_scale=false>
+// kIdentity: f is the identity, not a choice at run time. kFewRows: most rows of the tile may be beyond the last query, and
+// stay as they are.
+template <typename Kernel_traits, bool Any_scale=false, bool Identity=false, bool Few_rows=false>
 struct NoSoftmaxTraits : public Kernel_traits {
     using Upstream = Kernel_traits;
     static constexpr bool Is_nosoftmax = true;
     static constexpr bool kAnyScale = Any_scale;
+    static constexpr bool kIdentity = Identity;
+    static constexpr bool kFewRows = Few_rows;
 };
 
 template <typename Kernel_traits, typename = void>
@@ -39,12 +47,30 @@ inline constexpr bool kUseSoftmax = true;
 template <typename Kernel_traits>
 inline constexpr bool kUseSoftmax<Kernel_traits, std::void_t<decltype(Kernel_traits::Is_nosoftmax)>> = false;
 
-// bf16 has the range of fp32, so raw scores fit and the scale can wait for the accumulators of O and dV: one
-// multiplication for each of their elements instead of one for each score. fp16 would saturate on raw scores, and
-// ALiBi is added to the scaled score.
+// bf16 has the range of fp32, so raw scores fit. Where f allows it (scales_at_end), the scale then waits for the
+// accumulators of O and dV: one multiplication for each of their elements instead of one for each score. Any other f
+// scales its argument itself. fp16 would saturate on raw scores, and ALiBi is added to the scaled score.
 template <typename Kernel_traits, bool Has_alibi>
 inline constexpr bool kScaleAtEnd = !kUseSoftmax<Kernel_traits> && !Has_alibi
     && std::is_same_v<typename Kernel_traits::Element, cutlass::bfloat16_t>;
+
+// Upstream masks the last steps of a row of tiles in an unrolled loop, and has another for those without a mask. Here the
+// first loop, not unrolled, takes them all and asks for each tile: code for one tile instead of up to five.
+inline constexpr int kEveryStep = std::numeric_limits<int>::max();
+
+#ifndef NS_MERGE_IDENTITY
+#define NS_MERGE_IDENTITY 0
+#endif
+#ifndef NS_MERGE_ANY
+#define NS_MERGE_ANY 1
+#endif
+
+template <typename Kernel_traits, typename = void>
+inline constexpr bool kTakesEveryStep = false;
+
+template <typename Kernel_traits>
+inline constexpr bool kTakesEveryStep<Kernel_traits, std::void_t<decltype(Kernel_traits::Is_nosoftmax)>> =
+    Kernel_traits::kIdentity ? NS_MERGE_IDENTITY : NS_MERGE_ANY;
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
@@ -71,38 +97,89 @@ __forceinline__ __device__ void for_each_score(Tensor<Engine, Layout> &scores, c
     }
 }
 
-// Turns scores into attention weights P = M ⊙ f(scale · qk - slope · |distance|), f the identity.
-template <typename Kernel_traits, bool Is_causal, bool Is_local, bool Has_alibi>
+// Registers can't be indexed in a loop that is not unrolled, so visit(i) for each element i of a fragment is as much code
+// as the fragment has elements. For a long formula this does the first kRound elements in each round of a loop, and turns
+// the fragments, all of one size: a few moves an element, for a fraction of the code.
+inline constexpr int kRound = 8;
+
+template <typename Engine, typename Layout>
+__forceinline__ __device__ void turn(Tensor<Engine, Layout> &x) {
+    constexpr int kSize = decltype(size(x))::value;
+    #pragma unroll
+    for (int i = 0; i < kRound; ++i) {  // In this order, one register more is enough.
+        const float first = x(i);
+        #pragma unroll
+        for (int j = i; j < kSize - kRound; j += kRound) { x(j) = x(j + kRound); }
+        x(kSize - kRound + i) = first;
+    }
+}
+
+template <bool Is_long, typename Visit, typename Tensor0, typename... Tensors>
+__forceinline__ __device__ void in_rounds(Visit visit, Tensor0 &x, Tensors &...others) {
+    constexpr int kSize = decltype(size(x))::value;
+    if constexpr (!Is_long || kSize <= kRound) {
+        #pragma unroll
+        for (int i = 0; i < kSize; ++i) { visit(i); }
+    } else {
+        static_assert(kSize % kRound == 0);
+        #pragma unroll 1
+        for (int round = 0; round < kSize / kRound; ++round) {
+            #pragma unroll
+            for (int i = 0; i < kRound; ++i) { visit(i); }
+            turn(x);
+            (turn(others), ...);
+        }
+    }
+}
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+
+// Turns scores into attention weights P = M ⊙ f(scale · qk - slope · |distance|), and applies what was left for the end
+// to the accumulators.
+template <typename Kernel_traits, bool Is_causal, bool Is_local, bool Has_alibi, typename Params, typename Block_info>
 struct ScoreWeights {
 
+    const Params &params;
+    const RowFactors<Params, Block_info> row_factors;
+    const float bias;  // of the sigmoid
     const int seqlen_k;
     const int diagonal;  // the key that query 0 is aligned with
     const int window_size_left, window_size_right;
     const float scale, alibi_slope;
     const int first_row;  // of the block of queries, in the forward kernels
 
-    // Called by the forward kernels, with the signature of Mask::apply_mask. Causal_mask and !Is_even_MN say that this
-    // iteration may hold scores beyond the diagonal or the last key.
+    // Called by the forward kernels, with the signature of Mask::apply_mask.
     template <bool Causal_mask=false, bool Is_even_MN=true, typename Engine, typename Layout>
     __forceinline__ __device__ void apply_mask(Tensor<Engine, Layout> &acc_s, const int col0, const int row0,
                                                const int row_stride) const {
         Tensor scores = make_tensor(acc_s.data(), FLASH_NAMESPACE::convert_layout_acc_rowcol(acc_s.layout()));
-        activate(scores, col0, row0, row_stride);
-        if constexpr (Causal_mask || Is_local) {
+        if constexpr (Kernel_traits::kFewRows) {
+            // In a warp, 8 rows of the tile follow one another, with 4 threads each.
+            const int rows_left = row_factors.binfo.actual_seqlen_q - (row0 - int(threadIdx.x % 32) / 4);
+            if (rows_left <= 0) { return; }
+            prepare(scores, col0, row0, row_stride);
+            #pragma unroll
+            for (int mi = 0; mi < size<0>(scores); ++mi) {
+                static_assert(decltype(size<0>(scores))::value == 2);
+                Tensor row = scores(mi, _);
+                if (mi * 8 < rows_left) { activate(row); }
+            }
+        } else {
+            prepare(scores, col0, row0, row_stride);
+            activate(scores);
+        }
+        if constexpr (Causal_mask || Is_local || !Is_even_MN) {
             if (!is_tile_visible(first_row, col0)) { hide(scores, col0, row0, row_stride); }
-        } else if constexpr (!Is_even_MN) {
-            for_each_score(scores, col0, row0, row_stride, [&](float &score, const int, const int col) {
-                if (col >= seqlen_k) { score = 0.f; }
-            });
         }
     }
 
+    // Scales scores and adds ALiBi's bias, as far as the activation does not.
     template <typename Engine, typename Layout>
-    __forceinline__ __device__ void activate(Tensor<Engine, Layout> &scores, const int col0, const int row0,
-                                             const int row_stride) const {
+    __forceinline__ __device__ void prepare(Tensor<Engine, Layout> &scores, const int col0, const int row0,
+                                            const int row_stride) const {
         if constexpr (std::is_same_v<typename Kernel_traits::Element, cutlass::half_t>) {
             scale_and_show_infinity(scores);
-        } else if constexpr (!kScaleAtEnd<Kernel_traits, Has_alibi>) {
+        } else if constexpr (kPrepares) {
             #pragma unroll
             for (int i = 0; i < size(scores); ++i) { scores(i) *= scale; }
         }
@@ -114,6 +191,64 @@ struct ScoreWeights {
                 });
             }
         }
+    }
+
+    // Turns prepared scores into weights.
+    template <typename Engine, typename Layout>
+    __forceinline__ __device__ void activate(Tensor<Engine, Layout> &scores) const {
+        visit_activation([&](const auto f) {
+            in_rounds<f.kIsLong>([&](const int i) { scores(i) = f.value(scores(i)); }, scores);
+        });
+    }
+
+    // Multiplies dP by the derivative of the weights by the scaled score, and by the factors of the rows. The derivative is
+    // computed from the prepared scores only here: both at once would take more registers than a thread has.
+    template <typename Engine0, typename Layout0, typename Engine1, typename Layout1>
+    __forceinline__ __device__ void differentiate(Tensor<Engine0, Layout0> &dS, Tensor<Engine1, Layout1> &scores,
+                                                  const int row0, const int row_stride) const {
+        visit_activation([&](const auto f) {
+            in_rounds<f.kIsLong>([&](const int i) { dS(i) *= f.derivative(scores(i)); }, dS, scores);
+        });
+        multiply_rows(dS, row0, row_stride);
+    }
+
+    // Multiplies by the factors of the rows, divided by the largest of their sequence.
+    template <typename Engine, typename Layout>
+    __forceinline__ __device__ void multiply_rows(Tensor<Engine, Layout> &rows, const int row0,
+                                                  const int row_stride) const {
+        if (!params.score.by_row()) { return; }
+        const float largest = row_factors.largest_of_rows();
+        for_each_row(rows, row0, row_stride, [&](const int mi, const int row) {
+            const float factor = row_factors.of_row(row, largest);
+            #pragma unroll
+            for (int ni = 0; ni < size<1>(rows); ++ni) { rows(mi, ni) *= factor; }
+        });
+    }
+
+    // Multiplies O by everything that was left for the end. With splits, their sum gets the factors of the rows.
+    template <bool Is_dropout, bool Split, typename Engine, typename Layout>
+    __forceinline__ __device__ void finish(Tensor<Engine, Layout> &acc_o, const int row0, const int row_stride) const {
+        if constexpr (Split && kPrepares) { return; }
+        const float factor = scale_at_end() * (Split ? 1.f : row_factors.of_sequence())
+            * (Is_dropout ? params.rp_dropout : 1.f);
+        Tensor rows = make_tensor(acc_o.data(), FLASH_NAMESPACE::convert_layout_acc_rowcol(acc_o.layout()));
+        const bool by_row = !Split && params.score.by_row();
+        for_each_row(rows, row0, row_stride, [&](const int mi, const int row) {
+            const float factor_of_row = by_row ? factor * row_factors.of_row(row) : factor;
+            #pragma unroll
+            for (int ni = 0; ni < size<1>(rows); ++ni) { rows(mi, ni) *= factor_of_row; }
+        });
+    }
+
+    // Does the same for dV and dK, which the kernel multiplies by rp_dropout, and dK by the scale.
+    template <typename Engine0, typename Layout0, typename Engine1, typename Layout1>
+    __forceinline__ __device__ void finish_gradients(Tensor<Engine0, Layout0> &acc_dv,
+                                                     Tensor<Engine1, Layout1> &acc_dk) const {
+        const float factor = row_factors.of_gradients(), of_dv = factor * scale_at_end();
+        #pragma unroll
+        for (int i = 0; i < size(acc_dv); ++i) { acc_dv(i) *= of_dv; }
+        #pragma unroll
+        for (int i = 0; i < size(acc_dk); ++i) { acc_dk(i) *= factor; }
     }
 
     // Multiplies by the scale and turns infinities, which the conversion to fp16 would hide, into NaN. If the scale is
@@ -147,12 +282,56 @@ struct ScoreWeights {
 
 private:
 
+    // Whether `prepare` scales scores, and the activation does not.
+    static constexpr bool kPrepares = !kScaleAtEnd<Kernel_traits, Has_alibi>;
+
+    template <typename Engine, typename Layout, typename Visit>
+    static __forceinline__ __device__ void for_each_row(Tensor<Engine, Layout> &rows, const int row0,
+                                                        const int row_stride, Visit visit) {
+        #pragma unroll
+        for (int mi = 0; mi < size<0, 1>(rows); ++mi) {
+            #pragma unroll
+            for (int i = 0; i < size<0, 0>(rows); ++i) { visit(mi * size<0, 0>(rows) + i, row0 + mi * row_stride + i * 8); }
+        }
+    }
+
+    // The scale if the scores were not multiplied by it, else 1.
+    __forceinline__ __device__ float scale_at_end() const {
+        const bool waits = Kernel_traits::kIdentity || scales_at_end(params.score.activation, scale);
+        return !kPrepares && waits ? scale : 1.f;
+    }
+
+    template <typename Visit>
+    __forceinline__ __device__ void visit_activation(Visit visit) const {
+        if constexpr (!Kernel_traits::kIdentity) {
+            with_activation</*At_end=*/!kPrepares>(params.score.activation, kPrepares ? 1.f : scale, bias, visit);
+        }
+    }
+
     __forceinline__ __device__ int begin_of_row(const int row) const { return row + diagonal - window_size_left; }
 
     __forceinline__ __device__ int end_of_row(const int row) const {
+        if constexpr (!Is_causal && !Is_local) { return seqlen_k; }
         return std::min(seqlen_k, row + 1 + diagonal + (Is_causal ? 0 : window_size_right));
     }
 };
+
+// The weights of a tile of prepared scores in backward. With softmax they have taken the place of the scores.
+template <typename Kernel_traits, typename Engine, typename Layout, typename Weights>
+__forceinline__ __device__ auto weights_of(Tensor<Engine, Layout> &acc_s, const Weights &weights, const bool has_hidden,
+                                           const int col0, const int row0, const int row_stride) {
+    if constexpr (kUseSoftmax<Kernel_traits>) {
+        return acc_s;
+    } else {
+        Tensor acc_p = make_fragment_like(acc_s);
+        cute::copy(acc_s, acc_p);
+        Tensor p = make_tensor(acc_p.data(), FLASH_NAMESPACE::convert_layout_acc_rowcol(acc_p.layout()));
+        weights.activate(p);
+        weights.multiply_rows(p, row0, row_stride);
+        if (has_hidden) { weights.hide(p, col0, row0, row_stride); }
+        return acc_p;
+    }
+}
 
 // ALiBi's bias is in units of the score: before scaling with softmax, after scaling without.
 template <typename Kernel_traits>
@@ -160,14 +339,27 @@ __forceinline__ __device__ float alibi_unit(const float softmax_scale) {
     return kUseSoftmax<Kernel_traits> ? softmax_scale : 1.f;
 }
 
+// The bias of the sigmoid for one head of one sequence.
+template <typename Params, typename Block_info>
+__forceinline__ __device__ float sigmoid_bias(const Params &params, const RowFactors<Params, Block_info> &row_factors,
+                                              const int bidb, const int bidh) {
+    const Score &score = params.score;
+    if (score.activation != Activation::sigmoid) { return 0.f; }
+    if (score.bias_is_minus_log_n) { return -logf(row_factors.number_of_keys()); }
+    return score.sigmoid_biases == nullptr
+        ? score.sigmoid_bias : score.sigmoid_biases[bidb * score.sigmoid_biases_batch_stride + bidh];
+}
+
 template <typename Kernel_traits, bool Is_causal, bool Is_local, bool Has_alibi, typename Params, typename Block_info>
 __forceinline__ __device__ auto make_mask(const Params &params, const Block_info &binfo, const float alibi_slope,
-                                          const int first_row=0) {
+                                          const int bidb, const int bidh, const int first_row=0) {
     if constexpr (kUseSoftmax<Kernel_traits>) {
         return Mask<Is_causal, Is_local, Has_alibi>(binfo.actual_seqlen_k, binfo.actual_seqlen_q,
                                                     params.window_size_left, params.window_size_right, alibi_slope);
     } else {
-        return ScoreWeights<Kernel_traits, Is_causal, Is_local, Has_alibi>{
+        const auto row_factors = row_factors_of(params, binfo, bidb);
+        return ScoreWeights<Kernel_traits, Is_causal, Is_local, Has_alibi, Params, Block_info>{
+            params, row_factors, sigmoid_bias(params, row_factors, bidb, bidh),
             binfo.actual_seqlen_k, binfo.actual_seqlen_k - binfo.actual_seqlen_q,
             params.window_size_left, params.window_size_right, params.scale_softmax, alibi_slope, first_row};
     }
@@ -176,7 +368,7 @@ __forceinline__ __device__ auto make_mask(const Params &params, const Block_info
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
 // Replaces Softmax<kNRows>: no row needs a maximum or a sum, so there is no state and nothing to rescale.
-template <bool Scale_at_end, int kNRows>
+template <int kNRows>
 struct NoRowState {
 
     using TensorT = decltype(make_tensor<float>(Shape<Int<kNRows>>{}));
@@ -184,36 +376,31 @@ struct NoRowState {
     template <bool Is_first, bool Check_inf=false, typename Tensor0, typename Tensor1>
     __forceinline__ __device__ void softmax_rescale_o(Tensor0 &, Tensor1 &, float) {}
 
-    // Applies the factors that were left for the end. Returns zeros for the log-sum-exp, which are never stored.
+    // Returns zeros for the log-sum-exp, which are never stored. ScoreWeights::finish normalizes.
     template <bool Is_dropout=false, bool Split=false, typename Tensor0>
-    __forceinline__ __device__ TensorT normalize_softmax_lse(Tensor0 &acc_o, float softmax_scale,
-                                                             float rp_dropout=1.0) {
-        if constexpr (Scale_at_end || Is_dropout) {
-            const float factor = (Scale_at_end ? softmax_scale : 1.f) * (Is_dropout ? rp_dropout : 1.f);
-            #pragma unroll
-            for (int i = 0; i < size(acc_o); ++i) { acc_o(i) *= factor; }
-        }
+    __forceinline__ __device__ TensorT normalize_softmax_lse(Tensor0 &, float, float=1.0) {
         TensorT lse;
         clear(lse);
         return lse;
     }
 };
 
-template <typename Kernel_traits, bool Has_alibi, int kNRows>
-using RowState = std::conditional_t<kUseSoftmax<Kernel_traits>, Softmax<kNRows>,
-                                    NoRowState<kScaleAtEnd<Kernel_traits, Has_alibi>, kNRows>>;
+template <typename Kernel_traits, int kNRows>
+using RowState = std::conditional_t<kUseSoftmax<Kernel_traits>, Softmax<kNRows>, NoRowState<kNRows>>;
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
-// What a launch saturates in fp16. Flash_fwd_params::Saturates says why.
-template <typename Params>
+// What a launch saturates in fp16: see Saturates.
+template <typename Kernel_traits, typename Params>
 __forceinline__ __device__ bool saturates_products(const Params &params) {
-    return params.saturates != Params::Saturates::nothing;
+    if constexpr (kUseSoftmax<Kernel_traits>) { return false; }
+    else { return params.score.saturates != Saturates::nothing; }
 }
 
-template <typename Params>
+template <typename Kernel_traits, typename Params>
 __forceinline__ __device__ bool saturates_output(const Params &params) {
-    return params.saturates == Params::Saturates::products_and_output;
+    if constexpr (kUseSoftmax<Kernel_traits>) { return false; }
+    else { return params.score.saturates == Saturates::products_and_output; }
 }
 
 // convert_type (or convert_type_relu) for P, chosen by the kernel's traits. ScoreWeights has already turned infinities
@@ -251,6 +438,12 @@ struct GridPlace {
 
     __forceinline__ __device__ int row_blocks_behind() const { return num_row_blocks - 1 - row_block; }
 };
+
+// The head of q that a block of head bidh reads.
+template <typename Kernel_traits, typename Params>
+__forceinline__ __device__ int head_of_q(const Params &params, const int bidh) {
+    if constexpr (kUseSoftmax<Kernel_traits>) { return bidh; } else { return bidh / params.score.q_group_size; }
+}
 
 // The place in a grid where the row blocks of all sequences lie along x.
 __forceinline__ __device__ GridPlace place_in_long_grid(const int num_sequences) {

@@ -1,5 +1,5 @@
-// Supports the trailing use_softmax argument of flash_api.cpp: checks, empty outputs for those that do not exist
-// without softmax, and Python bindings that keep callers of upstream's positional signatures working.
+// Supports the trailing arguments use_softmax and score of flash_api.cpp: checks, empty outputs for those that do not
+// exist without softmax, and Python bindings that keep callers of upstream's positional signatures working.
 
 #pragma once
 
@@ -9,6 +9,8 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -72,16 +74,82 @@ inline void zero_slack(const std::initializer_list<std::pair<at::Tensor, const i
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
-template <typename Function, size_t... I>
-void def_with_default(pybind11::module_ &m, const char *name, Function function, const char *doc,
-                      std::index_sequence<I...>) {
-    m.def(name, function, doc, (static_cast<void>(I), pybind11::arg())..., pybind11::arg("use_softmax") = true);
+// The activation, the bias of the sigmoid (none is -log n) and its tensor; the normalization, its number, and its tensor
+// for sequences and for rows. The tensors are contiguous float32. Without a score: the identity, without normalization.
+using ScoreArguments = std::tuple<std::string, std::optional<float>, std::optional<at::Tensor>, std::optional<std::string>,
+                                  float, std::optional<at::Tensor>, std::optional<at::Tensor>>;
+
+inline constexpr std::array kNormalizationNames{"", "1/n", "1/sqrt(n)", "1/visible"};  // in the order of the enum
+
+template <typename Enum, size_t n>
+Enum value_of(const std::string_view name, const std::array<const char *, n> &names) {
+    for (size_t i = 0; i < n; ++i) {
+        if (name == names[i]) { return Enum(i); }
+    }
+    TORCH_CHECK(false, "This flash attention build has no kernels for ", std::string(name), ": rebuild it");
 }
 
-// `function` ends with use_softmax, which callers of upstream's positional signature leave out.
+inline const float *floats(const std::optional<at::Tensor> &tensor) {
+    if (!tensor.has_value()) { return nullptr; }
+    TORCH_CHECK(tensor->is_cuda() && tensor->is_contiguous() && tensor->scalar_type() == at::kFloat,
+                "biases and factors must be contiguous float32 CUDA tensors");
+    return tensor->data_ptr<float>();
+}
+
+// A Score, and the memory that it points at beside its arguments.
+struct HostScore : public Score {
+
+    at::Tensor largest;
+
+    HostScore(const std::optional<ScoreArguments> &arguments, const bool is_windowed) {
+        if (!arguments.has_value()) { return; }
+        const auto &[activation_name, bias, biases, normalization_name, number, of_sequences, of_rows] = *arguments;
+        activation = value_of<Activation>(activation_name, kActivationNames);
+        normalization = value_of<Normalization>(normalization_name.value_or(""), kNormalizationNames);
+        // If every query sees every key, the two are the same.
+        if (!is_windowed && normalization == Normalization::per_visible) { normalization = Normalization::per_n; }
+        bias_is_minus_log_n = !bias.has_value();
+        sigmoid_bias = bias.value_or(0.f);
+        sigmoid_biases = floats(biases);
+        sigmoid_biases_batch_stride = biases.has_value() && biases->dim() == 2 ? biases->size(1) : 0;
+        factor = number;
+        sequence_factors = floats(of_sequences);
+        row_factors = floats(of_rows);
+    }
+
+    // Whether it differs between heads. They can't become rows then.
+    bool by_head() const { return sigmoid_biases != nullptr; }
+
+    void set(Flash_fwd_params &params, const bool use_softmax, const bool heads_are_rows = false) {
+        params.use_softmax = use_softmax;
+        if (use_softmax) { return; }
+        rows_of_query = heads_are_rows ? params.seqlen_q : 1;
+        params.softmax_lse_ptr = static_cast<Score *>(this);
+    }
+
+    void set_for_backward(Flash_bwd_params &params, const bool use_softmax, const at::TensorOptions &options,
+                          cudaStream_t stream) {
+        set(params, use_softmax);
+        if (use_softmax || row_factors == nullptr) { return; }
+        largest = torch::empty({params.b}, options.dtype(at::kFloat));
+        largest_row_factors = largest.data_ptr<float>();
+        find_largest_factors(largest.data_ptr<float>(), row_factors, params.cu_seqlens_q, params.b, params.seqlen_q, stream);
+    }
+};
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+
+template <typename Function, size_t... I>
+void def_with_defaults(pybind11::module_ &m, const char *name, Function function, const char *doc,
+                       std::index_sequence<I...>) {
+    m.def(name, function, doc, (static_cast<void>(I), pybind11::arg())..., pybind11::arg("use_softmax") = true,
+          pybind11::arg("score") = pybind11::none());
+}
+
+// `function` ends with use_softmax and score, which callers of upstream's positional signature leave out.
 template <typename R, typename... Args>
 void def_with_use_softmax(pybind11::module_ &m, const char *name, R (*function)(Args...), const char *doc) {
-    def_with_default(m, name, function, doc, std::make_index_sequence<sizeof...(Args) - 1>{});
+    def_with_defaults(m, name, function, doc, std::make_index_sequence<sizeof...(Args) - 2>{});
 }
 
 template <typename Item, size_t n>

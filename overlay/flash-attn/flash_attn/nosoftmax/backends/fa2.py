@@ -1,4 +1,4 @@
-"""Run calls with the identity on this package's CUDA extension, upstream's CUTLASS kernels."""
+"""Run calls on this package's CUDA extension, upstream's CUTLASS kernels."""
 
 from functools import cache
 from typing import Optional
@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from ... import extension
 from ..call import Call, needs_grad
-from ..score import NORMALIZATIONS
 from . import Result
 
 _DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -24,12 +23,6 @@ def obstacle(call: Call) -> Optional[str]:
     reason = extension.obstacle()
     if reason is not None:
         return reason
-    if (name := _beyond_the_identity(call)) is not None:
-        return (
-            f"flash_attn_2_cuda has no kernels for {name}; on Hopper flash-attn-4 of this patch set has "
-            "every activation and every normalization that has a name (make wheel FAMILY=flash-attn-4), and "
-            "the CPU has all: move the tensors to the CPU"
-        )
     if call.q.dtype not in _DTYPES:
         return f"q has dtype {call.q.dtype}, flash_attn_2_cuda takes float16 and bfloat16"
     if call.v.shape[-1] != call.q.shape[-1]:
@@ -44,51 +37,21 @@ def obstacle(call: Call) -> Optional[str]:
     return None
 
 
-def _beyond_the_identity(call: Call) -> Optional[str]:
-    o = call.options
-    if o.activation != "identity":
-        return f"activation={o.activation!r}"
-    factor, reason = _factor(call), _scales_before(call)
-    if factor == 1.0 or (factor is not None and reason is None):
+def _score(call: Call) -> Optional[tuple]:
+    """Return the extension's argument `score` (ScoreArguments in csrc/flash_attn/src/use_softmax.h)."""
+    o, factors = call.options, call.row_factors
+    if factors is None and (o.activation, o.normalization, o.factor) == ("identity", None, 1.0):
         return None
-    given = o.factor if o.normalization is None else o.normalization
-    name = "normalization as a tensor" if call.row_factors is not None else f"normalization={given!r}"
-    return name if factor is None else f"{name} with {reason}"
-
-
-def _factor(call: Call) -> Optional[float]:
-    """Return the factor on the output if all rows have one that the host knows, else None."""
-    o = call.options
-    if call.row_factors is not None:
-        return None
-    if o.normalization is None:
-        return o.factor
-    windowed = o.window_left >= 0 or o.window_right >= 0
-    if call.varlen or call.cache is not None or (windowed and NORMALIZATIONS[o.normalization].by_row):
-        return None
-    n = max(call.k.shape[1], 1)
-    return NORMALIZATIONS[o.normalization].factor(n, n)
-
-
-def _scales_before(call: Call) -> Optional[str]:
-    """Name what makes the kernels apply softmax_scale before the end, if anything does.
-
-    Otherwise they multiply by it in float32 and at the end (kScaleAtEnd in csrc/flash_attn/src/nosoftmax.h),
-    where a factor of the output belongs.
-    """
-    if call.q.dtype != torch.bfloat16:
-        return f"{call.q.dtype}"
-    if call.options.softcap > 0.0:
-        return f"softcap={call.options.softcap}"
-    return None if call.alibi_slopes is None else "alibi_slopes"
-
-
-def _scale(call: Call) -> float:
-    """Return softmax_scale with the factor of the output in it."""
-    o = call.options
-    if o.normalization is None and o.factor == 1.0:  # as nearly always
-        return o.softmax_scale
-    return o.softmax_scale * _factor(call)
+    by_row = factors is not None and (
+        factors.dim() == 2 or (call.varlen and factors.shape[0] == call.q.shape[0])
+    )
+    factors, biases = (
+        x if x is None or x.is_contiguous() else x.contiguous() for x in (factors, call.sigmoid_biases)
+    )
+    return (
+        o.activation, o.sigmoid_bias, biases, o.normalization, o.factor,
+        None if by_row else factors, factors if by_row else None,
+    )  # fmt: skip
 
 
 def disadvantage(call: Call) -> Optional[str]:
@@ -146,7 +109,7 @@ def _window(call: Call) -> tuple:
 def forward(call: Call) -> Result:
     if call.cache is not None:
         return _with_cache(call)
-    (q, k, v), o = _taken(call.q, call.k, call.v), call.options
+    (q, k, v), o, score = _taken(call.q, call.k, call.v), call.options, _score(call)
     window, s_dmask = _window(call), o.return_attn_probs and o.dropout_p > 0.0
     if not call.varlen:
         out, _, mask, rng_state = extension.load().fwd(
@@ -156,18 +119,19 @@ def forward(call: Call) -> Result:
             None,
             call.alibi_slopes,
             o.dropout_p,
-            _scale(call),
+            o.softmax_scale,
             *window,
             o.softcap,
             s_dmask,
             None,
             False,
+            score,
         )
     else:
         out, _, mask, rng_state = extension.load().varlen_fwd(
             q, k, v, None, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k, call.leftpad_k,
             call.block_table, call.alibi_slopes, o.max_seqlen_q, o.max_seqlen_k, o.dropout_p,
-            _scale(call), False, *window, o.softcap, s_dmask, None, False,
+            o.softmax_scale, False, *window, o.softcap, s_dmask, None, False, score,
         )  # fmt: skip
     return Result(
         out if q is call.q else _cut(out, call.q),
@@ -178,19 +142,19 @@ def forward(call: Call) -> Result:
 
 def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
     (dout, q, k, v), o = _taken(dout, call.q, call.k, call.v), call.options
-    window = _window(call)
+    window, score = _window(call), _score(call)
     # Without softmax the extension reads neither `out` nor the log-sum-exp, but checks them: q has the shape
     # of `out`, and any tensor passes as the log-sum-exp.
     if not call.varlen:
         grads = extension.load().bwd(
             dout, q, k, v, q, q.new_empty(0, dtype=torch.float32), None, None, None, call.alibi_slopes,
-            o.dropout_p, _scale(call), *window, o.softcap, o.deterministic, None, rng_state, False,
+            o.dropout_p, o.softmax_scale, *window, o.softcap, o.deterministic, None, rng_state, False, score,
         )  # fmt: skip
     else:
         grads = extension.load().varlen_bwd(
             dout, q, k, v, q, q.new_empty(0, dtype=torch.float32), None, None, None, call.cu_seqlens_q,
             call.cu_seqlens_k, call.alibi_slopes, o.max_seqlen_q, o.max_seqlen_k, o.dropout_p,
-            _scale(call), False, *window, o.softcap, o.deterministic, None, rng_state, False,
+            o.softmax_scale, False, *window, o.softcap, o.deterministic, None, rng_state, False, score,
         )  # fmt: skip
     return tuple(_cut(grad, x) for grad, x in zip(grads[:3], (call.q, call.k, call.v)))
 
@@ -208,6 +172,7 @@ def _with_cache(call: Call) -> Result:
     out, _ = extension.load().fwd_kvcache(
         q, call.k, call.v, _contiguous(given.k), _contiguous(given.v), seqlens, given.rotary_cos,
         given.rotary_sin, given.cache_batch_idx, call.leftpad_k, call.block_table, call.alibi_slopes, None,
-        _scale(call), *_window(call), o.softcap, given.rotary_interleaved, given.num_splits, False,
+        o.softmax_scale, *_window(call), o.softcap, given.rotary_interleaved, given.num_splits, False,
+        _score(call),
     )  # fmt: skip
     return Result(out)

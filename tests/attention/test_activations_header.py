@@ -1,0 +1,107 @@
+"""Test the activations of the CUDA kernels (csrc/flash_attn/src/activations.h), compiled for the CPU.
+
+The functors are the same; tanh, exp2 and rcp are the CPU's, which are exact to a rounding. This finds a wrong
+formula or constant without a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from oracle import FUNCTIONS
+
+HEADER = Path(__file__).parents[2] / "overlay/flash-attn/csrc/flash_attn/src/activations.h"
+NAMES = ("identity", "relu", "relu2", "sigmoid", "silu", "gelu", "softplus")
+PROGRAM = """
+#include "activations.h"
+using namespace flash;
+extern "C" void evaluate(int activation, float scale, float bias, int n, const float *x, float *value,
+                         float *derivative) {
+    with_activation<false>(Activation(activation), scale, bias, [&](const auto f) {
+        for (int i = 0; i < n; ++i) {
+            value[i] = f.value(x[i]);
+            derivative[i] = f.derivative(x[i]);
+        }
+    });
+}
+extern "C" const char *name(int activation) { return kActivationNames[activation]; }
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("activations")
+    (folder / "namespace_config.h").write_text("#define FLASH_NAMESPACE flash\n")
+    (folder / "program.cpp").write_text(PROGRAM)
+    subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{folder}", f"-I{HEADER.parent}",
+         folder / "program.cpp", "-o", folder / "program.so"],
+        check=True,
+    )  # fmt: skip
+    loaded = ctypes.CDLL(str(folder / "program.so"))
+    loaded.name.restype = ctypes.c_char_p
+    return loaded
+
+
+def evaluate(library, activation: str, x: torch.Tensor, scale: float = 1.0, bias: float = 0.0) -> tuple:
+    """Return f(scale * x) and f'."""
+    results = [torch.full_like(x, torch.nan) for _ in range(2)]
+    library.evaluate(
+        NAMES.index(activation), ctypes.c_float(scale), ctypes.c_float(bias), len(x),
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, *results)),
+    )  # fmt: skip
+    return tuple(results)
+
+
+def test_names(library):
+    """The kernels' names of the activations are those of the contract."""
+    assert tuple(library.name(i).decode() for i in range(len(NAMES))) == NAMES == tuple(FUNCTIONS)
+
+
+@pytest.mark.parametrize("bias", [-9.0, -2.0, 0.0, 1.5])
+@pytest.mark.parametrize("scale", [1.0, 0.125, -0.5])
+@pytest.mark.parametrize("activation", NAMES[1:])
+def test_values_and_derivatives(library, activation, scale, bias):
+    """f and f' are as exact as a 16-bit P and dS need."""
+    x = torch.linspace(-40.0, 40.0, 4001)
+    s = (x.double() * scale).requires_grad_()
+    expected = FUNCTIONS[activation](s, bias)
+    (slope,) = torch.autograd.grad(expected.sum(), s)
+    value, derivative = evaluate(library, activation, x, scale, bias)
+    kink = (s.detach() == 0) & (activation == "relu")
+    for name, actual, e, floor in (
+        ("f", value, expected.detach(), 1e-7 * (1 + s.detach().abs())),
+        ("f'", derivative, torch.where(kink, derivative, slope), 2.0**-15),  # that of gelu crosses 0
+    ):
+        error = (actual.double() - e).abs()
+        assert (error <= 2.0**-13 * e.abs() + floor).all(), f"{name} is off by {error.max():.3g}"
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "gelu", "softplus"])
+def test_tails(library, activation):
+    """Small weights keep their digits, as many keys add them up."""
+    x = torch.linspace(-12.0, -4.0, 801)
+    bias = -3.0 if activation == "sigmoid" else 0.0
+    expected = FUNCTIONS[activation](x.double(), bias)
+    value, _ = evaluate(library, activation, x, bias=bias)
+    assert ((value.double() / expected - 1).abs() < 2.0**-10).all()
+
+
+@pytest.mark.parametrize("activation", NAMES[1:])
+def test_non_finite_scores_show(library, activation):
+    """NaN makes f and f' NaN. Inf makes f Inf or NaN, or its limit. Large numbers do neither."""
+    nan, inf, large = torch.tensor([torch.nan]), torch.tensor([torch.inf]), torch.tensor([2.5e20])
+    assert all(x.isnan() for x in evaluate(library, activation, nan))
+    value, _ = evaluate(library, activation, inf)
+    assert value.item() == 1.0 if activation == "sigmoid" else not value.isfinite()
+    for bias in (0.0, -5.0) if activation == "sigmoid" else (0.0,):
+        assert all(x.isfinite() for x in evaluate(library, activation, large, bias=bias))
+        assert all(x.isfinite() for x in evaluate(library, activation, -large, bias=bias))
