@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -135,6 +136,72 @@ def test_a_plan_keeps_no_tensor():
     del x, y
     gc.collect()
     assert upstream.plans and not any(x() is not None for x in kept)
+
+
+class AuxData(NamedTuple):
+    """Upstream's."""
+
+    tensors: list | None = None
+    scalars: tuple | None = None
+
+
+def test_tensors_in_a_list_are_those_of_the_call():
+    """Upstream passes a list of tensors, with scalars, as one argument."""
+    runs, plans, kept = [], {}, []
+
+    def kernel(out, aux, none):
+        x, y = aux.tensors
+        assert none == AuxData()
+        out.copy_(x * aux.scalars[0] - y)
+
+    def difference(x, y, factor):
+        out = torch.full_like(x, float("nan"))
+
+        def launch():
+            runs.append(factor)
+            plan.recorded(kernel)(out, AuxData([x, y], (factor,)), AuxData())
+
+        plan.run(plans, (factor,), (out, x, y), launch)
+        return out
+
+    for seed in range(3):
+        for factor in (2.0, 3.0):
+            x, y = numbers(4, 8, seed=seed)
+            kept += [weakref.ref(x), weakref.ref(y)]
+            assert torch.equal(difference(x, y, factor), x * factor - y)
+    assert runs == [2.0, 3.0]
+    del x, y
+    gc.collect()
+    assert not any(x() is not None for x in kept)
+
+
+def test_memory_in_a_list_is_new_at_each_launch():
+    """A first kernel may write what a second one reads from a list."""
+    runs, plans, seen = [], {}, []
+
+    def first(x, memory):
+        memory.copy_(x + 1.0)
+
+    def second(out, aux):
+        seen.append(aux.tensors[0].data_ptr())
+        out.copy_(aux.tensors[0] * 2.0)
+
+    def launch_on(x):
+        out = torch.full_like(x, float("nan"))
+
+        def launch():
+            runs.append(x)
+            memory = plan.not_read(torch.empty_like(x))
+            plan.recorded(first)(x, memory)
+            plan.recorded(second)(out, AuxData([memory]))
+
+        plan.run(plans, (), (out, x), launch)
+        return out
+
+    for seed in range(3):
+        x, _ = numbers(4, 8, seed=seed)
+        assert torch.equal(launch_on(x), (x + 1.0) * 2.0)
+    assert len(runs) == 1 and len(plans) == 1
 
 
 def test_an_error_ends_the_recording():

@@ -40,7 +40,9 @@ def recorded(kernel: Callable) -> Callable:
 
 
 def not_read(*memory: torch.Tensor) -> Any:
-    """Declare that no launch reads these tensors, so that a plan need not zero them. Returns the first."""
+    """Declare that no launch reads these tensors before one writes them, so that a plan need not zero them.
+    Returns the first.
+    """
     if _recording.not_read is not None:
         _recording.not_read.extend(memory)
     return memory[0]
@@ -63,8 +65,10 @@ class _Plan:
         used = set()
         self._launches = []
         for kernel, args in launches:
+            # Upstream's AuxData holds tensors too, as a list.
+            lists = [(i, x) for i, x in enumerate(args) if getattr(x, "tensors", None)]
             places = [(i, x) for i, x in enumerate(args) if isinstance(x, torch.Tensor)]
-            for i, x in places:
+            for x in (*(x for _, x in places), *(x for _, aux in lists for x in aux.tensors)):
                 if x.data_ptr() not in slots:
                     slots[x.data_ptr()] = len(memory)
                     memory.append(x)
@@ -72,10 +76,15 @@ class _Plan:
                 same = memory[slots[x.data_ptr()]]
                 self.complete &= (x.shape, x.stride(), x.dtype) == (same.shape, same.stride(), same.dtype)
             places = [(i, slots[x.data_ptr()]) for i, x in places]
+            lists = [
+                (i, x._replace(tensors=None), [slots[y.data_ptr()] for y in x.tensors]) for i, x in lists
+            ]
             used.update(slot for _, slot in places)
-            self._launches.append(
-                (kernel, [None if isinstance(x, torch.Tensor) else x for x in args], places)
-            )
+            used.update(slot for _, _, some in lists for slot in some)
+            kept = list(args)  # without tensors, whose memory a plan must not keep
+            for i, *_ in (*places, *lists):
+                kept[i] = None
+            self._launches.append((kernel, kept, places, lists))
         # Incomplete if upstream launched nothing or launched on a copy, or if two tensors share memory.
         self.complete &= used.issuperset(range(len(tensors)))
         unread = {x.data_ptr() for x in not_read}
@@ -87,10 +96,12 @@ class _Plan:
     def __call__(self, tensors: tuple[torch.Tensor, ...]) -> None:
         device = tensors[0].device
         memory = (*tensors, *(new(shape, dtype=dtype, device=device) for new, shape, dtype in self._more))
-        for kernel, args, places in self._launches:
+        for kernel, args, places, lists in self._launches:
             args = args.copy()
             for i, slot in places:
                 args[i] = memory[slot]
+            for i, aux, some in lists:
+                args[i] = aux._replace(tensors=[memory[slot] for slot in some])
             kernel(*args)
 
 
