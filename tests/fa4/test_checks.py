@@ -66,6 +66,25 @@ def test_served(shape):
     assert refusal(*tensors(**shape)) is None
 
 
+def factors(*shape):
+    return torch.ones(shape, device="meta")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalization": 0.25},
+        {"row_factors": factors(2)},
+        {"row_factors": factors(2, 100)},
+        {"activation": "sigmoid", "sigmoid_biases": factors(4)},
+        {"activation": "sigmoid", "sigmoid_biases": factors(2, 4), "row_factors": factors(2, 100)},
+    ],
+    ids=str,
+)
+def test_given_factors_and_biases_are_served(options):
+    assert refusal(*tensors(), **options) is None
+
+
 @pytest.mark.parametrize(
     "shape, options, words",
     [

@@ -51,7 +51,9 @@ def mod(score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors): re
 keys = [hash_callable(mod), *(hash_callable(marked(mod, NoSoftmax(n))) for n in (None, "1/n"))]
 keys += [hash_callable(of_activation(a, b, c, None).score_mod)
          for a, b, c in (("silu", 0.0, 0.0), ("silu", 0.0, 5.0), ("sigmoid", 0.0, 0.0), ("sigmoid", None,
-             0.0))]
+             0.0), ("sigmoid", "by head", 0.0))]
+keys += [hash_callable(of_activation("silu", 0.0, 0.0, n).score_mod)
+         for n in ("1/n", "number", "sequence", "row")]
 print(json.dumps([len(keys), len(set(keys))]))
 """
     total, different = said(compiler[0], trees[1], program)
@@ -100,6 +102,12 @@ def test_a_good_kernel_has_no_faults():
     assert compile_check.faults({"head_dim": 128, "activation": "silu"}, kernel(MUFU_TANH=64)) == []
     assert (
         compile_check.faults({"head_dim": 128, "activation": "sigmoid", "bias": None}, kernel(MUFU_EX2=64))
+        == []
+    )
+    assert (
+        compile_check.faults(
+            {"head_dim": 128, "activation": "sigmoid", "bias": "by head"}, kernel(MUFU_EX2=64)
+        )
         == []
     )
     assert compile_check.faults({"head_dim": 128, "activation": "gelu"}, kernel(MUFU_EX2=64)) == []

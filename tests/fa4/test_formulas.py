@@ -30,10 +30,17 @@ CASES = [
         ("sigmoid", 1.5),
         ("sigmoid", -6.0),
         ("sigmoid", None),
+        ("sigmoid", formulas.BY_HEAD),
     ]
     for softcap in (0.0, 3.0)
 ]
 N = 50
+OF_HEAD = -1.75  # the bias that a kernel reads
+
+
+def parameter(bias) -> float:
+    """Return what a kernel passes to a formula as n."""
+    return OF_HEAD if bias == formulas.BY_HEAD else float(N)
 
 
 class Host:
@@ -59,7 +66,10 @@ def score(u: torch.Tensor, softcap: float) -> torch.Tensor:
 
 
 def exact(u: torch.Tensor, activation: str, bias, softcap: float) -> torch.Tensor:
-    number = -torch.log(torch.tensor(float(N), dtype=u.dtype)) if bias is None else bias
+    by_head = bias == formulas.BY_HEAD
+    number = (
+        -torch.log(torch.tensor(float(N), dtype=u.dtype)) if bias is None else OF_HEAD if by_head else bias
+    )
     return EXACT[activation](score(u, softcap), number)
 
 
@@ -75,7 +85,7 @@ def test_value(scores, activation, bias, softcap):
     f = formulas.formula(activation, bias, softcap)
     want = exact(scores, activation, bias, softcap)
     torch.testing.assert_close(
-        f.value(Host, scores * f.unit, float(N)), want, rtol=RTOL.get(activation, 1e-9), atol=1e-12
+        f.value(Host, scores * f.unit, parameter(bias)), want, rtol=RTOL.get(activation, 1e-9), atol=1e-12
     )
 
 
@@ -85,7 +95,7 @@ def test_derivative_times_unit_is_that_of_autograd(scores, activation, bias, sof
     grad = torch.linspace(-2.0, 3.0, len(u), dtype=torch.float64)
     (want,) = torch.autograd.grad(exact(u, activation, bias, softcap), u, grad)
     f = formulas.formula(activation, bias, softcap)
-    got = f.derivative(Host, grad, scores.detach() * f.unit, float(N)) * f.unit
+    got = f.derivative(Host, grad, scores.detach() * f.unit, parameter(bias)) * f.unit
     # gelu' has a zero, near which its two terms are as large as grad.
     torch.testing.assert_close(
         got, want, rtol=RTOL.get(activation, 1e-9), atol=1e-4 if activation == "gelu" else 1e-12
@@ -138,27 +148,30 @@ def test_the_derivative_of_a_sigmoid_keeps_its_digits_in_float32():
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize(
-    "activation, bias", [*((a, 0.0) for a in EXACT), ("sigmoid", -6.0), ("sigmoid", None)]
+    "activation, bias",
+    [*((a, 0.0) for a in EXACT), ("sigmoid", -6.0), ("sigmoid", None), ("sigmoid", formulas.BY_HEAD)],
 )
 def test_nan_shows_in_value_and_derivative(activation, bias, softcap):
     f = formulas.formula(activation, bias, softcap)
     y = torch.full((1,), math.nan)
-    assert f.value(Host, y, float(N)).isnan().all()
+    n = parameter(bias)
+    assert f.value(Host, y, n).isnan().all()
     if activation != "identity" or softcap:  # the derivative of the identity does not depend on the score
-        assert f.derivative(Host, torch.ones(1), y, float(N)).isnan().all()
-    if f.value(Host, torch.ones(1), float(N)) != 0.0:
-        assert f.derivative(Host, y, torch.ones(1), float(N)).isnan().all()
+        assert f.derivative(Host, torch.ones(1), y, n).isnan().all()
+    if f.value(Host, torch.ones(1), n) != 0.0:
+        assert f.derivative(Host, y, torch.ones(1), n).isnan().all()
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize(
-    "activation, bias", [*((a, 0.0) for a in EXACT), ("sigmoid", -6.0), ("sigmoid", None)]
+    "activation, bias",
+    [*((a, 0.0) for a in EXACT), ("sigmoid", -6.0), ("sigmoid", None), ("sigmoid", formulas.BY_HEAD)],
 )
 def test_an_infinite_score_shows_unless_f_ends_it(activation, bias, softcap):
     """An infinite score shows, and formulas whose Inf the kernels do not look for give none."""
     f = formulas.formula(activation, bias, softcap)
     y = torch.tensor([math.inf, -math.inf])
-    got = f.value(Host, y, float(N))
+    got = f.value(Host, y, parameter(bias))
     assert f.inf_seen_in in ("scores", "weights") or not got.isinf().any()
     ended = exact(y.double(), activation, bias, softcap).isfinite()
     right = exact(torch.tensor([1e6, -1e6], dtype=torch.float64), activation, bias, softcap)
@@ -166,6 +179,17 @@ def test_an_infinite_score_shows_unless_f_ends_it(activation, bias, softcap):
         not g.isfinite() or (e and torch.isclose(g.double(), r, rtol=1e-4))
         for g, e, r in zip(got, ended, right)
     )
+
+
+@pytest.mark.parametrize("s, bias", [(100.0, -100.0), (-90.0, 91.0), (0.0, -80.0), (3.0, 200.0)])
+def test_a_bias_of_a_head_may_be_large(s, bias):
+    """e^-bias alone would overflow or underflow in float32."""
+    f = formulas.formula("sigmoid", formulas.BY_HEAD)
+    y = torch.tensor([s]) * f.unit
+    want = torch.sigmoid(torch.tensor([s + bias], dtype=torch.float64))
+    torch.testing.assert_close(f.value(Host, y, bias).double(), want, rtol=1e-4, atol=0.0)
+    got = f.derivative(Host, torch.ones(1), y, bias).double() * f.unit
+    torch.testing.assert_close(got, want * (1.0 - want), rtol=1e-4, atol=1e-30)
 
 
 def test_a_small_sigmoid_keeps_its_digits():
@@ -206,9 +230,11 @@ def test_relu2_caps_its_value_and_not_its_derivative():
     assert f.derivative(Host, torch.ones(2), y, 1.0).tolist() == [2.0**40, 2.0**51]
 
 
-def model_backward(q, k, v, dout, activation: str, normalization, causal: bool, balance: bool = True):
-    """Model the hooked flash_bwd_sm90: float32 sums, P and dS in float16, norm as row and sequence
-    factors.
+def model_backward(
+    q, k, v, dout, activation: str, normalization, causal: bool, balance: bool = True, factors=None
+):
+    """Model the hooked flash_bwd_sm90: float32 sums, P and dS in float16, norm as row and sequence factors.
+    factors: those that the caller gives for rows, float32 (queries,).
     """
     f = formulas.formula(activation)
     n, half = k.shape[0], torch.float16
@@ -219,6 +245,9 @@ def model_backward(q, k, v, dout, activation: str, normalization, causal: bool, 
     of_sequence = {None: 1.0, "1/n": 1.0 / n, "1/sqrt(n)": n**-0.5, "1/visible": n**-0.5}[normalization]
     if normalization == "1/visible":
         row = n**0.5 / visible.sum(1, keepdim=True).clamp(min=1).float()
+    if factors is not None:
+        of_sequence = factors.amax().clamp(2.0**-126, 2.0**126)
+        row = factors[:, None] * (1.0 / of_sequence)
     if not balance:  # apply the sequence's factors to P and dP too
         row, of_sequence = row * of_sequence, 1.0
     y = q.float() @ k.float().T * scale
@@ -236,7 +265,7 @@ def model_backward(q, k, v, dout, activation: str, normalization, causal: bool, 
     )
 
 
-def oracle_backward(q, k, v, dout, activation, normalization, causal):
+def oracle_backward(q, k, v, dout, activation, normalization, causal, factors=None):
     q, k, v = (t.double().requires_grad_() for t in (q, k, v))
     visible = (
         torch.ones(q.shape[0], k.shape[0], dtype=torch.bool).tril(k.shape[0] - q.shape[0]) if causal else None
@@ -244,6 +273,8 @@ def oracle_backward(q, k, v, dout, activation, normalization, causal):
     weights = contract.attention_weights(
         q @ k.T * q.shape[-1] ** -0.5, visible, activation, 0.0, normalization
     )
+    if factors is not None:
+        weights = weights * factors.double()[:, None]
     return torch.autograd.grad(weights @ v, (q, k, v), dout.double())
 
 
@@ -260,6 +291,32 @@ def test_backward_keeps_float16_digits(activation, normalization, causal):
     q, k, v, dout = (torch.randn(400, 32, generator=generator).half() for _ in range(4))
     got = model_backward(q, k, v, dout, activation, normalization, causal)
     assert worst(got, oracle_backward(q, k, v, dout, activation, normalization, causal)) < 2e-3
+
+
+@pytest.mark.parametrize("size", [2.0**-40, 1.0, 2.0**30, 2.0**127])
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_backward_with_factors_of_rows_keeps_float16_digits(activation, causal, size):
+    """The size that all factors of a sequence share never meets float16, in which 2^-40 is 0 and 2^30
+    infinite.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (torch.randn(400, 32, generator=generator).half() for _ in range(4))
+    if size > 2.0**100:  # keep the sums below the largest float32
+        dout = (dout * 2.0**-12).half()
+    factors = torch.rand(400, generator=generator) * size
+    factors[::7] = 0.0
+    args = q, k, v, dout, activation, None, causal
+    want = oracle_backward(*args, factors=factors)
+    assert worst(model_backward(*args, factors=factors), want) < 2e-3
+    if size != 1.0:
+        assert not worst(model_backward(*args, factors=factors, balance=False), want) < 4e-3
+
+
+def test_factors_that_are_all_0_give_0():
+    q, k, v, dout = (torch.ones(5, 8).half() for _ in range(4))
+    got = model_backward(q, k, v, dout, "silu", None, False, factors=torch.zeros(5))
+    assert not any(x.any() for x in got)
 
 
 def test_a_norm_folded_into_float16_is_noticed():

@@ -216,6 +216,135 @@ def test_calls_that_look_the_same_use_their_own_tensors(hopper, nheads_k, dtype,
         )
 
 
+# --- Factors and biases that the caller gives
+
+
+def factors(like, *shape: int) -> torch.Tensor:
+    """Float32 factors, all different, one of them 0."""
+    return torch.linspace(0.0, 2.0, torch.Size(shape).numel()).reshape(shape).to(like.device)
+
+
+def biases(like, *shape: int) -> torch.Tensor:
+    return torch.linspace(-5.0, 2.0, torch.Size(shape).numel()).reshape(shape).to(like.device)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("options", [*MASKED[:2], dict(window_size=(64, 10))], ids=str)
+@pytest.mark.parametrize("shape", [None, (2,), (2, 300)], ids=str)
+def test_given_factors(hopper, head_dim, options, shape):
+    given = 1 / 270 if shape is None else factors(hopper, *shape)
+    tensors = qkv(hopper, 2, 300, 270, nheads=4, nheads_k=2, head_dim=head_dim)
+    check(
+        lambda *x: hopper.dense(*x, **options, normalization=given), *tensors, **options, normalization=given
+    )
+
+
+@pytest.mark.parametrize("pack_gqa", [False, True])
+@pytest.mark.parametrize("nheads, nheads_k", [(8, 2), (6, 2), (8, 1)])
+@pytest.mark.parametrize("head_dim, shape", [(64, (1,)), (128, (2,))])
+def test_heads_have_their_own_biases(hopper, nheads, nheads_k, head_dim, shape, pack_gqa):
+    """The heads are those of the queries, with a group packed into a tile or not, and rows keep their
+    factors.
+    """
+    tensors = qkv(hopper, 2, 150, 190, nheads=nheads, nheads_k=nheads_k, head_dim=head_dim)
+    options = dict(
+        activation="sigmoid", causal=True, normalization=factors(hopper, 2, 150),
+        sigmoid_bias=biases(hopper, *(() if shape == (1,) else shape), nheads),
+    )  # fmt: skip
+    check(lambda *x: hopper.dense(*x, pack_gqa=pack_gqa, **options), *tensors, **options)
+
+
+@pytest.mark.parametrize("nheads_k", [1, 4])
+@pytest.mark.parametrize("count", [len(LENGTHS["lengths_q"]), sum(LENGTHS["lengths_q"])])
+def test_given_factors_and_biases_of_packed_sequences(hopper, nheads_k, count):
+    tensors = packed(hopper, **LENGTHS, nheads=4, nheads_k=nheads_k, head_dim=64)
+    dout = randn(*tensors[0].shape, seed=99, like=hopper)
+    options = dict(
+        activation="sigmoid", sigmoid_bias=biases(hopper, len(LENGTHS["lengths_q"]), 4),
+        normalization=factors(hopper, count), deterministic=True,
+    )  # fmt: skip
+    for _ in range(2):  # the second call repeats the launches of the first
+        results = gradients(lambda *x: hopper.varlen(*x, **LENGTHS, **options), *tensors, dout=dout)
+        compare_results(results, *tensors, dout, "varlen", **LENGTHS, **options)
+        options["normalization"] = options["normalization"].flip(0)
+        options["sigmoid_bias"] = options["sigmoid_bias"].flip(0)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_given_factors_with_seqused(hopper, by_row):
+    """Factors behind seqused are not read: NaN there reaches nothing."""
+    used_q, used_k, seqlen = LENGTHS["lengths_q"], LENGTHS["lengths_k"], 300
+    q, k, v = packed(hopper, **LENGTHS, head_dim=64)
+    dout = randn(*q.shape, seed=99, like=hopper)
+
+    def slots(x, lengths, value):
+        more = (0, 0) * (x.dim() - 1)
+        return torch.stack([F.pad(s, (*more, 0, seqlen - len(s)), value=value) for s in x.split(lengths)])
+
+    given = factors(hopper, sum(used_q) if by_row else len(used_q))
+    padded = slots(given, used_q, NAN) if by_row else given
+    seqused = dict(seqused_q=hopper.integers(used_q), seqused_k=hopper.integers(used_k))
+    results = gradients(
+        lambda *x: hopper.varlen(*x, **seqused, activation="silu", normalization=padded),
+        *(slots(x, lengths, 0.0) for x, lengths in zip((q, k, v), (used_q, used_k, used_k))),
+        dout=slots(dout, used_q, 0.0),
+    )
+    results = tuple(
+        torch.cat([s[:n] for s, n in zip(x, lengths)])
+        for x, lengths in zip(results, (used_q, used_q, used_k, used_k))
+    )
+    compare_results(results, q, k, v, dout, "varlen", **LENGTHS, activation="silu", normalization=given)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kind", ["number", "sequences", "rows"])
+def test_the_size_of_given_factors_does_not_meet_float16(hopper, kind, head_dim):
+    """A power of two that all factors share, and that dout undoes, changes no bit of dv: weights of that
+    size would be subnormal in float16.
+    """
+    q, k, v = qkv(hopper, 2, 200, 200, head_dim=head_dim, dtype=torch.float16)
+    dout = randn(*q.shape, seed=99).to(q).sign()
+    given = {"number": 0.5, "sequences": factors(hopper, 2), "rows": factors(hopper, 2, 200)}[kind]
+
+    def dv(size):
+        run = lambda *x: hopper.dense(*x, activation="silu", normalization=given * size)  # noqa: E731
+        return gradients(run, q, k, v * size, dout=dout / size)[3]
+
+    assert dv(1.0).any() and torch.equal(dv(1.0), dv(2.0**-14))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_given_factors_of_more_sequences_than_a_grid_has_blocks(hopper, causal):
+    batch = 65_537
+    tensors = [randn(batch, 3, 2, 8, seed=i, like=hopper) for i in range(3)]
+    given, bias = factors(hopper, batch, 3), biases(hopper, batch, 2)
+    dout = torch.ones_like(tensors[0])
+
+    def run(part):
+        options = dict(
+            activation="sigmoid", normalization=given[part], sigmoid_bias=bias[part], causal=causal
+        )
+        return gradients(lambda *x: hopper.dense(*x, **options), *(x[part] for x in tensors), dout=dout[part])
+
+    for whole, alone in zip(run(slice(None)), run(slice(-2, None))):
+        torch.testing.assert_close(whole[-2:], alone)
+
+
+def test_given_factors_of_queries_that_see_no_key_do_not_count(hopper):
+    q, k, v = qkv(hopper, 2, 300, 70, head_dim=64)
+    given = factors(hopper, 2, 300)
+    given[:, :230] = NAN
+    rows = q[:, 230:]
+    dout = randn(*rows.shape, seed=99).to(rows)
+    results = gradients(
+        lambda *x: hopper.dense(*x, causal=True, normalization=given)[:, 230:], q, k, v, dout=dout
+    )
+    compare_results(
+        (results[0], results[1][:, 230:], *results[2:]), rows, k, v, dout, causal=True,
+        normalization=given[:, 230:],
+    )  # fmt: skip
+
+
 # --- The user's own functions
 
 
@@ -244,6 +373,17 @@ def test_a_mask_mod_hides_after_the_activation(hopper, activation):
     q, k, v = qkv(hopper, 2, 300, 270, head_dim=64)
     run = lambda *x: hopper.dense(*x, mask_mod=even_distance, activation=activation)  # noqa: E731
     check(run, q, k, v, activation=activation, keep=seen_by(even_distance, q, k))
+
+
+@pytest.mark.parametrize("given", [1 / 270, (2,), (2, 300)], ids=str)
+def test_given_factors_and_biases_beside_a_mask_mod(hopper, given):
+    q, k, v = qkv(hopper, 2, 300, 270, nheads=4, head_dim=64)
+    options = dict(
+        activation="sigmoid", sigmoid_bias=biases(hopper, 4),
+        normalization=given if isinstance(given, float) else factors(hopper, *given),
+    )  # fmt: skip
+    run = lambda *x: hopper.dense(*x, mask_mod=even_distance, **options)  # noqa: E731
+    check(run, q, k, v, keep=seen_by(even_distance, q, k), **options)
 
 
 @pytest.mark.parametrize("hidden", [0.0, NAN])
@@ -316,9 +456,16 @@ def test_torch_compile_gives_the_eager_result_in_one_graph(hopper):
 
 def test_operators_pass_opcheck(hopper):
     from flash_attn.cute.nosoftmax import ops
+    from flash_attn.cute.nosoftmax.call import Options
 
     q, k, v = (x.requires_grad_() for x in qkv(hopper, 2, 64, 64, head_dim=64))
-    options = (*(None,) * 5, 0.1, -1, 0, 0.0, False, "silu", 0.0, "1/n", None, None, False)
+    shared = dict(
+        max_seqlen_q=64, max_seqlen_k=64, dropout_p=0.0, softmax_scale=0.1, window_left=-1, window_right=0,
+        softcap=0.0, deterministic=False, return_attn_probs=False, activation="sigmoid", sigmoid_bias=0.0,
+        normalization=None, factor=1.0,
+    )  # fmt: skip
+    given = factors(hopper, 2, 64), biases(hopper, 2)
+    options = *(None,) * 6, *given, None, *Options(**shared), None, None, False
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.forward, (q, k, v, *options), test_utils=checks)
     torch.library.opcheck(ops.backward, (*(x.detach() for x in (q, q, k, v)), *options), test_utils=checks)

@@ -198,6 +198,149 @@ except ValueError as e:
 """)
 
 
+GIVEN = """
+from flash_attn.cute.utils import AuxData
+
+def note_given(run):  # records the factors and biases that a launch gets, repeated or not
+    def upstream(*tensors, aux_tensors, aux_scalars, **options):
+        def kernel(*args):
+            aux = args[-1]
+            given.append([run, [t.tolist() for t in aux.tensors or ()],
+                [getattr(x, "value", x) for x in aux.scalars or ()]])
+        runs.append(run)
+        results = [options["out"]] if run == "forward" else [options[name] for name in ("dq", "dk", "dv")]
+        plan.recorded(kernel)(*tensors[:4], *(x.detach() for x in results), AuxData(aux_tensors, aux_scalars))
+    return upstream
+
+given = []
+launch._flash_attn_fwd, launch._flash_attn_bwd = map(note_given, ("forward", "backward"))
+launch.zero_slack = lambda *tensors: None
+
+def largest_factors(factors, cu_seqlens, seqused):
+    def kernel(factors, cu_seqlens, seqused, largest):
+        ends = [] if cu_seqlens is None else cu_seqlens.tolist()
+        rows = list(factors) if cu_seqlens is None else [factors[a:b] for a, b in zip(ends, ends[1:])]
+        if seqused is not None:
+            rows = [x[:n] for x, n in zip(rows, seqused.tolist())]
+        largest.copy_(torch.stack([x.amax() for x in rows]))
+    count = factors.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    largest = plan.not_read(factors.new_empty(count))
+    plan.recorded(kernel)(factors, cu_seqlens, seqused, largest)
+    return largest
+launch.largest_factors = largest_factors
+
+def step(q_shape, lengths=None, **options):
+    given.clear()
+    q, k, v, dout = numbers(*q_shape)
+    c = call(lengths, lengths, **options)
+    launch.forward(c, q, k, v)
+    launch.backward(c, dout, q, k, v)
+    return [[run, [torch.tensor(x).tolist() for x in tensors], scalars] for run, tensors, scalars in given]
+
+def linspace(*shape, to=1.0):
+    return torch.linspace(0.0, to, torch.Size(shape).numel()).reshape(shape)
+"""
+
+
+def test_given_factors_and_biases_reach_the_kernels_in_order(run):
+    """Factors come first, biases last, and the backward gets the largest factor of each sequence between."""
+    found = run(
+        GIVEN
+        + """
+bias, used = linspace(2, 2, to=3.0), offsets(1, 2)
+print(json.dumps([
+    step((2, 5, 2, 8), factor=0.25),
+    step((2, 5, 2, 8), sequence_factors=linspace(2), sigmoid_biases=bias),
+    step((2, 5, 2, 8), row_factors=linspace(2, 5, to=9.0), sigmoid_biases=bias),
+    step((10, 2, 8), offsets(0, 4, 10), row_factors=linspace(10, to=9.0)),
+    step((10, 2, 8), offsets(0, 4, 10), row_factors=linspace(10, to=9.0), seqused_q=used),
+    step((2, 5, 2, 8), row_factors=linspace(2, 5, to=9.0), seqused_q=used),
+    step((2, 5, 2, 8), row_factors=linspace(5, 2, to=9.0).t()),
+]))
+"""
+    )
+    bias, rows, flat = [[0, 1], [2, 3]], [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]], list(range(10))
+    transposed = [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]
+    assert found == [
+        [["forward", [], [0.25]], ["backward", [], [0.25]]],
+        [[name, [[0, 1], bias], []] for name in ("forward", "backward")],
+        [["forward", [rows, bias], []], ["backward", [rows, [4, 9], bias], []]],
+        [["forward", [flat], []], ["backward", [flat, [3, 9]], []]],
+        [["forward", [flat], []], ["backward", [flat, [0, 5]], []]],
+        [["forward", [rows], []], ["backward", [flat, [0, 6]], []]],
+        [["forward", [transposed], []], ["backward", [transposed, [8, 9]], []]],
+    ]
+
+
+def test_factors_of_rows_are_packed_with_a_batch_beyond_the_grid(run):
+    """The factors of sequences stay as they are, also where there are as many rows as sequences."""
+    rows, sequences = run(
+        GIVEN
+        + """
+launch._MOST_BLOCKS = 3
+print(json.dumps([
+    step((4, 2, 2, 8), row_factors=linspace(4, 2, to=7.0)), step((4, 1, 2, 8), sequence_factors=linspace(4,
+        to=3.0)),
+]))
+"""
+    )
+    flat = list(range(8))
+    assert rows == [["forward", [flat], []], ["backward", [flat, [1, 3, 5, 7]], []]]
+    assert sequences == [[name, [[0, 1, 2, 3]], []] for name in ("forward", "backward")]
+
+
+def test_repeated_launches_use_their_own_factors(run):
+    """A number is part of the key of a plan, tensors are not."""
+    found, count = run(
+        GIVEN
+        + """
+found = []
+for top in (9.0, 18.0):
+    found.append(step((2, 5, 2, 8), row_factors=linspace(2, 5, to=top), sigmoid_biases=linspace(2, to=top)))
+before = len(runs)
+for factor in (0.5, 0.25, 0.5):
+    found.append(step((2, 5, 2, 8), factor=factor))
+print(json.dumps([found, [before, len(runs)]]))
+"""
+    )
+    for i, times in enumerate((1, 2)):
+        rows = [[times * x for x in row] for row in ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])]
+        assert found[i] == [
+            ["forward", [rows, [0, 9 * times]], []],
+            ["backward", [rows, [4 * times, 9 * times], [0, 9 * times]], []],
+        ]
+    assert [x[0][2] for x in found[2:]] == [x[1][2] for x in found[2:]] == [[0.5], [0.25], [0.5]]
+    assert count == [2, 6]
+
+
+def test_the_users_tensors_come_before_the_given_ones(run):
+    """Functions of the user count from the front."""
+    assert run(
+        GIVEN
+        + """
+print(json.dumps(step((2, 5, 2, 8), sequence_factors=linspace(2), aux_tensors=[linspace(3, to=2.0)],
+    aux_scalars=(4.0,), factor=0.5)))
+"""
+    ) == [[name, [[0, 1, 2], [0, 1]], [4.0, 0.5]] for name in ("forward", "backward")]
+
+
+@pytest.mark.slow
+def test_the_kernel_that_finds_the_largest_factors_compiles(run):
+    assert run("""
+import importlib
+from torch._subclasses.fake_tensor import FakeTensorMode
+largest = importlib.import_module("flash_attn.cute.nosoftmax.largest")
+with FakeTensorMode():
+    dense, packed = (torch.empty(shape, device="cuda") for shape in ((2, 6), (12,)))
+    cu, used = (torch.empty(n, dtype=torch.int32, device="cuda") for n in (3, 2))
+    shapes = [x.shape for x in (
+        largest.largest_factors(dense, None, None), largest.largest_factors(packed, cu, None),
+        largest.largest_factors(packed, cu, used),
+    )]
+print(json.dumps([shapes, len(largest.largest_factors.compile_cache.cache)]))
+""") == [[[2]] * 3, 3]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shapes, lengths", [
     ("(0, 5, 2, 8), (0, 5, 2, 8)", "()"), ("(2, 0, 2, 8), (2, 5, 2, 8)", "()"),

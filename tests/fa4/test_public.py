@@ -269,12 +269,85 @@ print(json.dumps([
     assert found == [True] * 6 + [[30, 30, 40, 100, 100, 100]]
 
 
+def test_given_factors_and_biases_reach_the_launch(run):
+    """Packed factors that fit both readings are those of the rows. Functions of the user get a number as a
+    tensor, because they may take no scalars.
+    """
+    found = run("""
+from flash_attn.cute.nosoftmax import launch
+from flash_attn.cute.nosoftmax.marker import no_softmax_of
+public.obstacle = lambda *args, **options: None
+seen = []
+def forward(call, q, *rest, **options):
+    mark = no_softmax_of(call.mods.score_mod)
+    given = call.sequence_factors, call.row_factors, call.sigmoid_biases
+    seen.append([mark.normalization, mark.by_head, call.factor, *(x if x is None else x.tolist()
+        for x in given)])
+    return q
+launch.forward = forward
+def mod(score, *rest): return score
+dense = torch.empty(3, 2, 3, 4, 8).unbind()
+packed = torch.empty(3, 3, 4, 8).unbind()
+def of(*ends):
+    ends = torch.tensor(ends, dtype=torch.int32)
+    return dict(cu_seqlens_q=ends, cu_seqlens_k=ends, function=flash_attn_varlen_func)
+def step(tensors, function=flash_attn_func, **options):
+    function(*tensors, use_softmax=False, **options)
+step(dense, normalization=0.5)
+step(dense, normalization=0.5, score_mod=mod)
+step(dense, normalization=0.5, mask_mod=mod)
+step(dense, normalization=torch.ones(2))
+step(dense, normalization=torch.ones(2, 3), activation="sigmoid", sigmoid_bias=torch.zeros(4))
+step(packed, normalization=torch.ones(2), **of(0, 1, 3))
+step(packed, normalization=torch.ones(3), **of(0, 1, 3))
+step(packed, normalization=torch.ones(3), **of(0, 1, 1, 3))
+step(packed, normalization="1/visible", **of(0, 1, 3))
+print(json.dumps(seen))
+""")
+    assert found == [
+        ["number", False, 0.5, None, None, None],
+        ["sequence", False, None, [0.5] * 2, None, None],
+        ["sequence", False, None, [0.5] * 2, None, None],
+        ["sequence", False, None, [1.0] * 2, None, None],
+        ["row", True, None, None, [[1.0] * 3] * 2, [0.0] * 4],
+        ["sequence", False, None, [1.0] * 2, None, None],
+        ["row", False, None, None, [1.0] * 3, None],
+        ["row", False, None, None, [1.0] * 3, None],
+        ["1/n", False, None, None, None, None],
+    ]
+
+
+def test_factors_of_queries_that_see_no_key_are_left_out_of_the_backward(run):
+    """Otherwise the others would belong to wrong queries, and the largest might be one that no query has."""
+    assert run("""
+from flash_attn.cute.nosoftmax import launch
+public.obstacle = lambda *args, **options: None
+seen = []
+def note(call): seen.append([x if x is None else x.tolist() for x in (call.sequence_factors,
+    call.row_factors)])
+launch.forward = lambda call, q, *rest, **options: note(call) or q * 2.0
+launch.backward = lambda call, dout, q, k, v, **options: note(call) or (q * 1.0, k * 1.0, v * 1.0)
+q, k, v = (torch.ones(2, n, 2, 8, requires_grad=True) for n in (5, 3, 3))
+for factors in (torch.arange(10.0).view(2, 5), torch.arange(2.0)):
+    flash_attn_func(q, k, v, causal=True, use_softmax=False, normalization=factors)[0].sum().backward()
+print(json.dumps(seen))
+""") == [
+        [None, [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]],
+        [None, [[2, 3, 4], [7, 8, 9]]],
+        [[0, 1], None],
+        [[0, 1], None],
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
         "score_mod=square, score_mod_bwd=square_bwd, causal=True",
         "activation='sigmoid', mask_mod=even_distance",
+        "activation='sigmoid', mask_mod=even_distance, normalization=0.25, sigmoid_bias=torch.empty(4, "
+        "device='cuda')",
+        "score_mod=square, score_mod_bwd=square_bwd, normalization=torch.empty(2, 512, device='cuda')",
         "activation='sigmoid', mask_mod=causal_with_gaps, block_sparse_tensors=blocks, "
         "block_sparse_tensors_bwd=blocks",
     ],

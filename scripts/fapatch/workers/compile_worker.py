@@ -58,7 +58,7 @@ def compile_case(
     dtype: str = "bfloat16",
     softmax: bool = False,
     activation: str = "identity",
-    bias: float | None = 0.0,
+    bias: float | None | str = 0.0,
     softcap: float = 0.0,
     normalization: str | None = None,
     causal: bool = False,
@@ -68,6 +68,9 @@ def compile_case(
     seqused: bool = False,
     page_size: int = 0,
 ) -> None:
+    """normalization: as in marker.NoSoftmax: "number", "sequence" and "row" are factors of the caller. bias:
+    "by head" is one for each head.
+    """
     import torch
     from flash_attn.cute import interface
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -108,9 +111,16 @@ def compile_case(
         from flash_attn.cute.nosoftmax.score_mods import of_activation
 
         mods = of_activation(activation, bias, softcap, normalization)
-        call = launch.Call(
-            mods, head_dim**-0.5, causal, tuple(window), lengths, lengths, None, used, longest, longest
+        sequences, rows, biases = (
+            tensor(*shape, dtype=torch.float32) for shape in ((BATCH,), tokens, (BATCH, heads))
         )
+        call = launch.Call(
+            mods, head_dim**-0.5, causal, tuple(window), lengths, lengths, None, used, longest, longest,
+            factor=0.5 if normalization == "number" else None,
+            sequence_factors=sequences if normalization == "sequence" else None,
+            row_factors=rows if normalization == "row" else None,
+            sigmoid_biases=biases if bias == "by head" else None,
+        )  # fmt: skip
         launch.forward(call, q, k, v, page_table=pages)
         if not page_size:
             launch.backward(call, dout, q, k, v)

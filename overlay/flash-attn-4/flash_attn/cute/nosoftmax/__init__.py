@@ -13,6 +13,7 @@
     kernel.py      device code behind the hooks in upstream's kernels
     plan.py        repeats the launches of an earlier call
     slack.py       zeroes rows that belong to no sequence
+    largest.py     finds the largest given factor of each sequence
     progress.py    tells the user that a kernel is being compiled
 
 Nothing is imported here: serves.py must work where nvidia-cutlass-dsl is missing.

@@ -15,7 +15,10 @@ To add an activation, write a function of its bias that returns its Formula, and
 
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Union
+
+BY_HEAD = "by head"  # in the place of a sigmoid_bias: f gets it at run time
+Bias = Union[float, None, str]
 
 _LOG2_E = math.log2(math.e)
 
@@ -38,8 +41,8 @@ _LOG1P = (0.9999432813, -0.4969778394, 0.3063010184, -0.1574272832, 0.0413473179
 
 @dataclass(frozen=True)
 class Formula:
-    """f(y, n) and grad * df/dy(grad, y, n), with n the number of keys of the sequence, a float of the
-    machine.
+    """f(y, n) and grad * df/dy(grad, y, n). n is a float of the machine: the number of keys of the sequence,
+    or the bias of the head if sigmoid_bias is BY_HEAD.
 
     inf_seen_in: where a kernel looks for an infinite score before float16 saturation turns it into a large
     number. "weights" works for any f. "scores" costs half as much, but needs registers that f leaves free.
@@ -59,11 +62,11 @@ def _polynomial(coefficients: tuple[float, ...], x: Any) -> Any:
     return total
 
 
-def _identity(bias: Optional[float]) -> Formula:
+def _identity(bias: Bias) -> Formula:
     return Formula(1.0, lambda m, y, n: y, lambda m, grad, y, n: grad, inf_seen_in="scores")
 
 
-def _relu(bias: Optional[float]) -> Formula:
+def _relu(bias: Bias) -> Formula:
     def derivative(m, grad, y, n):
         # The kernel already has P. Where P is not > 0 it is 0 or NaN, and dS is then the same.
         p = m.relu(y)
@@ -72,7 +75,7 @@ def _relu(bias: Optional[float]) -> Formula:
     return Formula(1.0, lambda m, y, n: m.relu(y), derivative, inf_seen_in="scores")
 
 
-def _relu2(bias: Optional[float]) -> Formula:
+def _relu2(bias: Bias) -> Formula:
     def value(m, y, n):
         x = m.ramp(y, _RELU2_MAX_SCORE)
         return x * x + y * 0.0  # the last term is 0, but restores the NaN or Inf that the clamp lost, as NaN
@@ -84,7 +87,7 @@ def _relu2(bias: Optional[float]) -> Formula:
     return Formula(1.0, value, derivative, inf_seen_in=None)
 
 
-def _silu(bias: Optional[float]) -> Formula:
+def _silu(bias: Bias) -> Formula:
     """silu(2y) = y + y tanh(y): one operation of the special function unit."""
 
     def value(m, y, n):
@@ -97,7 +100,7 @@ def _silu(bias: Optional[float]) -> Formula:
     return Formula(0.5, value, derivative)
 
 
-def _gelu(bias: Optional[float]) -> Formula:
+def _gelu(bias: Bias) -> Formula:
     """s Phi(s) = max(s, 0) - |s| Phi(-|s|) with y^2 = log2(e) s^2 / 2, so that 2^(-y^2) is e^(-s^2 / 2).
 
     Phi(-|s|) is e^(-s^2 / 2) t P(t) (see _ERFC), which keeps its digits in the tail.
@@ -122,7 +125,7 @@ def _gelu(bias: Optional[float]) -> Formula:
     return Formula(unit, value, derivative, inf_seen_in=None)
 
 
-def _softplus(bias: Optional[float]) -> Formula:
+def _softplus(bias: Bias) -> Formula:
     """log(1 + e^s) = max(s, 0) + log1p(2^-|y|); its derivative is the sigmoid."""
 
     def value(m, y, n):
@@ -137,8 +140,9 @@ def _softplus(bias: Optional[float]) -> Formula:
     return Formula(_LOG2_E, value, derivative)
 
 
-def _sigmoid(bias: Optional[float]) -> Formula:
-    by_tanh = bias is not None and bias >= _SIGMOID_TANH_MIN_BIAS
+def _sigmoid(bias: Bias) -> Formula:
+    # Only the device knows the bias of a head, and by exp2 each is accurate.
+    by_tanh = isinstance(bias, float) and bias >= _SIGMOID_TANH_MIN_BIAS
     return _sigmoid_by_tanh(bias) if by_tanh else _sigmoid_by_exp2(bias)
 
 
@@ -155,11 +159,12 @@ def _sigmoid_by_tanh(bias: float) -> Formula:
     return Formula(0.5, value, derivative, inf_seen_in=None)
 
 
-def _sigmoid_by_exp2(bias: Optional[float]) -> Formula:
+def _sigmoid_by_exp2(bias: Bias) -> Formula:
     """sigmoid(s + bias) = 1 / (1 + 2^(-y - bias log2 e)), accurate where it is small; bias None is -log n."""
 
     def parts(m, y, n):
-        e = n * m.exp2(-y) if bias is None else m.exp2(-y - bias * _LOG2_E)
+        # Not n = e^-bias for BY_HEAD: it would overflow where s + bias is moderate.
+        e = n * m.exp2(-y) if bias is None else m.exp2(-y - (n if bias == BY_HEAD else bias) * _LOG2_E)
         return e, m.rcp(1.0 + e)
 
     def value(m, y, n):
@@ -174,7 +179,7 @@ def _sigmoid_by_exp2(bias: Optional[float]) -> Formula:
     return Formula(_LOG2_E, value, derivative, inf_seen_in=None)
 
 
-_FORMULAS: dict[str, Callable[[Optional[float]], Formula]] = {
+_FORMULAS: dict[str, Callable[[Bias], Formula]] = {
     "identity": _identity,
     "relu": _relu,
     "relu2": _relu2,
@@ -199,7 +204,9 @@ def _capped(f: Formula, softcap: float) -> Formula:
     return Formula(f.unit, value, derivative, inf_seen_in=None)
 
 
-def formula(activation: str, sigmoid_bias: Optional[float] = 0.0, softcap: float = 0.0) -> Formula:
-    """Return the formula of arguments from score.resolve. sigmoid_bias None is -log n, softcap 0 is none."""
+def formula(activation: str, sigmoid_bias: Bias = 0.0, softcap: float = 0.0) -> Formula:
+    """Return the formula of arguments from score.resolve. sigmoid_bias None is -log n, BY_HEAD is a bias for
+    each head. softcap 0 is none.
+    """
     f = _FORMULAS[activation](sigmoid_bias)
     return _capped(f, softcap) if softcap else f

@@ -4,13 +4,15 @@
 functions, whose additional arguments are in Extras.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from flash_attn.cute.nosoftmax import launch
 from flash_attn.cute.nosoftmax.call import Call
+from flash_attn.cute.nosoftmax.formulas import BY_HEAD
+from flash_attn.cute.nosoftmax.marker import BY_NUMBER, BY_ROW, BY_SEQUENCE
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods, of_activation
 from flash_attn.cute.nosoftmax.serves import obstacle
 
@@ -55,12 +57,28 @@ def _window(call: Call) -> tuple[Optional[int], Optional[int]]:
     return None if o.window_left < 0 else o.window_left, None if o.window_right < 0 else o.window_right
 
 
-def _launched(call: Call, extras: Extras) -> launch.Call:
-    o, window = call.options, _window(call)
+def normalization(call: Call, of_user: bool) -> Optional[str]:
+    """Return how the kernels normalize this call, as in marker.NoSoftmax. of_user: as in Extras."""
+    o, factors = call.options, call.row_factors
+    if factors is not None:
+        # Packed factors that fit both readings are those of the rows.
+        by_row = factors.dim() == 2 or (call.varlen and factors.shape[0] == call.q.shape[0])
+        return BY_ROW if by_row else BY_SEQUENCE
+    if o.factor != 1.0:
+        # Functions of the user that have no aux_scalars take none.
+        return BY_SEQUENCE if of_user else BY_NUMBER
     # If every query sees every key, "1/visible" equals "1/n".
-    everything = window == (None, None) and o.normalization == "1/visible"
-    normalization = "1/n" if everything else o.normalization
-    mods = extras.mods or of_activation(o.activation, o.sigmoid_bias, o.softcap, normalization)
+    everything = _window(call) == (None, None) and o.normalization == "1/visible"
+    return "1/n" if everything else o.normalization
+
+
+def _launched(call: Call, extras: Extras) -> launch.Call:
+    o, window, kind = call.options, _window(call), normalization(call, extras.of_user)
+    bias = o.sigmoid_bias if call.sigmoid_biases is None else BY_HEAD
+    mods = extras.mods or of_activation(o.activation, bias, o.softcap, kind)
+    factors = call.row_factors
+    if kind == BY_SEQUENCE and factors is None:
+        factors = torch.full((call.batch,), o.factor, dtype=torch.float32, device=call.q.device)
     cu_seqlens_k, seqused_k = call.cu_seqlens_k, call.seqused_k
     if call.block_table is not None and cu_seqlens_k is not None:
         # Pages are not contiguous: the kernels take the lengths of their sequences and no offsets.
@@ -68,6 +86,10 @@ def _launched(call: Call, extras: Extras) -> launch.Call:
     return launch.Call(
         mods, o.softmax_scale, o.causal, window, call.cu_seqlens_q, cu_seqlens_k, extras.seqused_q, seqused_k,
         *extras.longest, extras.mask_mod, extras.aux_tensors, extras.aux_scalars,
+        factor=o.factor if kind == BY_NUMBER else None,
+        sequence_factors=factors if kind == BY_SEQUENCE else None,
+        row_factors=factors if kind == BY_ROW else None,
+        sigmoid_biases=call.sigmoid_biases,
     )  # fmt: skip
 
 
@@ -132,6 +154,8 @@ def backward(
         k, v = k[:, key:], v[:, key:]
     if query:
         q, dout = q[:, query:], dout[:, query:]
+        if launched.row_factors is not None:
+            launched = replace(launched, row_factors=launched.row_factors[:, query:])
     dq, dk, dv = launch.backward(
         launched,
         dout,

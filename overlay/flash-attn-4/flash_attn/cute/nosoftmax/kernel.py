@@ -10,7 +10,7 @@ import math
 import operator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -19,7 +19,7 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 from flash_attn.cute import utils
 from flash_attn.cute.nosoftmax import plan
-from flash_attn.cute.nosoftmax.marker import NoSoftmax
+from flash_attn.cute.nosoftmax.marker import BY_NUMBER, BY_ROW, BY_SEQUENCE, NoSoftmax
 from flash_attn.cute.softmax import Softmax
 from quack import copy_utils, layout_utils
 
@@ -236,7 +236,7 @@ def cvt_f16(mark: Optional[NoSoftmax]) -> Callable:
 
 def cvt_P_of_backward(mark: Optional[NoSoftmax], acc_P: cute.Tensor, dtype) -> cute.Tensor:
     """Convert P for dV. P saturates as in the forward; dS and the gradients do not."""
-    if mark is None or mark.normalization == "1/visible":  # Normalization.scale_P has saturated it
+    if mark is None or mark.by_row:  # Normalization.scale_P has saturated it
         return utils.cvt_f16(acc_P, dtype)
     if dtype is cutlass.Float16 and mark.inf_seen_in is not None:
         for i in range(cute.size(acc_P)):
@@ -256,27 +256,38 @@ class Normalization:
     """norm_i of score.py, for the queries of one sequence.
 
     The backward splits norm_i into a factor of the sequence, which multiplies float32 accumulators, and a
-    factor of the row, which multiplies P and dP before they become 16-bit. Only "1/visible" has the latter,
-    and it is balanced: sqrt(n) / visible lies in [1 / sqrt(n), sqrt(n)], so float16 neither overflows nor
-    loses bits to it.
+    factor of the row, which multiplies P and dP before they become 16-bit. Only "1/visible" and factors that
+    the caller gives for rows have the latter. "1/visible" is balanced: sqrt(n) / visible lies in [1 /
+    sqrt(n), sqrt(n)], so float16 neither overflows nor loses bits to it. Given factors are divided by the
+    largest of their sequence, so that none overflows.
     """
 
     mark: cutlass.Constexpr[NoSoftmax]
     mask: cutlass.Constexpr  # AttentionMask: lengths, window and tile
     is_causal: cutlass.Constexpr[bool]
-
-    @property
-    def by_row(self) -> bool:
-        return self.mark.normalization == "1/visible"
+    given: Optional[Float32] = None  # the factor of the sequence, or the largest of its rows
+    given_rows: Optional[cute.Tensor] = None  # the factors of the sequence's rows
 
     def _n(self) -> Float32:
         return cute.arch.fmax(Float32(self.mask.seqlen_k), 1.0)
 
     def of_sequence(self) -> Float32:
-        """Return the factor of the sequence in the backward: the whole norm for all but "1/visible"."""
+        """Return the factor of the sequence in the backward: the whole norm unless it differs by row."""
+        if self.given is not None:
+            return self.given
         if self.mark.normalization == "1/n":
             return cute.arch.rcp_approx(self._n())
         return cute.math.rsqrt(self._n(), fastmath=True)
+
+    def _given(self, row: Int32) -> Float32:
+        """Return the given factor of query `row`. A tile may reach past the end of the sequence."""
+        return self.given_rows[cutlass.max(cutlass.min(row, self.mask.seqlen_q - 1), 0)]
+
+    def _of_row(self, row: Int32) -> Float32:
+        """Return the whole norm of query `row`."""
+        if self.mark.normalization == BY_ROW:
+            return self._given(row)
+        return cute.arch.rcp_approx(self._visible(row)) if self.mark.by_row else self.of_sequence()
 
     def _visible(self, row: Int32) -> Float32:
         """The number of keys that query `row` sees, at least 1."""
@@ -312,14 +323,13 @@ class Normalization:
             return
         acc_mn = layout_utils.reshape_acc_to_mn(acc_O)
         for r, row in self._rows(acc_mn, thr_mma, m_block):
-            factor = cute.arch.rcp_approx(self._visible(row)) if self.by_row else self.of_sequence()
-            acc_mn[r, None].store(acc_mn[r, None].load() * factor)
+            acc_mn[r, None].store(acc_mn[r, None].load() * self._of_row(row))
 
     def scale_P(self, acc_mn: cute.Tensor, thr_mma, m_block: Int32, dtype) -> None:
         """Apply the row's factor to P in the backward. P saturates first, as in the forward; the product does
         not.
         """
-        if self.by_row and dtype is cutlass.Float16:
+        if self.mark.by_row and dtype is cutlass.Float16:
             for r in range(cute.size(acc_mn, mode=[0])):
                 for c in range(cute.size(acc_mn, mode=[1])):
                     acc_mn[r, c] = _saturate(acc_mn[r, c])
@@ -327,18 +337,95 @@ class Normalization:
 
     def scale_rows(self, acc_mn: cute.Tensor, thr_mma, m_block: Int32) -> None:
         """Apply the row's factor to P or dP in the backward."""
-        if not self.by_row:
+        if not self.mark.by_row:
             return
-        root = cute.math.sqrt(self._n(), fastmath=True)
-        for r, row in self._rows(acc_mn, thr_mma, m_block):
-            factor = root * cute.arch.rcp_approx(self._visible(row))
+        if self.mark.normalization == BY_ROW:
+            factors = self._factors_of_rows(acc_mn, thr_mma, m_block)
+            whole = cute.arch.rcp_approx(self.given)
+        else:
+            factors = (
+                (r, cute.arch.rcp_approx(self._visible(row)))
+                for r, row in self._rows(acc_mn, thr_mma, m_block)
+            )
+            whole = cute.math.sqrt(self._n(), fastmath=True)
+        for r, factor in factors:
+            factor = whole * factor
             for c in range(cute.size(acc_mn, mode=[1])):
                 acc_mn[r, c] = acc_mn[r, c] * factor
+
+    def _factors_of_rows(self, acc_mn: cute.Tensor, thr_mma, m_block: Int32):
+        """Yield (register row, given factor) of an accumulator as in `_rows`.
+
+        If it is transposed, a thread has a fourth of the tile's queries: 2 (lane % 4) + 8 j and the next one,
+        for each j. Then the lanes of a warp load the factors together and exchange them. So many loads of
+        each thread would not fit into the registers.
+        """
+        if not self.mask.swap_AB:
+            for r, row in self._rows(acc_mn, thr_mma, m_block):
+                yield r, self._given(row)
+            return
+        lane = cute.arch.lane_idx()
+        mine = 2 * (lane % 4)
+        first = next(self._rows(acc_mn, thr_mma, m_block))[1] - mine  # the same for all lanes
+        places = self._places(acc_mn, thr_mma)
+        loaded = [self._given(first + lane + i) for i in range(0, max(places) + 8, cute.arch.WARP_SIZE)]
+        for r, place in enumerate(places):
+            part, source = divmod(place, cute.arch.WARP_SIZE)
+            yield r, utils.shuffle_sync(loaded[part], offset=source + mine)
+
+    def _places(self, acc_mn: cute.Tensor, thr_mma) -> list[int]:
+        """Return the query of each register row of a transposed accumulator, counted from the first one."""
+        coordinates = layout_utils.reshape_acc_to_mn(
+            thr_mma.get_slice(0).partition_C(cute.make_identity_tensor((self.mask.tile_n, self.mask.tile_m))),
+            transpose=True,
+        )
+        return [coordinates[r, 0][1] for r in range(cute.size(acc_mn, mode=[0]))]
 
     def scale_sums(self, acc: cute.Tensor) -> None:
         """Apply the sequence's factor to an accumulator of dQ, dK or dV."""
         if self.mark.normalization is not None:
             acc.store(acc.load() * self.of_sequence())
+
+
+def normalization(
+    mark: NoSoftmax, mask, is_causal: bool, aux_data: Any, batch_idx: Int32, backward: bool = False
+) -> Normalization:
+    """Return the normalization of sequence `batch_idx`, with the factors that launch.py put at the end of
+    aux_data.
+    """
+    given = rows = None
+    last = -2 if mark.by_head else -1
+    if mark.normalization == BY_NUMBER:
+        given = Float32(aux_data.scalars[-1])
+    elif mark.normalization == BY_SEQUENCE:
+        given = aux_data.tensors[last][batch_idx]
+    elif mark.normalization == BY_ROW:
+        rows = aux_data.tensors[last - 1 if backward else last]
+        if cute.rank(rows) == 2:
+            rows = rows[batch_idx, None]
+        else:
+            rows = cute.domain_offset((mask.seqlen_info.offset_q,), rows)
+        if backward:
+            given = aux_data.tensors[last][batch_idx]
+    return Normalization(mark, mask, is_causal, given, rows)
+
+
+def with_bias(mark: Optional[NoSoftmax], aux_data: Any, batch_idx: Int32, head_idx: Int32) -> Any:
+    """Return aux_data for the score_mods of one tile of the backward, whose queries are of one head: with the
+    sigmoid bias of this head in the place of all biases.
+
+    Read once, it lets P and dS share an exponential. And with grouped heads upstream's backward gives a
+    score_mod wrong indices of heads.
+    """
+    if mark is None or not mark.by_head:
+        return aux_data
+    *others, biases = aux_data.tensors
+    return aux_data._replace(tensors=(*others, bias_of(biases, batch_idx, head_idx)))
+
+
+def bias_of(biases: cute.Tensor, batch_idx: Int32, head_idx: Int32) -> Float32:
+    """biases: (nheads,) or (batch, nheads)."""
+    return biases[head_idx] if cute.rank(biases) == 1 else biases[batch_idx, head_idx]
 
 
 # ---- Which blocks of the backward need the mask ----

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
 import torch
+from cutlass import Float32
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd, _tile_size_fwd_sm90
 from flash_attn.cute.nosoftmax import plan
+from flash_attn.cute.nosoftmax.largest import largest_factors
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods
 from flash_attn.cute.nosoftmax.slack import zero_slack
 
@@ -21,7 +23,12 @@ _MOST_BLOCKS = 65535  # in the second and third dimension of a grid
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments that forward and backward share."""
+    """The arguments that forward and backward share.
+
+    The last four are given if mods need them: factor, a factor of every row; sequence_factors, float32
+    (batch,); row_factors, float32 (batch, seqlen_q), packed (total_q,); sigmoid_biases, float32 (nheads,) or
+    (batch, nheads). At most one kind of factors is given.
+    """
 
     mods: ScoreMods
     softmax_scale: float
@@ -36,6 +43,10 @@ class Call:
     mask_mod: Optional[Callable] = None
     aux_tensors: Optional[list[torch.Tensor]] = None
     aux_scalars: Optional[tuple] = None
+    factor: Optional[float] = None
+    sequence_factors: Optional[torch.Tensor] = None
+    row_factors: Optional[torch.Tensor] = None
+    sigmoid_biases: Optional[torch.Tensor] = None
 
     def plans(self, *more: Any) -> Optional[dict]:
         """Return the dict of this call's plans, or None if the user passes functions or blocks."""
@@ -46,7 +57,21 @@ class Call:
         no_sequence = self.cu_seqlens_q is not None and self.cu_seqlens_q.numel() < 2
         return q.numel() == 0 or k.numel() == 0 or no_sequence
 
-    def arguments(self) -> dict[str, Any]:
+    def given(self, packed: bool) -> list[torch.Tensor]:
+        """Return the given factors and biases that are tensors. packed: whether the queries of the launch
+        are."""
+        rows = self.row_factors
+        if rows is not None and packed:
+            rows = rows.flatten()
+        tensors = self.sequence_factors, rows, self.sigmoid_biases
+        return [x.detach().contiguous() for x in tensors if x is not None]
+
+    def arguments(self, given: list[torch.Tensor]) -> dict[str, Any]:
+        """given: factors and biases in the order that kernel.normalization and score_mods.py expect. They
+        come after the tensors of the user, who counts from the front.
+        """
+        tensors = [*(self.aux_tensors or ()), *given]
+        scalars = (*(self.aux_scalars or ()), *(() if self.factor is None else (Float32(self.factor),)))
         return dict(
             softmax_scale=self.softmax_scale * self.mods.unit,
             causal=self.causal,
@@ -56,8 +81,8 @@ class Call:
             seqused_k=self.seqused_k,
             score_mod=self.mods.score_mod,
             mask_mod=self.mask_mod,
-            aux_tensors=self.aux_tensors,
-            aux_scalars=self.aux_scalars,
+            aux_tensors=tensors or None,
+            aux_scalars=scalars or None,
         )
 
 
@@ -138,6 +163,7 @@ def forward(
     if page_table is None:
         pack = exceeds or call.seqused_k is not None
         cu_seqlens_k, max_seqlen_k, (keys, values) = _packed(pack, cu_seqlens_k, max_seqlen_k, k, v)
+    given = call.given(cu_seqlens_q is not None)
 
     def launch() -> None:
         _flash_attn_fwd(
@@ -153,7 +179,7 @@ def forward(
             block_sparse_tensors=block_sparse_tensors,
             out=outputs,
             **(_tile(call, q, v) if block_sparse_tensors is None else {}),
-            **call.arguments(),
+            **call.arguments(given),
         )
         if call.cu_seqlens_q is not None and call.seqused_q is None:
             zero_slack(out, call.cu_seqlens_q)
@@ -168,11 +194,12 @@ def forward(
         max_seqlen_k,
         exceeds,
         places,
+        call.factor,
     )
     plan.run(
         call.plans(block_sparse_tensors),
         ("forward", *options),
-        (queries, keys, values, outputs, *lengths),
+        (queries, keys, values, outputs, *lengths, *given),
         launch,
     )
     return out
@@ -202,10 +229,15 @@ def backward(
     grads = tuple(
         new(x, memory_format=torch.contiguous_format) for new, x in ((new_q, q), (new_k, k), (new_k, v))
     )
+    given = call.given(cu_seqlens_q is not None)
 
     def launch() -> None:
         # The kernels read neither O nor LSE, but the host code checks their shapes.
         lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
+        more = given
+        if call.row_factors is not None:
+            rows, *biases = given
+            more = [rows, largest_factors(rows, cu_seqlens_q, call.seqused_q), *biases]
         _flash_attn_bwd(
             q,
             k,
@@ -223,7 +255,7 @@ def backward(
             dv=grads[2],
             score_mod_bwd=call.mods.score_mod_bwd,
             block_sparse_tensors=block_sparse_tensors,
-            **call.arguments(),
+            **call.arguments(more),
         )
         zero_slack(
             grads[0],
@@ -242,7 +274,8 @@ def backward(
         max_seqlen_k,
         exceeds,
         places,
+        call.factor,
     )
-    tensors = q, k, v, dout, *grads, *lengths
+    tensors = q, k, v, dout, *grads, *lengths, *given
     plan.run(call.plans(block_sparse_tensors), ("backward", *options), tensors, launch)
     return tuple(grad.view(shape) for grad, shape in zip(grads, shapes))

@@ -10,10 +10,15 @@ from typing import Callable, Optional
 
 ATTRIBUTE = "__no_softmax__"
 
+# What NoSoftmax.normalization may be beside the names of score.NORMALIZATIONS: a factor that the caller gives
+# for all rows, for each sequence or for each row (launch.Call).
+BY_NUMBER, BY_SEQUENCE, BY_ROW = "number", "sequence", "row"
+
 
 @dataclass(frozen=True)
 class NoSoftmax:
-    """normalization: one of score.NORMALIZATIONS. finite_at_zero: f and f' are finite at a score of 0.
+    """normalization: one of score.NORMALIZATIONS, or BY_NUMBER, BY_SEQUENCE or BY_ROW. finite_at_zero: f and
+    f' are finite at a score of 0. by_head: the last of the aux_tensors holds sigmoid biases for the heads.
 
     inf_seen_in: where float16 kernels look for an infinite score, "scores", "weights" or None
     (formulas.Formula).
@@ -22,6 +27,12 @@ class NoSoftmax:
     normalization: Optional[str] = None
     finite_at_zero: bool = False
     inf_seen_in: Optional[str] = "weights"
+    by_head: bool = False
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the factor differs between the queries of a sequence."""
+        return self.normalization in ("1/visible", BY_ROW)
 
 
 def no_softmax_of(score_mod: Optional[Callable]) -> Optional[NoSoftmax]:

@@ -6,7 +6,7 @@ from typing import Any, Callable, Optional, Union
 
 import torch
 from flash_attn.cute import interface
-from flash_attn.cute.nosoftmax import checks, ops
+from flash_attn.cute.nosoftmax import checks, hopper, ops
 from flash_attn.cute.nosoftmax.call import Call, needs_grad
 from flash_attn.cute.nosoftmax.hopper import Extras
 from flash_attn.cute.nosoftmax.score import resolve
@@ -44,10 +44,7 @@ def _mods(
             "score_mod needs score_mod_bwd for the gradients that q, k or v ask for: give the derivative, "
             "or call this under torch.no_grad()"
         )
-    everything = o.window_left < 0 and o.window_right < 0
-    return of_user(
-        score_mod, score_mod_bwd, "1/n" if o.normalization == "1/visible" and everything else o.normalization
-    )
+    return of_user(score_mod, score_mod_bwd, hopper.normalization(call, of_user=True))
 
 
 def _without_softmax(
@@ -117,8 +114,10 @@ _DOC = """
     use_softmax: bool. False: O = norm * f(mask(scale * Q K^T)) V, as the docstring of
         flash_attn.cute.nosoftmax.score states, on Hopper GPUs.
     activation: f, one of the ACTIVATIONS of that module; without softmax only, as the next two.
-    sigmoid_bias: a float, or "-log n" with n the number of keys of the sequence; with activation="sigmoid".
-    normalization: None, "1/n", "1/visible" or "1/sqrt(n)".
+    sigmoid_bias: a float, or "-log n" with n the number of keys of the sequence, or a float32 tensor
+        (nheads,) or (batch, nheads); with activation="sigmoid".
+    normalization: None, "1/n", "1/visible" or "1/sqrt(n)", or the factor itself: a positive number, or a
+        float32 tensor (batch,) or (batch, seqlen_q), packed (batch,) or (total_q,).
 
     Without softmax a score_mod may take the place of an activation: its value is the weight itself, and the
     mask writes 0 after it. It needs score_mod_bwd where gradients are asked for. Returns (out, lse) as with

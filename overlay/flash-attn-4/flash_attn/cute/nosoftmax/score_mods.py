@@ -5,8 +5,8 @@ from typing import Callable, NamedTuple, Optional
 
 import cutlass.cute as cute
 from cutlass import Float32
-from flash_attn.cute.nosoftmax.formulas import formula
-from flash_attn.cute.nosoftmax.kernel import ramp
+from flash_attn.cute.nosoftmax.formulas import BY_HEAD, Bias, formula
+from flash_attn.cute.nosoftmax.kernel import bias_of, ramp
 from flash_attn.cute.nosoftmax.marker import ATTRIBUTE, NoSoftmax, marked
 
 
@@ -61,25 +61,36 @@ class _Kernel:
 
 @functools.lru_cache(maxsize=None)
 def of_activation(
-    activation: str, sigmoid_bias: Optional[float], softcap: float, normalization: Optional[str]
+    activation: str, sigmoid_bias: Bias, softcap: float, normalization: Optional[str]
 ) -> ScoreMods:
+    """normalization: as in NoSoftmax."""
     f = formula(activation, sigmoid_bias, softcap)
+    by_head = sigmoid_bias == BY_HEAD
 
-    def number_of_keys(seqlen_info):
-        return cute.arch.fmax(Float32(seqlen_info.seqlen_k), 1.0)
+    def n(batch_idx, head_idx, seqlen_info, aux_tensors):
+        """Return the number of keys, or the bias of the head."""
+        if not by_head:
+            return cute.arch.fmax(Float32(seqlen_info.seqlen_k), 1.0)
+        biases = aux_tensors[-1]
+        if not isinstance(biases, cute.Tensor):
+            return biases  # kernel.with_bias chose it
+        return bias_of(biases, batch_idx[0], head_idx[0])  # with aux_tensors, vectors have one element
 
-    def score_mod(score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors):
-        return f.value(_Kernel, score, number_of_keys(seqlen_info))
+    def score_mod(score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors, aux_scalars=None):
+        return f.value(_Kernel, score, n(batch_idx, head_idx, seqlen_info, aux_tensors))
 
-    def score_mod_bwd(grad, score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors):
-        return f.derivative(_Kernel, grad, score, number_of_keys(seqlen_info))
+    def score_mod_bwd(
+        grad, score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors, aux_scalars=None
+    ):
+        return f.derivative(_Kernel, grad, score, n(batch_idx, head_idx, seqlen_info, aux_tensors))
 
     # The closures contain functions: hash the names of the arguments instead. The folder of the disk cache is
     # named after a hash of all sources, so that a changed formula never finds an old entry.
     name = f"nosoftmax {activation} {sigmoid_bias!r} {softcap!r}"
     score_mod.__cute_hash__ = name
     score_mod_bwd.__cute_hash__ = f"{name} backward"
-    setattr(score_mod, ATTRIBUTE, NoSoftmax(normalization, finite_at_zero=True, inf_seen_in=f.inf_seen_in))
+    mark = NoSoftmax(normalization, finite_at_zero=True, inf_seen_in=f.inf_seen_in, by_head=by_head)
+    setattr(score_mod, ATTRIBUTE, mark)
     return ScoreMods(score_mod, score_mod_bwd, f.unit, plans={})
 
 
