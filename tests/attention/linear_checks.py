@@ -40,6 +40,17 @@ def check_lengths(
     )
 
 
+def factors(attention, *shape: int) -> Tensor:
+    """Float32 factors of very different sizes, in no order, one of them 0."""
+    count = torch.Size(shape).numel()
+    mixed = torch.randperm(count, generator=torch.Generator().manual_seed(count))
+    return (mixed / count).square().reshape(shape).to(attention.device)
+
+
+def check_factors(attention, **options) -> None:
+    check_lengths(attention, normalization=factors(attention, 2, options["lengths"][0]), **options)
+
+
 def packed(attention, nheads_k: int = 2, **keywords) -> tuple[Tensor, Tensor, Tensor]:
     sizes = [(sum(PACKED["lengths_q"]), 4), *[(sum(PACKED["lengths_k"]), nheads_k)] * 2]
     return tuple(randn(*size, 16, seed=i, like=attention, **keywords) for i, size in enumerate(sizes))

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from flash_attn.nosoftmax.backends.linear import chunked, primitive
-from flash_attn.nosoftmax.backends.linear.form import Form
+from flash_attn.nosoftmax.backends.linear.form import Form, Given
 
 import linear_checks as checks
 
@@ -40,14 +40,14 @@ def _later_mask(shift: int) -> Callable:
     return mask
 
 
-def _top_left(self, q, k, v, form):
+def _top_left(self, q, k, v, form, given):
     """Let row i see the keys up to i, as if both began at the first position."""
     rows = min(q.shape[1], k.shape[1])
-    _RIGHT_INIT(self, q[:, :rows], k[:, :rows], v[:, :rows], form)
+    _RIGHT_INIT(self, q[:, :rows], k[:, :rows], v[:, :rows], form, given)
 
 
-def _reads_everything(self, q, k, v, form):
-    _RIGHT_INIT(self, q, k, v, form)
+def _reads_everything(self, q, k, v, form, given):
+    _RIGHT_INIT(self, q, k, v, form, given)
     self._from_row, self._from_key = self._first_row, self._first_key
 
 
@@ -56,7 +56,7 @@ def _ungrouped(self, x, start, stop, first):
     return part.to(self.dtype, copy=True).reshape(x.shape[0] * self.heads, -1, x.shape[-1])
 
 
-def _state_of_the_neighbour(q, k, v, form, cu_q=None, cu_k=None, max_q=0, max_k=0):
+def _state_of_the_neighbour(q, k, v, form, cu_q=None, cu_k=None, max_q=0, max_k=0, given=None):
     """Treat packed sequences as one."""
     return (
         chunked.attend(q[None], k[None], v[None], form)[0][0]
@@ -76,10 +76,18 @@ def _clamped(self, out, result, span):
     _RIGHT_STORE(self, out, result.clamp_(-limit, limit), span)
 
 
+def _factors_of_rows_only(self, x, of, span, first, first_seen):
+    """Leave out the factors where the queries are keys, in dk and dv."""
+    if not self.form.transposed:
+        _RIGHT_WEIGH(self, x, of, span, first, first_seen)
+
+
+_RIGHT_WEIGH = _Chunks._weigh
 _RIGHT_INIT, _RIGHT_STORE, _RIGHT_CONSTANT = _Chunks.__init__, _Chunks.store, Form.constant
 
 _causal = partial(checks.check_lengths, causal=True, lengths=(300, 300))
 _uneven = partial(checks.check_lengths, causal=True, lengths=(70, 300))
+_factors = partial(checks.check_factors, causal=True, lengths=(300, 300))
 
 MUTANTS = [
     Mutant("a query does not see its own key", _Chunks, "mask", _later_mask(-1), _causal),
@@ -100,6 +108,10 @@ MUTANTS = [
     _causal), Mutant("1/n of the other side", Form, "constant", lambda self, rows,
     keys: _RIGHT_CONSTANT(self, keys, rows),
            partial(_uneven, normalization="1/n")),
+    Mutant("factors of rows not in dk and dv", _Chunks, "_weigh", _factors_of_rows_only, _factors),
+    Mutant("factors of another sequence", Given, "of_sequence", lambda self, form, b, queries: Given(
+    self.row_factors[:1]), partial(checks.check_packed, causal=True, normalization=torch.tensor(
+    [1.0, 2.0, 0.0, 3.0, 0.5]))),
     Mutant("1/visible taken for 1/n", Form, "weighs_positions", False, partial(_causal,
     normalization="1/visible")), Mutant("last chunk left out", _Chunks, "has_keys", lambda self,
     span: len(span) == chunked.CHUNK, _causal), Mutant("outputs overflow", _Chunks, "store", _unlimited,

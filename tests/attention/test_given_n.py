@@ -149,18 +149,46 @@ def test_parts_add_up(attention):
     torch.testing.assert_close(sum(halves), whole, rtol=0.0, atol=tolerance)
 
 
-@pytest.mark.parametrize("kind", ["number", "tensor"])
-def test_second_derivatives(device, kind):
-    """The factors enter each term once."""
+ALGORITHMS = pytest.mark.parametrize("algorithm", ["quadratic", "linear"])
+
+
+@ALGORITHMS
+@pytest.mark.parametrize("given", [
+    0.3, torch.tensor([2.0]), torch.tensor([[0.5, 1.0, 2.0]]),
+], ids=["number", "of a sequence", "of rows"])  # fmt: skip
+@pytest.mark.parametrize("causal", [False, True])
+def test_derivatives(device, given, causal, algorithm):
+    """The factors enter each term once, in derivatives in both modes and of both orders."""
     if device != "cpu":
         pytest.skip("finite differences need float64, which the CUDA kernels do not take")
-    tensors = [x.requires_grad_() for x in qkv(None, 2, 3, 4, head_dim=4)]
-    given = 0.3 if kind == "number" else torch.tensor([[0.5, 1.0, 2.0], [0.1, 0.0, 3.0]])
+    tensors = [x.requires_grad_() for x in qkv(None, 1, 3, 4, nheads=2, nheads_k=1, head_dim=2)]
 
     def attend(q, k, v):
-        return flash_attn.flash_attn_func(q, k, v, use_softmax=False, normalization=given)
+        return flash_attn.flash_attn_func(
+            q, k, v, use_softmax=False, causal=causal, normalization=given, algorithm=algorithm
+        )
 
-    torch.autograd.gradgradcheck(attend, tensors)
+    torch.autograd.gradcheck(attend, tensors, check_forward_ad=True, fast_mode=True)
+    torch.autograd.gradgradcheck(attend, tensors, fast_mode=True)
+
+
+@ALGORITHMS
+def test_vmap_of_factors(device, algorithm):
+    """Each entry of a vmap has its own factors, with their gradients, in linear time too."""
+    if device != "cpu":
+        pytest.skip("the CPU shows it: what is folded is the same")
+    tensors = [torch.stack([x, x + 1]) for x in qkv(None, 3, 4, 5)]
+
+    def loss(q, k, v, given):
+        out = flash_attn.flash_attn_func(
+            q, k, v, use_softmax=False, causal=True, normalization=given, algorithm=algorithm
+        )
+        return out.square().sum()
+
+    for given in (torch.rand(2, 3), torch.rand(2, 3, 4)):
+        both = torch.func.vmap(torch.func.grad(loss))(*tensors, given)
+        alone = torch.stack([torch.func.grad(loss)(*x) for x in zip(*tensors, given)])
+        torch.testing.assert_close(both, alone, rtol=0, atol=1e-10)
 
 
 def test_vmap(device):
@@ -255,11 +283,13 @@ def test_refused(options, error, words, ask):
             )
 
 
-def test_explained():
-    """Linear time takes a number. For a tensor, explain() says which backends do not take it."""
+@pytest.mark.parametrize(
+    "given", [1 / 4096, torch.ones(2), torch.ones(2, 4096)], ids=["number", "(b,)", "(b, s)"]
+)
+def test_explained(given):
+    """A factor does not keep a call from linear time."""
     q, k, v = qkv(None, seqlen_q=4096, seqlen_k=4096)
-    options = dict(use_softmax=False, causal=True)
-    number = flash_attn.explain(flash_attn.flash_attn_func, q, k, v, normalization=1 / 4096, **options)
-    assert number.backend == "linear"
-    tensor = flash_attn.explain(flash_attn.flash_attn_func, q, k, v, normalization=torch.ones(2), **options)
-    assert tensor.backend == "cpu" and "normalization as a tensor" in tensor.passed_over["linear"]
+    choice = flash_attn.explain(
+        flash_attn.flash_attn_func, q, k, v, normalization=given, causal=True, use_softmax=False
+    )
+    assert choice.backend == "linear"

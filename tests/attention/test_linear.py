@@ -60,6 +60,29 @@ def test_normalizations(linear, causal, lengths, normalization):
 
 
 @MASKS
+@pytest.mark.parametrize("by_row", [False, True], ids=["of sequences", "of rows"])
+@pytest.mark.parametrize("lengths", [(300, 300), (70, 300), (300, 70)], ids=str)
+def test_factors(linear, causal, lengths, by_row):
+    """Factors that the caller gives, all different, across chunks, in wide and in 16-bit tensors."""
+    for dtype in (linear.dtype, torch.float16):
+        checks.check_lengths(
+            linear,
+            causal,
+            lengths,
+            dtype,
+            normalization=checks.factors(linear, *(2, lengths[0])[: 1 + by_row]),
+        )
+
+
+@MASKS
+@pytest.mark.parametrize("by_row", [False, True], ids=["of sequences", "of rows"])
+def test_factors_of_packed_sequences(linear, causal, by_row):
+    lengths = checks.PACKED["lengths_q"]
+    given = checks.factors(linear, sum(lengths) if by_row else len(lengths))
+    checks.check_packed(linear, causal, normalization=given)
+
+
+@MASKS
 @pytest.mark.parametrize("head_dim", [40, 96, 128, 256])
 def test_head_dims(linear, causal, head_dim):
     compare(linear, *qkv(linear, 1, 150, 170, nheads=2, nheads_k=1, head_dim=head_dim), causal=causal)

@@ -11,8 +11,8 @@ import importlib.util
 
 import pytest
 import torch
-from flash_attn.nosoftmax.backends.linear import chunked
-from flash_attn.nosoftmax.backends.linear.form import Form
+from flash_attn.nosoftmax.backends.linear import chunked, primitive
+from flash_attn.nosoftmax.backends.linear.form import NOTHING, ROW, SEQUENCE, Form, Given
 from torch import Tensor
 
 import linear_checks as checks
@@ -53,16 +53,19 @@ def draw(*shape: int, seed: int, dtype: torch.dtype, mean: float = 0.0) -> Tenso
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + mean).to(DEVICE, dtype)
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, form: Form, lengths_q=None, lengths_k=None) -> Tensor:
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, form: Form, lengths_q=None, lengths_k=None, given: Given = NOTHING
+) -> Tensor:
     """Compute the output in float64."""
     q, k, v = (x.double().cpu() for x in (q, k, v))
+    given = Given(*[x if x is None else x.cpu() for x in given])
     if lengths_q is None:
-        return chunked.attend(q, k, v, form)[0]
-    parts = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
-    return torch.cat([chunked.attend(a[None], b[None], c[None], form)[0][0] for a, b, c in parts])
+        return chunked.attend(q, k, v, form, given=given)[0]
+    starts = [cumulative(lengths, "cpu") for lengths in (lengths_q, lengths_k)]
+    return primitive.attend(q, k, v, form, *starts, given=given)
 
 
-def check(kernels, q, k, v, dout, form: Form, lengths_q=None, lengths_k=None) -> None:
+def check(kernels, q, k, v, dout, form: Form, lengths_q=None, lengths_k=None, given: Given = NOTHING) -> None:
     """Compare output and gradients, within about one 16-bit rounding of the largest value."""
     options, back = (None, None, 0, 0), (lengths_k, lengths_q)
     if lengths_q is not None:
@@ -72,12 +75,15 @@ def check(kernels, q, k, v, dout, form: Form, lengths_q=None, lengths_k=None) ->
             max(lengths_q),
             max(lengths_k),
         )
-    actual = (kernels.attend(q, k, v, form, *options), *kernels.gradients(dout, q, k, v, form, *options))
+    actual = (
+        kernels.attend(q, k, v, form, *options, given),
+        *kernels.gradients(dout, q, k, v, form, *options, given),
+    )
     expected = (
-        exact(q, k, v, form, lengths_q, lengths_k),
-        exact(dout, v, k, form, lengths_q, lengths_k),
-        exact(v, dout, q, form.of_dk(), *back),
-        exact(k, q, dout, form.of_dk(), *back),
+        exact(q, k, v, form, lengths_q, lengths_k, given),
+        exact(dout, v, k, form, lengths_q, lengths_k, given),
+        exact(v, dout, q, form.of_dk(), *back, given),
+        exact(k, q, dout, form.of_dk(), *back, given),
     )
     for name, a, e in zip(NAMES, actual, expected):
         if e.numel():
@@ -137,6 +143,50 @@ def test_factor(kernels, causal, dtype, normalization):
     q, dout = (draw(2, 70, 2, 16, seed=i, dtype=dtype) for i in (0, 1))
     k, v = (draw(2, 90, 1, 16, seed=i, dtype=dtype) for i in (2, 3))
     check(kernels, q, k, v, dout, Form(0.25, causal, normalization=normalization, factor=1 / 640))
+
+
+KINDS = pytest.mark.parametrize("kind", [SEQUENCE, ROW])
+
+
+@MASKS
+@KINDS
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(200, 200), (70, 300), (300, 70)])
+def test_row_factors(kernels, causal, kind, transposed, dtype, seqlen_q, seqlen_k):
+    """Factors of very different sizes are right, also for the transposed form of second derivatives."""
+    q, dout = (draw(2, seqlen_q, 4, 24, seed=i, dtype=dtype) for i in (0, 1))
+    k, v = (draw(2, seqlen_k, 2, 24, seed=i, dtype=dtype) for i in (2, 3))
+    queries = seqlen_k if transposed else seqlen_q
+    given = Given(checks.factors(q, *(2, queries)[: 2 if kind == ROW else 1]))
+    check(kernels, q, k, v, dout, Form(0.2, causal, transposed, row_factors=kind), given=given)
+
+
+@MASKS
+@KINDS
+def test_row_factors_of_packed_sequences(kernels, causal, kind):
+    lengths = checks.PACKED["lengths_q"], checks.PACKED["lengths_k"]
+    q, dout = (draw(sum(lengths[0]), 2, 16, seed=i, dtype=torch.float16) for i in (0, 1))
+    k, v = (draw(sum(lengths[1]), 1, 16, seed=i, dtype=torch.float16) for i in (2, 3))
+    given = Given(checks.factors(q, sum(lengths[0]) if kind == ROW else len(lengths[0])))
+    check(kernels, q, k, v, dout, Form(0.25, causal, row_factors=kind), *lengths, given)
+
+
+@MASKS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size, of_keys", [(1e-7, 300.0), (1e-3, 1.0), (1e5, 1e-3)])
+def test_row_factors_keep_what_is_small(kernels, causal, dtype, size, of_keys):
+    """Factors of 1e-7 lose no precision in dk and dv, nor do those of 1e5 overflow, whatever comes between.
+    of_keys: the size of k and v, which gives results that float16 holds.
+    """
+    q, k, v, dout = (
+        draw(1, 700, nheads, 16, seed=i, dtype=dtype) * (of_keys if i in (1, 2) else 1.0)
+        for i, nheads in enumerate((2, 1, 1, 2))
+    )
+    factors = size * torch.rand(1, 700, generator=torch.Generator().manual_seed(5))
+    factors[:, 100:300] = 0.0  # whole chunks without a weight
+    given = Given(factors.to(DEVICE))
+    check(kernels, q, k, v, dout, Form(0.25, causal, row_factors=ROW), given=given)
 
 
 @MASKS

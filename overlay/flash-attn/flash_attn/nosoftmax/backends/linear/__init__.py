@@ -19,7 +19,7 @@ import torch
 from ...call import Call
 from .. import Result
 from . import primitive
-from .form import Form
+from .form import ROW, SEQUENCE, Form, Given
 
 # (slope, offset) for each mask: both algorithms take the same time, forward and backward together, at
 # seqlen_q = seqlen_k = slope * head_dim + offset. From benchmarks/linear_vs_quadratic.py: rounded up for
@@ -61,8 +61,6 @@ def _inexact(call: Call) -> Optional[str]:
         return f"dropout_p={o.dropout_p}"
     if call.alibi_slopes is not None:
         return "alibi_slopes"
-    if call.row_factors is not None:
-        return "normalization as a tensor"
     # A side that reaches beyond every sequence limits nothing.
     if 0 <= o.window_left < o.max_seqlen_k - 1 or 0 < o.window_right < o.max_seqlen_q - 1:
         return f"window_size={o.window_left, o.window_right}"
@@ -112,16 +110,30 @@ def _causal(call: Call) -> bool:
 
 def _form(call: Call) -> Form:
     o = call.options
-    return Form(o.softmax_scale, _causal(call), normalization=o.normalization, factor=o.factor)
+    return Form(
+        o.softmax_scale, _causal(call), normalization=o.normalization, factor=o.factor,
+        row_factors=_kind(call),
+    )  # fmt: skip
 
 
-def _lengths(call: Call) -> tuple:
-    return call.cu_seqlens_q, call.cu_seqlens_k, call.options.max_seqlen_q, call.options.max_seqlen_k
+def _kind(call: Call) -> Optional[str]:
+    """Whether Call.row_factors holds a factor for each sequence or for each row; None without it."""
+    factors = call.row_factors
+    if factors is None:
+        return None
+    by_row = factors.shape[0] == call.q.shape[0] if call.varlen else factors.dim() == 2
+    return ROW if by_row else SEQUENCE
+
+
+def _more(call: Call) -> tuple:
+    """Return the arguments of the primitive after the form."""
+    o = call.options
+    return call.cu_seqlens_q, call.cu_seqlens_k, o.max_seqlen_q, o.max_seqlen_k, Given(call.row_factors)
 
 
 def forward(call: Call) -> Result:
-    return Result(primitive.attend(call.q, call.k, call.v, _form(call), *_lengths(call)))
+    return Result(primitive.attend(call.q, call.k, call.v, _form(call), *_more(call)))
 
 
 def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
-    return primitive.gradients(dout, call.q, call.k, call.v, _form(call), *_lengths(call))
+    return primitive.gradients(dout, call.q, call.k, call.v, _form(call), *_more(call))

@@ -10,7 +10,7 @@ from typing import Optional
 import torch
 
 from ...score import saturate_
-from .form import ANTICAUSAL, CAUSAL, FULL, Form
+from .form import ANTICAUSAL, CAUSAL, FULL, NOTHING, ROW, Form, Given
 
 # Positions of one chunk. Longer chunks waste products on masked entries, shorter ones waste time on operator
 # calls.
@@ -20,7 +20,12 @@ FULL_CHUNK = 512
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, state: Optional[torch.Tensor] = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    form: Form,
+    state: Optional[torch.Tensor] = None,
+    given: Given = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute one form of linear attention over dense sequences.
 
@@ -28,11 +33,12 @@ def attend(
     Either number of heads may divide the other: with more heads in q, a key head serves a group of query
     heads; with more heads in k and v, the results of a group of key heads are summed. state: (batch,
     min(nheads, nheads_k), d, d_v), the sum of k^T v over earlier keys, for the causal form with rows <= keys.
+    given: the tensors that the form mentions.
     Returns out (batch, rows, nheads, d_v) in q's dtype, and the state after the last key in the compute
     dtype. A row that sees neither a key nor a given state is 0. torch.autocast has no effect.
     """
     with torch.autocast(q.device.type, enabled=False):
-        chunks = _Chunks(q, k, v, form)
+        chunks = _Chunks(q, k, v, form, given)
         shape = (q.shape[0], chunks.heads, q.shape[-1], v.shape[-1])
         state = (
             torch.zeros(shape, dtype=chunks.dtype, device=q.device)
@@ -70,8 +76,11 @@ class _Chunks:
     Leaves out rows that see no key and keys that no row sees, where a NaN would reach results as 0 * NaN.
     """
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form) -> None:
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, given: Given = NOTHING
+    ) -> None:
         self.form, self.dtype = form, torch.promote_types(q.dtype, torch.float32)
+        self._row_factors = None if given.row_factors is None else given.row_factors.to(self.dtype)
         self.heads = min(q.shape[2], k.shape[2])
         self._q, self._k, self._v = (x.unflatten(2, (self.heads, -1)) for x in (q, k, v))
         total = max(q.shape[1], k.shape[1])
@@ -101,8 +110,8 @@ class _Chunks:
     def values(self, span: range) -> torch.Tensor:
         start = max(span.start, self._from_key)
         values = self._cut(self._v, start, span.stop, self._first_key)
-        if self.form.weighs_positions and self.form.transposed:
-            values.mul_(self._weights(self._v, range(start, span.stop), self._first_row))
+        if self.form.transposed:
+            self._weigh(values, self._v, range(start, span.stop), self._first_key, self._first_row)
         return values
 
     def limit(self, scores: torch.Tensor) -> torch.Tensor:
@@ -132,8 +141,10 @@ class _Chunks:
         """Normalize the result of the span's rows, saturate it if the form says so, and write it to out."""
         span = range(max(span.start, self._from_row), span.stop)
         result.mul_(self._factor)
-        if self.form.weighs_positions and not self.form.transposed:
-            result.mul_(self._weights(self._q, span, self._first_key))
+        if not self.form.transposed:
+            self._weigh(result, self._q, span, self._first_row, self._first_key)
+        if self._row_factors is not None and self.form.row_factors != ROW:
+            result.mul_(self._row_factors.repeat_interleave(self.heads)[:, None, None])
         if self.form.output_saturates:
             result = saturate_(result, out.dtype)
         batch, _, heads, group, _ = self._q.shape
@@ -148,7 +159,14 @@ class _Chunks:
         part = part.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
         return part.view(x.shape[0] * self.heads, -1, x.shape[-1])
 
-    def _weights(self, x: torch.Tensor, span: range, first_seen: int) -> torch.Tensor:
-        """Return 1 / (number of keys seen) for each of the span's queries x, in the order of `_cut`."""
-        seen = torch.arange(span.start - first_seen + 1, span.stop - first_seen + 1, device=x.device)
-        return seen.clamp(min=1).to(self.dtype).reciprocal().repeat(x.shape[3])[:, None]
+    def _weigh(self, x: torch.Tensor, of: torch.Tensor, span: range, first: int, first_seen: int) -> None:
+        """Multiply each query of the span, in the order of `_cut`, by its own normalization and factor, in
+        place. of: the tensor that x was cut from or stands for. first, first_seen: the positions of the first
+        query and of the first key.
+        """
+        if self.form.weighs_positions:
+            seen = torch.arange(span.start - first_seen + 1, span.stop - first_seen + 1, device=x.device)
+            x.mul_(seen.clamp(min=1).to(self.dtype).reciprocal().repeat(of.shape[3])[:, None])
+        if self.form.row_factors == ROW:
+            factors = self._row_factors[:, None, None, span.start - first : span.stop - first]
+            x.mul_(factors.expand(-1, self.heads, of.shape[3], -1).reshape(x.shape[0], -1, 1))

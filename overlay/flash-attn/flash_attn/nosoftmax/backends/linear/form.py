@@ -3,7 +3,30 @@
 import math
 from typing import NamedTuple, Optional
 
+import torch
+
 FULL, CAUSAL, ANTICAUSAL = "full", "causal", "anticausal"
+SEQUENCE, ROW = "sequence", "row"
+
+
+class Given(NamedTuple):
+    """The tensors of a form.
+
+    row_factors: float32, a factor for each sequence, (batch,), or for each query, (batch, seqlen) of the
+    queries, packed (total,). Form.row_factors says which.
+    """
+
+    row_factors: Optional[torch.Tensor] = None
+
+    def of_sequence(self, form: "Form", b: int, queries: slice) -> "Given":
+        """The tensors of one packed sequence, for a dense call with batch 1. queries: their place."""
+        if self.row_factors is None:
+            return self
+        by_row = form.row_factors == ROW
+        return Given(self.row_factors[None, queries] if by_row else self.row_factors[b : b + 1])
+
+
+NOTHING = Given()
 
 
 class Form(NamedTuple):  # not a dataclass, which takes several times as long to make and to hash
@@ -15,7 +38,9 @@ class Form(NamedTuple):  # not a dataclass, which takes several times as long to
     v: the rows are the keys of the attention, and the keys its queries. A causal mask is then anticausal (its
     own position and after it), and the normalization belongs to the keys.
 
-    factor: multiplies each row of the output, beside the normalization.
+    factor: multiplies each row of the output, beside the normalization. row_factors: SEQUENCE or ROW if
+    Given.row_factors does so too, with a number for each sequence or for each query; they belong to the
+    queries, as the normalization does, and replace "1/visible".
 
     weights_saturate: the products q_i . k_j are the weights P, which saturate in float16 where they are
     formed. False if they are dS. output_saturates: the result is the output, and not a gradient.
@@ -26,6 +51,7 @@ class Form(NamedTuple):  # not a dataclass, which takes several times as long to
     transposed: bool = False
     normalization: Optional[str] = None
     factor: float = 1.0
+    row_factors: Optional[str] = None
     weights_saturate: bool = True
     output_saturates: bool = True
 

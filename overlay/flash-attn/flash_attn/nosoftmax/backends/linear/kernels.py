@@ -7,9 +7,9 @@ read twice and q and out touched once, whatever the chunk size. A segment is lon
 small in comparison. One segment alone (short sequences, or as many heads as the GPU has multiprocessors)
 needs only `_walk`.
 
-"1/visible" with a causal mask is a factor for each query. Where queries are rows, it multiplies the row.
-Where queries are keys (dk and dv), it multiplies the scores in float32, and the columns that are added to the
-state, which are then rounded to 16 bit once.
+"1/visible" with a causal mask is a factor for each query, and so are row factors. Where queries are rows, it
+multiplies the row. Where queries are keys (dk and dv), it multiplies the scores in float32, and the columns
+that are added to the state, which are then rounded to 16 bit once.
 
 A float32 state enters the 16-bit matrix units as the sum of two 16-bit numbers, hi + lo, which loses no more
 than the products of the quadratic kernel. In float16 the state is first scaled by a power of two to fit.
@@ -27,12 +27,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .form import ANTICAUSAL, CAUSAL, FULL, Form
+from .form import ANTICAUSAL, CAUSAL, FULL, NOTHING, ROW, SEQUENCE, Form, Given
 
 _FULL, _CAUSAL, _ANTICAUSAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _MASKS = {FULL: 0, CAUSAL: 1, ANTICAUSAL: 2}
 _PER_N, _PER_ROOT_N, _PER_VISIBLE = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 _NORMALIZATIONS = {None: 0, "1/n": 1, "1/sqrt(n)": 2, "1/visible": 3}
+_OF_SEQUENCE, _OF_ROW = tl.constexpr(1), tl.constexpr(2)
+_ROW_FACTORS = {None: 0, SEQUENCE: 1, ROW: 2}
 _LARGEST_HALF = tl.constexpr(65504.0)
 
 
@@ -82,6 +84,12 @@ def _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN: tl.conste
     if VARLEN:
         return ((tl.load(cu_rows + b) + tl.load(cu_keys + b)) // segment_length + b).to(tl.int64)
     return (b * segments).to(tl.int64)
+
+
+@triton.jit
+def _first_factor(start, length, b, VARLEN: tl.constexpr):
+    """Return the index of the first factor of sequence b, whose queries begin at `start` if packed."""
+    return start.to(tl.int64) if VARLEN else b.to(tl.int64) * length
 
 
 @triton.jit
@@ -143,22 +151,37 @@ def _weighed(columns, count, unit):
     unit: 1, in float16 a power of two that keeps the products from becoming too small. The accumulator is
     scaled by unit as well.
     """
-    return (columns.to(tl.float32) * (_reciprocal(count) * unit)[None, :]).to(columns.dtype)
+    return _scaled(columns, _reciprocal(count) * unit)
+
+
+@triton.jit
+def _scaled(columns, weights):
+    """Multiply each column by its weight in float32, and round to 16 bit."""
+    return (columns.to(tl.float32) * weights[None, :]).to(columns.dtype)
+
+
+@triton.jit
+def _unit_of(weights):
+    """Return a power of two, at most 2^30, that makes the largest of the weights at most 1.
+
+    A larger one is of no use, since float16 holds no result so small, and might overflow the accumulator.
+    """
+    return tl.minimum(0.5 / _power_of_two_below(tl.maximum(tl.max(weights), 1e-30)), 1073741824.0)
 
 
 @triton.jit(do_not_specialize=["heads"])  # compiled once for all values
 def _sum_segments(
-    k, v, sums, cu_rows, cu_keys, rows, keys, segments, segment_length, heads,
+    k, v, sums, factors, cu_rows, cu_keys, rows, keys, segments, segment_length, heads,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
-    GROUP: tl.constexpr, MASK: tl.constexpr, WEIGHED: tl.constexpr, VARLEN: tl.constexpr, ALL: tl.constexpr,
-    FLAT: tl.constexpr,
+    GROUP: tl.constexpr, MASK: tl.constexpr, WEIGHED: tl.constexpr, ROW_WEIGHED: tl.constexpr,
+    VARLEN: tl.constexpr, ALL: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """sums[slot of the segment, head] = sum of k^T v over the segment's keys and the head's group.
 
     Grid: (segments * tiles of the state, heads, batch). Unless ALL, skips the sum that is not needed: that of
     the last segment (causal) or the first (anticausal). WEIGHED: each key is divided by the number of rows
-    that see it.
+    that see it. ROW_WEIGHED: each key is multiplied by its own factor.
     """
     tiles_v: tl.constexpr = (D_V + BLOCK_V - 1) // BLOCK_V
     tiles: tl.constexpr = tiles_v * ((D + BLOCK_D - 1) // BLOCK_D)
@@ -200,8 +223,16 @@ def _sum_segments(
                 )
                 acc *= unit / before
             k_columns = _weighed(k_columns, _visible(first_key + index, total - rows), unit)
+        if ROW_WEIGHED:
+            weights = tl.load(
+                factors + _first_factor(start_key, keys, b, VARLEN) + index, mask=valid, other=0.0
+            )
+            if k.dtype.element_ty == tl.float16:
+                before, unit = unit, _unit_of(weights)
+                acc *= unit / before
+            k_columns = _scaled(k_columns, weights * unit)
         acc = tl.dot(k_columns, v_chunk, acc)
-    if WEIGHED:
+    if WEIGHED or ROW_WEIGHED:
         acc *= 1.0 / unit
     slot = _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN) + segment
     out = sums + (slot * heads + head) * (D * D_V)
@@ -251,27 +282,28 @@ def _scan(
 
 @triton.jit(do_not_specialize=["batch", "heads", "all_rows"])
 def _walk(
-    q, k, v, out, states, cu_rows, cu_keys, rows, keys, segments, segment_length, batch, heads, all_rows,
-    softmax_scale, row_factor,
+    q, k, v, out, states, factors, cu_rows, cu_keys, rows, keys, segments, segment_length, batch, heads,
+    all_rows, softmax_scale, row_factor,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
     stride_vh, stride_ob, stride_ot, stride_oh, stride_sd, stride_sv,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     GROUP_Q: tl.constexpr, GROUP_K: tl.constexpr, MASK: tl.constexpr,
-    TRANSPOSED: tl.constexpr, NORMALIZATION: tl.constexpr, VARLEN: tl.constexpr, HAS_STATES: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, FLAT: tl.constexpr, WEIGHTS_SATURATE: tl.constexpr,
-    OUTPUT_SATURATES: tl.constexpr,
+    TRANSPOSED: tl.constexpr, NORMALIZATION: tl.constexpr, ROW_FACTORS: tl.constexpr, VARLEN: tl.constexpr,
+    HAS_STATES: tl.constexpr, HAS_INITIAL: tl.constexpr, FLAT: tl.constexpr,
+    WEIGHTS_SATURATE: tl.constexpr, OUTPUT_SATURATES: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_V columns of the output of one segment and one head.
 
     Grid: (segments * tiles of columns, nheads, batch). GROUP_Q heads of q share a head of k and v; GROUP_K
     heads of k and v are summed for a head of q; one of the two is 1. states: (slots, heads, D, D_V) with the
-    strides stride_sd and stride_sv.
+    strides stride_sd and stride_sv. factors: for each sequence or each query, by ROW_FACTORS.
     """
     dtype: tl.constexpr = q.dtype.element_ty
     # bfloat16 products fit without scaling, so that the scale can be applied at the end.
     late: tl.constexpr = dtype == tl.bfloat16
     per_visible: tl.constexpr = NORMALIZATION == _PER_VISIBLE
     weighed: tl.constexpr = per_visible and TRANSPOSED
+    row_weighed: tl.constexpr = ROW_FACTORS == _OF_ROW and TRANSPOSED and MASK != _FULL
     tiles_v: tl.constexpr = (D_V + BLOCK_V - 1) // BLOCK_V
     part, head, b = _place(segments * tiles_v, heads, FLAT)
     segment, tile = part // tiles_v, part % tiles_v
@@ -299,6 +331,12 @@ def _walk(
     if NORMALIZATION == _PER_N or NORMALIZATION == _PER_ROOT_N:
         n = tl.maximum(rows if TRANSPOSED else keys, 1).to(tl.float32)
         factor *= 1.0 / n if NORMALIZATION == _PER_N else 1.0 / tl.sqrt(n)
+    if ROW_FACTORS == _OF_SEQUENCE:
+        factor *= tl.load(factors + b)
+    if ROW_FACTORS == _OF_ROW:
+        factors += _first_factor(
+            start_key if TRANSPOSED else start_row, keys if TRANSPOSED else rows, b, VARLEN
+        )
 
     channels, channels_v = tl.arange(0, BLOCK_D), tile * BLOCK_V + tl.arange(0, BLOCK_V)
     # A stride times an index can exceed 2^31.
@@ -345,6 +383,11 @@ def _walk(
         if weighed and not late:
             before, unit = unit, _power_of_two_below(_visible(chunk, first_counted))
             state *= unit / before
+        if row_weighed:
+            weights = tl.load(factors + key, mask=(position >= seen) & (key < keys), other=0.0)
+            if not late:
+                before, unit = unit, _unit_of(weights)
+                state *= unit / before
         if MASK != _FULL:
             hi, lo, down = _hi_lo(state, dtype)
         acc = tl.dot(hi, q_columns)
@@ -366,9 +409,19 @@ def _walk(
                 p = _saturate(p, dtype, WEIGHTS_SATURATE)
                 if weighed:  # relative to the row, which is divided by its own count at the end: at most 1
                     p *= _reciprocal(count)[:, None] * count[None, :]
+                if row_weighed:
+                    p *= (weights * unit)[:, None]
                 acc = tl.dot(v_columns, p.to(dtype), acc)
-                state = tl.dot(_weighed(v_columns, count, unit) if weighed else v_columns, k_chunk, state)
+                if weighed:
+                    v_columns = _weighed(v_columns, count, unit)
+                if row_weighed:
+                    v_columns = _scaled(v_columns, weights * unit)
+                state = tl.dot(v_columns, k_chunk, state)
         acc *= (_reciprocal(count) * factor)[None, :] if per_visible else factor
+        if row_weighed and not late:
+            acc *= 1.0 / unit
+        if ROW_FACTORS == _OF_ROW and not TRANSPOSED:
+            acc *= tl.load(factors + row, mask=valid, other=0.0)[None, :]
         acc = tl.where((position >= seeing)[None, :], acc, 0.0)
         tl.store(
             out_base + row[:, None].to(tl.int64) * stride_ot + channels_v[None, :],
@@ -573,7 +626,8 @@ class _States:
             _sum_segments, grid,
             (*numbers, segments.heads, *segments.strides(k), *segments.strides(v)),
             (d, d_v, block_d, block_v, _SUM.chunk, k.shape[-2] // segments.heads, _MASKS[mask],
-             segments.form.weighs_positions and segments.form.transposed, packed, final, flat),
+             segments.form.weighs_positions and segments.form.transposed,
+             segments.form.row_factors == ROW and segments.form.transposed, packed, final, flat),
             _SUM.num_warps if block_d * block_v > 4096 else 4, _SUM.num_stages,
         )  # fmt: skip
         self._scan = None
@@ -586,14 +640,14 @@ class _States:
             )  # fmt: skip
 
     def __call__(
-        self, k: torch.Tensor, v: torch.Tensor, starts: _Starts,
+        self, k: torch.Tensor, v: torch.Tensor, starts: _Starts, given: Given = NOTHING,
         initial: Optional[torch.Tensor] = None, final: Optional[torch.Tensor] = None,
     ) -> Optional[torch.Tensor]:  # fmt: skip
         """Return the states, (slots, heads, d, d_v); None if all segments start from zero."""
         if not self.needed:
             return None
         sums = k.new_empty(self._shape, dtype=torch.float32)
-        self._sum(k, v, sums, *starts)
+        self._sum(k, v, sums, given.row_factors, *starts)
         if self._scan is not None:
             self._scan(sums, initial, final, *starts)
         return sums
@@ -628,7 +682,7 @@ class _Walk:
             (
                 d, d_v, _block(d), tuning.block_v, tuning.chunk, nheads // segments.heads,
                 k.shape[-2] // segments.heads, _MASKS[form.mask], form.transposed, _normalization(form),
-                segments.packed,
+                _ROW_FACTORS[form.row_factors], segments.packed,
                 states.needed, states.initial, flat,
                 # bfloat16 never saturates: share one kernel.
                 half and form.weights_saturate, half and form.output_saturates,
@@ -638,10 +692,10 @@ class _Walk:
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, states: Optional[torch.Tensor],
-        starts: _Starts,
+        starts: _Starts, given: Given = NOTHING,
     ) -> torch.Tensor:  # fmt: skip
         out = q.new_empty(self._shape)
-        self._walk(q, k, v, out, states, *starts)
+        self._walk(q, k, v, out, states, given.row_factors, *starts)
         return out
 
 
@@ -706,16 +760,20 @@ def _sequences(q: torch.Tensor, cu_rows: Optional[torch.Tensor], max_rows: int, 
     )
 
 
-def attend(q, k, v, form, cu_rows, cu_keys, max_rows, max_keys) -> torch.Tensor:
+def _contiguous(given: Given) -> Given:
+    return Given(*[x if x is None or x.is_contiguous() else x.contiguous() for x in given])
+
+
+def attend(q, k, v, form, cu_rows, cu_keys, max_rows, max_keys, given=NOTHING) -> torch.Tensor:
     """See primitive.attend."""
     (q, like_q), (k, like_k), (v, like_v) = _laid_out(q), _laid_out(k), _laid_out(v)
     plan = _forward_plan(_sequences(q, cu_rows, max_rows, max_keys), form, like_q, like_k, like_v)
     if plan is None:
         return q.new_zeros(*q.shape[:-1], v.shape[-1])
     find_states, walk = plan
-    starts = (cu_rows, cu_keys)
+    starts, given = (cu_rows, cu_keys), _contiguous(given)
     with torch.cuda.device_of(q):
-        return walk(q, k, v, find_states(k, v, starts), starts)
+        return walk(q, k, v, find_states(k, v, starts, given), starts, given)
 
 
 def attend_with_state(q, k, v, form, state) -> tuple[torch.Tensor, torch.Tensor]:
@@ -730,10 +788,12 @@ def attend_with_state(q, k, v, form, state) -> tuple[torch.Tensor, torch.Tensor]
     find_states, walk = plan
     initial, final = state.contiguous() if given else None, q.new_empty(shape, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        return walk(q, k, v, find_states(k, v, starts, initial, final), starts), final
+        return walk(q, k, v, find_states(k, v, starts, NOTHING, initial, final), starts), final
 
 
-def gradients(dout, q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+def gradients(
+    dout, q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given=NOTHING
+) -> tuple:
     """See primitive.gradients."""
     (dout, like_dout), (q, like_q), (k, like_k), (v, like_v) = (
         _laid_out(dout),
@@ -748,9 +808,11 @@ def gradients(dout, q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max
         return tuple(torch.zeros_like(x) for x in (q, k, v))
     find_states, find_dq, find_back_states, find_dk, find_dv = plan
     starts, back = (cu_seqlens_q, cu_seqlens_k), (cu_seqlens_k, cu_seqlens_q)
+    given = _contiguous(given)
     with torch.cuda.device_of(q):
-        states = find_states(k, v, starts)
-        dq = find_dq(dout, v, k, states, starts)
+        states = find_states(k, v, starts, given)
+        dq = find_dq(dout, v, k, states, starts, given)
         del states
-        states = find_back_states(q, dout, back)
-        return dq, find_dk(v, dout, q, states, back), find_dv(k, q, dout, states, back)
+        states = find_back_states(q, dout, back, given)
+        dk = find_dk(v, dout, q, states, back, given)
+        return dq, dk, find_dv(k, q, dout, states, back, given)

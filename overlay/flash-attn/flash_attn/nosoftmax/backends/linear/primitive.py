@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 
 from . import chunked
-from .form import Form
+from .form import NOTHING, Form, Given
 
 _TRITON = importlib.util.find_spec("triton") is not None
 
@@ -34,21 +34,23 @@ def attend(
     cu_seqlens_k: Optional[torch.Tensor] = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
+    given: Given = NOTHING,
 ) -> torch.Tensor:
     """Compute one form of linear attention (see Form and chunked.attend). With cu_seqlens, q, k and v are
-    packed: (total, heads, d).
+    packed: (total, heads, d). given: the tensors that the form mentions.
 
     Returns out, as q with v's last dimension. Rows of out that belong to no sequence are 0.
     """
     if has_kernels(q):
-        return _kernels().attend(q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return _kernels().attend(q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given)
     if cu_seqlens_q is None:
-        return chunked.attend(q, k, v, form)[0]
+        return chunked.attend(q, k, v, form, given=given)[0]
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b in range(len(starts_q) - 1):
         rows, keys = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
-        out[rows] = chunked.attend(q[None, rows], k[None, keys], v[None, keys], form)[0][0]
+        own = given.of_sequence(form, b, keys if form.transposed else rows)
+        out[rows] = chunked.attend(q[None, rows], k[None, keys], v[None, keys], form, given=own)[0][0]
     return out
 
 
@@ -74,14 +76,15 @@ def gradients(
     cu_seqlens_k: Optional[torch.Tensor] = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
+    given: Given = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute dq, dk and dv of `attend`, as the forms F(dO, V, K; M), F(V, dO, Q; Mt) and F(K, Q, dO; Mt)."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if has_kernels(q):
-        return _kernels().gradients(dout, q, k, v, form, *lengths)
+        return _kernels().gradients(dout, q, k, v, form, *lengths, given)
     swapped = (cu_seqlens_k, cu_seqlens_q, max_seqlen_k, max_seqlen_q)
     return (
-        attend(dout, v, k, form.of_dq(), *lengths),
-        attend(v, dout, q, form.of_dk(), *swapped),
-        attend(k, q, dout, form.of_dv(), *swapped),
+        attend(dout, v, k, form.of_dq(), *lengths, given),
+        attend(v, dout, q, form.of_dk(), *swapped, given),
+        attend(k, q, dout, form.of_dv(), *swapped, given),
     )
