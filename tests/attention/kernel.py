@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oracle import FUNCTIONS, ROW_FACTORS, Options, Oracle, distances, sigmoid_bias, visibility
+from oracle import FUNCTIONS, ROW_FACTORS, Options, Oracle, decay, distances, sigmoid_bias, visibility
 
 TILE_ROWS = 16
 # relu2 grows with the square of its inputs. This limit is far below float32's largest value, so that sums
@@ -63,7 +63,7 @@ class Kernel(Oracle):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, h: Head) -> Tensor:
         q, _, k, v, keep, visible, dtype = self.load(q, q, k, v, h)
         s, _ = self.scores(q, k, h)
-        p = self.drop_weights(self.mask_weights(self.function(s, h), visible), keep)
+        p = self.drop_weights(self.mask_weights(self.decayed(self.function(s, h), h), visible), keep)
         out = (
             self.matmul(self.narrow(p, dtype), v)
             * self.row_factor(visible, keep, h).to(v.dtype)
@@ -77,9 +77,10 @@ class Kernel(Oracle):
         q, dout, k, v, keep, visible, dtype = self.load(q, dout, k, v, h)
         s, dcap = self.scores(q, k, h)
         factor = self.row_factor(visible, keep, h).to(v.dtype)
-        p = self.drop_weights_again(self.mask_weights(self.weights_again(s, h), visible), keep)
+        p = self.mask_weights(self.decayed(self.weights_again(s, h), h), visible)
+        p = self.drop_weights_again(p, keep)
         dv = self.matmul(self.narrow(p, dtype).T, dout * factor) * self.rescale(h)
-        ds = (dout @ v.T) * factor * self.derivative(s, h) * dcap
+        ds = (dout @ v.T) * factor * self.decayed_again(self.derivative(s, h), h) * dcap
         ds = self.narrow_gradient(self.drop_gradient(self.mask_gradient(ds, visible, p), keep, p), dtype)
         dq, dk = (
             x * self.gradient_scale(h) * self.rescale(h) for x in (self.matmul(ds, k), self.matmul(ds.T, q))
@@ -133,6 +134,18 @@ class Kernel(Oracle):
 
     def function(self, s: Tensor, h: Head) -> Tensor:
         return FUNCTIONS[h.o.activation](s, sigmoid_bias(h.o, max(h.seqlen_k, 1)))
+
+    def decayed(self, p: Tensor, h: Head) -> Tensor:
+        return (
+            p if h.o.decay_slopes is None else p * F.pad(self.decay(h), (0, 0, 0, len(p) - h.seqlen_q)).to(p)
+        )
+
+    def decay(self, h: Head) -> Tensor:
+        return decay(h.seqlen_q, h.seqlen_k, h.o)
+
+    def decayed_again(self, derivative: Tensor, h: Head) -> Tensor:
+        """Apply the decay to dS, as to P."""
+        return self.decayed(derivative, h)
 
     def weights_again(self, s: Tensor, h: Head) -> Tensor:
         """Recompute P in the backward, for dV."""

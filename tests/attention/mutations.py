@@ -645,7 +645,26 @@ SEQUENCES = [
     ),
 ]
 
-MUTANTS = MASKS + SCORES + DROPOUT + FUNCTIONS + SEQUENCES
+
+# --- decay
+
+
+def decay_of_later_keys_grows(self, h):
+    """Take the signed distance, which only causal attention may."""
+    return torch.exp((h.o.decay_slopes or 0.0) * distances(h.seqlen_q, h.seqlen_k).double())
+
+
+DECAY = [
+    mutant("no decay in dS", "test_decay.test_dense", decayed_again=lambda self, derivative, h: derivative),
+    mutant("decay off by one", "test_decay.test_a_steep_slope_leaves_the_diagonal",
+           decay=lambda self, h: step("decay")(self, h) * math.exp(-(h.o.decay_slopes or 0.0))),
+    mutant("decay grows with later keys", "test_decay.test_dense", decay=decay_of_later_keys_grows),
+    mutant("decay inside f", "test_decay.test_activations",
+           function=lambda self, s, h: step("function")(self, step("decayed")(self, s, h), h),
+           decayed=lambda self, p, h: p),
+]  # fmt: skip
+
+MUTANTS = MASKS + SCORES + DROPOUT + FUNCTIONS + SEQUENCES + DECAY
 
 
 class SoftmaxCommentedOut(Oracle):

@@ -32,6 +32,7 @@ class Options:
     activation: str = "identity"
     sigmoid_bias: float | str | Tensor = 0.0
     normalization: str | float | Tensor | None = None
+    decay_slopes: Tensor | float | None = None
     deterministic: bool = False  # fixes the order of sums, which the oracle ignores
 
     def slope(self, batch: int, head: int) -> float | Tensor:
@@ -39,12 +40,13 @@ class Options:
         return 0.0 if self.alibi_slopes is None else of_head(self.alibi_slopes, batch, head)
 
     def of_head(self, batch: int, head: int) -> Options:
-        """The options of one head: its bias is a number, and the factors of `factor` are left out."""
-        bias = self.sigmoid_bias
+        """The options of one head: bias and decay are numbers, and the factors of `factor` are left out."""
+        bias, decay = self.sigmoid_bias, self.decay_slopes
         return replace(
             self,
             sigmoid_bias=of_head(bias, batch, head).item() if isinstance(bias, Tensor) else bias,
             normalization=self.normalization if isinstance(self.normalization, str) else None,
+            decay_slopes=None if decay is None else of_head(decay, batch, head).item(),
         )
 
     def factor(self, batch: int, rows: slice | None, total: int) -> float | Tensor:
@@ -75,6 +77,11 @@ def of_head(given: Tensor, batch: int, head: int) -> Tensor:
 def distances(seqlen_q: int, seqlen_k: int) -> Tensor:
     """(seqlen_q, seqlen_k): how far key j lies to the right of query i when the last of both are aligned."""
     return torch.arange(seqlen_k) - (torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q)
+
+
+def decay(seqlen_q: int, seqlen_k: int, o: Options) -> Tensor:
+    """(seqlen_q, seqlen_k): the factor that multiplies each weight of a head."""
+    return torch.exp(-(o.decay_slopes or 0.0) * distances(seqlen_q, seqlen_k).abs().double())
 
 
 def visibility(seqlen_q: int, seqlen_k: int, o: Options) -> Tensor:
@@ -125,6 +132,7 @@ def attend(
         p = torch.where(visible | ~visible.any(-1, keepdim=True), s, -math.inf).softmax(-1)
     else:
         p = FUNCTIONS[o.activation](s, sigmoid_bias(o, n))
+        p = p if o.decay_slopes is None else p * decay(len(q), len(k), o).to(p.dtype)
     p = torch.where(visible if keep is None else visible & keep, p, 0)
     return (
         p @ v * ROW_FACTORS[o.normalization](n, visible.sum(-1, keepdim=True).to(s.dtype)) / (1 - dropout_p)

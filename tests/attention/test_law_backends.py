@@ -21,17 +21,17 @@ OPTIONS = [
     dict(causal=True, alibi=True),
     dict(causal=True, normalization="1/visible"),
     dict(normalization="1/n", softmax_scale=0.3),
+    dict(causal=True, decay=True),
 ]
 LENGTHS = dict(lengths_q=[70, 0, 33, 5], lengths_k=[40, 9, 0, 60])
 
 
 def given(attention, options: dict, nheads: int) -> dict:
     options = dict(options)
-    return (
-        {**options, "alibi_slopes": slopes(attention, nheads, size=0.1)}
-        if options.pop("alibi", False)
-        else options
-    )
+    for name in ("alibi", "decay"):
+        if options.pop(name, False):
+            options[f"{name}_slopes"] = slopes(attention, nheads, size=0.1)
+    return options
 
 
 @pytest.mark.slow

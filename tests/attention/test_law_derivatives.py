@@ -23,6 +23,8 @@ IDENTITY = {
     "window": dict(window_size=(2, 1)),
     "scale": dict(softmax_scale=-0.6, causal=True),
     "alibi": dict(alibi_slopes=(2,)),
+    "decay": dict(decay_slopes=(2,)),
+    "decay, causal, 1/visible": dict(decay_slopes=(2,), causal=True, normalization="1/visible"),
     "1/n": dict(normalization="1/n"),
     "1/visible": dict(normalization="1/visible", causal=True),
     "1/sqrt(n)": dict(normalization="1/sqrt(n)", window_size=(3, 0)),
@@ -47,9 +49,8 @@ once = pytest.mark.parametrize("options", ONCE.values(), ids=ONCE)
 
 def given(attention, options: dict) -> dict:
     """Make the slopes in ``options`` on the device of the backend."""
-    if "alibi_slopes" not in options:
-        return options
-    return {**options, "alibi_slopes": slopes(attention, *options["alibi_slopes"], size=0.3)}
+    named = {name: options[name] for name in ("alibi_slopes", "decay_slopes") if name in options}
+    return {**options, **{name: slopes(attention, *shape, size=0.3) for name, shape in named.items()}}
 
 
 def tensors(attention, method: str = "dense", nheads_k: int = 1) -> tuple[Tensor, ...]:

@@ -218,7 +218,7 @@ def test_operators_pass_opcheck(device):
     """The operators of all backends pass opcheck with this backend behind them."""
     q, k, v = (x.detach() for x in inputs("flash_attn_func", device)[0])
     options = (q.shape[1], k.shape[1], 0.0, 0.3, -1, 0, 0.0, False, False, "identity", 0.0, "1/n", 0.5)
-    tensors = (q, k, v, *(None,) * 8)
+    tensors = (q, k, v, *(None,) * 9)
     torch.library.opcheck(torch.ops.flash_attn_nosoftmax.forward.default, (*tensors, *options, "linear"))
     torch.library.opcheck(
         torch.ops.flash_attn_nosoftmax.backward.default, (q, *tensors, None, *options, "linear")

@@ -67,10 +67,10 @@ class Call(NamedTuple):
     nheads_k, head_dim_v). Packed, with cu_seqlens_q and cu_seqlens_k int32 (batch + 1,): (total_q, nheads,
     head_dim), (total_k, nheads_k, head_dim) and (total_k, nheads_k, head_dim_v). Paged, with block_table
     int32 (batch, pages): k and v are (num_pages, page_size, nheads_k, …). seqused_k, leftpad_k: int32
-    (batch,) or None, where the keys that count in a sequence end and begin. alibi_slopes, sigmoid_biases:
-    float32 (nheads,) or (batch, nheads). row_factors: float32 (batch,), or a factor for each query: (batch,
-    seqlen_q), packed (total_q,). q, k and v may be views of a packed qkv or kv argument, so that gradients
-    reach it.
+    (batch,) or None, where the keys that count in a sequence end and begin. alibi_slopes, sigmoid_biases,
+    decay_slopes: float32 (nheads,) or (batch, nheads). row_factors: float32 (batch,), or a factor for each
+    query: (batch, seqlen_q), packed (total_q,). q, k and v may be views of a packed qkv or kv argument, so
+    that gradients reach it.
     """
 
     q: torch.Tensor
@@ -84,6 +84,7 @@ class Call(NamedTuple):
     alibi_slopes: Optional[torch.Tensor]
     row_factors: Optional[torch.Tensor]
     sigmoid_biases: Optional[torch.Tensor]
+    decay_slopes: Optional[torch.Tensor]
     options: Options
     cache: Optional[Cache] = None
 
@@ -101,7 +102,7 @@ class Call(NamedTuple):
         return self[:TENSORS]
 
 
-TENSORS = 11
+TENSORS = 12
 _IN_A_SCHEMA = {
     torch.Tensor: "Tensor", Optional[torch.Tensor]: "Tensor?", int: "SymInt", float: "float",
     Optional[float]: "float?", bool: "bool", str: "str", Optional[str]: "str?",

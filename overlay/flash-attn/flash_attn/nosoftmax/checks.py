@@ -257,6 +257,7 @@ def _of_the_score(call: Call) -> None:
             "softmax_scale=0 with alibi_slopes: give another softmax_scale, or leave the slopes out"
         )
     constants("sigmoid_bias", call.sigmoid_biases, (nheads,), (batch, nheads))
+    constants("decay_slopes", call.decay_slopes, (nheads,), (batch, nheads))
     if call.sigmoid_biases is not None and not ACTIVATIONS[call.options.activation].takes_bias:
         raise ValueError(
             f'sigmoid_bias as a tensor needs activation="sigmoid", got activation={call.options.activation!r}'
@@ -279,7 +280,7 @@ def tensors(call: Call, **more: Optional[torch.Tensor]) -> None:
         q=q, k=k, v=v, cu_seqlens_q=call.cu_seqlens_q, cu_seqlens_k=call.cu_seqlens_k,
         seqused_k=call.seqused_k, leftpad_k=call.leftpad_k, block_table=call.block_table,
         alibi_slopes=call.alibi_slopes, normalization=call.row_factors, sigmoid_bias=call.sigmoid_biases,
-        **more,
+        decay_slopes=call.decay_slopes, **more,
     )  # fmt: skip
     one_dtype(q, k=k, v=v)
     qkv(
@@ -334,7 +335,7 @@ def cache(call: Call) -> None:
         q=q, k_cache=k, v_cache=v, k=given.k, v=given.v, cache_seqlens=given.cache_seqlens,
         rotary_cos=given.rotary_cos, rotary_sin=given.rotary_sin, cache_batch_idx=given.cache_batch_idx,
         cache_leftpad=call.leftpad_k, block_table=call.block_table, alibi_slopes=call.alibi_slopes,
-        normalization=call.row_factors, sigmoid_bias=call.sigmoid_biases,
+        normalization=call.row_factors, sigmoid_bias=call.sigmoid_biases, decay_slopes=call.decay_slopes,
     )  # fmt: skip
     one_dtype(
         q, k_cache=k, v_cache=v, k=given.k, v=given.v, rotary_cos=given.rotary_cos,
@@ -467,18 +468,22 @@ def values(call: Call) -> None:
     for name, x in (("alibi_slopes", call.alibi_slopes), ("sigmoid_bias", call.sigmoid_biases)):
         if x is not None and not torch.isfinite(x).all():
             raise ValueError(f"{name}={x.tolist()}: give finite numbers")
-    if call.row_factors is not None:
-        wrong = ~((call.row_factors >= 0.0) & torch.isfinite(call.row_factors))
-        if wrong.any():
-            at = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"normalization{at}={call.row_factors[tuple(at)].item()}: give finite factors that are not "
-                "negative"
-            )
+    not_negative("normalization", call.row_factors, "factors")
+    not_negative("decay_slopes", call.decay_slopes, "slopes")
     if call.cache is not None:
         _cache_values(call)
     elif call.varlen:
         _packed_values(call)
+
+
+def not_negative(name: str, x: Optional[torch.Tensor], what: str) -> None:
+    """Check that the numbers of x, unless None, are finite and not below 0."""
+    if x is None:
+        return
+    wrong = ~((x >= 0.0) & torch.isfinite(x))
+    if wrong.any():
+        at = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{name}{at}={x[tuple(at)].item()}: give finite {what} that are not negative")
 
 
 def _packed_values(call: Call) -> None:

@@ -24,6 +24,8 @@ _DOC = """\
         normalization: None, "1/n", "1/visible" or "1/sqrt(n)": the factor on each row of the output. Or the
             factor itself: a positive number, or a float32 tensor (batch,) or (batch, seqlen_q), packed
             (batch,) or (total_q,).
+        decay_slopes: float32, not negative, (nheads,) or (batch, nheads), or None: each weight is multiplied
+            by exp(-slope * |i + seqlen_k - seqlen_q - j|).
         algorithm: "auto" takes linear time where that is exact and predicted faster; "quadratic" and "linear"
             choose.
         backend: "auto" takes the first of "linear" (linear time), "fa4" (flash-attn-4 of this patch set, on
@@ -41,6 +43,7 @@ _KEYWORDS = {
     "activation": "identity",
     "sigmoid_bias": 0.0,
     "normalization": None,
+    "decay_slopes": None,
     "algorithm": "auto",
     "backend": "auto",
 }
@@ -51,7 +54,7 @@ _HAS_AUTOCAST = hasattr(torch, "get_autocast_dtype")  # torch 2.4: of any device
 
 
 def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add use_softmax as the last positional argument, and five keyword arguments, to a public function of
+    """Add use_softmax as the last positional argument, and six keyword arguments, to a public function of
     upstream.
 
     With use_softmax=True, the default, upstream's function is called unchanged.
@@ -81,21 +84,22 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(
-        *args, activation="identity", sigmoid_bias=0.0, normalization=None, algorithm="auto", backend="auto",
-        **kwargs
+        *args, activation="identity", sigmoid_bias=0.0, normalization=None, decay_slopes=None,
+        algorithm="auto", backend="auto", **kwargs
     ):  # fmt: skip
         use_softmax, args, kwargs = split(args, kwargs)
         if use_softmax is True:
-            if not _is_plain(activation, sigmoid_bias, normalization, algorithm, backend):
+            if not _is_plain(activation, sigmoid_bias, normalization, decay_slopes, algorithm, backend):
                 _check_softmax(
-                    bind(args, kwargs), activation, sigmoid_bias, normalization, algorithm, backend
-                )
+                    bind(args, kwargs), activation, sigmoid_bias, normalization, decay_slopes, algorithm,
+                    backend,
+                )  # fmt: skip
             return function(*args, **kwargs)
-        values = (*args, *kwargs.values(), use_softmax, activation, sigmoid_bias, normalization)
+        score = use_softmax, activation, sigmoid_bias, normalization, decay_slopes
+        values = (*args, *kwargs.values(), *score)
         looks, known = _recall((function, len(args), *kwargs), values, algorithm, backend, has_cache)
         if known is not None and known.places is not None:
             return _returned(known.call(values), known.backend, False)
-        score = use_softmax, activation, sigmoid_bias, normalization
         arguments, rebuild = bind(args, kwargs), None
         if getattr(arguments.get("q", arguments.get("qkv")), "is_nested", False):
             arguments, rebuild = _packed(arguments)
@@ -225,7 +229,7 @@ _PAIR = {
     "dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0,
     "alibi_slopes": None,
     "deterministic": False, "activation": "identity", "sigmoid_bias": 0.0, "normalization": None,
-    "algorithm": "auto",
+    "decay_slopes": None, "algorithm": "auto",
     "backend": "auto",
 }  # fmt: skip
 _PAIR_PACKED = {
@@ -250,7 +254,7 @@ def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) 
     ):
         if given[name] is None:
             raise TypeError(f"{name} is missing: packed sequences need it beside cu_seqlens_q")
-    call = _call_of(given, (False, given["activation"], given["sigmoid_bias"], given["normalization"]))
+    call = _call_of(given, (False, *[given[name] for name in _SCORE[1:]]))
     if known is not None:
         return call, known.backend
     return call, _settle(call, algorithm, backend, looks, ("q", "k", "v", *options), values)[0]
@@ -282,7 +286,7 @@ class _Known(NamedTuple):
 
 
 _known: dict[tuple, _Known] = {}
-_SCORE = ("use_softmax", "activation", "sigmoid_bias", "normalization")
+_SCORE = ("use_softmax", "activation", "sigmoid_bias", "normalization", "decay_slopes")
 _NAMES = {"row_factors": "normalization", "sigmoid_biases": "sigmoid_bias"}  # argument names, by field
 # The arguments that a call keeps as tensors, in whatever form, and not as numbers.
 _OF_TENSORS = frozenset((
@@ -386,11 +390,14 @@ def _check(call: Call) -> None:
     checks.tensors(call) if call.cache is None else checks.cache(call)
 
 
-def _check_softmax(arguments: dict, activation, sigmoid_bias, normalization, algorithm, backend) -> Choice:
+def _check_softmax(
+    arguments: dict, activation, sigmoid_bias, normalization, decay_slopes, algorithm, backend
+) -> Choice:
     """Return the Choice for softmax, which depends on the device alone. Raises ValueError for an argument
     that contradicts it."""
-    for name, x in (("sigmoid_bias", sigmoid_bias), ("normalization", normalization)):
-        if isinstance(x, torch.Tensor):
+    given = {"sigmoid_bias": sigmoid_bias, "normalization": normalization, "decay_slopes": decay_slopes}
+    for name, x in given.items():
+        if isinstance(x, torch.Tensor) or (name == "decay_slopes" and x is not None):
             raise ValueError(
                 f"{name} replaces the softmax: pass use_softmax=False, or leave it at its default"
             )
@@ -419,7 +426,7 @@ def _call_of(a: dict, score: tuple) -> Call:
         longest, lengths = _lengths(a)
     else:
         longest, lengths = (q.shape[1], k.shape[1]) if q.dim() == k.dim() == 4 else (0, 0), (None,) * 5
-    use_softmax, activation, *rest = score
+    use_softmax, activation, *rest, decay_slopes = score
     *rest, factors, biases = checks.apart(*rest)
     if q.dim() == 0 or q.shape[-1] == 0:
         checks.rank("q", q, (checks.DENSE if lengths[0] is None else checks.PACKED)[0])
@@ -428,7 +435,10 @@ def _call_of(a: dict, score: tuple) -> Call:
         q.shape[-1], *longest, a["dropout_p"], a["softmax_scale"], a["causal"], a["window_size"],
         a["softcap"], a["deterministic"], a["return_attn_probs"], activation, *rest, use_softmax=use_softmax,
     )  # fmt: skip
-    return Call(q, k, v, *lengths, _slopes(a["alibi_slopes"]), factors, biases, options)
+    return Call(
+        q, k, v, *lengths, _slopes("alibi_slopes", a["alibi_slopes"]), factors, biases,
+        _slopes("decay_slopes", decay_slopes), options,
+    )  # fmt: skip
 
 
 def _lengths(a: dict) -> tuple[tuple, tuple]:
@@ -469,7 +479,7 @@ def _cached_call(a: dict, score: tuple) -> Call:
     capacity = k_cache.shape[1] * (
         1 if block_table is None or block_table.dim() != 2 else block_table.shape[1]
     )
-    use_softmax, activation, *rest = score
+    use_softmax, activation, *rest, decay_slopes = score
     *rest, factors, biases = checks.apart(*rest)
     if q.shape[-1] == 0:
         checks.heads(1, 1, 0, 1)
@@ -489,7 +499,8 @@ def _cached_call(a: dict, score: tuple) -> Call:
     )  # fmt: skip
     return Call(
         q, k_cache, v_cache, None, None, None, _int32("cache_leftpad", a["cache_leftpad"]), block_table,
-        _slopes(a["alibi_slopes"]), factors, biases, options, cache,
+        _slopes("alibi_slopes", a["alibi_slopes"]), factors, biases, _slopes("decay_slopes", decay_slopes),
+        options, cache,
     )  # fmt: skip
 
 
@@ -543,10 +554,10 @@ def _int32(name: str, x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
     return x if x.is_contiguous() else x.contiguous()
 
 
-def _slopes(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+def _slopes(name: str, x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
     if x is None:
         return None
-    checks.is_tensor("alibi_slopes", x)
+    checks.is_tensor(name, x)
     return x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
 
 

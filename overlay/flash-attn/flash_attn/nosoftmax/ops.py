@@ -7,7 +7,7 @@ chooses its backend when it runs, because a choice made while tracing would add 
 With the identity, attention is linear in each of q, k and v, and its three gradients are attention again.
 Derivatives of any order are therefore sums of forward and backward calls with other tensors in the places of
 q, k and v, on every backend. ALiBi adds a constant to the scores, which vanishes in derivatives by q or k:
-calls with another tensor in these places omit alibi_slopes.
+calls with another tensor in these places omit alibi_slopes. decay_slopes multiply, and stay.
 """
 
 from typing import Any, Optional
@@ -312,7 +312,12 @@ def _folded(count: int, in_dims: tuple, tensors: list, options: Options) -> Call
     batch = q.shape[0] // count
     more = {
         name: _fold_constants(count, in_dims[Call._fields.index(name)], getattr(call, name), batch, dims)
-        for name, dims in (("alibi_slopes", 1), ("sigmoid_biases", 1), ("row_factors", 0))
+        for name, dims in (
+            ("alibi_slopes", 1),
+            ("sigmoid_biases", 1),
+            ("decay_slopes", 1),
+            ("row_factors", 0),
+        )
     }
     return call._replace(q=q, k=k, v=v, **more)
 

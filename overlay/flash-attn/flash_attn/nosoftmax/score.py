@@ -9,7 +9,8 @@ that query i is aligned with (bottom right):
     u = softcap * tanh(u / softcap)                        only if softcap > 0
     s = u - slope * |c - j|                                only with alibi_slopes: the full bias, also when
                                                            causal
-    P = f(s) if j is visible to i, else exactly 0          assigned after f, since f(0) may be non-zero
+    P = exp(-decay * |c - j|) f(s)                         the factor only with decay_slopes
+        if j is visible to i, else exactly 0               assigned after f, since f(0) may be non-zero
     O_i = norm_i / (1 - dropout_p) * sum_j keep_ij P_ij v_j
 
 Key j is visible to query i if j < seqlen_k, j <= c + window_right and j >= c - window_left. Each side of the
@@ -20,7 +21,7 @@ packed results that belong to no sequence are exactly 0 too.
 There is no row maximum, no exponential, no row sum, and so no log-sum-exp: return_attn_probs returns an empty
 float32 tensor in its place, and return_softmax_lse=True is an error. Partial results over disjoint keys
 (split-KV, ring attention) add up to the whole if each part uses ``n`` (below) and the alignment c of the
-whole sequence.
+whole sequence, from which ALiBi and a decay count.
 
 A sequence gives the same result alone or packed beside others, with any sufficient max_seqlen, any cache
 capacity and every backend, up to rounding and the dropout mask.
@@ -38,6 +39,12 @@ f is chosen by ``activation``:
 
 ``sigmoid_bias`` is a finite float, or "-log n" with n the number of keys of that sequence, or a float32
 tensor (nheads,) or (batch, nheads), a bias for each query head.
+
+``decay_slopes`` is a float32 tensor (nheads,) or (batch, nheads) of finite numbers that are not negative, a
+decay for each query head. It multiplies the weight where ALiBi adds to the score, and both may be given. With
+gamma = exp(-decay) and the identity, causal attention is retention (Sun et al., arXiv 2307.08621) and
+lightning attention (Qin et al., arXiv 2405.17381; MiniMax-01, arXiv 2501.08313), whose norm and gate come
+after it. decay_slopes get no gradient, and ones that require it raise ValueError.
 
 norm_i is chosen by ``normalization``:
 
@@ -66,7 +73,8 @@ and divide the output.
 Backward, with dO'_i = norm_i dO_i, dP_ij = dO'_i . v_j and r = 1 / (1 - dropout_p):
 
     dV_j = r sum_i keep_ij P_ij dO'_i
-    dS_ij = keep_ij dP_ij f'(s_ij) (1 - tanh^2(u / softcap))   if j is visible to i, else exactly 0
+    dS_ij = keep_ij dP_ij f'(s_ij) (1 - tanh^2(u / softcap))   if j is visible to i, else exactly 0; with
+                                                               decay_slopes times exp(-decay * |c - j|)
     dQ_i = r softmax_scale sum_j dS_ij k_j
     dK_j = r softmax_scale sum_i dS_ij q_i
 

@@ -91,7 +91,7 @@ def _without_softmax(
         window_size, softcap, deterministic, False, activation, sigmoid_bias, normalization,
     )  # fmt: skip
     call = Call(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, None, page_table, None, factors, biases, options
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, None, page_table, None, factors, biases, None, options
     )
     checks.tensors(call, seqused_q=seqused_q)
     reason = obstacle(call, mask_mod=mask_mod, block_sparse_tensors=block_sparse_tensors, **refused)

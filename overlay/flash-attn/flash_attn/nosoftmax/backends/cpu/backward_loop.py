@@ -4,7 +4,7 @@ from typing import Optional
 
 import torch
 
-from .blocks import Block, blocks, heads_first, kept, products, query_scale, scores, store, weights
+from .blocks import Block, blocks, decay, heads_first, kept, products, query_scale, scores, store, weights
 from .sequences import Sequences
 from .visibility import keep_where
 
@@ -98,6 +98,7 @@ def _activation(
     sequences: Sequences, part: Block, s: torch.Tensor, dp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return P and dS = dP * f'(s), which may overwrite s and dp."""
+    decay(sequences, part, dp)
     ds = sequences.f.times_derivative(dp, s, sequences.bias(part.heads, len(part.rows)))
     # Mask dS as well: without softmax it has no factor P, and a P of 0 does not mean hidden.
     sequences.visibility.fill_hidden(part.by_group(ds), part.rows, part.keys, 0.0)

@@ -96,14 +96,24 @@ def scores(sequences: Sequences, block: Block, u: torch.Tensor) -> torch.Tensor:
 
 
 def weights(sequences: Sequences, block: Block, s: torch.Tensor) -> torch.Tensor:
-    """Return P without softmax: f(s), with 0 assigned where hidden. Overwrites s only if f is the identity.
+    """Return P without softmax: f(s) with its decay, and 0 assigned where hidden. Overwrites s only if f is
+    the identity.
 
     P saturates as in the GPU kernels, which convert it to the dtype of the inputs.
     """
     bias = sequences.bias(block.heads, len(block.rows))
-    p = saturate_(sequences.f.value(s, bias), sequences.dtype)
+    p = saturate_(decay(sequences, block, sequences.f.value(s, bias)), sequences.dtype)
     sequences.visibility.fill_hidden(block.by_group(p), block.rows, block.keys, 0.0)
     return p
+
+
+def decay(sequences: Sequences, block: Block, x: torch.Tensor) -> torch.Tensor:
+    """Multiply a block of P or dP by exp(-slope * distance) in place, if there are decay_slopes."""
+    if sequences.decay_slopes is not None:
+        slopes = sequences.decay_slopes[block.heads.start : block.heads.stop, :, None, None]
+        distances = sequences.visibility.distances(block.rows, block.keys, x.dtype)
+        block.by_group(x).mul_(distances.mul(-slopes).exp_())
+    return x
 
 
 def kept(sequences: Sequences, block: Block, group: int) -> Optional[torch.Tensor]:

@@ -18,8 +18,9 @@ from .visibility import Visibility, Window
 class Sequences:
     """Sequences of one length that are computed together: a dense batch, or one sequence of a ragged one.
 
-    dtype: that of the call's tensors. alibi_slopes, sigmoid_biases: (batch * nheads_k, group), row_factors:
-    (batch * nheads_k, 1 or seqlen_q), in the compute dtype, or None. dropout: None where nothing is dropped.
+    dtype: that of the call's tensors. alibi_slopes, sigmoid_biases, decay_slopes: (batch * nheads_k, group),
+    row_factors: (batch * nheads_k, 1 or seqlen_q), in the compute dtype, or None. dropout: None where nothing
+    is dropped.
     """
 
     options: Options
@@ -27,6 +28,7 @@ class Sequences:
     visibility: Visibility
     alibi_slopes: Optional[torch.Tensor]
     sigmoid_biases: Optional[torch.Tensor]
+    decay_slopes: Optional[torch.Tensor]
     row_factors: Optional[torch.Tensor]
     dropout: Optional[Dropout]
     use_softmax: bool
@@ -63,8 +65,8 @@ class Sequences:
             factors = factors.to(dtype).repeat_interleave(nheads_k, dim=0)
         dropout = Dropout(seed, o.dropout_p, batch.start * nheads) if o.dropout_p > 0.0 else None
         visibility = Visibility(*seqlens, Window.of(o.window_left, o.window_right))
-        slopes, biases = by_head(call.alibi_slopes), by_head(call.sigmoid_biases)
-        return cls(o, call.q.dtype, visibility, slopes, biases, factors, dropout, use_softmax)
+        by_heads = map(by_head, (call.alibi_slopes, call.sigmoid_biases, call.decay_slopes))
+        return cls(o, call.q.dtype, visibility, *by_heads, factors, dropout, use_softmax)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -106,7 +106,7 @@ def fwd(
     )  # fmt: skip
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device="cpu")
     return _forward(
-        Call(q, k, v, None, None, None, None, None, alibi_slopes, None, None, options), out, lse, gen
+        Call(q, k, v, None, None, None, None, None, alibi_slopes, None, None, None, options), out, lse, gen
     )
 
 
@@ -134,6 +134,7 @@ def varlen_fwd(
         leftpad_k,
         block_table,
         alibi_slopes,
+        None,
         None,
         None,
         options,
@@ -185,7 +186,7 @@ def bwd(
     softmax_d = torch.zeros(
         q.shape[0], q.shape[2], -(-q.shape[1] // 128) * 128, dtype=torch.float32, device="cpu"
     )
-    call = Call(q, k, v, None, None, None, None, None, alibi_slopes, None, None, options)
+    call = Call(q, k, v, None, None, None, None, None, alibi_slopes, None, None, None, options)
     return _backward(call, dout, out, softmax_lse, dq, dk, dv, softmax_d, rng_state)
 
 
@@ -202,7 +203,9 @@ def varlen_bwd(
         q, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
         softcap
     )  # fmt: skip
-    call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, None, None, None, alibi_slopes, None, None, options)
+    call = Call(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, None, None, None, alibi_slopes, None, None, None, options
+    )
     softmax_d = torch.zeros(q.shape[1], q.shape[0] + 128 * call.batch, dtype=torch.float32, device="cpu")
     return _backward(call, dout, out, softmax_lse, dq, dk, dv, softmax_d, rng_state)
 
@@ -229,7 +232,8 @@ def fwd_kvcache(
         k, v, seqlens_k, rotary_cos, rotary_sin, cache_batch_idx, rotary_interleaved, num_splits, steps
     )
     call = Call(
-        q, kcache, vcache, None, None, None, leftpad_k, block_table, alibi_slopes, None, None, options, cache
+        q, kcache, vcache, None, None, None, leftpad_k, block_table, alibi_slopes, *(None,) * 3, options,
+        cache,
     )  # fmt: skip
     checks.cache(call)
     _one_head_dim(call)

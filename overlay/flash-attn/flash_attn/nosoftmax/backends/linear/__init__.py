@@ -59,8 +59,9 @@ def _inexact(call: Call) -> Optional[str]:
         return f"softcap={o.softcap}"
     if o.dropout_p > 0.0:
         return f"dropout_p={o.dropout_p}"
-    if call.alibi_slopes is not None:
-        return "alibi_slopes"
+    for name in ("alibi_slopes", "decay_slopes"):
+        if getattr(call, name) is not None:
+            return name
     # A side that reaches beyond every sequence limits nothing.
     if 0 <= o.window_left < o.max_seqlen_k - 1 or 0 < o.window_right < o.max_seqlen_q - 1:
         return f"window_size={o.window_left, o.window_right}"
