@@ -5,6 +5,8 @@ linear_mutations.py.
 from __future__ import annotations
 
 import torch
+from flash_attn.nosoftmax.backends.linear import chunked
+from flash_attn.nosoftmax.backends.linear.form import Form, Given
 from torch import Tensor
 
 from measure import NAMES, assert_close, compare, gradients, poisoned, qkv, randn
@@ -47,6 +49,98 @@ def factors(attention, *shape: int) -> Tensor:
     return (mixed / count).square().reshape(shape).to(attention.device)
 
 
+def decays(attention, *shape: int) -> Tensor:
+    """Float32 slopes from nearly none to one that leaves little but the neighbours."""
+    count = torch.Size(shape).numel()
+    return torch.logspace(-4, 0.3, count).reshape(shape).to(attention.device)
+
+
+def check_decay(attention, **options) -> None:
+    check_lengths(attention, decay_slopes=decays(attention, 4), **options)
+
+
+def recurrence(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Go through one head token by token, (seqlen, d) each, with the state before: out, the state after."""
+    outs, state = [], state.clone()
+    for t in range(len(q)):
+        state = state * torch.exp(-slopes) + k[t, :, None] * v[t]
+        outs.append(q[t] @ state)
+    return torch.stack(outs), state
+
+
+def _by_recurrence(q: Tensor, k: Tensor, v: Tensor, slope: Tensor, causal: bool) -> Tensor:
+    """One head of any lengths: positions without a query or a key hold zeros. Full is causal from both ends
+    without the diagonal twice."""
+    total = max(len(q), len(k))
+    q_all, k_all, v_all = (torch.cat([x.new_zeros(total - len(x), x.shape[1]), x]) for x in (q, k, v))
+    zero = q.new_zeros(q.shape[1], v.shape[1])
+    out, _ = recurrence(q_all, k_all, v_all, slope, zero)
+    if not causal:
+        back, _ = recurrence(q_all.flip(0), k_all.flip(0), v_all.flip(0), slope, zero)
+        out = out + back.flip(0) - (q_all * k_all).sum(-1, keepdim=True) * v_all
+    return out[total - len(q) :]
+
+
+def check_recurrence(attention, causal: bool, lengths: tuple[int, int]) -> None:
+    """Compare output and gradients with a recurrence in float64, which autograd differentiates."""
+    q, k, v = qkv(attention, 1, *lengths, nheads=4, nheads_k=2, head_dim=8)
+    slopes, dout = decays(attention, 4), randn(*q.shape, seed=9, like=attention)
+    actual = gradients(
+        lambda *x: attention.dense(*x, causal=causal, softmax_scale=0.5, decay_slopes=slopes),
+        q,
+        k,
+        v,
+        dout=dout,
+    )
+
+    def by_recurrence(q, k, v):
+        heads = [
+            _by_recurrence(q[0, :, h], k[0, :, h // 2], v[0, :, h // 2], slopes[h].double().cpu(), causal)
+            for h in range(4)
+        ]
+        return 0.5 * torch.stack(heads, 1)[None]
+
+    wide = [x.double().cpu() for x in (q, k, v)]
+    expected = gradients(by_recurrence, *wide, dout=dout.double().cpu())
+    for name, a, e in zip(NAMES, actual, expected):
+        assert_close(name, a, e)
+
+
+def check_decay_of_many_tokens(attention, causal: bool, slope: float, dtype: torch.dtype) -> None:
+    """Compare the last outputs of a long sequence, and the gradients of its first keys, with float64."""
+    few, many, size = 64, 2**15, dict(head_dim=16, nheads=1, dtype=dtype)
+    q, k, v = qkv(attention, 1, many, many, **size)
+    dout = randn(*q.shape, seed=9, like=attention, dtype=dtype)
+    given = torch.tensor([slope], device=attention.device)
+    options = dict(causal=causal, softmax_scale=1 / 64, decay_slopes=given)
+    out, _, dk, dv = gradients(lambda *x: attention.dense(*x, **options), q, k, v, dout=dout)
+    q, k, v, dout = (x[0, :, 0].double().cpu() for x in (q, k, v, dout))
+    at = torch.arange(many, dtype=torch.float64)
+    weights = torch.exp(-given.double().cpu() * (at[-few:, None] - at).abs()) / 64
+    weights = weights.tril(many - few) if causal else weights
+    expected = (q[-few:] @ k.T * weights) @ v
+    assert_close("out", out[0, -few:, 0], expected, baseline=expected.to(dtype))
+    weights = torch.exp(-given.double().cpu() * (at[:few, None] - at).abs()) / 64
+    weights = weights.triu() if causal else weights
+    for name, actual, expected in (
+        ("dk", dk, (v[:few] @ dout.T * weights) @ q),
+        ("dv", dv, (k[:few] @ q.T * weights) @ dout),
+    ):
+        assert_close(name, actual[0, :few, 0], expected, baseline=expected.to(dtype))
+
+
+def check_gentle_decay(attention) -> None:
+    """Check that a state of ones is decayed right in float32 over a million positions, 128 at a time."""
+    slopes = torch.tensor([3e-7, 1e-6, 2e-6, 5e-6])
+    q = torch.zeros(1, 1, 4, 1)
+    chunks = chunked._Chunks(q, q, q, Form(1.0, True, decay=(4,)), Given(None, slopes))
+    state = torch.ones(4, 1, 1)
+    for _ in range(2**13):
+        chunks.pass_over(state, 2**7)
+    expected = torch.exp(-slopes.double() * 2**20)[:, None, None]
+    torch.testing.assert_close(state.double(), expected, rtol=1e-5, atol=0)
+
+
 def check_factors(attention, **options) -> None:
     check_lengths(attention, normalization=factors(attention, 2, options["lengths"][0]), **options)
 
@@ -61,7 +155,7 @@ def check_packed(attention, causal: bool, nheads_k: int = 2, **options) -> None:
     compare(attention, *packed(attention, nheads_k), method="varlen", **PACKED, causal=causal, **options)
 
 
-def check_nothing_leaks(attention, causal: bool) -> None:
+def check_nothing_leaks(attention, causal: bool, **options) -> None:
     """Check that a packed sequence is bit for bit the same beside any neighbours, even if they are NaN."""
     tensors = packed(attention)
     dout = randn(*tensors[0].shape, seed=9, like=attention)
@@ -70,7 +164,7 @@ def check_nothing_leaks(attention, causal: bool) -> None:
     for value in (0.0, float("nan")):
         q, k, v = (poisoned(x, slice(0, n), value) for x, n in zip(tensors, (first_q, first_k, first_k)))
         results.append(
-            gradients(lambda *x: attention.varlen(*x, **PACKED, causal=causal), q, k, v, dout=dout)
+            gradients(lambda *x: attention.varlen(*x, **PACKED, causal=causal, **options), q, k, v, dout=dout)
         )
     for a, b, n in zip(*results, (first_q, first_q, first_k, first_k)):
         assert torch.isfinite(b[n:]).all() and torch.equal(a[n:], b[n:])

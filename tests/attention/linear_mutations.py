@@ -82,11 +82,15 @@ def _factors_of_rows_only(self, x, of, span, first, first_seen):
         _RIGHT_WEIGH(self, x, of, span, first, first_seen)
 
 
+_RIGHT_PASS_OVER = _Chunks.pass_over
+_RIGHT_FROM_STATE, _RIGHT_TO_STATE = _Chunks._from_state, _Chunks._to_state
 _RIGHT_WEIGH = _Chunks._weigh
 _RIGHT_INIT, _RIGHT_STORE, _RIGHT_CONSTANT = _Chunks.__init__, _Chunks.store, Form.constant
 
 _causal = partial(checks.check_lengths, causal=True, lengths=(300, 300))
 _uneven = partial(checks.check_lengths, causal=True, lengths=(70, 300))
+_decay = partial(checks.check_decay, causal=True, lengths=(300, 300))
+_full_decay = partial(checks.check_decay, causal=False, lengths=(300, 300))
 _factors = partial(checks.check_factors, causal=True, lengths=(300, 300))
 
 MUTANTS = [
@@ -112,6 +116,17 @@ MUTANTS = [
     Mutant("factors of another sequence", Given, "of_sequence", lambda self, form, b, queries: Given(
     self.row_factors[:1]), partial(checks.check_packed, causal=True, normalization=torch.tensor(
     [1.0, 2.0, 0.0, 3.0, 0.5]))),
+    Mutant("decay off by one at a chunk's edge", _Chunks, "_from_state", lambda self, span, backwards:
+    _RIGHT_FROM_STATE(self, span, backwards) * self._exponents.neg().exp()[:, :, None], _decay),
+    Mutant("keys decayed by one too much", _Chunks, "_to_state", lambda self, span, backwards:
+    _RIGHT_TO_STATE(self, span, backwards) * self._exponents.exp()[:, :, None], _decay),
+    Mutant("state decayed by the wrong length", _Chunks, "pass_over", lambda self, state, length:
+    _RIGHT_PASS_OVER(self, state, length - 1), _decay),
+    Mutant("decay from the wrong end of the span", _Chunks, "_to_state", lambda self, span, backwards:
+    _RIGHT_TO_STATE(self, span, not backwards), _full_decay),
+    Mutant("no decay inside a chunk", _Chunks, "decay", lambda self, scores, span: scores, _decay),
+    Mutant("rounding of a gentle decay adds up", _Chunks, "pass_over", lambda self, state, length:
+    state.mul_((self._exponents[:, :, None] * length).exp()), checks.check_gentle_decay),
     Mutant("1/visible taken for 1/n", Form, "weighs_positions", False, partial(_causal,
     normalization="1/visible")), Mutant("last chunk left out", _Chunks, "has_keys", lambda self,
     span: len(span) == chunked.CHUNK, _causal), Mutant("outputs overflow", _Chunks, "store", _unlimited,

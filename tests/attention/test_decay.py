@@ -147,7 +147,7 @@ def test_packed_equals_alone(attention, causal):
 
 # ---- Every function, derivatives, compilers
 
-ALGORITHMS = pytest.mark.parametrize("algorithm", ["quadratic"])
+ALGORITHMS = pytest.mark.parametrize("algorithm", ["quadratic", "linear"])
 
 
 @ALGORITHMS

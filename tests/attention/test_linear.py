@@ -83,6 +83,58 @@ def test_factors_of_packed_sequences(linear, causal, by_row):
 
 
 @MASKS
+@pytest.mark.parametrize("shape", [(4,), (2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [(129, 129), (300, 300), (70, 300), (300, 70), (1, 200), (200, 1)], ids=str
+)
+def test_decay(linear, causal, lengths, shape):
+    """A decay across chunks, gentle for one head and steep for another, with grouped heads."""
+    for dtype in (linear.dtype, torch.float16):
+        checks.check_lengths(linear, causal, lengths, dtype, decay_slopes=checks.decays(linear, *shape))
+
+
+@MASKS
+@pytest.mark.parametrize("shape", [(4,), (5, 4)], ids=str)
+@pytest.mark.parametrize("nheads_k", [1, 4])
+def test_decay_of_packed_sequences(linear, causal, nheads_k, shape):
+    checks.check_packed(linear, causal, nheads_k, decay_slopes=checks.decays(linear, *shape))
+
+
+@MASKS
+@pytest.mark.parametrize("options", [
+    dict(normalization="1/visible"), dict(normalization="1/n"), dict(normalization=(2,)),
+    dict(normalization=(2, 300)),
+], ids=str)  # fmt: skip
+def test_decay_beside_a_normalization(linear, causal, options):
+    """ "1/visible" counts keys, whatever their decay."""
+    if isinstance(options["normalization"], tuple):
+        options = dict(normalization=checks.factors(linear, *options["normalization"]))
+    checks.check_lengths(linear, causal, (300, 150), decay_slopes=checks.decays(linear, 4), **options)
+
+
+@MASKS
+@pytest.mark.parametrize("lengths", [(300, 300), (140, 300), (300, 140)], ids=str)
+def test_decay_equals_the_recurrence(linear, causal, lengths):
+    checks.check_recurrence(linear, causal, lengths)
+
+
+@MASKS
+@pytest.mark.parametrize("slope", [1e-7, 1e-5, 1e-2, 5.0])
+def test_decay_of_many_tokens(linear, causal, slope, dtype):
+    """A decay of any size loses no precision and overflows nowhere, over as many chunks as there may be."""
+    checks.check_decay_of_many_tokens(linear, causal, slope, dtype)
+
+
+def test_gentle_decay(linear):
+    checks.check_gentle_decay(linear)
+
+
+@MASKS
+def test_nothing_leaks_with_a_decay(linear, causal):
+    checks.check_nothing_leaks(linear, causal, decay_slopes=checks.decays(linear, 4))
+
+
+@MASKS
 @pytest.mark.parametrize("head_dim", [40, 96, 128, 256])
 def test_head_dims(linear, causal, head_dim):
     compare(linear, *qkv(linear, 1, 150, 170, nheads=2, nheads_k=1, head_dim=head_dim), causal=causal)

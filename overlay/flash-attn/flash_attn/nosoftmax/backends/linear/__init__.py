@@ -1,7 +1,8 @@
 """Run attention without softmax in linear time.
 
 With f the identity and without softcap, dropout, ALiBi and window, attention is associative: Q (K^T V) costs
-N d^2 in place of N^2 d. The causal form needs one state per head, the sum of k_j^T v_j so far. The output and
+N d^2 in place of N^2 d. The causal form needs one state per head, the sum of k_j^T v_j so far, which
+decay_slopes let decay from token to token. The output and
 the gradients are forms of one primitive, the sum over visible j of (q_i . k_j) v_j. docs/linear.md has the
 design.
 
@@ -43,6 +44,8 @@ def obstacle(call: Call) -> Optional[str]:
     option = _inexact(call)
     if option is not None:
         return f"{option} has no exact algorithm in linear time"
+    if primitive.has_kernels(call.q) and call.decay_slopes is not None:
+        return "the kernels have no decay_slopes yet"
     if primitive.has_kernels(call.q) and max(call.q.shape[-1], call.v.shape[-1]) > _MAX_HEAD_DIM:
         return (
             f"head_dim={call.q.shape[-1]}, head_dim_v={call.v.shape[-1]}: the kernels go up to "
@@ -59,9 +62,8 @@ def _inexact(call: Call) -> Optional[str]:
         return f"softcap={o.softcap}"
     if o.dropout_p > 0.0:
         return f"dropout_p={o.dropout_p}"
-    for name in ("alibi_slopes", "decay_slopes"):
-        if getattr(call, name) is not None:
-            return name
+    if call.alibi_slopes is not None:
+        return "alibi_slopes"
     # A side that reaches beyond every sequence limits nothing.
     if 0 <= o.window_left < o.max_seqlen_k - 1 or 0 < o.window_right < o.max_seqlen_q - 1:
         return f"window_size={o.window_left, o.window_right}"
@@ -78,7 +80,7 @@ def disadvantage(call: Call) -> Optional[str]:
         return f"no kernels for {q.dtype} on {q.device}: they take float16 and bfloat16, with triton"
     sequences = max(call.batch, 1) if call.varlen else 1
     heads = q.shape[-2] * (sequences if call.varlen else q.shape[0])
-    causal = _causal(call)
+    causal = _causal(call) or call.decay_slopes is not None  # with a decay, the full form is two causal ones
     if not predicted_faster(
         q.device, q.shape[-1], causal, q.shape[-3] / sequences, k.shape[-3] / sequences, heads
     ):
@@ -113,7 +115,7 @@ def _form(call: Call) -> Form:
     o = call.options
     return Form(
         o.softmax_scale, _causal(call), normalization=o.normalization, factor=o.factor,
-        row_factors=_kind(call),
+        row_factors=_kind(call), decay=None if call.decay_slopes is None else tuple(call.decay_slopes.shape),
     )  # fmt: skip
 
 
@@ -129,7 +131,13 @@ def _kind(call: Call) -> Optional[str]:
 def _more(call: Call) -> tuple:
     """Return the arguments of the primitive after the form."""
     o = call.options
-    return call.cu_seqlens_q, call.cu_seqlens_k, o.max_seqlen_q, o.max_seqlen_k, Given(call.row_factors)
+    return (
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
+        o.max_seqlen_q,
+        o.max_seqlen_k,
+        Given(call.row_factors, call.decay_slopes),
+    )
 
 
 def forward(call: Call) -> Result:

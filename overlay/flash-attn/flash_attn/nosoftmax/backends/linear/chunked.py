@@ -1,11 +1,15 @@
 """Compute the linear-attention primitive in PyTorch, on any device, for a batch of sequences of one length.
 
 A state, the sum of k_j^T v_j, stands for the chunks already passed. Masked products cover the current chunk.
+With a decay, each product in the state is decayed to the distance from the position passed last, and a row
+decays the state by its own distance from there: factors are exp of numbers that are not positive, for slopes
+of any size. The full form then takes two walks, one from each end.
+
 Time grows linearly with the sequence length, and memory beside the inputs and the output does not grow.
 16-bit tensors are computed in float32.
 """
 
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 
@@ -17,6 +21,9 @@ from .form import ANTICAUSAL, CAUSAL, FULL, NOTHING, ROW, Form, Given
 CHUNK = 128
 # The full form masks nothing, so longer chunks waste no products.
 FULL_CHUNK = 512
+# Above this exponent, a decay near 1, what is lost is subtracted: the rounding of 1 - loss would be the same
+# for each chunk, and add up.
+_GENTLE = -0.5
 
 
 def attend(
@@ -32,7 +39,8 @@ def attend(
     q: (batch, rows, nheads, d); k: (batch, keys, nheads_k, d); v: (batch, keys, nheads_k, d_v); any strides.
     Either number of heads may divide the other: with more heads in q, a key head serves a group of query
     heads; with more heads in k and v, the results of a group of key heads are summed. state: (batch,
-    min(nheads, nheads_k), d, d_v), the sum of k^T v over earlier keys, for the causal form with rows <= keys.
+    heads, d, d_v) for the fewer heads, or those of the decay, the sum of k^T v over earlier keys, decayed to
+    the last of them, for the causal form with rows <= keys.
     given: the tensors that the form mentions.
     Returns out (batch, rows, nheads, d_v) in q's dtype, and the state after the last key in the compute
     dtype. A row that sees neither a key nor a given state is 0. torch.autocast has no effect.
@@ -49,6 +57,16 @@ def attend(
         if q.shape[0] == 0:
             return out, state
         state = state.reshape(-1, *shape[2:])
+        if form.mask == FULL and chunks.decays:
+            seen: dict = {}
+            chunks.walk(state, False, True, lambda result, span: seen.update({span: result}))
+            chunks.walk(
+                torch.zeros_like(state),
+                True,
+                False,
+                lambda result, span: chunks.store(out, result.add_(seen.pop(span)), span),
+            )
+            return out, state.view(shape)
         if form.mask == FULL:
             for span in chunks.spans:
                 if chunks.has_keys(span):
@@ -57,16 +75,9 @@ def attend(
                 if chunks.has_rows(span):
                     chunks.store(out, torch.bmm(chunks.rows(span), state), span)
             return out, state.view(shape)
-        for span in reversed(chunks.spans) if form.mask == ANTICAUSAL else chunks.spans:
-            rows = chunks.rows(span) if chunks.has_rows(span) else None
-            keys, values = (chunks.keys(span), chunks.values(span)) if chunks.has_keys(span) else (None, None)
-            if rows is not None:
-                result = torch.bmm(rows, state)
-                if keys is not None:
-                    result.baddbmm_(chunks.mask(chunks.limit(torch.bmm(rows, keys.mT)), span), values)
-                chunks.store(out, result, span)
-            if keys is not None:
-                state.baddbmm_(keys.mT, values)
+        chunks.walk(
+            state, form.mask == ANTICAUSAL, True, lambda result, span: chunks.store(out, result, span)
+        )
         return out, state.view(shape)
 
 
@@ -81,8 +92,15 @@ class _Chunks:
     ) -> None:
         self.form, self.dtype = form, torch.promote_types(q.dtype, torch.float32)
         self._row_factors = None if given.row_factors is None else given.row_factors.to(self.dtype)
-        self.heads = min(q.shape[2], k.shape[2])
-        self._q, self._k, self._v = (x.unflatten(2, (self.heads, -1)) for x in (q, k, v))
+        slopes, self.heads = given.decay_slopes, min(q.shape[2], k.shape[2])
+        self.decays = slopes is not None
+        if self.decays:
+            self.heads = slopes.shape[-1]
+            self._exponents = (
+                -slopes.to(self.dtype).expand(q.shape[0], -1).reshape(-1, 1)
+            )  # of a distance of 1
+        self._q, self._k, self._v = (self._by_head(x) for x in (q, k, v))
+        self._group_q, self._group_k = (max(x.shape[2] // self.heads, 1) for x in (q, k))
         total = max(q.shape[1], k.shape[1])
         self._first_row, self._first_key = total - q.shape[1], total - k.shape[1]
         self._from_row = (
@@ -92,8 +110,80 @@ class _Chunks:
         )
         self._from_key = max(self._first_row, self._first_key) if form.mask == ANTICAUSAL else self._first_key
         self._factor = form.constant(q.shape[1], k.shape[1])
-        size = FULL_CHUNK if form.mask == FULL else CHUNK
+        size = FULL_CHUNK if form.mask == FULL and not self.decays else CHUNK
         self.spans = [range(at, min(at + size, total)) for at in range(0, total, size)]
+
+    def _by_head(self, x: torch.Tensor) -> torch.Tensor:
+        """View x as (batch, positions, heads, group, d). A head that serves several states stands in each."""
+        if x.shape[2] >= self.heads:
+            return x.unflatten(2, (self.heads, -1))
+        return x.unsqueeze(3).expand(-1, -1, -1, self.heads // x.shape[2], -1)
+
+    def walk(self, state: torch.Tensor, backwards: bool, within: bool, receive: Callable) -> None:
+        """Go through the chunks from the first or from the last one on, with the state of those passed, which
+        ends as that of all. receive(result, span): gets the sum for the span's rows. within: whether the sum
+        contains the products within the chunk.
+        """
+        for span in reversed(self.spans) if backwards else self.spans:
+            rows = self.rows(span) if self.has_rows(span) else None
+            keys, values = (self.keys(span), self.values(span)) if self.has_keys(span) else (None, None)
+            if rows is not None:
+                result = torch.bmm(rows, state)
+                if self.decays:
+                    result.mul_(self._from_state(span, backwards))
+                if keys is not None and within:
+                    scores = self.mask(self.limit(self.decay(torch.bmm(rows, keys.mT), span)), span)
+                    result.baddbmm_(scores, values)
+                receive(result, span)
+            if self.decays:
+                self.pass_over(state, len(span))
+            if keys is not None:
+                if self.decays:
+                    keys.mul_(self._to_state(span, backwards))
+                state.baddbmm_(keys.mT, values)
+
+    def pass_over(self, state: torch.Tensor, length: int) -> None:
+        """Decay the state by a number of positions, in place."""
+        exponents = self._exponents[:, :, None] * length
+        gentle = exponents > _GENTLE
+        state.mul_(torch.where(gentle, 1.0, exponents.exp()))
+        state.addcmul_(state, torch.where(gentle, exponents.expm1(), 0.0))
+
+    def _from_state(self, span: range, backwards: bool) -> torch.Tensor:
+        """Return the decay of each of the span's rows, in the order of `_cut`, from the position of the
+        state: the last one before the span, or the first one behind it.
+        """
+        at = self._positions(max(span.start, self._from_row), span.stop)
+        return self._decays(span.stop - at if backwards else at - (span.start - 1), self._group_q)
+
+    def _to_state(self, span: range, backwards: bool) -> torch.Tensor:
+        """Return the decay of each of the span's keys to the next position of the state: the span's last one,
+        or its first one.
+        """
+        at = self._positions(max(span.start, self._from_key), span.stop)
+        return self._decays(at - span.start if backwards else (span.stop - 1) - at, self._group_k)
+
+    def _decays(self, distances: torch.Tensor, group: int) -> torch.Tensor:
+        return (self._exponents * distances).exp().repeat(1, group)[:, :, None]
+
+    def _positions(self, start: int, stop: int) -> torch.Tensor:
+        return torch.arange(start, stop, device=self._q.device).to(self.dtype)
+
+    def decay(self, scores: torch.Tensor, span: range) -> torch.Tensor:
+        """Multiply scores (batch * heads, group of rows, group of keys) in place by the decay of their
+        distances, if there is one.
+        """
+        if self.decays:
+            rows, keys = (
+                self._positions(max(span.start, x), span.stop) for x in (self._from_row, self._from_key)
+            )
+            decays = (self._exponents[:, :, None] * (rows[:, None] - keys).abs()).exp()
+            self._split(scores).mul_(decays[:, None, None])
+        return scores
+
+    def _split(self, scores: torch.Tensor) -> torch.Tensor:
+        """View scores as (batch * heads, group_q, group_k, rows, keys)."""
+        return scores.unflatten(2, (self._group_k, -1)).unflatten(1, (self._group_q, -1)).transpose(2, 3)
 
     def has_rows(self, span: range) -> bool:
         return span.stop > self._from_row
@@ -111,7 +201,7 @@ class _Chunks:
         start = max(span.start, self._from_key)
         values = self._cut(self._v, start, span.stop, self._first_key)
         if self.form.transposed:
-            self._weigh(values, self._v, range(start, span.stop), self._first_key, self._first_row)
+            self._weigh(values, self._group_k, range(start, span.stop), self._first_key, self._first_row)
         return values
 
     def limit(self, scores: torch.Tensor) -> torch.Tensor:
@@ -128,13 +218,10 @@ class _Chunks:
         key.
         """
         offset = max(span.start, self._from_row) - max(span.start, self._from_key)
-        split = (
-            scores.unflatten(2, (self._k.shape[3], -1)).unflatten(1, (self._q.shape[3], -1)).transpose(2, 3)
-        )
         if self.form.mask == CAUSAL:
-            split.tril_(offset)
-        else:
-            split.triu_(offset)
+            self._split(scores).tril_(offset)
+        elif self.form.mask == ANTICAUSAL:
+            self._split(scores).triu_(offset)
         return scores
 
     def store(self, out: torch.Tensor, result: torch.Tensor, span: range) -> None:
@@ -142,13 +229,16 @@ class _Chunks:
         span = range(max(span.start, self._from_row), span.stop)
         result.mul_(self._factor)
         if not self.form.transposed:
-            self._weigh(result, self._q, span, self._first_row, self._first_key)
+            self._weigh(result, self._group_q, span, self._first_row, self._first_key)
         if self._row_factors is not None and self.form.row_factors != ROW:
             result.mul_(self._row_factors.repeat_interleave(self.heads)[:, None, None])
+        batch, _, heads, group, _ = self._q.shape
+        result = result.view(batch, heads, group, len(span), -1)
+        if self.heads > heads:  # each of the states of a row has its own part of the sum
+            result, group = result.sum(2, keepdim=True), 1
         if self.form.output_saturates:
             result = saturate_(result, out.dtype)
-        batch, _, heads, group, _ = self._q.shape
-        result = result.view(batch, heads, group, len(span), -1).permute(0, 3, 1, 2, 4)
+        result = result.permute(0, 3, 1, 2, 4)
         out[:, span.start - self._first_row : span.stop - self._first_row].unflatten(2, (heads, group)).copy_(
             result
         )
@@ -159,14 +249,14 @@ class _Chunks:
         part = part.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
         return part.view(x.shape[0] * self.heads, -1, x.shape[-1])
 
-    def _weigh(self, x: torch.Tensor, of: torch.Tensor, span: range, first: int, first_seen: int) -> None:
+    def _weigh(self, x: torch.Tensor, group: int, span: range, first: int, first_seen: int) -> None:
         """Multiply each query of the span, in the order of `_cut`, by its own normalization and factor, in
-        place. of: the tensor that x was cut from or stands for. first, first_seen: the positions of the first
-        query and of the first key.
+        place. group: the heads of x that share a state. first, first_seen: the positions of the first query
+        and of the first key.
         """
         if self.form.weighs_positions:
             seen = torch.arange(span.start - first_seen + 1, span.stop - first_seen + 1, device=x.device)
-            x.mul_(seen.clamp(min=1).to(self.dtype).reciprocal().repeat(of.shape[3])[:, None])
+            x.mul_(seen.clamp(min=1).to(self.dtype).reciprocal().repeat(group)[:, None])
         if self.form.row_factors == ROW:
             factors = self._row_factors[:, None, None, span.start - first : span.stop - first]
-            x.mul_(factors.expand(-1, self.heads, of.shape[3], -1).reshape(x.shape[0], -1, 1))
+            x.mul_(factors.expand(-1, self.heads, group, -1).reshape(x.shape[0], -1, 1))

@@ -13,17 +13,19 @@ class Given(NamedTuple):
     """The tensors of a form.
 
     row_factors: float32, a factor for each sequence, (batch,), or for each query, (batch, seqlen) of the
-    queries, packed (total,). Form.row_factors says which.
+    queries, packed (total,). Form.row_factors says which. decay_slopes: float32, not negative, (heads,) or
+    (batch, heads), a decay for each state.
     """
 
     row_factors: Optional[torch.Tensor] = None
+    decay_slopes: Optional[torch.Tensor] = None
 
     def of_sequence(self, form: "Form", b: int, queries: slice) -> "Given":
         """The tensors of one packed sequence, for a dense call with batch 1. queries: their place."""
-        if self.row_factors is None:
-            return self
-        by_row = form.row_factors == ROW
-        return Given(self.row_factors[None, queries] if by_row else self.row_factors[b : b + 1])
+        factors, slopes = self
+        if factors is not None:
+            factors = factors[None, queries] if form.row_factors == ROW else factors[b : b + 1]
+        return Given(factors, slopes if slopes is None or slopes.dim() == 1 else slopes[b : b + 1])
 
 
 NOTHING = Given()
@@ -42,6 +44,11 @@ class Form(NamedTuple):  # not a dataclass, which takes several times as long to
     Given.row_factors does so too, with a number for each sequence or for each query; they belong to the
     queries, as the normalization does, and replace "1/visible".
 
+    decay: the shape of Given.decay_slopes, or None. The product of row i and key j is multiplied by
+    exp(-slope * the distance of their positions). There are as many slopes as the fewer heads of rows and
+    keys, where the heads of a group share a state and its decay, or as many as the more: then each of these
+    has its own state.
+
     weights_saturate: the products q_i . k_j are the weights P, which saturate in float16 where they are
     formed. False if they are dS. output_saturates: the result is the output, and not a gradient.
     """
@@ -52,6 +59,7 @@ class Form(NamedTuple):  # not a dataclass, which takes several times as long to
     normalization: Optional[str] = None
     factor: float = 1.0
     row_factors: Optional[str] = None
+    decay: Optional[tuple[int, ...]] = None
     weights_saturate: bool = True
     output_saturates: bool = True
 
