@@ -189,6 +189,84 @@ def test_row_factors_keep_what_is_small(kernels, causal, dtype, size, of_keys):
     check(kernels, q, k, v, dout, Form(0.25, causal, row_factors=ROW), given=given)
 
 
+def decaying(*shape: int) -> Given:
+    """Slopes from nearly none to one that leaves little but the neighbours."""
+    return Given(None, checks.decays(torch.empty(0, device=DEVICE), *shape))
+
+
+@MASKS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, nheads_k", [((2,), 2), ((2, 4), 2)])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(200, 200), (70, 300), (300, 70), (1, 130), (0, 5), (5, 0)])
+def test_decay(kernels, causal, dtype, shape, nheads_k, seqlen_q, seqlen_k):
+    """Slopes of all sequences, and slopes of each with grouped heads, across chunks and segments."""
+    q, dout = (draw(2, seqlen_q, shape[-1], 24, seed=i, dtype=dtype) for i in (0, 1))
+    k, v = (draw(2, seqlen_k, nheads_k, 24, seed=i, dtype=dtype) for i in (2, 3))
+    form, given = Form(0.2, causal, decay=shape), decaying(*shape)
+    check(kernels, q, k, v, dout, form, given=given)
+
+
+@MASKS
+@pytest.mark.parametrize("shape", [(2,), (5, 2)], ids=str)
+def test_decay_of_packed_sequences(kernels, causal, shape):
+    lengths = checks.PACKED["lengths_q"], checks.PACKED["lengths_k"]
+    q, dout = (draw(sum(lengths[0]), 2, 16, seed=i, dtype=torch.float16) for i in (0, 1))
+    k, v = (draw(sum(lengths[1]), 1, 24, seed=i, dtype=torch.float16) for i in (2, 3))
+    k, dout = k[..., :16], draw(sum(lengths[0]), 2, 24, seed=1, dtype=torch.float16)
+    form, given = Form(0.25, causal, decay=shape), decaying(*shape)
+    check(kernels, q, k, v, dout, form, *lengths, given)
+
+
+@MASKS
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("kind", ["1/n", "1/visible", SEQUENCE, ROW])
+def test_decay_beside_a_normalization(kernels, causal, transposed, kind):
+    q, dout = (draw(2, 150, 2, 16, seed=i, dtype=torch.float16) for i in (0, 1))
+    k, v = (draw(2, 200, 1, 16, seed=i, dtype=torch.float16) for i in (2, 3))
+    named = kind in ("1/n", "1/visible")
+    options = dict(normalization=kind) if named else dict(row_factors=kind)
+    shape = (2, 200 if transposed else 150)[: 2 if kind == ROW else 1]
+    given = Given(None if named else checks.factors(q, *shape), decaying(2).decay_slopes)
+    check(kernels, q, k, v, dout, Form(0.25, causal, transposed, decay=(2,), **options), given=given)
+
+
+@MASKS
+@pytest.mark.parametrize("slope", [0.0, 1e-6, 5.0, 1e4])
+def test_decay_of_any_size(kernels, causal, slope):
+    """Slopes of 0 are no decay, up to rounding, and steep ones leave the diagonal."""
+    q, k, v, dout = (draw(1, 500, 1, 16, seed=i, dtype=torch.float16) for i in range(4))
+    form, given = Form(0.25, causal, decay=(1,)), Given(None, torch.full((1,), slope, device=DEVICE))
+    check(kernels, q, k, v, dout, form, given=given)
+    if slope in (0.0, 1e4):
+        out = kernels.attend(q, k, v, form, None, None, 0, 0, given)
+        plain = kernels.attend(q, k, v, Form(0.25, causal), None, None, 0, 0)
+        diagonal = (0.25 * (q.float() * k.float()).sum(-1, keepdim=True) * v.float()).half()
+        torch.testing.assert_close(out, plain if slope == 0.0 else diagonal, rtol=2e-3, atol=2e-2)
+
+
+@MASKS
+@pytest.mark.parametrize("poisoned", range(4), ids=["q", "k", "v", "dout"])
+def test_not_finite_shows_with_a_decay(kernels, causal, poisoned):
+    """NaN in one sequence reaches every result of it that depends on it, and no other sequence."""
+    lengths, slopes = [200, 100], Given(None, torch.full((1,), 0.01, device=DEVICE))
+    x = [draw(300, 1, 16, seed=i, dtype=torch.float16) for i in range(4)]
+    at = 127 if poisoned in (0, 3) else 128  # at the edge of a chunk, as in test_not_finite_shows
+    x[poisoned][at] = float("nan")
+    starts = cumulative(lengths, DEVICE)
+    got = results(kernels, x, Form(0.25, causal, decay=(1,)), starts, starts, 200, 200, slopes)
+    for name, a in zip(NAMES, got):
+        assert torch.isfinite(a[200:]).all(), name
+    rows, keys = slice(128, 200) if causal else slice(0, 200), slice(0, 128) if causal else slice(0, 200)
+    hit = (
+        [(0, at), (2, keys), (3, keys)],
+        [(0, rows), (1, rows), (3, at)],
+        [(0, rows), (1, rows), (2, at)],
+        [(1, at), (2, keys), (3, keys)],
+    )
+    for which, where in hit[poisoned]:
+        assert not torch.isfinite(got[which][where]).any(), NAMES[which]
+
+
 @MASKS
 @pytest.mark.parametrize("normalization", ["1/n", "1/sqrt(n)", "1/visible"])
 def test_packed(kernels, causal, normalization):
@@ -346,8 +424,8 @@ def _shifted(lengths: list[int], before: int) -> Tensor:
 
 
 @MASKS
-@pytest.mark.parametrize("max_seqlen", [130, 1000])
-def test_slack_rows_are_zero(kernels, causal, max_seqlen, monkeypatch):
+@pytest.mark.parametrize("max_seqlen, decay", [(130, None), (1000, None), (1000, (2,))])
+def test_slack_rows_are_zero(kernels, causal, max_seqlen, decay, monkeypatch):
     """Rows before the first and behind the last sequence are 0, although the inputs there and unwritten
     memory hold NaN. A max_seqlen longer than any sequence changes nothing.
     """
@@ -359,10 +437,11 @@ def test_slack_rows_are_zero(kernels, causal, max_seqlen, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", unwritten)
     (rows, keys), (before, behind) = ([130, 0, 20], [60, 7, 130]), ((70, 3), (2, 150))
-    form, widths = Form(0.25, causal, normalization="1/n"), ((2, 16), (1, 16), (1, 24), (2, 24))
+    given = NOTHING if decay is None else decaying(*decay)
+    form, widths = Form(0.25, causal, normalization="1/n", decay=decay), ((2, 16), (1, 16), (1, 24), (2, 24))
     owns = [sum(rows), sum(keys), sum(keys), sum(rows)]
     x = [draw(n, *w, seed=i, dtype=torch.float16) for i, (n, w) in enumerate(zip(owns, widths))]
-    tight = results(kernels, x, form, cumulative(rows, DEVICE), cumulative(keys, DEVICE), 130, 130)
+    tight = results(kernels, x, form, cumulative(rows, DEVICE), cumulative(keys, DEVICE), 130, 130, given)
     padded = []
     for y, side in zip(x, (0, 1, 1, 0)):
         wide = torch.full(
@@ -372,7 +451,7 @@ def test_slack_rows_are_zero(kernels, causal, max_seqlen, monkeypatch):
         padded.append(wide)
     starts = _shifted(rows, before[0]), _shifted(keys, before[1])
     for name, a, e, side in zip(
-        NAMES, results(kernels, padded, form, *starts, max_seqlen, max_seqlen), tight, (0, 0, 1, 1)
+        NAMES, results(kernels, padded, form, *starts, max_seqlen, max_seqlen, given), tight, (0, 0, 1, 1)
     ):
         own = slice(before[side], before[side] + len(e))
         torch.testing.assert_close(a[own], e, msg=lambda m: f"{name}: {m}")

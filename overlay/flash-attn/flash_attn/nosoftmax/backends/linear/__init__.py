@@ -44,8 +44,6 @@ def obstacle(call: Call) -> Optional[str]:
     option = _inexact(call)
     if option is not None:
         return f"{option} has no exact algorithm in linear time"
-    if primitive.has_kernels(call.q) and call.decay_slopes is not None:
-        return "the kernels have no decay_slopes yet"
     if primitive.has_kernels(call.q) and max(call.q.shape[-1], call.v.shape[-1]) > _MAX_HEAD_DIM:
         return (
             f"head_dim={call.q.shape[-1]}, head_dim_v={call.v.shape[-1]}: the kernels go up to "

@@ -11,6 +11,12 @@ needs only `_walk`.
 multiplies the row. Where queries are keys (dk and dv), it multiplies the scores in float32, and the columns
 that are added to the state, which are then rounded to 16 bit once.
 
+A decay multiplies the scores of a chunk in float32, and what a row reads from the state. The state decays by
+the length of the chunk, and the columns that are added to it by their distance to its end, so that all
+factors are exp of numbers that are not positive. The full form then is the causal one and the strictly
+anticausal one, and their sum is rounded once. Where grouped heads have decays of their own, each query head
+has a state, and dk and dv of a key head are sums over its query heads in float32.
+
 A float32 state enters the 16-bit matrix units as the sum of two 16-bit numbers, hi + lo, which loses no more
 than the products of the quadratic kernel. In float16 the state is first scaled by a power of two to fit.
 
@@ -18,6 +24,7 @@ The host reads no GPU tensor: grids and buffers follow from shapes and max_seqle
 CUDA graphs.
 """
 
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from operator import or_
@@ -27,6 +34,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...score import saturate_
 from .form import ANTICAUSAL, CAUSAL, FULL, NOTHING, ROW, SEQUENCE, Form, Given
 
 _FULL, _CAUSAL, _ANTICAUSAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -145,18 +153,33 @@ def _reciprocal(x):
 
 
 @triton.jit
-def _weighed(columns, count, unit):
-    """Multiply each column by unit / count, which is at most 1, and round to 16 bit.
+def _decayed(state, exponent):
+    """Return state * exp(exponent), for one exponent that is not positive.
 
-    unit: 1, in float16 a power of two that keeps the products from becoming too small. The accumulator is
-    scaled by unit as well.
+    Near 1 a decay is 1 - loss, and the loss is subtracted: the rounding of 1 - loss would be the same for
+    each chunk, and add up.
     """
-    return _scaled(columns, _reciprocal(count) * unit)
+    gentle = exponent > -0.5
+    x = tl.maximum(exponent, -0.5)
+    loss = x / 8.0
+    for i in tl.static_range(7, 0, -1):  # the series of exp(x) - 1
+        loss = (1.0 + loss) * x / i
+    return state * tl.where(gentle, 1.0, tl.exp(exponent)) + state * tl.where(gentle, loss, 0.0)
+
+
+@triton.jit
+def _decay(slope, distance):
+    """Return exp(-slope * distance) for distances in positions, of which those below 0 count as 0."""
+    return tl.exp(-slope * tl.maximum(distance, 0).to(tl.float32))
 
 
 @triton.jit
 def _scaled(columns, weights):
-    """Multiply each column by its weight in float32, and round to 16 bit."""
+    """Multiply each column by its weight in float32, and round to 16 bit.
+
+    In float16 weights are in units of a power of two that keeps the products from becoming too small. The
+    accumulator is in the same units.
+    """
     return (columns.to(tl.float32) * weights[None, :]).to(columns.dtype)
 
 
@@ -171,17 +194,19 @@ def _unit_of(weights):
 
 @triton.jit(do_not_specialize=["heads"])  # compiled once for all values
 def _sum_segments(
-    k, v, sums, factors, cu_rows, cu_keys, rows, keys, segments, segment_length, heads,
+    k, v, sums, factors, slopes, cu_rows, cu_keys, rows, keys, segments, segment_length, heads, stride_s,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, MASK: tl.constexpr, WEIGHED: tl.constexpr, ROW_WEIGHED: tl.constexpr,
-    VARLEN: tl.constexpr, ALL: tl.constexpr, FLAT: tl.constexpr,
+    SHARED: tl.constexpr, DECAY: tl.constexpr, VARLEN: tl.constexpr, ALL: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """sums[slot of the segment, head] = sum of k^T v over the segment's keys and the head's group.
 
     Grid: (segments * tiles of the state, heads, batch). Unless ALL, skips the sum that is not needed: that of
     the last segment (causal) or the first (anticausal). WEIGHED: each key is divided by the number of rows
     that see it. ROW_WEIGHED: each key is multiplied by its own factor.
+    DECAY: each key is decayed to the segment's last position (causal) or its first (anticausal), by the slope
+    of the head; GROUP is 1 then, and SHARED heads have the same key head.
     """
     tiles_v: tl.constexpr = (D_V + BLOCK_V - 1) // BLOCK_V
     tiles: tl.constexpr = tiles_v * ((D + BLOCK_D - 1) // BLOCK_D)
@@ -206,10 +231,18 @@ def _sum_segments(
     # Whole chunks before the first key seen are skipped; the rest is one loop over chunks and the heads of
     # the group.
     skipped = tl.maximum(seen - begin, 0) // CHUNK
+    if DECAY:
+        slope = tl.load(slopes + b.to(tl.int64) * stride_s + head)
     for step in range(skipped * GROUP, tl.cdiv(end - begin, CHUNK) * GROUP):
-        index = begin + (step // GROUP) * CHUNK + tl.arange(0, CHUNK) - first_key
+        chunk = begin + (step // GROUP) * CHUNK
+        if DECAY and MASK == _ANTICAUSAL:  # from the last chunk on
+            chunk = begin + (skipped + tl.cdiv(end - begin, CHUNK) - 1 - step) * CHUNK
+        index = chunk + tl.arange(0, CHUNK) - first_key
         valid = (index >= seen - first_key) & (index < keys)
-        key_head = (head * GROUP + step % GROUP).to(tl.int64)
+        if SHARED == 1:
+            key_head = (head * GROUP + step % GROUP).to(tl.int64)
+        else:
+            key_head = (head // SHARED).to(tl.int64)
         k_base = k + b.to(tl.int64) * stride_kb + start_key.to(tl.int64) * stride_kt + key_head * stride_kh
         v_base = v + b.to(tl.int64) * stride_vb + start_key.to(tl.int64) * stride_vt + key_head * stride_vh
         k_chunk = _load(k_base, stride_kt, index, valid, channels, D)
@@ -217,12 +250,9 @@ def _sum_segments(
         k_columns = tl.trans(k_chunk)
         if WEIGHED:
             if k.dtype.element_ty == tl.float16:
-                before, unit = (
-                    unit,
-                    _power_of_two_below(_visible(begin + (step // GROUP) * CHUNK, total - rows)),
-                )
+                before, unit = unit, _power_of_two_below(_visible(chunk, total - rows))
                 acc *= unit / before
-            k_columns = _weighed(k_columns, _visible(first_key + index, total - rows), unit)
+            weights = _reciprocal(_visible(first_key + index, total - rows)) * unit
         if ROW_WEIGHED:
             weights = tl.load(
                 factors + _first_factor(start_key, keys, b, VARLEN) + index, mask=valid, other=0.0
@@ -230,8 +260,18 @@ def _sum_segments(
             if k.dtype.element_ty == tl.float16:
                 before, unit = unit, _unit_of(weights)
                 acc *= unit / before
-            k_columns = _scaled(k_columns, weights * unit)
+            weights *= unit
+        if DECAY:
+            stop = tl.minimum(chunk + CHUNK, end)
+            acc = _decayed(acc, -slope * (stop - chunk).to(tl.float32))
+            position = first_key + index
+            decay = _decay(slope, stop - 1 - position if MASK == _CAUSAL else position - chunk)
+            weights = weights * decay if WEIGHED or ROW_WEIGHED else decay
+        if WEIGHED or ROW_WEIGHED or DECAY:
+            k_columns = _scaled(k_columns, weights)
         acc = tl.dot(k_columns, v_chunk, acc)
+    if DECAY and MASK == _ANTICAUSAL:
+        acc = _decayed(acc, -slope * (skipped * CHUNK).to(tl.float32))
     if WEIGHED or ROW_WEIGHED:
         acc *= 1.0 / unit
     slot = _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN) + segment
@@ -244,15 +284,15 @@ def _sum_segments(
 
 @triton.jit(do_not_specialize=["heads"])
 def _scan(
-    sums, initial, final, cu_rows, cu_keys, rows, keys, segments, segment_length, heads,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, VARLEN: tl.constexpr,
+    sums, initial, final, slopes, cu_rows, cu_keys, rows, keys, segments, segment_length, heads, stride_s,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, DECAY: tl.constexpr, VARLEN: tl.constexpr,
     HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """Replace the sum of each segment in place by the sum of the segments before it (causal) or after it
     (anticausal). With the full mask, replace the sum of the first segment by the sum of all.
 
     Grid: (tiles of the state, heads, batch). initial: the start of the sums. final: receives the sum of
-    everything.
+    everything. DECAY: what was summed decays by the length of each further segment.
     """
     part, head, b = _place((SIZE + BLOCK - 1) // BLOCK, heads, FLAT)
     offsets = part * BLOCK + tl.arange(0, BLOCK)
@@ -273,6 +313,10 @@ def _scan(
         own = tl.load(pointers, mask=offsets < size, other=0.0)
         if MASK != _FULL:
             tl.store(pointers, carry, mask=inside)
+        if DECAY:
+            length = tl.minimum((segment + 1) * segment_length, total) - segment * segment_length
+            slope = tl.load(slopes + b.to(tl.int64) * stride_s + head)
+            carry = _decayed(carry, -slope * length.to(tl.float32))
         carry += own
     if MASK == _FULL and count > 0:
         tl.store(here + first * heads * SIZE, carry, mask=inside)
@@ -282,12 +326,13 @@ def _scan(
 
 @triton.jit(do_not_specialize=["batch", "heads", "all_rows"])
 def _walk(
-    q, k, v, out, states, factors, cu_rows, cu_keys, rows, keys, segments, segment_length, batch, heads,
-    all_rows, softmax_scale, row_factor,
+    q, k, v, out, states, factors, slopes, partial, cu_rows, cu_keys, rows, keys, segments, segment_length,
+    batch, heads, all_rows, softmax_scale, row_factor, stride_s,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
     stride_vh, stride_ob, stride_ot, stride_oh, stride_sd, stride_sv,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
-    GROUP_Q: tl.constexpr, GROUP_K: tl.constexpr, MASK: tl.constexpr,
+    GROUP_Q: tl.constexpr, GROUP_K: tl.constexpr, SHARED_Q: tl.constexpr, SHARED_K: tl.constexpr,
+    MASK: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, HAS_PARTIAL: tl.constexpr,
     TRANSPOSED: tl.constexpr, NORMALIZATION: tl.constexpr, ROW_FACTORS: tl.constexpr, VARLEN: tl.constexpr,
     HAS_STATES: tl.constexpr, HAS_INITIAL: tl.constexpr, FLAT: tl.constexpr,
     WEIGHTS_SATURATE: tl.constexpr, OUTPUT_SATURATES: tl.constexpr,
@@ -297,6 +342,10 @@ def _walk(
     Grid: (segments * tiles of columns, nheads, batch). GROUP_Q heads of q share a head of k and v; GROUP_K
     heads of k and v are summed for a head of q; one of the two is 1. states: (slots, heads, D, D_V) with the
     strides stride_sd and stride_sv. factors: for each sequence or each query, by ROW_FACTORS.
+
+    DECAY: slopes has one for each state. SHARED_Q states have the same head of q, and `out` has a head for
+    each of them; SHARED_K states have the same head of k and v. STRICT: a row does not see its own position.
+    partial: laid out as `out`, in float32, and added to it.
     """
     dtype: tl.constexpr = q.dtype.element_ty
     # bfloat16 products fit without scaling, so that the scale can be applied at the end.
@@ -341,7 +390,10 @@ def _walk(
     channels, channels_v = tl.arange(0, BLOCK_D), tile * BLOCK_V + tl.arange(0, BLOCK_V)
     # A stride times an index can exceed 2^31.
     head_q, head_k = head.to(tl.int64), (head // GROUP_Q * GROUP_K).to(tl.int64)
-    q_base = q + b.to(tl.int64) * stride_qb + start_row.to(tl.int64) * stride_qt + head_q * stride_qh
+    if SHARED_K > 1:
+        head_k = head_k // SHARED_K
+    q_base = q + b.to(tl.int64) * stride_qb + start_row.to(tl.int64) * stride_qt
+    q_base += (head_q if SHARED_Q == 1 else head_q // SHARED_Q) * stride_qh
     out_base = out + b.to(tl.int64) * stride_ob + start_row.to(tl.int64) * stride_ot + head_q * stride_oh
     k_base = k + b.to(tl.int64) * stride_kb + start_key.to(tl.int64) * stride_kt
     v_base = v + b.to(tl.int64) * stride_vb + start_key.to(tl.int64) * stride_vt
@@ -370,6 +422,10 @@ def _walk(
 
     chunks = tl.cdiv(end - begin, CHUNK)
     at = tl.arange(0, CHUNK)
+    if DECAY:
+        slope = tl.load(slopes + b.to(tl.int64) * stride_s + head // GROUP_Q)
+        from_state = _decay(slope, at + 1 if MASK == _CAUSAL else CHUNK - at)
+        to_state = _decay(slope, CHUNK - 1 - at if MASK == _CAUSAL else at)
     first_counted = first_row if TRANSPOSED else first_key
     unit = 1.0
     for i in range(chunks):
@@ -396,15 +452,23 @@ def _walk(
             acc *= (count * ((1.0 if late else down * softmax_scale) / unit))[None, :]
         elif not late:
             acc *= down * softmax_scale
+        if DECAY:
+            acc *= from_state[None, :]
+            state = _decayed(state, -slope * CHUNK)
         if MASK != _FULL:
             key_valid = (position >= seen) & (key < keys)
             visible = at[:, None] <= at[None, :] if MASK == _CAUSAL else at[:, None] >= at[None, :]
+            if STRICT:
+                visible = visible & (at[:, None] != at[None, :])
             for g in range(GROUP_K):
                 k_chunk = _load(k_base + (head_k + g) * stride_kh, stride_kt, key, key_valid, channels, D)
                 v_columns = tl.trans(
                     _load(v_base + (head_k + g) * stride_vh, stride_vt, key, key_valid, channels_v, D_V)
                 )
                 p = tl.dot(k_chunk, q_columns)
+                if DECAY:
+                    # By positions, not by `at`: kept over the loop, the tile would take registers.
+                    p *= _decay(slope, tl.abs(position[:, None] - position[None, :]))
                 p = tl.where(visible, p if late else p * softmax_scale, 0.0)
                 p = _saturate(p, dtype, WEIGHTS_SATURATE)
                 if weighed:  # relative to the row, which is divided by its own count at the end: at most 1
@@ -413,9 +477,13 @@ def _walk(
                     p *= (weights * unit)[:, None]
                 acc = tl.dot(v_columns, p.to(dtype), acc)
                 if weighed:
-                    v_columns = _weighed(v_columns, count, unit)
-                if row_weighed:
-                    v_columns = _scaled(v_columns, weights * unit)
+                    weights = _reciprocal(count)
+                if weighed or row_weighed:
+                    entering = weights * unit
+                if DECAY:
+                    entering = entering * to_state if weighed or row_weighed else to_state
+                if weighed or row_weighed or DECAY:
+                    v_columns = _scaled(v_columns, entering)
                 state = tl.dot(v_columns, k_chunk, state)
         acc *= (_reciprocal(count) * factor)[None, :] if per_visible else factor
         if row_weighed and not late:
@@ -423,9 +491,13 @@ def _walk(
         if ROW_FACTORS == _OF_ROW and not TRANSPOSED:
             acc *= tl.load(factors + row, mask=valid, other=0.0)[None, :]
         acc = tl.where((position >= seeing)[None, :], acc, 0.0)
+        if HAS_PARTIAL:
+            summed = partial + b.to(tl.int64) * stride_ob + start_row.to(tl.int64) * stride_ot
+            summed += head_q * stride_oh
+            acc += tl.trans(_load(summed, stride_ot, row, valid, channels_v, D_V))
         tl.store(
             out_base + row[:, None].to(tl.int64) * stride_ot + channels_v[None, :],
-            tl.trans(_saturate(acc, dtype, OUTPUT_SATURATES).to(dtype)),
+            tl.trans(_saturate(acc, dtype, OUTPUT_SATURATES).to(out.dtype.element_ty)),
             mask=valid[:, None] & (channels_v < D_V)[None, :],
         )  # fmt: skip
 
@@ -565,7 +637,10 @@ class _Sequences(NamedTuple):
 
 
 class _Segments:
-    """How sequences are cut into segments, with rows laid out as q and keys as k."""
+    """How sequences are cut into segments, with rows laid out as q and keys as k.
+
+    heads: those of the states. mask: that of the form, or of one of the two walks of a full form that decays.
+    """
 
     def __init__(self, sequences: _Sequences, form: Form, q: _Layout, k: _Layout) -> None:
         self.device, self.dtype, self.form, self.packed = (
@@ -574,19 +649,26 @@ class _Segments:
             form,
             sequences.packed is not None,
         )
-        self.heads = min(q.shape[-2], k.shape[-2])
+        self.mask, self.decays = form.mask, form.decay is not None
+        self.heads = form.decay[-1] if self.decays else min(q.shape[-2], k.shape[-2])
+        self.stride_of_slopes = self.heads if self.decays and len(form.decay) == 2 else 0
         self.batch = sequences.packed if self.packed else q.shape[0]
         rows, keys = (sequences.max_rows, sequences.max_keys) if self.packed else (q.shape[1], k.shape[1])
         all_rows, all_keys = (
             (q.shape[0], k.shape[0]) if self.packed else (self.batch * rows, self.batch * keys)
         )
-        wanted = max(_WAVES * _multiprocessors(self.device) // q.shape[-2], 1)
+        wanted = max(_WAVES * _multiprocessors(self.device) // max(q.shape[-2], self.heads), 1)
         length = max(_ceil_div(max(all_rows, all_keys), wanted), _SHORTEST_SEGMENT)
         length = _ceil_div(length, _SEGMENT_UNIT) * _SEGMENT_UNIT
         self.count = _ceil_div(max(rows, keys), length)
         self.slots = (all_rows + all_keys) // length + self.batch if self.packed else self.batch * self.count
         self.all_rows = all_rows
         self.numbers = (rows, keys, self.count, length)
+
+    def masked(self, mask: str) -> "_Segments":
+        other = copy(self)
+        other.mask = mask
+        return other
 
     @property
     def empty(self) -> bool:
@@ -613,7 +695,7 @@ class _States:
     def __init__(
         self, segments: _Segments, k: _Layout, v: _Layout, initial: bool = False, final: bool = False
     ) -> None:
-        mask = segments.form.mask
+        mask, decays = segments.mask, segments.decays
         self.initial, self.needed = initial, segments.count > 1 or mask == FULL or final
         if not self.needed:
             return
@@ -624,10 +706,12 @@ class _States:
         grid, flat = segments.grid(segments.count * tiles, segments.heads)
         self._sum = _Launch(
             _sum_segments, grid,
-            (*numbers, segments.heads, *segments.strides(k), *segments.strides(v)),
-            (d, d_v, block_d, block_v, _SUM.chunk, k.shape[-2] // segments.heads, _MASKS[mask],
+            (*numbers, segments.heads, segments.stride_of_slopes, *segments.strides(k),
+             *segments.strides(v)),
+            (d, d_v, block_d, block_v, _SUM.chunk, max(k.shape[-2] // segments.heads, 1), _MASKS[mask],
              segments.form.weighs_positions and segments.form.transposed,
-             segments.form.row_factors == ROW and segments.form.transposed, packed, final, flat),
+             segments.form.row_factors == ROW and segments.form.transposed,
+             max(segments.heads // k.shape[-2], 1), decays, packed, final, flat),
             _SUM.num_warps if block_d * block_v > 4096 else 4, _SUM.num_stages,
         )  # fmt: skip
         self._scan = None
@@ -635,8 +719,8 @@ class _States:
             block = min(_block(d * d_v), 512)
             grid, flat = segments.grid(_ceil_div(d * d_v, block), segments.heads)
             self._scan = _Launch(
-                _scan, grid, (*numbers, segments.heads),
-                (d * d_v, block, _MASKS[mask], packed, initial, final, flat), num_warps=4,
+                _scan, grid, (*numbers, segments.heads, segments.stride_of_slopes),
+                (d * d_v, block, _MASKS[mask], decays, packed, initial, final, flat), num_warps=4,
             )  # fmt: skip
 
     def __call__(
@@ -647,15 +731,32 @@ class _States:
         if not self.needed:
             return None
         sums = k.new_empty(self._shape, dtype=torch.float32)
-        self._sum(k, v, sums, given.row_factors, *starts)
+        self._sum(k, v, sums, *given, *starts)
         if self._scan is not None:
-            self._scan(sums, initial, final, *starts)
+            self._scan(sums, initial, final, given.decay_slopes, *starts)
         return sums
 
 
+_WALKS = (CAUSAL, ANTICAUSAL)  # of the full form with a decay
+
+
+class _TwoStates:
+    """The states of a full form that decays: from the first segment on, and from the last one on."""
+
+    def __init__(self, segments: _Segments, k: _Layout, v: _Layout) -> None:
+        self.parts = tuple(_States(segments.masked(mask), k, v) for mask in _WALKS)
+
+    def __call__(
+        self, k: torch.Tensor, v: torch.Tensor, starts: _Starts, given: Given
+    ) -> tuple[Optional[torch.Tensor], ...]:
+        return tuple(part(k, v, starts, given) for part in self.parts)
+
+
 class _Walk:
-    """Computes the output of rows laid out as q, with keys and values laid out as k and v. form: has the mask
-    of the segments. swapped: the states are those of (v, k)."""
+    """Computes the output of rows laid out as q, with keys and values laid out as k and v. form: that of the
+    segments or one with their mask. swapped: the states are those of (v, k). first, second: whether it is the
+    first or the second walk of a full form that decays. The first one returns a float32 sum for the second.
+    """
 
     def __init__(
         self,
@@ -666,37 +767,76 @@ class _Walk:
         v: _Layout,
         states: _States,
         swapped: bool = False,
+        first: bool = False,
+        second: bool = False,
     ) -> None:
         nheads, d, d_v, half = q.shape[-2], q.shape[-1], v.shape[-1], segments.dtype == torch.float16
-        self._shape, tuning = (*q.shape[:-1], d_v), _walk_tuning(segments.device, d, d_v)
+        shared_q, shared_k = (max(segments.heads // x.shape[-2], 1) for x in (q, k))
+        # A head of rows that serves several states has a place in the result for each.
+        self._summed = 1 if first else shared_q
+        self._dtype = torch.float32 if first or shared_q > 1 else segments.dtype
+        self._saturates = form.output_saturates
+        nheads *= shared_q
+        self._shape, tuning = (*q.shape[:-2], nheads, d_v), _walk_tuning(segments.device, d, d_v)
         out_strides = (0 if segments.packed else q.shape[1] * nheads * d_v, nheads * d_v, d_v)
         grid, flat = segments.grid(segments.count * _ceil_div(d_v, tuning.block_v), nheads)
         self._walk = _Launch(
             _walk, grid,
             (
                 *segments.numbers, segments.batch, nheads, segments.all_rows, form.softmax_scale,
-                form.factor,
+                form.factor, segments.stride_of_slopes,
                 *segments.strides(q), *segments.strides(k), *segments.strides(v), *out_strides,
                 *((1, d) if swapped else (d_v, 1)),
             ),
             (
                 d, d_v, _block(d), tuning.block_v, tuning.chunk, nheads // segments.heads,
-                k.shape[-2] // segments.heads, _MASKS[form.mask], form.transposed, _normalization(form),
+                max(k.shape[-2] // segments.heads, 1), shared_q, shared_k, _MASKS[segments.mask], second,
+                segments.decays, second, form.transposed, _normalization(form),
                 _ROW_FACTORS[form.row_factors], segments.packed,
                 states.needed, states.initial, flat,
                 # bfloat16 never saturates: share one kernel.
-                half and form.weights_saturate, half and form.output_saturates,
+                half and form.weights_saturate,
+                half and form.output_saturates and self._dtype == segments.dtype,
             ),
             tuning.num_warps, tuning.num_stages,
         )  # fmt: skip
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, states: Optional[torch.Tensor],
-        starts: _Starts, given: Given = NOTHING,
+        starts: _Starts, given: Given = NOTHING, partial: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:  # fmt: skip
-        out = q.new_empty(self._shape)
-        self._walk(q, k, v, out, states, given.row_factors, *starts)
-        return out
+        out = q.new_empty(self._shape, dtype=self._dtype)
+        self._walk(q, k, v, out, states, *given, partial, *starts)
+        if self._summed == 1:
+            return out
+        out = out.unflatten(-2, (-1, self._summed)).sum(-2)
+        return (saturate_(out, q.dtype) if self._saturates else out).to(q.dtype)
+
+
+class _TwoWalks:
+    """Computes the output of a full form that decays, with the arguments of `_Walk`."""
+
+    def __init__(
+        self, segments: _Segments, form: Form, q: _Layout, k: _Layout, v: _Layout, states: _TwoStates,
+        swapped: bool = False,
+    ) -> None:  # fmt: skip
+        self._parts = tuple(
+            _Walk(segments.masked(mask), form, q, k, v, states.parts[i], swapped, first=i == 0, second=i == 1)
+            for i, mask in enumerate(_WALKS)
+        )
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, states: tuple, starts: _Starts, given: Given
+    ) -> torch.Tensor:  # fmt: skip
+        first, second = self._parts
+        partial = first(q, k, v, states[0], starts, given)
+        return second(q, k, v, states[1], starts, given, partial)
+
+
+def _steps(segments: _Segments) -> tuple[type, type]:
+    """Return the classes that compute the states and the output."""
+    twice = segments.mask == FULL and segments.decays
+    return (_TwoStates, _TwoWalks) if twice else (_States, _Walk)
 
 
 # Triton's own versions of these two are too slow on the host.
@@ -735,8 +875,9 @@ def _forward_plan(
     segments = _Segments(sequences, form, q, k)
     if segments.empty:
         return None
-    states = _States(segments, k, v, initial, final)
-    return states, _Walk(segments, form, q, k, v, states)
+    find_states, walk = _steps(segments)
+    states = find_states(segments, k, v, initial, final) if final else find_states(segments, k, v)
+    return states, walk(segments, form, q, k, v, states)
 
 
 @lru_cache(_MOST_PLANS)
@@ -748,10 +889,11 @@ def _backward_plan(
     if there.empty:
         return None
     back = _Segments(sequences.transpose(), form.of_dk(), k, q)
-    states, back_states = _States(there, k, v), _States(back, q, dout)
-    dq = _Walk(there, form.of_dq(), dout, v, k, states, swapped=True)
-    dk = _Walk(back, form.of_dk(), v, dout, q, back_states, swapped=True)
-    return states, dq, back_states, dk, _Walk(back, form.of_dv(), k, q, dout, back_states)
+    find_states, walk = _steps(there)
+    states, back_states = find_states(there, k, v), find_states(back, q, dout)
+    dq = walk(there, form.of_dq(), dout, v, k, states, swapped=True)
+    dk = walk(back, form.of_dk(), v, dout, q, back_states, swapped=True)
+    return states, dq, back_states, dk, walk(back, form.of_dv(), k, q, dout, back_states)
 
 
 def _sequences(q: torch.Tensor, cu_rows: Optional[torch.Tensor], max_rows: int, max_keys: int) -> _Sequences:
@@ -776,19 +918,25 @@ def attend(q, k, v, form, cu_rows, cu_keys, max_rows, max_keys, given=NOTHING) -
         return walk(q, k, v, find_states(k, v, starts, given), starts, given)
 
 
-def attend_with_state(q, k, v, form, state) -> tuple[torch.Tensor, torch.Tensor]:
+def attend_with_state(
+    q, k, v, form, state, cu_seqlens=None, given=NOTHING
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See primitive.attend_with_state."""
     (q, like_q), (k, like_k), (v, like_v) = _laid_out(q), _laid_out(k), _laid_out(v)
-    sequences, given, starts = _sequences(q, None, 0, 0), state is not None, (None, None)
-    plan = _forward_plan(sequences, form, like_q, like_k, like_v, initial=given, final=True)
-    shape = (q.shape[0], k.shape[-2], q.shape[-1], v.shape[-1])
+    # The length of the longest sequence is on the GPU, and a limit does as well.
+    sequences, starts = _sequences(q, cu_seqlens, len(q), len(q)), (cu_seqlens, cu_seqlens)
+    before, given = state is not None, _contiguous(given)
+    plan = _forward_plan(sequences, form, like_q, like_k, like_v, initial=before, final=True)
+    batch = q.shape[0] if cu_seqlens is None else sequences.packed
+    shape = (batch, k.shape[-2], q.shape[-1], v.shape[-1])
     if plan is None:
-        unchanged = state.clone() if given else q.new_zeros(shape, dtype=torch.float32)
+        unchanged = state.clone() if before else q.new_zeros(shape, dtype=torch.float32)
         return q.new_zeros(*q.shape[:-1], v.shape[-1]), unchanged
     find_states, walk = plan
-    initial, final = state.contiguous() if given else None, q.new_empty(shape, dtype=torch.float32)
+    initial, final = state.contiguous() if before else None, q.new_empty(shape, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        return walk(q, k, v, find_states(k, v, starts, NOTHING, initial, final), starts), final
+        states = find_states(k, v, starts, given, initial, final)
+        return walk(q, k, v, states, starts, given), final
 
 
 def gradients(
