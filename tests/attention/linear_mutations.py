@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from flash_attn.linear import linear_attention_prefill
 from flash_attn.nosoftmax.backends.linear import chunked, primitive
-from flash_attn.nosoftmax.backends.linear.form import Form, Given
+from flash_attn.nosoftmax.backends.linear.form import NOTHING, Form, Given
 
 import linear_checks as checks
 
@@ -82,6 +83,14 @@ def _factors_of_rows_only(self, x, of, span, first, first_seen):
         _RIGHT_WEIGH(self, x, of, span, first, first_seen)
 
 
+def _without_the_last_token(q, k, v, form, state, cu_seqlens=None, given=NOTHING):
+    out, after = _RIGHT_WITH_STATE(q, k, v, form, state, cu_seqlens, given)
+    if q.shape[1] > 1:
+        _, after = _RIGHT_WITH_STATE(*(x[:, :-1] for x in (q, k, v)), form, state, cu_seqlens, given)
+    return out, after
+
+
+_RIGHT_WITH_STATE = primitive.attend_with_state
 _RIGHT_PASS_OVER = _Chunks.pass_over
 _RIGHT_FROM_STATE, _RIGHT_TO_STATE = _Chunks._from_state, _Chunks._to_state
 _RIGHT_WEIGH = _Chunks._weigh
@@ -125,6 +134,8 @@ MUTANTS = [
     Mutant("decay from the wrong end of the span", _Chunks, "_to_state", lambda self, span, backwards:
     _RIGHT_TO_STATE(self, span, not backwards), _full_decay),
     Mutant("no decay inside a chunk", _Chunks, "decay", lambda self, scores, span: scores, _decay),
+    Mutant("final state without the last token", primitive, "attend_with_state", _without_the_last_token,
+    lambda package: checks.check_pieces(linear_attention_prefill, package, 2, torch.float32)),
     Mutant("rounding of a gentle decay adds up", _Chunks, "pass_over", lambda self, state, length:
     state.mul_((self._exponents[:, :, None] * length).exp()), checks.check_gentle_decay),
     Mutant("1/visible taken for 1/n", Form, "weighs_positions", False, partial(_causal,

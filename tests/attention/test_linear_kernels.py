@@ -565,6 +565,26 @@ def test_state_in_pieces(kernels, mean):
     )
 
 
+@pytest.mark.parametrize("lengths", [None, [130, 0, 70]], ids=["dense", "packed"])
+@pytest.mark.parametrize("shape", [(2,), (3, 2)], ids=str)
+def test_state_with_a_decay(kernels, lengths, shape):
+    """States of key heads decay, dense and packed, with a state before and factors of the caller."""
+    batch, tokens = 3, (3, 200) if lengths is None else (200,)
+    q, k, v = (draw(*tokens, n, 16, seed=n, dtype=torch.float16) for n in (4, 2, 2))
+    state = torch.randn(batch, 2, 16, 16, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    form = Form(0.25, causal=True, row_factors=ROW, decay=shape)
+    given = Given(checks.factors(q, *tokens), decaying(*shape).decay_slopes)
+    starts = None if lengths is None else cumulative(lengths, DEVICE)
+    out, after = kernels.attend_with_state(q, k, v, form, state, starts, given)
+    wide = [x.double().cpu() for x in (q, k, v)]
+    expected = primitive.attend_with_state(
+        *wide, form, state.cpu(), None if starts is None else starts.cpu(), Given(*(x.cpu() for x in given))
+    )
+    for a, e in zip((out, after), expected):
+        error, size = (a.double().cpu() - e).abs().max().item(), e.abs().max().item()
+        assert error <= torch.finfo(torch.float16).eps * size, f"off by {error:.3g} of {size:.3g}"
+
+
 @pytest.mark.parametrize("limit", [101376, 166912, 232448], ids=["99 KiB", "163 KiB", "227 KiB"])
 def test_tunings_fit_the_shared_memory(kernels, limit):
     """Tunings fit compute capability 8.9, 8.0 and 9.0. The largest limit needs no change of the table."""

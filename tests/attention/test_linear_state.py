@@ -4,6 +4,8 @@ token to it.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from flash_attn import flash_attn_func
@@ -131,49 +133,107 @@ def test_agrees_with_flash_linear_attention():
     torch.testing.assert_close(new_state, expected_state, rtol=1e-4, atol=1e-3)
 
 
-def plainly(q, k, v, state, scale):
-    """Compute one piece by its definition: (out, the state after it)."""
-    group = q.shape[2] // k.shape[2]
-    keys, values = (x.repeat_interleave(group, 2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, keys).tril()
-    out = torch.einsum("bhqk,bkhe->bqhe", scores, values)
-    out = out + torch.einsum("bqhd,bhde->bqhe", q, state.repeat_interleave(group, 1))
-    return out * scale, state + torch.einsum("bthd,bthe->bhde", k, v)
+def plainly(q, k, v, state, scale, decay_slopes=None, normalization=1.0):
+    """Go through one piece token by token, by the definition: (out, the state after it)."""
+    outs, group = [], q.shape[2] // k.shape[2]
+    kept = 1.0 if decay_slopes is None else torch.exp(-decay_slopes.to(state))[..., None, None]
+    for t in range(q.shape[1]):
+        state = state * kept + k[:, t, :, :, None] * v[:, t, :, None]
+        outs.append(torch.einsum("bhd,bhde->bhe", q[:, t], state.repeat_interleave(group, 1)))
+    norm = normalization
+    if isinstance(norm, torch.Tensor):
+        norm = norm.to(state).reshape(*norm.shape, *[1] * (4 - norm.dim()))
+    return torch.stack(outs, 1) * scale * norm, state
 
 
 def in_pieces(*cuts: int):
-    def run(q, k, v, state, scale):
+    def run(q, k, v, state, scale, **options):
         outs = []
         for start, stop in zip((0, *cuts), (*cuts, q.shape[1])):
-            out, state = linear_attention_prefill(*(x[:, start:stop] for x in (q, k, v)), state, scale)
+            own = [x[:, start:stop] for x in (q, k, v)]
+            out, state = linear_attention_prefill(
+                *own, state, scale, **of_tokens(options, slice(start, stop))
+            )
             outs.append(out)
         return torch.cat(outs, 1), state
 
     return run
 
 
-def by_steps(q, k, v, state, scale):
+def by_steps(q, k, v, state, scale, **options):
     outs = []
     for t in range(q.shape[1]):
-        out, state = linear_attention_step(q[:, t], k[:, t], v[:, t], state, scale)
+        out, state = linear_attention_step(q[:, t], k[:, t], v[:, t], state, scale, **of_tokens(options, t))
         outs.append(out)
     return torch.stack(outs, 1), state
 
 
-@pytest.mark.parametrize(
-    "run", [in_pieces(), in_pieces(1), in_pieces(0, 7, 7, 12), by_steps], ids=["whole", "1", "4", "steps"]
-)
+def of_tokens(options: dict, tokens) -> dict:
+    """Cut factors for each token to those of the tokens."""
+    given = options.get("normalization")
+    if not isinstance(given, torch.Tensor) or given.dim() == 1:
+        return options
+    return {**options, "normalization": given[:, tokens].contiguous()}
+
+
+def packed_pieces(q, k, v, state, scale, **options):
+    """Run the same sequences packed, in two pieces."""
+    outs, factors = [], options.pop("normalization", None)
+    for tokens in (slice(0, 8), slice(8, q.shape[1])):
+        own = [x[:, tokens] for x in (q, k, v)]
+        batch, length = own[0].shape[:2]
+        cut = factors
+        if isinstance(factors, torch.Tensor) and factors.dim() == 2:
+            cut = factors[:, tokens].flatten()
+        out, state = linear_attention_prefill(
+            *(x.flatten(0, 1) for x in own), state, scale, normalization=cut,
+            cu_seqlens=torch.arange(batch + 1, device=q.device) * length, **options,
+        )  # fmt: skip
+        outs.append(out.unflatten(0, (batch, length)))
+    return torch.cat(outs, 1), state
+
+
+OPTIONS = {
+    "plain": dict(),
+    "decay": dict(decay_slopes=(1,)),
+    "decay and factor of sequences": dict(decay_slopes=(2,), normalization=(2,)),
+    "decay and factor of tokens": dict(decay_slopes=(1,), normalization=(2, 19)),
+    "a number": dict(normalization=0.3),
+}
+
+
+def given(options: dict, nheads_k: int, device: str) -> dict:
+    """Make the tensors of the options. A decay of 1 axis or 2 ends with the key heads."""
+    made = dict(options)
+    if "decay_slopes" in options:
+        shape = (2, nheads_k)[-options["decay_slopes"][0] :]
+        made["decay_slopes"] = torch.linspace(0.02, 1.5, math.prod(shape)).reshape(shape).to(device)
+    if isinstance(options.get("normalization"), tuple):
+        shape = options["normalization"]
+        made["normalization"] = torch.linspace(0.0, 2.0, math.prod(shape)).reshape(shape).to(device)
+    return made
+
+
+RUNS = {
+    "whole": in_pieces(), "1": in_pieces(1), "4": in_pieces(0, 7, 7, 12), "steps": by_steps,
+    "packed": packed_pieces,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("nheads_k", [1, 2, 4])
-def test_gradients_of_pieces_are_those_of_the_whole(device, run, nheads_k):
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gradients_of_pieces_are_those_of_the_whole(device, run, nheads_k, options):
     """Of q, k, v and the initial state, from the outputs and from the final state; and second derivatives."""
     dtype = torch.float32 if device == "cpu" else torch.float16
     shapes = ((2, 19, 4, 8), (2, 19, nheads_k, 8), (2, 19, nheads_k, 6), (2, nheads_k, 8, 6))
     tensors = [randn(*shape, seed=i, dtype=torch.float32).to(device) for i, shape in enumerate(shapes)]
+    options = given(options, nheads_k, device)
     douts = randn(2, 19, 4, 6, seed=7), randn(2, nheads_k, 8, 6, seed=8)
 
     def derivatives(function, dtype, wide):
         leaves = [x.detach().to(wide if i == 3 else dtype).requires_grad_() for i, x in enumerate(tensors)]
-        results = function(*leaves, 0.3)
+        results = function(*leaves, 0.3, **options)
         grads = torch.autograd.grad(
             results, leaves, [d.to(r) for d, r in zip(douts, results)], create_graph=True
         )
@@ -205,6 +265,97 @@ def test_an_output_that_saturates_has_the_gradient_of_one_that_does_not():
     torch.testing.assert_close(grad, torch.full_like(grad, 120.0))
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("nheads_k", [1, 2, 4])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_pieces_without_gradients(device, run, nheads_k, options):
+    """Without gradients the state runs through the pieces inside the backend. A step writes it in place."""
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    shapes = ((2, 19, 4, 8), (2, 19, nheads_k, 8), (2, 19, nheads_k, 6), (2, nheads_k, 8, 6))
+    tensors = [randn(*shape, seed=i, dtype=torch.float32).to(device) for i, shape in enumerate(shapes)]
+    options = given(options, nheads_k, device)
+    expected = plainly(*(x.double() for x in tensors), 0.3, **options)
+    q, k, v = (x.to(dtype) for x in tensors[:3])
+    actual = run(q, k, v, tensors[3].clone(), 0.3, **options)
+    for a, e in zip(actual, expected):
+        tolerance = (1e-6 if device == "cpu" else 2e-3) * e.abs().max().item()
+        torch.testing.assert_close(a.double(), e, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("derived", [False, True])
+def test_packed_pieces_equal_those_alone(device, derived):
+    """Pieces of unequal lengths, one of them empty, one longer than a chunk, and rows of no sequence."""
+    lengths, dtype = [130, 0, 5, 64], torch.float32 if device == "cpu" else torch.float16
+    starts = torch.tensor([2, 132, 132, 137, 201], device=device)
+    q, k, v = (randn(205, n, 8, seed=n, dtype=dtype).to(device) for n in (4, 2, 2))
+    q.requires_grad_(derived)
+    state = randn(4, 2, 8, 8, seed=7, dtype=torch.float32).to(device)
+    options = dict(decay_slopes=given(dict(decay_slopes=(2,)), 2, device)["decay_slopes"].repeat(2, 1))
+    factors = torch.rand(205, generator=torch.Generator().manual_seed(1)).to(device)
+    out, after = linear_attention_prefill(q, k, v, state, cu_seqlens=starts, normalization=factors, **options)
+    assert not out[:2].any() and not out[201:].any()
+    for b, (start, length) in enumerate(zip(starts.tolist(), lengths)):
+        own = slice(start, start + length)
+        alone, its_state = linear_attention_prefill(
+            *(x[None, own] for x in (q, k, v)), state[b : b + 1], normalization=factors[None, own],
+            decay_slopes=options["decay_slopes"][b : b + 1],
+        )  # fmt: skip
+        torch.testing.assert_close(out[own], alone[0], rtol=1e-3, atol=1e-3 if device == "cuda" else 1e-5)
+        torch.testing.assert_close(after[b], its_state[0], rtol=1e-3, atol=1e-3 if device == "cuda" else 1e-5)
+    assert torch.equal(after[1], state[1])
+
+
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64], ids=str)
+def test_states_by_slot(device, ids):
+    """Sequences write the states that they name in place, and no other."""
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    q, k, v = (randn(3, 20, n, 8, seed=n, dtype=dtype).to(device) for n in (4, 2, 2))
+    slots = randn(6, 2, 8, 8, seed=7, dtype=torch.float32).to(device)
+    at, options = (
+        torch.tensor([4, 0, 3], device=device),
+        dict(decay_slopes=torch.tensor([0.1, 1.0], device=device)),
+    )
+    before, own = slots.clone(), slots[at]
+    out, same = linear_attention_prefill(q, k, v, slots, state_indices=at.to(ids), **options)
+    alone, after = linear_attention_prefill(q, k, v, own, **options)
+    assert same is slots and torch.equal(out, alone) and torch.equal(slots[at], after)
+    token = [x[:, 0] for x in (q, k, v)]
+    out, same = linear_attention_step(*token, slots, state_indices=at.to(ids), **options)
+    alone, after = linear_attention_step(*token, after, **options)
+    assert same is slots and torch.equal(out, alone) and torch.equal(slots[at], after)
+    others = [1, 2, 5]
+    assert torch.equal(slots[others], before[others]) and not torch.equal(slots[at], before[at])
+
+
+def test_gradients_with_slots_are_refused():
+    q = torch.ones(1, 4, 1, 4, requires_grad=True)
+    slots, at = torch.zeros(3, 1, 4, 4), torch.tensor([1])
+    for run, x in ((linear_attention_prefill, q), (linear_attention_step, q[:, 0])):
+        with pytest.raises(ValueError, match="state_indices: .* have no gradient"):
+            run(x, x, x, slots, state_indices=at)
+        with torch.no_grad():
+            run(x, x, x, slots, state_indices=at)
+
+
+def without_last(q, k, v, state, scale, **options):
+    """Leave the last token out of the final state."""
+    out, _ = linear_attention_prefill(q, k, v, state, scale, **options)
+    _, state = linear_attention_prefill(*(x[:, :-1] for x in (q, k, v)), state, scale, **options)
+    return out, state
+
+
+def decayed_twice(q, k, v, state, scale, **options):
+    """Decay the final state by one position too many."""
+    out, state = linear_attention_prefill(q, k, v, state, scale, **options)
+    return out, state * torch.exp(-options["decay_slopes"])[..., None, None]
+
+
+@pytest.mark.parametrize("wrong", [without_last, decayed_twice], ids=lambda f: f.__name__)
+def test_wrong_final_states_are_noticed(wrong):
+    with pytest.raises(AssertionError):
+        test_pieces_without_gradients("cpu", wrong, 2, OPTIONS["decay"])
+
+
 X, STATE = torch.zeros(1, 8, 2, 8), torch.zeros(1, 2, 8, 8)
 WRONG = {
     "state has shape": dict(state=torch.zeros(1, 2, 8, 9)),
@@ -215,6 +366,25 @@ WRONG = {
     "q has shape": dict(q=torch.zeros(8, 2, 8)),
     "heads in q": dict(k=torch.zeros(1, 8, 3, 8), v=torch.zeros(1, 8, 3, 8)),
     "v has dtype": dict(v=X.half()),
+    r"decay_slopes has shape \(3,\), expected \(2,\)": dict(decay_slopes=torch.ones(3)),
+    r"decay_slopes has shape \(4,\), a slope for each query head": dict(
+        q=torch.zeros(1, 8, 4, 8), decay_slopes=torch.ones(4)
+    ),
+    "decay_slopes has dtype": dict(decay_slopes=torch.ones(2).double()),
+    r"decay_slopes\[1\]=-1": dict(decay_slopes=torch.tensor([1.0, -1.0])),
+    r"decay_slopes\[0\]=nan": dict(decay_slopes=torch.tensor([torch.nan, 1.0])),
+    "decay_slopes requires a gradient": dict(decay_slopes=torch.ones(2, requires_grad=True)),
+    "decay_slopes is a builtins.float": dict(decay_slopes=0.5),
+    "normalization='1/n' counts": dict(normalization="1/n"),
+    "normalization=0": dict(normalization=0),
+    r"normalization has shape \(3,\)": dict(normalization=torch.ones(3)),
+    r"normalization\[0\]=-1": dict(normalization=-torch.ones(1)),
+    r"state_indices\[0\]=2, but there are 2": dict(
+        state=torch.zeros(2, 2, 8, 8), state_indices=torch.tensor([2])
+    ),
+    r"state_indices\[0\]=-1": dict(state_indices=torch.tensor([-1])),
+    "state_indices has dtype": dict(state_indices=torch.tensor([0.0])),
+    r"state_indices has shape \(2,\)": dict(state_indices=torch.tensor([0, 1])),
 }
 
 
@@ -223,7 +393,7 @@ def test_wrong_arguments(message):
     arguments = {"q": X, "k": X, "v": X, "state": STATE, **WRONG[message]}
     with pytest.raises((ValueError, TypeError), match=message):
         linear_attention_prefill(**arguments)
-    token = {name: x if name == "state" or x.dim() < 4 else x[:, 0] for name, x in arguments.items()}
+    token = {name: x[:, 0] if name in "qkv" and x.dim() == 4 else x for name, x in arguments.items()}
     token = {name: x[0] if name == "q" and message.startswith("q has") else x for name, x in token.items()}
     if message not in ("k has shape", "v has shape"):
         with pytest.raises((ValueError, TypeError), match=message):
@@ -233,3 +403,21 @@ def test_wrong_arguments(message):
 def test_a_step_needs_a_state():
     with pytest.raises(TypeError, match="pass zeros before the first token"):
         linear_attention_step(X[:, 0], X[:, 0], X[:, 0], None)
+
+
+@pytest.mark.parametrize("starts, message", [
+    (torch.tensor([0, 5, 3]), "cu_seqlens descends"), (torch.tensor([0, 9]), "cu_seqlens ends at 9"),
+    (torch.tensor([0.0, 8.0]), "cu_seqlens has dtype"), (torch.zeros(2, 2).int(), "cu_seqlens has shape"),
+], ids=str)  # fmt: skip
+def test_wrong_offsets_of_pieces(starts, message):
+    x = torch.zeros(8, 2, 8)
+    with pytest.raises((ValueError, TypeError), match=message):
+        linear_attention_prefill(x, x, x, cu_seqlens=starts)
+
+
+def test_a_slot_can_be_named_once():
+    x, slots = torch.zeros(2, 2, 8), torch.zeros(4, 2, 8, 8)
+    with pytest.raises(ValueError, match=r"state_indices=\[1, 1\]"):
+        linear_attention_step(x, x, x, slots, state_indices=torch.tensor([1, 1]))
+    with pytest.raises(TypeError, match="state_indices without state"):
+        linear_attention_prefill(X, X, X, state_indices=torch.tensor([0]))

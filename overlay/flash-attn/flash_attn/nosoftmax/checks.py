@@ -438,26 +438,82 @@ def state(
     given: Optional[torch.Tensor],
     axes: tuple,
     softmax_scale: Any,
-) -> float:
-    """Check that the tensors of a recurrent function fit together, and return softmax_scale. axes: those of
-    q, k and v.
+    decay_slopes: Optional[torch.Tensor],
+    normalization: Any,
+    state_indices: Optional[torch.Tensor],
+    cu_seqlens: Optional[torch.Tensor] = None,
+) -> Call:
+    """Check the arguments of a recurrent function, and return them as a causal call, in which decay_slopes
+    belong to key heads. axes: those of q, k and v; all have as many tokens.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        is_tensor(name, x)
+    tensors_given = (("q", q), ("k", k), ("v", v), ("state", given), ("decay_slopes", decay_slopes),
+                     ("state_indices", state_indices), ("cu_seqlens", cu_seqlens))  # fmt: skip
+    for name, x in tensors_given:
+        if x is not None or name in "qkv":
+            is_tensor(name, x)
     for name, x, of_x in zip("qkv", (q, k, v), axes):
         rank(name, x, of_x)
     shape("k", k, *q.shape[:-2], *k.shape[-2:], axes=axes[1])
     qkv(q, k, v, axes)
     one_dtype(q, k=k, v=v)
-    one_device(q=q, k=k, v=v, state=given)
+    _, normalization, factors, _ = apart(0.0, normalization)
+    one_device(**dict(tensors_given), normalization=factors)
+    longest = q.shape[-3] if len(axes[0].split(",")) == 4 or cu_seqlens is not None else 1
+    chosen = options(
+        q.shape[-1], longest, longest, 0.0, softmax_scale, True, (-1, -1), 0.0, False, False, "identity", 0.0,
+        normalization,
+    )  # fmt: skip
+    if chosen.normalization is not None:
+        raise ValueError(
+            f"normalization={normalization!r} counts the keys of a sequence, which a piece of it does not "
+            "know: give None, the factor as a number, or a float32 tensor of factors"
+        )
+    if cu_seqlens is not None:
+        rank("cu_seqlens", cu_seqlens, "batch + 1")
+        integers("cu_seqlens", cu_seqlens, max(cu_seqlens.shape[0], 1), axes="batch + 1")
+        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
+    lengths = (cu_seqlens, cu_seqlens, None, None, None)
+    call = Call(q, k, v, *lengths, None, factors, None, decay_slopes, chosen)
+    _of_states(call, given, state_indices)
+    return call
+
+
+def _of_states(call: Call, given: Optional[torch.Tensor], state_indices: Optional[torch.Tensor]) -> None:
+    """Check the tensors of a recurrent function beside q, k and v."""
+    q, nheads, nheads_k, slopes = call.q, call.q.shape[-2], call.k.shape[-2], call.decay_slopes
+    if slopes is not None and slopes.dim() and slopes.shape[-1] == nheads != nheads_k:
+        raise ValueError(
+            f"decay_slopes has shape {tuple(slopes.shape)}, a slope for each query head, but a state and its "
+            f"decay belong to a key head: give ({nheads_k},) or ({call.batch}, {nheads_k})"
+        )
+    constants("decay_slopes", slopes, (nheads_k,), (call.batch, nheads_k))
+    by_row = (q.shape[0],) if q.dim() == 3 else (q.shape[0], q.shape[1])
+    constants("normalization", call.row_factors, (call.batch,), by_row)
+    integers("state_indices", state_indices, call.batch, axes="batch")
     if given is not None:
-        expected = (q.shape[0], k.shape[-2], q.shape[-1], v.shape[-1])
+        slots = call.batch if state_indices is None else given.shape[0] if given.dim() else 0
+        expected = (slots, nheads_k, q.shape[-1], call.v.shape[-1])
         shape("state", given, *expected, axes="batch, nheads_k, head_dim, head_dim_v")
         if given.dtype != torch.float32:
             raise TypeError(f"state has dtype {given.dtype}, expected torch.float32")
-    return options(
-        q.shape[-1], 0, 0, 0.0, softmax_scale, False, (-1, -1), 0.0, False, False, "identity", 0.0, None
-    ).softmax_scale
+    elif state_indices is not None:
+        raise TypeError("state_indices without state: give the states that they name")
+    if q.is_cpu:
+        _state_values(call, given, state_indices)
+
+
+def _state_values(call: Call, given: Optional[torch.Tensor], state_indices: Optional[torch.Tensor]) -> None:
+    not_negative("normalization", call.row_factors, "factors")
+    not_negative("decay_slopes", call.decay_slopes, "slopes")
+    if call.varlen:
+        _offsets("cu_seqlens", call.cu_seqlens_q.tolist(), call.q.shape[0], "", None)
+    if state_indices is not None:
+        entries = state_indices.tolist()
+        for i, entry in enumerate(entries):
+            if not 0 <= entry < given.shape[0]:
+                raise ValueError(f"state_indices[{i}]={entry}, but there are {given.shape[0]} states")
+        if len(set(entries)) < len(entries):
+            raise ValueError(f"state_indices={entries}: two sequences cannot have the same state")
 
 
 # ---- Contents of tensors on the CPU ----

@@ -20,7 +20,7 @@ import torch
 from ...call import Call
 from .. import Result
 from . import primitive
-from .form import ROW, SEQUENCE, Form, Given
+from .form import Form, Given, kind_of_factors
 
 # (slope, offset) for each mask: both algorithms take the same time, forward and backward together, at
 # seqlen_q = seqlen_k = slope * head_dim + offset. From benchmarks/linear_vs_quadratic.py: rounded up for
@@ -110,20 +110,11 @@ def _causal(call: Call) -> bool:
 
 
 def _form(call: Call) -> Form:
-    o = call.options
+    o, slopes = call.options, call.decay_slopes
     return Form(
         o.softmax_scale, _causal(call), normalization=o.normalization, factor=o.factor,
-        row_factors=_kind(call), decay=None if call.decay_slopes is None else tuple(call.decay_slopes.shape),
+        row_factors=kind_of_factors(call), decay=None if slopes is None else tuple(slopes.shape),
     )  # fmt: skip
-
-
-def _kind(call: Call) -> Optional[str]:
-    """Whether Call.row_factors holds a factor for each sequence or for each row; None without it."""
-    factors = call.row_factors
-    if factors is None:
-        return None
-    by_row = factors.shape[0] == call.q.shape[0] if call.varlen else factors.dim() == 2
-    return ROW if by_row else SEQUENCE
 
 
 def _more(call: Call) -> tuple:

@@ -5,6 +5,8 @@ from typing import NamedTuple, Optional
 
 import torch
 
+from ...call import Call
+
 FULL, CAUSAL, ANTICAUSAL = "full", "causal", "anticausal"
 SEQUENCE, ROW = "sequence", "row"
 
@@ -29,6 +31,15 @@ class Given(NamedTuple):
 
 
 NOTHING = Given()
+
+
+def kind_of_factors(call: Call) -> Optional[str]:
+    """Whether Call.row_factors holds a factor for each sequence or for each row; None without it."""
+    factors = call.row_factors
+    if factors is None:
+        return None
+    by_row = factors.shape[0] == call.q.shape[0] if call.varlen else factors.dim() == 2
+    return ROW if by_row else SEQUENCE
 
 
 class Form(NamedTuple):  # not a dataclass, which takes several times as long to make and to hash

@@ -55,15 +55,31 @@ def attend(
 
 
 def attend_with_state(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, state: Optional[torch.Tensor]
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    form: Form,
+    state: Optional[torch.Tensor],
+    cu_seqlens: Optional[torch.Tensor] = None,
+    given: Given = NOTHING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the causal form over one piece. state: the state before the piece, None for zeros. Returns out
-    and the float32 state after the piece.
+    """Compute the causal form over one piece of each sequence. state: (batch, nheads_k, d, d_v), the states
+    before the pieces, None for zeros. With cu_seqlens, q, k and v are packed. given: the tensors that the
+    form mentions, with slopes of key heads. Returns out and the float32 states after the pieces.
     """
     if has_kernels(q):
-        return _kernels().attend_with_state(q, k, v, form, state)
-    out, state = chunked.attend(q, k, v, form, state)
-    return out, state.float()
+        return _kernels().attend_with_state(q, k, v, form, state, cu_seqlens, given)
+    if cu_seqlens is None:
+        out, state = chunked.attend(q, k, v, form, state, given)
+        return out, state.float()
+    starts, out = cu_seqlens.tolist(), q.new_zeros(*q.shape[:-1], v.shape[-1])
+    states = q.new_zeros(len(starts) - 1, k.shape[-2], q.shape[-1], v.shape[-1], dtype=torch.float32)
+    for b, (start, stop) in enumerate(zip(starts, starts[1:])):
+        rows, before = slice(start, stop), None if state is None else state[b : b + 1]
+        own = given.of_sequence(form, b, rows)
+        piece = chunked.attend(q[None, rows], k[None, rows], v[None, rows], form, before, own)
+        out[rows], states[b] = piece[0][0], piece[1][0].float()
+    return out, states
 
 
 def gradients(

@@ -1,30 +1,32 @@
 """Run causal attention without softmax as a recurrence, over a long sequence in pieces or one token at a
 time.
 
-The state of a key head is S = sum of k_j^T v_j over the tokens so far, float32 (batch, nheads_k, head_dim,
-head_dim_v), and the output of a query is softmax_scale * q S. Neither the size of the state nor the time of a
-step depends on the number of earlier tokens. The state is kept per key head, because the query heads of a
-group share it, and without softmax_scale, which belongs to the query.
+The state of a key head is S = sum of exp(-slope * (t - j)) k_j^T v_j over the tokens j so far, t the last of
+them, float32 (batch, nheads_k, head_dim, head_dim_v), and the output of a query is softmax_scale * q S.
+Neither the size of the state nor the time of a step depends on the number of earlier tokens. The state is
+kept per key head, because the query heads of a group share it, and without softmax_scale and normalization,
+which belong to the query.
 
 Where a gradient is asked for, the piece by itself goes through the operators of nosoftmax/ops.py, and PyTorch
 adds what the state contributes: autograd derives both, to any order.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
 from ... import checks, ops
-from ...call import TENSORS, Call
+from ...call import Call
 from ...score import saturate_
 from . import primitive
-from .form import Form
+from .form import ROW, Form, Given, kind_of_factors
 
 _PIECE = (
     "batch, seqlen, nheads, head_dim",
     "batch, seqlen, nheads_k, head_dim",
     "batch, seqlen, nheads_k, head_dim_v",
 )
+_PACKED = ("total, nheads, head_dim", "total, nheads_k, head_dim", "total, nheads_k, head_dim_v")
 _TOKEN = ("batch, nheads, head_dim", "batch, nheads_k, head_dim", "batch, nheads_k, head_dim_v")
 
 
@@ -34,23 +36,45 @@ def linear_attention_prefill(
     v: torch.Tensor,
     state: Optional[torch.Tensor] = None,
     softmax_scale: Optional[float] = None,
+    *,
+    cu_seqlens: Optional[torch.Tensor] = None,
+    decay_slopes: Optional[torch.Tensor] = None,
+    normalization: Any = None,
+    state_indices: Optional[torch.Tensor] = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run causal attention over one piece of a sequence, after the pieces that `state` stands for.
+    """Run causal attention over one piece of each sequence, after the pieces that `state` stands for.
 
     q: (batch, seqlen, nheads, head_dim); k: (batch, seqlen, nheads_k, head_dim); v: (batch, seqlen, nheads_k,
-    head_dim_v); one floating dtype (16 bit on CUDA). state: None for the first piece, else the state that the
+    head_dim_v); one floating dtype (16 bit on CUDA). With cu_seqlens, int32 or int64 (batch + 1,), the pieces
+    are packed: (total, nheads, head_dim) and so on. state: None for the first piece, else the state that the
     call for the previous piece returned. softmax_scale: 1 / sqrt(head_dim) by default.
-    Returns out, (batch, seqlen, nheads, head_dim_v) in q's dtype, and the new state, a new tensor, float32
-    (batch, nheads_k, head_dim, head_dim_v). The outputs of the pieces are those of
-    flash_attn_func(causal=True, use_softmax=False) for the whole sequence, up to the order of sums. q, k, v
-    and state get gradients from both results. Raises ValueError or TypeError for arguments that do not fit
+
+    decay_slopes: float32, not negative, (nheads_k,) or (batch, nheads_k): the state of a key head decays by
+    exp(-slope) from token to token (retention, arXiv 2307.08621). normalization: None, a number, or a float32
+    tensor (batch,) or (batch, seqlen), packed (batch,) or (total,): the factor on each row of the output.
+    state_indices: int32 or int64 (batch,), the entries of `state`, then (slots, nheads_k, head_dim,
+    head_dim_v), that belong to the sequences. They are written in place, and there is no gradient. No two may
+    be equal, which is checked on the CPU, as the range is.
+
+    Returns out, (batch, seqlen, nheads, head_dim_v) in q's dtype, packed (total, nheads, head_dim_v), and the
+    new state, a new tensor, float32 (batch, nheads_k, head_dim, head_dim_v); with state_indices `state`. The
+    outputs of the pieces are those of flash_attn_func(causal=True, use_softmax=False) for the whole sequence,
+    up to the order of sums. q, k, v and state get gradients from both results; with cu_seqlens on a GPU, a
+    call with gradients waits for the lengths. Raises ValueError or TypeError for arguments that do not fit
     together.
     """
-    scale = _checked(q, k, v, state, _PIECE, softmax_scale)
+    axes = _PIECE if cu_seqlens is None else _PACKED
+    call = _checked(
+        q, k, v, state, axes, softmax_scale, decay_slopes, normalization, state_indices, cu_seqlens
+    )
     if _wants_gradient(q, k, v, state):
-        return _derivable_piece(q, k, v, state, scale)
+        _no_gradient_in_place(state_indices)
+        return _derivable_piece(call, state)
+    form, given = _form(call), Given(call.row_factors, call.decay_slopes)
     with torch.no_grad():
-        return primitive.attend_with_state(q, k, v, Form(scale, causal=True), state)
+        before = state if state_indices is None else state.index_select(0, state_indices)
+        out, after = primitive.attend_with_state(q, k, v, form, before, call.cu_seqlens_q, given)
+        return out, after if state_indices is None else state.index_copy_(0, state_indices.long(), after)
 
 
 def linear_attention_step(
@@ -59,49 +83,120 @@ def linear_attention_step(
     v: torch.Tensor,
     state: torch.Tensor,
     softmax_scale: Optional[float] = None,
+    *,
+    decay_slopes: Optional[torch.Tensor] = None,
+    normalization: Any = None,
+    state_indices: Optional[torch.Tensor] = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add one token to `state`, and attend with its query. Without gradients `state` is written in place.
 
     q: (batch, nheads, head_dim); k: (batch, nheads_k, head_dim); v: (batch, nheads_k, head_dim_v); state:
     float32 (batch, nheads_k, head_dim, head_dim_v), as linear_attention_prefill returns it; zeros before the
-    first token.
+    first token. normalization: None, a number or a float32 tensor (batch,). The other arguments are those of
+    linear_attention_prefill.
     Returns out, (batch, nheads, head_dim_v) in q's dtype, and the state after the token: the tensor that was
     given, or where a gradient is asked for a new one. q, k, v and state get gradients from both results.
     Raises ValueError or TypeError for arguments that do not fit together.
     """
     if state is None:
         raise TypeError("state is None: a step adds to a state, pass zeros before the first token")
-    scale = _checked(q, k, v, state, _TOKEN, softmax_scale)
+    call = _checked(q, k, v, state, _TOKEN, softmax_scale, decay_slopes, normalization, state_indices)
     derived = _wants_gradient(q, k, v, state)
+    if derived:
+        _no_gradient_in_place(state_indices)
     with torch.set_grad_enabled(derived), torch.autocast(q.device.type, enabled=False):
         # Elementwise, so that no product rounds to TF32.
         token = k.float()[..., :, None] * v.float()[..., None, :]
-        state = state + token if derived else state.add_(token)
+        own = state if state_indices is None else state.index_select(0, state_indices)
+        decay = None if decay_slopes is None else torch.exp(-decay_slopes)[..., None, None]
+        if derived:
+            state = own = (own if decay is None else own * decay) + token
+        else:
+            own = (own if decay is None else own.mul_(decay)).add_(token)
+            if state_indices is not None:
+                state.index_copy_(0, state_indices.long(), own)
         queries = q.float().unflatten(1, (k.shape[1], -1))
-        out = (queries[..., None] * state[:, :, None]).sum(-2) * scale
-        return _rounded(out.flatten(1, 2), q.dtype), state
+        out = (queries[..., None] * own[:, :, None]).sum(-2) * call.options.softmax_scale
+        out = out.flatten(1, 2) * call.options.factor
+        if call.row_factors is not None:
+            out = out * call.row_factors[:, None, None]
+        return _rounded(out, q.dtype), state
 
 
 def _wants_gradient(*tensors: Optional[torch.Tensor]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _derivable_piece(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: Optional[torch.Tensor], scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    length = q.shape[1]
-    options = checks.options(
-        q.shape[-1], length, length, 0.0, scale, True, (-1, -1), 0.0, False, False, "identity", 0.0, None
-    )
-    out = ops.attend(Call(q, k, v, *(None,) * (TENSORS - 3), options), "linear").out
-    wide = torch.promote_types(q.dtype, torch.float32)
+def _no_gradient_in_place(state_indices: Optional[torch.Tensor]) -> None:
+    if state_indices is not None:
+        raise ValueError(
+            "state_indices: these states are written in place and have no gradient: call this under "
+            "torch.no_grad(), or pass state[state_indices] as the state"
+        )
+
+
+def _form(call: Call) -> Form:
+    o, slopes = call.options, call.decay_slopes
+    return Form(
+        o.softmax_scale, causal=True, factor=o.factor, row_factors=kind_of_factors(call),
+        decay=None if slopes is None else tuple(slopes.shape),
+    )  # fmt: skip
+
+
+def _derivable_piece(call: Call, state: Optional[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v, slopes = *call.tensors[:3], call.decay_slopes
+    form, given = _form(call), Given(call.row_factors, slopes)
+    if slopes is not None:  # the public functions have a slope for each query head
+        slopes = slopes.repeat_interleave(q.shape[-2] // k.shape[-2], dim=-1)
+    out = ops.attend(call._replace(decay_slopes=slopes), "linear").out
     with torch.autocast(q.device.type, enabled=False):
-        if state is not None:
-            queries = q.to(wide).unflatten(2, (k.shape[2], -1))
-            before = torch.einsum("bthgd,bhde->bthge", queries, state.to(wide)).flatten(2, 3)
-            out = _rounded(out.to(wide) + before * scale, q.dtype)
-        grown = torch.einsum("bthd,bthe->bhde", k.to(wide), v.to(wide)).float()
-        return out, grown if state is None else state + grown
+        if not call.varlen:
+            before, after = _across(q, k, v, state, form, given)
+            return _with_before(out, before), after
+        starts, states = call.cu_seqlens_q.tolist(), []
+        outs = [out[: starts[0]]]
+        for b, (start, stop) in enumerate(zip(starts, starts[1:])):
+            own = slice(start, stop)
+            earlier = None if state is None else state[b : b + 1]
+            before, after = _across(*(x[None, own] for x in (q, k, v)), earlier, form,
+                                    given.of_sequence(form, b, own))  # fmt: skip
+            outs.append(_with_before(out[None, own], before)[0])
+            states.append(after)
+        if not states:
+            return out, q.new_zeros(0, k.shape[-2], q.shape[-1], v.shape[-1], dtype=torch.float32)
+        return torch.cat([*outs, out[starts[-1] :]]), torch.cat(states)
+
+
+def _across(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: Optional[torch.Tensor], form: Form, given: Given
+) -> tuple[Optional[torch.Tensor], torch.Tensor]:
+    """Return what the outputs of dense pieces get from the state before them, in the compute dtype (None
+    without one), and the state after them.
+    """
+    wide, (factors, slopes) = torch.promote_types(q.dtype, torch.float32), given
+    keys, from_state, kept, before = k.to(wide), 1.0, 1.0, None
+    if slopes is not None:
+        slopes, at = (
+            slopes.to(wide)[..., None, :, None],
+            torch.arange(q.shape[1], device=q.device)[:, None, None],
+        )
+        from_state = torch.exp(-slopes * (at + 1))[..., None]
+        keys = keys * torch.exp(-slopes * (q.shape[1] - 1 - at))
+        kept = torch.exp(-slopes * q.shape[1]).transpose(-3, -2).float()
+    if state is not None:
+        queries = q.to(wide).unflatten(2, (k.shape[2], -1))
+        before = torch.einsum("bthgd,bhde->bthge", queries, state.to(wide)) * from_state
+        before = before.flatten(2, 3) * (form.softmax_scale * form.factor)
+        if factors is not None:
+            before = (
+                before * (factors if form.row_factors == ROW else factors[:, None]).to(wide)[..., None, None]
+            )
+    grown = torch.einsum("bthd,bthe->bhde", keys, v.to(wide)).float()
+    return before, grown if state is None else state * kept + grown
+
+
+def _with_before(out: torch.Tensor, before: Optional[torch.Tensor]) -> torch.Tensor:
+    return out if before is None else _rounded(out.to(before.dtype) + before, out.dtype)
 
 
 def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -112,15 +207,8 @@ def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (saturate_(x.detach().clone(), dtype) + (x - x.detach())).to(dtype)
 
 
-def _checked(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    state: Optional[torch.Tensor],
-    axes: tuple[str, str, str],
-    softmax_scale: Optional[float],
-) -> float:
-    scale = checks.state(q, k, v, state, axes, softmax_scale)
+def _checked(q: torch.Tensor, *arguments: Any) -> Call:
+    call = checks.state(q, *arguments)
     if q.device.type == "cuda" and not primitive.has_kernels(q):
         raise TypeError(f"q has dtype {q.dtype}: on CUDA give float16 or bfloat16, with triton installed")
-    return scale
+    return call
