@@ -585,6 +585,29 @@ def test_state_with_a_decay(kernels, lengths, shape):
         assert error <= torch.finfo(torch.float16).eps * size, f"off by {error:.3g} of {size:.3g}"
 
 
+@pytest.mark.parametrize("d, d_v", [(16, 16), (40, 24)])
+@pytest.mark.parametrize("decay", [None, (2,), (3, 2)], ids=str)
+@pytest.mark.parametrize("by_slot", [False, True])
+def test_step(kernels, d, d_v, decay, by_slot):
+    """A token enters the states in place, those of a pool by slot, and grouped queries attend."""
+    from flash_attn.linear import linear_attention_step
+
+    q, k, v = (draw(3, n, width, seed=n, dtype=torch.float16) for n, width in ((4, d), (2, d), (2, d_v)))
+    pool = torch.randn(5, 2, d_v, d, generator=torch.Generator().manual_seed(5)).to(DEVICE).mT  # any strides
+    slots = torch.tensor([4, 0, 1], dtype=torch.int32, device=DEVICE) if by_slot else None
+    given = Given(checks.factors(q, 3), None if decay is None else decaying(*decay).decay_slopes)
+    right = pool.cpu().clone() if by_slot else pool[:3].cpu().clone()
+    expected, _ = linear_attention_step(
+        *(x.cpu() for x in (q, k, v)), right, 0.3, normalization=given.row_factors.cpu(),
+        decay_slopes=None if decay is None else given.decay_slopes.cpu(),
+        state_indices=None if slots is None else slots.cpu(),
+    )  # fmt: skip
+    own = pool if by_slot else pool[:3]
+    out = kernels.step(q, k, v, own, 0.3, given, slots)
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(own.cpu(), right, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("limit", [101376, 166912, 232448], ids=["99 KiB", "163 KiB", "227 KiB"])
 def test_tunings_fit_the_shared_memory(kernels, limit):
     """Tunings fit compute capability 8.9, 8.0 and 9.0. The largest limit needs no change of the table."""

@@ -305,6 +305,18 @@ def test_packed_pieces_equal_those_alone(device, derived):
     assert torch.equal(after[1], state[1])
 
 
+@pytest.mark.slow
+def test_a_gentle_decay_does_not_round_the_same_way_each_step(device):
+    """Tokens of 0 leave a state to its decay, over 20,000 steps."""
+    slopes = torch.tensor([2e-5, 3e-5, 5e-5, 1e-4], device=device)
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    x, state = torch.zeros(1, 4, 1, dtype=dtype, device=device), torch.ones(1, 4, 1, 1, device=device)
+    for _ in range(20_000):
+        linear_attention_step(x, x, x, state, decay_slopes=slopes)
+    expected = torch.exp(-slopes.double() * 20_000)[None, :, None, None]
+    torch.testing.assert_close(state.double(), expected, rtol=3e-5, atol=0)
+
+
 @pytest.mark.parametrize("ids", [torch.int32, torch.int64], ids=str)
 def test_states_by_slot(device, ids):
     """Sequences write the states that they name in place, and no other."""

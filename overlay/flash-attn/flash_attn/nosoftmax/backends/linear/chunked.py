@@ -81,6 +81,14 @@ def attend(
         return out, state.view(shape)
 
 
+def decay_of(exponents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (factor, loss), with which x * factor + x * factor * loss is x * exp(exponents), and gentle
+    decays do not round the same way each time.
+    """
+    gentle = exponents > _GENTLE
+    return torch.where(gentle, 1.0, exponents.exp()), torch.where(gentle, exponents.expm1(), 0.0)
+
+
 class _Chunks:
     """Cuts rows and keys at the same positions (see Form). A span is a range of positions.
 
@@ -144,10 +152,8 @@ class _Chunks:
 
     def pass_over(self, state: torch.Tensor, length: int) -> None:
         """Decay the state by a number of positions, in place."""
-        exponents = self._exponents[:, :, None] * length
-        gentle = exponents > _GENTLE
-        state.mul_(torch.where(gentle, 1.0, exponents.exp()))
-        state.addcmul_(state, torch.where(gentle, exponents.expm1(), 0.0))
+        factor, loss = decay_of(self._exponents[:, :, None] * length)
+        state.mul_(factor).addcmul_(state, loss)
 
     def _from_state(self, span: range, backwards: bool) -> torch.Tensor:
         """Return the decay of each of the span's rows, in the order of `_cut`, from the position of the

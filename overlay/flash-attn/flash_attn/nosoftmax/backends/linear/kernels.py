@@ -502,6 +502,47 @@ def _walk(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["heads"])
+def _token(
+    q, k, v, state, out, factors, slopes, slots, heads, scale, stride_s, stride_qb, stride_qh, stride_kb,
+    stride_kh, stride_vb, stride_vh, stride_ss, stride_sh, stride_sd, stride_sv,
+    D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
+    HAS_FACTORS: tl.constexpr, DECAY: tl.constexpr, HAS_SLOTS: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """Add one token to BLOCK_V columns of the state of one key head, in place, and attend with the GROUP
+    queries that share it. All in float32: the time is that of reading and writing the state.
+
+    Grid: (tiles of columns, nheads_k, batch). factors: one for each sequence. slots: the state of each.
+    """
+    dtype: tl.constexpr = q.dtype.element_ty
+    tile, head, b = _place((D_V + BLOCK_V - 1) // BLOCK_V, heads, FLAT)
+    b = b.to(tl.int64)
+    channels, channels_v = tl.arange(0, BLOCK_D), tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside, inside_v = channels < D, channels_v < D_V
+    slot = tl.load(slots + b).to(tl.int64) if HAS_SLOTS else b
+    place = state + slot * stride_ss + head.to(tl.int64) * stride_sh
+    place = place + channels[:, None] * stride_sd + channels_v[None, :] * stride_sv
+    both = inside[:, None] & inside_v[None, :]
+    own = tl.load(place, mask=both, other=0.0)
+    if DECAY:
+        own = _decayed(own, -tl.load(slopes + b * stride_s + head))
+    key = tl.load(k + b * stride_kb + head.to(tl.int64) * stride_kh + channels, mask=inside, other=0.0)
+    value = tl.load(v + b * stride_vb + head.to(tl.int64) * stride_vh + channels_v, mask=inside_v, other=0.0)
+    own += key.to(tl.float32)[:, None] * value.to(tl.float32)[None, :]
+    tl.store(place, own, mask=both)
+    if HAS_FACTORS:
+        scale *= tl.load(factors + b)
+    for g in range(GROUP):
+        query_head = (head * GROUP + g).to(tl.int64)
+        query = tl.load(q + b * stride_qb + query_head * stride_qh + channels, mask=inside, other=0.0)
+        result = tl.sum(query.to(tl.float32)[:, None] * own, axis=0) * scale
+        tl.store(
+            out + (b * heads * GROUP + query_head) * D_V + channels_v,
+            _saturate(result, dtype, True).to(dtype),
+            mask=inside_v,
+        )
+
+
 def _normalization(form: Form) -> int:
     """Return the code that `_walk` takes. Where every query sees all keys, "1/visible" is "1/n"."""
     name = "1/n" if form.normalization == "1/visible" and not form.weighs_positions else form.normalization
@@ -964,3 +1005,42 @@ def gradients(
         states = find_back_states(q, dout, back, given)
         dk = find_dk(v, dout, q, states, back, given)
         return dq, dk, find_dv(k, q, dout, states, back, given)
+
+
+# The entries of a tile of the state in `_token`.
+_TOKEN_TILE = 4096
+
+
+@lru_cache(_MOST_PLANS)
+def _token_plan(
+    q: _Layout, k: _Layout, v: _Layout, state: tuple, scale: float, factors: bool, decay: Optional[tuple],
+    slots: bool,
+) -> _Launch:  # fmt: skip
+    (batch, nheads, d), (heads, d_v) = q.shape, v.shape[1:]
+    block_d = _block(d)
+    block_v = min(_block(d_v), max(_TOKEN_TILE // block_d, 16))
+    tiles, flat = _ceil_div(d_v, block_v), max(heads, batch) > _MOST_PLACES
+    stride_of_slopes = heads if decay is not None and len(decay) == 2 else 0
+    return _Launch(
+        _token, (tiles * heads * batch, 1, 1) if flat else (tiles, heads, batch),
+        (heads, scale, stride_of_slopes, *q.strides[:2], *k.strides[:2], *v.strides[:2], *state),
+        (d, d_v, block_d, block_v, nheads // heads, factors, decay is not None, slots, flat), num_warps=4,
+    )  # fmt: skip
+
+
+def step(q, k, v, state, scale, given=NOTHING, slots=None) -> torch.Tensor:
+    """Add one token to each state, in place, and attend: see state.linear_attention_step. scale:
+    softmax_scale times a factor that all rows share. slots: the states of the sequences, or None. Returns
+    out.
+    """
+    (q, like_q), (k, like_k), (v, like_v) = _laid_out(q), _laid_out(k), _laid_out(v)
+    out, given = q.new_empty(*q.shape[:-1], v.shape[-1]), _contiguous(given)
+    if out.shape[0] == 0:
+        return out
+    decay = None if given.decay_slopes is None else tuple(given.decay_slopes.shape)
+    launch = _token_plan(
+        like_q, like_k, like_v, state.stride(), scale, given.row_factors is not None, decay, slots is not None
+    )
+    with torch.cuda.device_of(q):
+        launch(q, k, v, state, out, *given, slots)
+    return out

@@ -19,10 +19,11 @@ def has_kernels(x: torch.Tensor) -> bool:
 
 
 @cache
-def _kernels() -> ModuleType:
-    from . import kernels
+def kernels() -> ModuleType:
+    """Return the module of the Triton kernels, which is imported at the first call that it runs."""
+    from . import kernels as module
 
-    return kernels
+    return module
 
 
 def attend(
@@ -42,7 +43,7 @@ def attend(
     Returns out, as q with v's last dimension. Rows of out that belong to no sequence are 0.
     """
     if has_kernels(q):
-        return _kernels().attend(q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given)
+        return kernels().attend(q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given)
     if cu_seqlens_q is None:
         return chunked.attend(q, k, v, form, given=given)[0]
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
@@ -68,7 +69,7 @@ def attend_with_state(
     form mentions, with slopes of key heads. Returns out and the float32 states after the pieces.
     """
     if has_kernels(q):
-        return _kernels().attend_with_state(q, k, v, form, state, cu_seqlens, given)
+        return kernels().attend_with_state(q, k, v, form, state, cu_seqlens, given)
     if cu_seqlens is None:
         out, state = chunked.attend(q, k, v, form, state, given)
         return out, state.float()
@@ -97,7 +98,7 @@ def gradients(
     """Compute dq, dk and dv of `attend`, as the forms F(dO, V, K; M), F(V, dO, Q; Mt) and F(K, Q, dO; Mt)."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if has_kernels(q):
-        return _kernels().gradients(dout, q, k, v, form, *lengths, given)
+        return kernels().gradients(dout, q, k, v, form, *lengths, given)
     swapped = (cu_seqlens_k, cu_seqlens_q, max_seqlen_k, max_seqlen_q)
     return (
         attend(dout, v, k, form.of_dq(), *lengths, given),

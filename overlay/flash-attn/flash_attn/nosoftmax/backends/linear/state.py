@@ -19,6 +19,7 @@ from ... import checks, ops
 from ...call import Call
 from ...score import saturate_
 from . import primitive
+from .chunked import decay_of
 from .form import ROW, Form, Given, kind_of_factors
 
 _PIECE = (
@@ -105,19 +106,24 @@ def linear_attention_step(
     if derived:
         _no_gradient_in_place(state_indices)
     with torch.set_grad_enabled(derived), torch.autocast(q.device.type, enabled=False):
+        scale = call.options.softmax_scale * call.options.factor
+        if not derived and primitive.has_kernels(q):
+            given = Given(call.row_factors, decay_slopes)
+            return primitive.kernels().step(q, k, v, state, scale, given, state_indices), state
         # Elementwise, so that no product rounds to TF32.
         token = k.float()[..., :, None] * v.float()[..., None, :]
         own = state if state_indices is None else state.index_select(0, state_indices)
-        decay = None if decay_slopes is None else torch.exp(-decay_slopes)[..., None, None]
         if derived:
-            state = own = (own if decay is None else own * decay) + token
+            state = own = (own if decay_slopes is None else _decayed(own, -decay_slopes)) + token
         else:
-            own = (own if decay is None else own.mul_(decay)).add_(token)
+            if decay_slopes is not None:
+                factor, loss = decay_of(-decay_slopes[..., None, None])
+                own.mul_(factor).addcmul_(own, loss)
+            own.add_(token)
             if state_indices is not None:
                 state.index_copy_(0, state_indices.long(), own)
         queries = q.float().unflatten(1, (k.shape[1], -1))
-        out = (queries[..., None] * own[:, :, None]).sum(-2) * call.options.softmax_scale
-        out = out.flatten(1, 2) * call.options.factor
+        out = ((queries[..., None] * own[:, :, None]).sum(-2) * scale).flatten(1, 2)
         if call.row_factors is not None:
             out = out * call.row_factors[:, None, None]
         return _rounded(out, q.dtype), state
@@ -174,7 +180,7 @@ def _across(
     without one), and the state after them.
     """
     wide, (factors, slopes) = torch.promote_types(q.dtype, torch.float32), given
-    keys, from_state, kept, before = k.to(wide), 1.0, 1.0, None
+    keys, from_state, before = k.to(wide), 1.0, None
     if slopes is not None:
         slopes, at = (
             slopes.to(wide)[..., None, :, None],
@@ -182,7 +188,6 @@ def _across(
         )
         from_state = torch.exp(-slopes * (at + 1))[..., None]
         keys = keys * torch.exp(-slopes * (q.shape[1] - 1 - at))
-        kept = torch.exp(-slopes * q.shape[1]).transpose(-3, -2).float()
     if state is not None:
         queries = q.to(wide).unflatten(2, (k.shape[2], -1))
         before = torch.einsum("bthgd,bhde->bthge", queries, state.to(wide)) * from_state
@@ -192,7 +197,18 @@ def _across(
                 before * (factors if form.row_factors == ROW else factors[:, None]).to(wide)[..., None, None]
             )
     grown = torch.einsum("bthd,bthe->bhde", keys, v.to(wide)).float()
-    return before, grown if state is None else state * kept + grown
+    if state is None:
+        return before, grown
+    return before, (
+        state if given.decay_slopes is None else _decayed(state, -given.decay_slopes * q.shape[1])
+    ) + grown
+
+
+def _decayed(state: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """Return the state of each key head times exp(exponents), (nheads_k,) or (batch, nheads_k)."""
+    factor, loss = decay_of(exponents[..., None, None])
+    state = state * factor
+    return state + state * loss
 
 
 def _with_before(out: torch.Tensor, before: Optional[torch.Tensor]) -> torch.Tensor:
