@@ -603,7 +603,9 @@ def test_step(kernels, d, d_v, decay, by_slot):
         state_indices=None if slots is None else slots.cpu(),
     )  # fmt: skip
     own = pool if by_slot else pool[:3]
+    version = own._version
     out = kernels.step(q, k, v, own, 0.3, given, slots)
+    assert own._version > version, "autograd does not notice that the states changed"
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(own.cpu(), right, rtol=1e-6, atol=1e-6)
 

@@ -1007,6 +1007,7 @@ def gradients(
         return dq, dk, find_dv(k, q, dout, states, back, given)
 
 
+_INCREMENT_VERSION = getattr(torch.autograd.graph, "increment_version", None)  # not in every torch
 # The entries of a tile of the state in `_token`.
 _TOKEN_TILE = 4096
 
@@ -1043,4 +1044,6 @@ def step(q, k, v, state, scale, given=NOTHING, slots=None) -> torch.Tensor:
     )
     with torch.cuda.device_of(q):
         launch(q, k, v, state, out, *given, slots)
+    if _INCREMENT_VERSION is not None:  # as an operator in place does, so that autograd notices the change
+        _INCREMENT_VERSION(state)
     return out

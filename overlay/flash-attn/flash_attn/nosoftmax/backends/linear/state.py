@@ -114,7 +114,7 @@ def linear_attention_step(
         token = k.float()[..., :, None] * v.float()[..., None, :]
         own = state if state_indices is None else state.index_select(0, state_indices)
         if derived:
-            state = own = (own if decay_slopes is None else _decayed(own, -decay_slopes)) + token
+            state = own = _decayed(own, decay_slopes, 1) + token
         else:
             if decay_slopes is not None:
                 factor, loss = decay_of(-decay_slopes[..., None, None])
@@ -182,10 +182,8 @@ def _across(
     wide, (factors, slopes) = torch.promote_types(q.dtype, torch.float32), given
     keys, from_state, before = k.to(wide), 1.0, None
     if slopes is not None:
-        slopes, at = (
-            slopes.to(wide)[..., None, :, None],
-            torch.arange(q.shape[1], device=q.device)[:, None, None],
-        )
+        slopes = slopes.to(wide)[..., None, :, None]
+        at = torch.arange(q.shape[1], device=q.device)[:, None, None]
         from_state = torch.exp(-slopes * (at + 1))[..., None]
         keys = keys * torch.exp(-slopes * (q.shape[1] - 1 - at))
     if state is not None:
@@ -193,20 +191,17 @@ def _across(
         before = torch.einsum("bthgd,bhde->bthge", queries, state.to(wide)) * from_state
         before = before.flatten(2, 3) * (form.softmax_scale * form.factor)
         if factors is not None:
-            before = (
-                before * (factors if form.row_factors == ROW else factors[:, None]).to(wide)[..., None, None]
-            )
+            factors = factors if form.row_factors == ROW else factors[:, None]
+            before = before * factors.to(wide)[..., None, None]
     grown = torch.einsum("bthd,bthe->bhde", keys, v.to(wide)).float()
-    if state is None:
-        return before, grown
-    return before, (
-        state if given.decay_slopes is None else _decayed(state, -given.decay_slopes * q.shape[1])
-    ) + grown
+    return before, grown if state is None else _decayed(state, given.decay_slopes, q.shape[1]) + grown
 
 
-def _decayed(state: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
-    """Return the state of each key head times exp(exponents), (nheads_k,) or (batch, nheads_k)."""
-    factor, loss = decay_of(exponents[..., None, None])
+def _decayed(state: torch.Tensor, slopes: Optional[torch.Tensor], tokens: int) -> torch.Tensor:
+    """Return the state after a number of tokens that add nothing."""
+    if slopes is None:
+        return state
+    factor, loss = decay_of(-slopes[..., None, None] * tokens)
     state = state * factor
     return state + state * loss
 
