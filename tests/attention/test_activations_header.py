@@ -21,12 +21,12 @@ NAMES = ("identity", "relu", "relu2", "sigmoid", "silu", "gelu", "softplus")
 PROGRAM = """
 #include "activations.h"
 using namespace flash;
-extern "C" void evaluate(int activation, float scale, float bias, int n, const float *x, float *value,
+extern "C" void evaluate(int activation, float scale, float bias, int n, const float *x, float *value, float *both,
                          float *derivative) {
     with_activation<false>(Activation(activation), scale, bias, [&](const auto f) {
         for (int i = 0; i < n; ++i) {
             value[i] = f.value(x[i]);
-            derivative[i] = f.derivative(x[i]);
+            both[i] = f.value(x[i], derivative[i]);
         }
     });
 }
@@ -52,8 +52,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def evaluate(library, activation: str, x: torch.Tensor, scale: float = 1.0, bias: float = 0.0) -> tuple:
-    """Return f(scale * x) and f'."""
-    results = [torch.full_like(x, torch.nan) for _ in range(2)]
+    """Return f(scale * x) twice, as both functions of the functor compute it, and f'."""
+    results = [torch.full_like(x, torch.nan) for _ in range(3)]
     library.evaluate(
         NAMES.index(activation), ctypes.c_float(scale), ctypes.c_float(bias), len(x),
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, *results)),
@@ -75,7 +75,8 @@ def test_values_and_derivatives(library, activation, scale, bias):
     s = (x.double() * scale).requires_grad_()
     expected = FUNCTIONS[activation](s, bias)
     (slope,) = torch.autograd.grad(expected.sum(), s)
-    value, derivative = evaluate(library, activation, x, scale, bias)
+    value, both, derivative = evaluate(library, activation, x, scale, bias)
+    assert torch.equal(value, both)
     kink = (s.detach() == 0) & (activation == "relu")
     for name, actual, e, floor in (
         ("f", value, expected.detach(), 1e-7 * (1 + s.detach().abs())),
@@ -91,7 +92,7 @@ def test_tails(library, activation):
     x = torch.linspace(-12.0, -4.0, 801)
     bias = -3.0 if activation == "sigmoid" else 0.0
     expected = FUNCTIONS[activation](x.double(), bias)
-    value, _ = evaluate(library, activation, x, bias=bias)
+    value, _, _ = evaluate(library, activation, x, bias=bias)
     assert ((value.double() / expected - 1).abs() < 2.0**-10).all()
 
 
@@ -100,7 +101,7 @@ def test_non_finite_scores_show(library, activation):
     """NaN makes f and f' NaN. Inf makes f Inf or NaN, or its limit. Large numbers do neither."""
     nan, inf, large = torch.tensor([torch.nan]), torch.tensor([torch.inf]), torch.tensor([2.5e20])
     assert all(x.isnan() for x in evaluate(library, activation, nan))
-    value, _ = evaluate(library, activation, inf)
+    value, _, _ = evaluate(library, activation, inf)
     assert value.item() == 1.0 if activation == "sigmoid" else not value.isfinite()
     for bias in (0.0, -5.0) if activation == "sigmoid" else (0.0,):
         assert all(x.isfinite() for x in evaluate(library, activation, large, bias=bias))

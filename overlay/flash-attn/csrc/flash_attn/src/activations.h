@@ -47,7 +47,7 @@ inline constexpr float kMaxRelu2Score = 1099511627776.f;  // 2^40: score.py, "Fi
 // Below this bias, sigmoid is too small for (1 + tanh) / 2: tanh.approx has an error of 2^-11 near 1.
 inline constexpr float kMinBiasForTanh = -2.f;
 
-// A functor has value(x), f(s), and derivative(x), f'(s). kIsLong: code for each of a thread's many
+// A functor has value(x), and value(x, derivative), which also sets f'(s). kIsLong: code for each of a thread's many
 // scores is not worth its size. NaN gives NaN in both. An infinite score gives
 // Inf or NaN, unless f maps it to a finite number.
 
@@ -57,7 +57,11 @@ struct PlainRelu {
 
     NOSOFTMAX_DEVICE float value(const float x) const { return machine::max(x, 0.f); }
 
-    NOSOFTMAX_DEVICE float derivative(const float x) const { return x > 0.f ? 1.f : value(x); }  // 0, NaN for NaN
+    NOSOFTMAX_DEVICE float value(const float x, float &derivative) const {
+        const float p = value(x);
+        derivative = p > 0.f ? 1.f : p;  // p is 0 or NaN there
+        return p;
+    }
 };
 
 struct Relu {
@@ -66,9 +70,8 @@ struct Relu {
 
     NOSOFTMAX_DEVICE float value(const float x) const { return machine::max(scale * x, 0.f); }
 
-    NOSOFTMAX_DEVICE float derivative(const float x) const {
-        const float p = value(x);
-        return p > 0.f ? 1.f : p;  // p is 0 or NaN there
+    NOSOFTMAX_DEVICE float value(const float x, float &derivative) const {
+        return PlainRelu{}.value(scale * x, derivative);
     }
 };
 
@@ -82,7 +85,10 @@ struct Relu2 {
         return machine::fma(s, 0.f, r * r);
     }
 
-    NOSOFTMAX_DEVICE float derivative(const float x) const { return 2.f * machine::max(scale * x, 0.f); }
+    NOSOFTMAX_DEVICE float value(const float x, float &derivative) const {
+        derivative = 2.f * machine::max(scale * x, 0.f);
+        return value(x);
+    }
 };
 
 // sigmoid(s + bias) = 1/2 + 1/2 tanh((s + bias) / 2)
@@ -94,9 +100,10 @@ struct SigmoidByTanh {
         return machine::fma(0.5f, machine::tanh(machine::fma(x, half_scale, half_bias)), 0.5f);
     }
 
-    NOSOFTMAX_DEVICE float derivative(const float x) const {
+    NOSOFTMAX_DEVICE float value(const float x, float &derivative) const {
         const float t = machine::tanh(machine::fma(x, half_scale, half_bias));
-        return machine::fma(-0.25f * t, t, 0.25f);
+        derivative = machine::fma(-0.25f * t, t, 0.25f);
+        return machine::fma(0.5f, t, 0.5f);
     }
 };
 
@@ -110,9 +117,10 @@ struct SigmoidByExp2 {
     }
 
     // sigmoid(y) sigmoid(-y), because p - p^2 would lose its digits where p is about 1. The limit avoids Inf * 0.
-    NOSOFTMAX_DEVICE float derivative(const float x) const {
+    NOSOFTMAX_DEVICE float value(const float x, float &derivative) const {
         const float e = machine::exp2(machine::fma(x, minus_scale, minus_bias)), p = machine::rcp(1.f + e);
-        return fminf(e, 1.2676506e30f) * p * p;
+        derivative = fminf(e, 1.2676506e30f) * p * p;
+        return p;
     }
 };
 
@@ -126,9 +134,10 @@ struct Silu {
         return machine::fma(y, machine::tanh(y), y);
     }
 
-    NOSOFTMAX_DEVICE float derivative(const float x) const {
+    NOSOFTMAX_DEVICE float value(const float x, float &derivative) const {
         const float y = x * half_scale, t = machine::tanh(y);
-        return 0.5f * machine::fma(y, machine::fma(-t, t, 1.f), 1.f + t);
+        derivative = 0.5f * machine::fma(y, machine::fma(-t, t, 1.f), 1.f + t);
+        return machine::fma(y, t, y);
     }
 };
 
@@ -143,10 +152,11 @@ struct Gelu {
         return machine::fma(-fabsf(s), tail(s, density), machine::max(s, 0.f));
     }
 
-    NOSOFTMAX_DEVICE float derivative(const float x) const {
+    NOSOFTMAX_DEVICE float value(const float x, float &derivative) const {
         float density;
         const float s = scale * x, h = tail(s, density);
-        return machine::fma(density * 0.3989422804f, s, s > 0.f ? 1.f - h : h);
+        derivative = machine::fma(density * 0.3989422804f, s, s > 0.f ? 1.f - h : h);
+        return machine::fma(-fabsf(s), h, machine::max(s, 0.f));
     }
 
 private:
@@ -170,18 +180,25 @@ struct Softplus {
     const float scale;
 
     NOSOFTMAX_DEVICE float value(const float x) const {
-        const float s = scale * x, e = machine::exp2(fabsf(s) * -kLog2E);
+        const float s = scale * x;
+        return sum(s, machine::exp2(fabsf(s) * -kLog2E));
+    }
+
+    NOSOFTMAX_DEVICE float value(const float x, float &derivative) const {
+        const float s = scale * x, e = machine::exp2(fabsf(s) * -kLog2E), p = machine::rcp(1.f + e);
+        derivative = s > 0.f ? p : e * p;
+        return sum(s, e);
+    }
+
+private:
+
+    static NOSOFTMAX_DEVICE float sum(const float s, const float e) {
         float p = 0.0413473179f;
         p = machine::fma(p, e, -0.1574272832f);
         p = machine::fma(p, e, 0.3063010184f);
         p = machine::fma(p, e, -0.4969778394f);
         p = machine::fma(p, e, 0.9999432813f);
         return machine::fma(e, p, machine::max(s, 0.f));
-    }
-
-    NOSOFTMAX_DEVICE float derivative(const float x) const {
-        const float s = scale * x, e = machine::exp2(fabsf(s) * -kLog2E), p = machine::rcp(1.f + e);
-        return s > 0.f ? p : e * p;
     }
 };
 

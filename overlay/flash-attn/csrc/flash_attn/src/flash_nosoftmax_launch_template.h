@@ -134,19 +134,19 @@ template <bool Is_dropout> struct FwdTile<256, Is_dropout> {
     static constexpr int kM = 64, kN = 64, kWarps = 4;
 };
 
-template <typename T, int Headdim, bool Is_dropout, bool Any_scale=false, bool Identity=false>
+template <typename T, int Headdim, bool Is_dropout, Variant variant>
 using FwdTraits = NoSoftmaxTraits<Flash_fwd_kernel_traits<
     Headdim, FwdTile<Headdim, Is_dropout>::kM, FwdTile<Headdim, Is_dropout>::kN, FwdTile<Headdim, Is_dropout>::kWarps,
-    /*Is_Q_in_regs=*/false, /*Share_Q_K_smem=*/false, T>, Any_scale, Identity>;
+    /*Is_Q_in_regs=*/false, /*Share_Q_K_smem=*/false, T>, variant>;
 
 template <typename Kernel_traits>
 dim3 fwd_grid(const FwdParams &params) {
     return grid_of(cute::ceil_div(params.seqlen_q, Kernel_traits::kBlockM), params.b, params.h);
 }
 
-template<typename T, int Headdim, bool Is_dropout, bool Has_alibi, bool Is_softcap, bool Identity=false>
+template<typename T, int Headdim, bool Is_dropout, bool Has_alibi, bool Is_softcap, Variant variant>
 void run_special_fwd(const FwdParams &params, cudaStream_t stream) {
-    using Traits = FwdTraits<T, Headdim, Is_dropout, /*Any_scale=*/false, Identity>;
+    using Traits = FwdTraits<T, Headdim, Is_dropout, variant>;
     // As upstream, head sizes above 128 have one kernel for full and ragged tiles.
     constexpr bool Has_even_MN = Headdim <= 128 && !Is_dropout && !Has_alibi && !Is_softcap;
     const bool is_even_MN = Has_even_MN && !is_varlen(params) && params.seqlen_k % Traits::kBlockN == 0
@@ -167,7 +167,7 @@ void run_special_fwd(const FwdParams &params, cudaStream_t stream) {
 
 template<typename T, int Headdim, bool Is_dropout, bool Is_softcap>
 void run_general_fwd(const FwdParams &params, cudaStream_t stream) {
-    using Traits = FwdTraits<T, Headdim, Is_dropout, /*Any_scale=*/true>;
+    using Traits = FwdTraits<T, Headdim, Is_dropout, Variant::general>;
     BOOL_SWITCH(is_windowed(params), Is_local, [&] {
         auto kernel = &flash_nosoftmax_fwd_kernel<Traits, Is_dropout, /*Is_causal=*/false, Is_local, kBuildAlibi,
                                                   /*Is_even_MN=*/false, /*Is_even_K=*/false, Is_softcap>;
@@ -225,10 +225,11 @@ void run_mha_fwd_nosoftmax(const FwdParams &params, cudaStream_t stream) {
             if (!is_special_call) { return run_general_fwd<T, Headdim, Is_dropout, Is_softcap>(params, stream); }
             ALIBI_SWITCH(params.alibi_slopes_ptr != nullptr, Has_alibi, [&] {
                 constexpr bool Is_alibi = Has_alibi && !Is_dropout && !Is_softcap;
-                // A choice of activation in the tile costs the identity a tenth of its speed.
-                constexpr bool Has_identity = !Is_alibi && !Is_dropout && !Is_softcap;
-                BOOL_SWITCH(params.score.activation == Activation::identity, Identity, [&] {
-                    run_special_fwd<T, Headdim, Is_dropout, Is_alibi, Is_softcap, Identity && Has_identity>(params, stream);
+                constexpr bool Has_options = Is_alibi || Is_dropout || Is_softcap;
+                BOOL_SWITCH(params.score.activation == Activation::identity, Is_identity, [&] {
+                    constexpr Variant variant = Has_options ? Variant::options
+                        : Is_identity ? Variant::identity : Variant::plain;
+                    run_special_fwd<T, Headdim, Is_dropout, Is_alibi, Is_softcap, variant>(params, stream);
                 });
             });
         });
@@ -282,7 +283,7 @@ void run_mha_fwd_splitkv_nosoftmax(const FwdParams &params, cudaStream_t stream)
     // The tile has to match set_params_splitkv.
     constexpr int kBlockM = 64, kBlockN = Headdim <= 64 ? 256 : (Headdim <= 128 ? 128 : 64);
     using Traits = NoSoftmaxTraits<Flash_fwd_kernel_traits<Headdim, kBlockM, kBlockN, 4, false, false, T>,
-                                   /*Any_scale=*/true, /*Identity=*/false, /*Few_rows=*/true>;
+                                   Variant::few_rows>;
     const int num_m_block = cute::ceil_div(params.seqlen_q, kBlockM);
     BOOL_SWITCH(params.num_splits > 1, Split, [&] {
         const dim3 grid = Split ? splitkv_grid_of(num_m_block, params.num_splits, params.b, params.h)
@@ -351,7 +352,7 @@ void run_bwd(const BwdParams &params, cudaStream_t stream) {
                     launch_bwd_kernels<Traits, Dropout, /*Is_causal=*/Is_local, /*Is_local=*/false, /*Has_alibi=*/false,
                                        /*Is_even_K=*/true, Softcap>(params, stream);
                 } else {
-                    launch_bwd_kernels<NoSoftmaxTraits<Upstream_traits, /*Any_scale=*/true>, Dropout,
+                    launch_bwd_kernels<NoSoftmaxTraits<Upstream_traits, Variant::general>, Dropout,
                                        /*Is_causal=*/false, Is_local, kBuildAlibi, /*Is_even_K=*/false, Softcap>(
                         params, stream);
                 }

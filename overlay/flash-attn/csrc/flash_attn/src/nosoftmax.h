@@ -26,19 +26,29 @@ using namespace cute;
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
-// kAnyScale: in fp16 the kernel also takes scales below kLeastScale, for one more multiplication a score. Other kernels
-// round scale + 1, an error of less than 2^-16 of their scales, where fp16 keeps 2^-11 of the score.
+// The kernels, from the most to the least special.
+//
+// identity: forward, f is the identity. As a choice at run time it would be a tenth slower (docs/results/h200-score.md).
+// plain: no ALiBi, softcap or dropout in forward, in backward one of them.
+// options: one of ALiBi, softcap and dropout, in forward.
+// general: any call. few_rows: the same with split keys, where most rows of a tile may be beyond the last query.
+enum class Variant { identity, plain, options, general, few_rows };
+
 inline constexpr float kLeastScale = 1.f / 128;
 
-// kIdentity: f is the identity, not a choice at run time. kFewRows: most rows of the tile may be beyond the last query, and
-// stay as they are.
-template <typename Kernel_traits, bool Any_scale=false, bool Identity=false, bool Few_rows=false>
+template <typename Kernel_traits, Variant variant=Variant::plain>
 struct NoSoftmaxTraits : public Kernel_traits {
     using Upstream = Kernel_traits;
     static constexpr bool Is_nosoftmax = true;
-    static constexpr bool kAnyScale = Any_scale;
-    static constexpr bool kIdentity = Identity;
-    static constexpr bool kFewRows = Few_rows;
+    static constexpr bool kIdentity = variant == Variant::identity;
+    static constexpr bool kFewRows = variant == Variant::few_rows;
+    // In fp16 the kernel also takes scales below kLeastScale, for one more multiplication a score. Other kernels round
+    // scale + 1, an error of less than 2^-16 of their scales, where fp16 keeps 2^-11 of the score.
+    static constexpr bool kAnyScale = variant == Variant::general || variant == Variant::few_rows;
+    // Upstream masks the last steps of a row of tiles in an unrolled loop, and has another for those without a mask. Here
+    // the first loop, not unrolled, takes them all and asks for each tile: code for one tile instead of up to five, and up
+    // to 8 % slower.
+    static constexpr bool kTakesEveryStep = variant >= Variant::options;
 };
 
 template <typename Kernel_traits, typename = void>
@@ -54,23 +64,14 @@ template <typename Kernel_traits, bool Has_alibi>
 inline constexpr bool kScaleAtEnd = !kUseSoftmax<Kernel_traits> && !Has_alibi
     && std::is_same_v<typename Kernel_traits::Element, cutlass::bfloat16_t>;
 
-// Upstream masks the last steps of a row of tiles in an unrolled loop, and has another for those without a mask. Here the
-// first loop, not unrolled, takes them all and asks for each tile: code for one tile instead of up to five.
 inline constexpr int kEveryStep = std::numeric_limits<int>::max();
-
-#ifndef NS_MERGE_IDENTITY
-#define NS_MERGE_IDENTITY 0
-#endif
-#ifndef NS_MERGE_ANY
-#define NS_MERGE_ANY 1
-#endif
 
 template <typename Kernel_traits, typename = void>
 inline constexpr bool kTakesEveryStep = false;
 
 template <typename Kernel_traits>
 inline constexpr bool kTakesEveryStep<Kernel_traits, std::void_t<decltype(Kernel_traits::Is_nosoftmax)>> =
-    Kernel_traits::kIdentity ? NS_MERGE_IDENTITY : NS_MERGE_ANY;
+    Kernel_traits::kTakesEveryStep;
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
@@ -201,28 +202,30 @@ struct ScoreWeights {
         });
     }
 
-    // Multiplies dP by the derivative of the weights by the scaled score, and by the factors of the rows. The derivative is
-    // computed from the prepared scores only here: both at once would take more registers than a thread has.
+    // Turns scores into weights and sets their derivatives by the scaled score. Both include the factors of the rows,
+    // divided by the largest of their sequence.
     template <typename Engine0, typename Layout0, typename Engine1, typename Layout1>
-    __forceinline__ __device__ void differentiate(Tensor<Engine0, Layout0> &dS, Tensor<Engine1, Layout1> &scores,
+    __forceinline__ __device__ void differentiate(Tensor<Engine0, Layout0> &scores,
+                                                  Tensor<Engine1, Layout1> &derivatives, const int col0,
                                                   const int row0, const int row_stride) const {
+        prepare(scores, col0, row0, row_stride);
+        #pragma unroll
+        for (int i = 0; i < size(derivatives); ++i) { derivatives(i) = 1.f; }
         visit_activation([&](const auto f) {
-            in_rounds<f.kIsLong>([&](const int i) { dS(i) *= f.derivative(scores(i)); }, dS, scores);
+            in_rounds<f.kIsLong>([&](const int i) { scores(i) = f.value(scores(i), derivatives(i)); }, scores,
+                                 derivatives);
         });
-        multiply_rows(dS, row0, row_stride);
-    }
-
-    // Multiplies by the factors of the rows, divided by the largest of their sequence.
-    template <typename Engine, typename Layout>
-    __forceinline__ __device__ void multiply_rows(Tensor<Engine, Layout> &rows, const int row0,
-                                                  const int row_stride) const {
-        if (!params.score.by_row()) { return; }
-        const float largest = row_factors.largest_of_rows();
-        for_each_row(rows, row0, row_stride, [&](const int mi, const int row) {
-            const float factor = row_factors.of_row(row, largest);
-            #pragma unroll
-            for (int ni = 0; ni < size<1>(rows); ++ni) { rows(mi, ni) *= factor; }
-        });
+        if (params.score.by_row()) {
+            const float largest = row_factors.largest_of_rows();
+            for_each_row(scores, row0, row_stride, [&](const int mi, const int row) {
+                const float factor = row_factors.of_row(row, largest);
+                #pragma unroll
+                for (int ni = 0; ni < size<1>(scores); ++ni) {
+                    scores(mi, ni) *= factor;
+                    derivatives(mi, ni) *= factor;
+                }
+            });
+        }
     }
 
     // Multiplies O by everything that was left for the end. With splits, their sum gets the factors of the rows.
@@ -315,23 +318,6 @@ private:
         return std::min(seqlen_k, row + 1 + diagonal + (Is_causal ? 0 : window_size_right));
     }
 };
-
-// The weights of a tile of prepared scores in backward. With softmax they have taken the place of the scores.
-template <typename Kernel_traits, typename Engine, typename Layout, typename Weights>
-__forceinline__ __device__ auto weights_of(Tensor<Engine, Layout> &acc_s, const Weights &weights, const bool has_hidden,
-                                           const int col0, const int row0, const int row_stride) {
-    if constexpr (kUseSoftmax<Kernel_traits>) {
-        return acc_s;
-    } else {
-        Tensor acc_p = make_fragment_like(acc_s);
-        cute::copy(acc_s, acc_p);
-        Tensor p = make_tensor(acc_p.data(), FLASH_NAMESPACE::convert_layout_acc_rowcol(acc_p.layout()));
-        weights.activate(p);
-        weights.multiply_rows(p, row0, row_stride);
-        if (has_hidden) { weights.hide(p, col0, row0, row_stride); }
-        return acc_p;
-    }
-}
 
 // ALiBi's bias is in units of the score: before scaling with softmax, after scaling without.
 template <typename Kernel_traits>
