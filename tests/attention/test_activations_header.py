@@ -21,8 +21,8 @@ NAMES = ("identity", "relu", "relu2", "sigmoid", "silu", "gelu", "softplus")
 PROGRAM = """
 #include "activations.h"
 using namespace flash;
-extern "C" void evaluate(int activation, float scale, float bias, int n, const float *x, float *value, float *both,
-                         float *derivative) {
+extern "C" void evaluate(int activation, float scale, float bias, int n, const float *x, float *value,
+                         float *both, float *derivative) {
     with_activation<false>(Activation(activation), scale, bias, [&](const auto f) {
         for (int i = 0; i < n; ++i) {
             value[i] = f.value(x[i]);
