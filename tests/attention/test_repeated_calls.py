@@ -90,7 +90,8 @@ def test_what_lies_in_the_tensors_is_looked_at_again():
 
 
 def test_gradients_after_a_call_without(device):
-    tensors = qkv(None, 2, 9, 9)
+    dtype = torch.float16 if device == "cuda" else torch.float64
+    tensors = [x.to(device, dtype) for x in qkv(None, 2, 9, 9)]
     out = flash_attn_func(*tensors, **OFF)
     leaves = [x.clone().requires_grad_() for x in tensors]
     for _ in range(2):
