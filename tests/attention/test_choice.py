@@ -158,8 +158,10 @@ AMPERE = dict(capability=(8, 0))
     ("cuda", {}, IDENTITY, "fa2", {"linear": "not predicted faster", "fa4": "less than the 60 at which it "
         "overtakes the extension"}),
     ("cuda", {}, dict(IDENTITY, backend="fa4"), "fa4", {}),
-    ("cuda", {}, SILU, "fa4", {"linear": "activation='silu'"}),
-    ("cuda", {}, dict(SILU, algorithm="quadratic"), "fa4", {}),
+    ("cuda", {}, SILU, "fa2", {"linear": "activation='silu'", "fa4": "less than the 60"}),
+    ("cuda", {}, dict(SILU, algorithm="quadratic"), "fa2", {"fa4": "less than the 60"}),
+    ("cuda", dict(built_dtypes=("bf16",)), SILU, "fa4", {"linear": "activation='silu'"}),
+    ("cuda", AMPERE, SILU, "fa2", {"linear": "activation='silu'", "fa4": "compute capability 8.0"}),
     ("cuda", {}, dict(IDENTITY, algorithm="linear"), "linear", {}),
     ("cuda", {}, dict(IDENTITY, algorithm="linear", causal=True, normalization="1/visible"), "linear", {}),
     ("cuda", {}, dict(IDENTITY, backend="fa2"), "fa2", {}),
@@ -168,7 +170,7 @@ AMPERE = dict(capability=(8, 0))
     ("cuda", {}, dict(IDENTITY, dropout_p=0.1), "fa2", {"linear": "dropout_p=0.1", "fa4": "no dropout_p"}),
     ("cuda", {}, dict(IDENTITY, alibi_slopes=on_gpu(2)), "fa2", {"linear": "alibi_slopes",
         "fa4": "no alibi_slopes"}),
-    ("cuda", {}, dict(IDENTITY, activation="gelu"), "fa4", {"linear": "activation='gelu'"}),
+    ("cuda", {}, dict(IDENTITY, activation="gelu", backend="fa4"), "fa4", {}),
     ("cuda", AMPERE, IDENTITY, "fa2", {"linear": "", "fa4": "compute capability 8.0"}),
     ("cuda", NO_FA4, IDENTITY, "fa2", {"linear": "", "fa4": "flash-attn-4 is not installed"}),
     ("cuda", PURE_PYTHON, SILU, "fa4", {"linear": ""}),
@@ -367,7 +369,7 @@ def test_nothing_can_run_the_call(install, monkeypatch):
     arguments = tensors("cpu")
     with pytest.raises(
         NotImplementedError,
-        match="(?s)not fa4: .*not installed.*not fa2: .*'silu'.*move the tensors to the CPU",
+        match="(?s)not fa4: .*not installed.*not fa2: q has dtype torch.float32.*not cpu: q is on cpu",
     ) as error:
         flash_attn_func(*arguments, **SILU)
     with pytest.raises(NotImplementedError) as explained:
@@ -433,7 +435,7 @@ def test_environment_gives_way_to_the_algorithm_and_to_softmax(install, monkeypa
     install()
     monkeypatch.setenv("FLASH_ATTENTION_NOSOFTMAX_BACKEND", "linear")
     assert explain(flash_attn_func, *tensors("cuda"), **IDENTITY).backend == "linear"
-    assert explain(flash_attn_func, *tensors("cuda"), **SILU, algorithm="quadratic").backend == "fa4"
+    assert explain(flash_attn_func, *tensors("cuda"), **SILU, algorithm="quadratic").backend == "fa2"
     assert explain(flash_attn_func, *tensors("cuda")).backend == "fa2"
     assert torch.isfinite(flash_attn_func(*tensors("cpu"))).all()
 
