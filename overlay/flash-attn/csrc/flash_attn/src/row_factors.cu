@@ -9,7 +9,7 @@ namespace FLASH_NAMESPACE {
 
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreadsOfSequence = 256, kWarpsOfSequence = kThreadsOfSequence / 32;
 
 __device__ float largest_of_warp(float x) {
     #pragma unroll
@@ -23,13 +23,13 @@ __global__ void flash_nosoftmax_largest_factors_kernel(float *largest, const flo
     const int64_t begin = cu_seqlens_q == nullptr ? int64_t(sequence) * seqlen_q : cu_seqlens_q[sequence];
     const int64_t end = cu_seqlens_q == nullptr ? begin + seqlen_q : cu_seqlens_q[sequence + 1];
     float x = 0.f;
-    for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) { x = fmaxf(x, row_factors[row]); }
-    __shared__ float of_warps[kWarps];
+    for (int64_t row = begin + threadIdx.x; row < end; row += kThreadsOfSequence) { x = fmaxf(x, row_factors[row]); }
+    __shared__ float of_warps[kWarpsOfSequence];
     x = largest_of_warp(x);
     if (threadIdx.x % 32 == 0) { of_warps[threadIdx.x / 32] = x; }
     __syncthreads();
     if (threadIdx.x < 32) {
-        x = largest_of_warp(threadIdx.x < kWarps ? of_warps[threadIdx.x] : 0.f);
+        x = largest_of_warp(threadIdx.x < kWarpsOfSequence ? of_warps[threadIdx.x] : 0.f);
         if (threadIdx.x == 0) { largest[sequence] = x; }
     }
 }
@@ -38,7 +38,7 @@ __global__ void flash_nosoftmax_largest_factors_kernel(float *largest, const flo
 
 void find_largest_factors(float *largest, const float *row_factors, const int *cu_seqlens_q, const int batch_size,
                           const int seqlen_q, cudaStream_t stream) {
-    flash_nosoftmax_largest_factors_kernel<<<batch_size, kThreads, 0, stream>>>(largest, row_factors, cu_seqlens_q, seqlen_q);
+    flash_nosoftmax_largest_factors_kernel<<<batch_size, kThreadsOfSequence, 0, stream>>>(largest, row_factors, cu_seqlens_q, seqlen_q);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
