@@ -220,15 +220,21 @@ RUNS = {
 }  # fmt: skip
 
 
+def whole(device, nheads_k, options):
+    """Return the dtype of a call, q, k, v and the initial state in float32, and the options as arguments."""
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    shapes = ((2, 19, 4, 8), (2, 19, nheads_k, 8), (2, 19, nheads_k, 6), (2, nheads_k, 8, 6))
+    tensors = [randn(*shape, seed=i, dtype=torch.float32).to(device) for i, shape in enumerate(shapes)]
+    options = given(options, nheads_k, device)
+    return dtype, tensors, options
+
+
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("nheads_k", [1, 2, 4])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_gradients_of_pieces_are_those_of_the_whole(device, run, nheads_k, options):
     """Of q, k, v and the initial state, from the outputs and from the final state; and second derivatives."""
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    shapes = ((2, 19, 4, 8), (2, 19, nheads_k, 8), (2, 19, nheads_k, 6), (2, nheads_k, 8, 6))
-    tensors = [randn(*shape, seed=i, dtype=torch.float32).to(device) for i, shape in enumerate(shapes)]
-    options = given(options, nheads_k, device)
+    dtype, tensors, options = whole(device, nheads_k, options)
     douts = randn(2, 19, 4, 6, seed=7), randn(2, nheads_k, 8, 6, seed=8)
 
     def derivatives(function, dtype, wide):
@@ -270,10 +276,7 @@ def test_an_output_that_saturates_has_the_gradient_of_one_that_does_not():
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_pieces_without_gradients(device, run, nheads_k, options):
     """Without gradients the state runs through the pieces inside the backend. A step writes it in place."""
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    shapes = ((2, 19, 4, 8), (2, 19, nheads_k, 8), (2, 19, nheads_k, 6), (2, nheads_k, 8, 6))
-    tensors = [randn(*shape, seed=i, dtype=torch.float32).to(device) for i, shape in enumerate(shapes)]
-    options = given(options, nheads_k, device)
+    dtype, tensors, options = whole(device, nheads_k, options)
     expected = plainly(*(x.double() for x in tensors), 0.3, **options)
     q, k, v = (x.to(dtype) for x in tensors[:3])
     actual = run(q, k, v, tensors[3].clone(), 0.3, **options)

@@ -29,8 +29,8 @@ using namespace cute;
 // The kernels, from the most to the least special.
 //
 // identity: forward, f is the identity. As a choice at run time it would be a tenth slower (docs/results/h200-score.md).
-// plain: no ALiBi, softcap or dropout in forward, in backward one of them.
-// options: one of ALiBi, softcap and dropout, in forward.
+// plain: forward without ALiBi, softcap and dropout; backward without ALiBi, and with at most one of the other two.
+// options: forward with one of ALiBi, softcap and dropout.
 // general: any call. few_rows: the same with split keys, where most rows of a tile may be beyond the last query.
 enum class Variant { identity, plain, options, general, few_rows };
 
