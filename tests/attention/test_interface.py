@@ -16,7 +16,7 @@ import torch
 from flash_attn import extension as stands_for_extension
 from flash_attn import nosoftmax
 from flash_attn.nosoftmax.backends import fa2
-from flash_attn.nosoftmax.call import Cache, Call, Options
+from flash_attn.nosoftmax.call import TENSORS, Cache, Call, Options
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from calls import DIFFERENTIABLE, LENGTHS, close, inputs, run, sample
@@ -304,11 +304,19 @@ def operator_calls(device: str, seqlen_q: int, dropout_p: float):
         return (*longest, dropout_p, 0.3, 3, 0, 0.0, True, dropout_p > 0, "identity", 0.0, None, 1.0)
 
     q, k, v = sample(device, 2, seqlen_q, 2, 4, 8)[:, :, 0], *sample(device, 2, 6, 2, 2, 8).unbind(2)
-    dense = (q, k, v, *(None,) * 8)
-    packed = (
-        *(x.flatten(0, 1) for x in (q, k, v)), cumulative([seqlen_q, seqlen_q], device), cumulative([0, 12],
-        device), *(None,) * 6
-    )  # fmt: skip
+
+    def absent(given: tuple) -> tuple:
+        """Return `given` with None for each tensor of a call that it does not reach."""
+        return given + (None,) * (TENSORS - len(given))
+
+    dense = absent((q, k, v))
+    packed = absent(
+        (
+            *(x.flatten(0, 1) for x in (q, k, v)),
+            cumulative([seqlen_q, seqlen_q], device),
+            cumulative([0, 12], device),
+        )
+    )
     for tensors, longest in ((dense, (seqlen_q, 6)), (packed, (seqlen_q, 12))):
         yield ops.forward, (*tensors, *options(*longest), name)
         out, rng_state, _ = ops.forward(*tensors, *options(*longest), name)
@@ -317,7 +325,7 @@ def operator_calls(device: str, seqlen_q: int, dropout_p: float):
     table = torch.tensor([[2, 0], [3, 1]], dtype=torch.int32, device=device)
     lengths = cumulative([300, 200], device)
     if dropout_p == 0.0:
-        paged = (*packed[:1], pages, pages, packed[3], lengths, None, None, table, *(None,) * 3)
+        paged = absent((*packed[:1], pages, pages, packed[3], lengths, None, None, table))
         yield ops.forward, (*paged, *options(seqlen_q, 300), name)
         filled = lengths.diff().int()
         new = sample(device, 2, 1, 2, 8)
