@@ -333,7 +333,8 @@ def operator_calls(device: str, seqlen_q: int, dropout_p: float):
             (sample(device, 2, 512, 2, 2, 8).unbind(2), None),
             ((pages, pages.flip(0)), table),
         ):
-            given = (new, new, filled, *(None,) * 4, tables, *(None,) * 3, False, 0, True)
+            behind = TENSORS - 1 - Call._fields.index("block_table")
+            given = (new, new, filled, *(None,) * 4, tables, *(None,) * behind, False, 0, True)
             yield ops.kvcache, (q[:, :1], *(x.clone() for x in caches), *given, *options(1, 512), name)
 
 
