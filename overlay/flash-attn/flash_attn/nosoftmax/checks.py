@@ -114,6 +114,19 @@ def options(
     return (_options_again if plain else _options)(*given)
 
 
+def nothing_beside_softmax(
+    activation: Any, sigmoid_bias: Any, normalization: Any, decay_slopes: Any
+) -> None:
+    """Raise ValueError for an option of a call with softmax that would replace it."""
+    given = {"sigmoid_bias": sigmoid_bias, "normalization": normalization, "decay_slopes": decay_slopes}
+    for name, x in given.items():
+        if isinstance(x, torch.Tensor) or (name == "decay_slopes" and x is not None):
+            raise ValueError(
+                f"{name} replaces the softmax: pass use_softmax=False, or leave it at its default"
+            )
+    resolve(True, activation, sigmoid_bias, normalization)
+
+
 def _options(
     head_dim, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, left, right, softcap,
     deterministic, return_attn_probs, activation, sigmoid_bias, normalization, use_softmax,

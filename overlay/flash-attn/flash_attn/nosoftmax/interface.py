@@ -12,7 +12,6 @@ from .. import extension
 from . import checks, ops
 from .call import Cache, Call, Options
 from .choice import ENVIRONMENT, Choice, Wanted, choose, wanted
-from .score import resolve
 
 _DOC = """\
         use_softmax: bool. False: O = norm * dropout(mask * f(softmax_scale * Q K^T)) V, masked entries 0, no
@@ -395,13 +394,7 @@ def _check_softmax(
 ) -> Choice:
     """Return the Choice for softmax, which depends on the device alone. Raises ValueError for an argument
     that contradicts it."""
-    given = {"sigmoid_bias": sigmoid_bias, "normalization": normalization, "decay_slopes": decay_slopes}
-    for name, x in given.items():
-        if isinstance(x, torch.Tensor) or (name == "decay_slopes" and x is not None):
-            raise ValueError(
-                f"{name} replaces the softmax: pass use_softmax=False, or leave it at its default"
-            )
-    resolve(True, activation, sigmoid_bias, normalization)
+    checks.nothing_beside_softmax(activation, sigmoid_bias, normalization, decay_slopes)
     asked = (algorithm, backend) != ("auto", "auto")  # the environment applies only without softmax
     among = wanted(algorithm, backend) if asked else Wanted([])
     q = arguments.get("q", arguments.get("qkv"))

@@ -14,10 +14,10 @@
 namespace FLASH_NAMESPACE {
 
 // Whether the backward pass is three forward passes: with F the forward without softmax and Mᵀ the transposed mask,
-// dQ = F(dO, V, K; M), dK = F(V, dO, Q; Mᵀ), dV = F(K, Q, dO; Mᵀ, same bias). It needs no workspace and no atomics, and
-// holds for linear f: no softcap, no dropout; and for factors that all rows of a sequence share. With grouped heads, dK and dV are computed for each query head, as in the
-// backward kernels, and the caller sums them. FLASH_ATTENTION_NOSOFTMAX_BACKWARD=kernel|forwards overrides the choice
-// where both ways are possible.
+// dQ = F(dO, V, K; M), dK = F(V, dO, Q; Mᵀ), dV = F(K, Q, dO; Mᵀ, same bias), M with its decay. It needs no workspace and no
+// atomics, and holds for linear f: no softcap, no dropout; and for factors that all rows of a sequence share. With grouped
+// heads, dK and dV are computed for each query head, as in the backward kernels, and the caller sums them.
+// FLASH_ATTENTION_NOSOFTMAX_BACKWARD=kernel|forwards overrides the choice where both ways are possible.
 inline bool backward_by_forwards(const float softcap, const float p_dropout, const Score &score) {
     if (!built::holds(built::passes, built::fwd) || softcap > 0.f || p_dropout > 0.f
         || score.activation != Activation::identity || score.by_row()) { return false; }

@@ -1,5 +1,5 @@
 // Launches the kernels without softmax, fewer than upstream has with softmax. Special kernels run calls with a head
-// size that fills the tile, at most one of ALiBi, softcap and dropout, and an ordinary scale. General kernels run all
+// size that fills the tile, at most one of ALiBi, softcap and dropout, no decay, and an ordinary scale. General kernels run all
 // others: in them ALiBi is a run-time choice and causal masking is a window.
 
 #pragma once
@@ -71,7 +71,8 @@ bool is_varlen(const Params &params) {
 template <int Headdim, typename Params>
 bool is_special(const Params &params) {
     const int features = (params.alibi_slopes_ptr != nullptr) + (params.softcap > 0.f) + (params.p_dropout < 1.f);
-    return params.d == Headdim && features <= 1 && (params.is_bf16 || params.scale_softmax >= kLeastScale);
+    return params.d == Headdim && features <= 1 && params.score.decay_slopes == nullptr
+        && (params.is_bf16 || params.scale_softmax >= kLeastScale);
 }
 
 template <typename Kernel, typename Params>

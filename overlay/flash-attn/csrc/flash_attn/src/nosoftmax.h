@@ -42,9 +42,10 @@ struct NoSoftmaxTraits : public Kernel_traits {
     static constexpr bool Is_nosoftmax = true;
     static constexpr bool kIdentity = variant == Variant::identity;
     static constexpr bool kFewRows = variant == Variant::few_rows;
-    // In fp16 the kernel also takes scales below kLeastScale, for one more multiplication a score. Other kernels round
-    // scale + 1, an error of less than 2^-16 of their scales, where fp16 keeps 2^-11 of the score.
-    static constexpr bool kAnyScale = variant == Variant::general || variant == Variant::few_rows;
+    // Whether the kernel takes every call: a decay too, and in fp16 scales below kLeastScale, for one more multiplication
+    // a score. Other kernels round scale + 1, an error of less than 2^-16 of their scales, where fp16 keeps 2^-11 of the
+    // score.
+    static constexpr bool kIsGeneral = variant == Variant::general || variant == Variant::few_rows;
     // Upstream masks the last steps of a row of tiles in an unrolled loop, and has another for those without a mask. Here
     // the first loop, not unrolled, takes them all and asks for each tile: code for one tile instead of up to five, and up
     // to 8 % slower.
@@ -75,27 +76,37 @@ inline constexpr bool kTakesEveryStep<Kernel_traits, std::void_t<decltype(Kernel
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
-// Calls visit(score, row, col) for each score that this thread holds. Scores have shape (nrow=(2, MMA_M),
-// ncol=(2, MMA_N)); row0 is this thread's first row, col0 the first column of its warp's tile.
+// The first column of a tile that this thread holds; col0 is the first column of its warp's tile.
+__forceinline__ __device__ int col_of_thread(const int col0) { return col0 + (threadIdx.x % 4) * 2; }
+
+// Calls visit(coordinate, row, col) for each score that this thread holds. Scores have shape (nrow=(2, MMA_M),
+// ncol=(2, MMA_N)); row counts from this thread's first row, and col from its first column.
 template <typename Engine, typename Layout, typename Visit>
-__forceinline__ __device__ void for_each_score(Tensor<Engine, Layout> &scores, const int col0, const int row0,
-                                               const int row_stride, Visit visit) {
+__forceinline__ __device__ void for_each_place(Tensor<Engine, Layout> const &scores, const int row_stride, Visit visit) {
     static_assert(Layout::rank == 2, "Only support 2D Tensor");
-    const int col_of_thread = col0 + (threadIdx.x % 4) * 2;
     #pragma unroll
     for (int mi = 0; mi < size<0, 1>(scores); ++mi) {
         #pragma unroll
         for (int i = 0; i < size<0, 0>(scores); ++i) {
-            const int row = row0 + mi * row_stride + i * 8;
             #pragma unroll
             for (int nj = 0; nj < size<1, 1>(scores); ++nj) {
                 #pragma unroll
                 for (int j = 0; j < size<1, 0>(scores); ++j) {
-                    visit(scores(make_coord(i, mi), make_coord(j, nj)), row, col_of_thread + nj * 8 + j);
+                    visit(make_coord(make_coord(i, mi), make_coord(j, nj)), mi * row_stride + i * 8, nj * 8 + j);
                 }
             }
         }
     }
+}
+
+// Calls visit(score, row, col) for the same scores, with their place in the sequences. row0 is this thread's first row.
+template <typename Engine, typename Layout, typename Visit>
+__forceinline__ __device__ void for_each_score(Tensor<Engine, Layout> &scores, const int col0, const int row0,
+                                               const int row_stride, Visit visit) {
+    const int first_col = col_of_thread(col0);
+    for_each_place(scores, row_stride, [&](const auto place, const int row, const int col) {
+        visit(scores(place), row0 + row, first_col + col);
+    });
 }
 
 // Registers can't be indexed in a loop that is not unrolled, so visit(i) for each element i of a fragment is as much code
@@ -135,8 +146,8 @@ __forceinline__ __device__ void in_rounds(Visit visit, Tensor0 &x, Tensors &...o
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
-// Turns scores into attention weights P = M ⊙ f(scale · qk - slope · |distance|), and applies what was left for the end
-// to the accumulators.
+// Turns scores into attention weights P = M ⊙ decay ⊙ f(scale · qk - slope · |distance|), and applies what was left for
+// the end to the accumulators.
 template <typename Kernel_traits, bool Is_causal, bool Is_local, bool Has_alibi, typename Params, typename Block_info>
 struct ScoreWeights {
 
@@ -147,6 +158,7 @@ struct ScoreWeights {
     const int diagonal;  // the key that query 0 is aligned with
     const int window_size_left, window_size_right;
     const float scale, alibi_slope;
+    const float decay_rate;  // decay = 2^(decay_rate · |distance|), at most 0
     const int first_row;  // of the block of queries, in the forward kernels
 
     // Called by the forward kernels, with the signature of Mask::apply_mask.
@@ -169,6 +181,7 @@ struct ScoreWeights {
             prepare(scores, col0, row0, row_stride);
             activate(scores);
         }
+        decay(col0, row0, row_stride, scores);
         if constexpr (Causal_mask || Is_local || !Is_even_MN) {
             if (!is_tile_visible(first_row, col0)) { hide(scores, col0, row0, row_stride); }
         }
@@ -202,8 +215,26 @@ struct ScoreWeights {
         });
     }
 
-    // Turns scores into weights and sets their derivatives by the scaled score. Both include the factors of the rows,
-    // divided by the largest of their sequence.
+    // Multiplies weights, and their derivatives, by their decay.
+    template <typename Tensor0, typename... Tensors>
+    __forceinline__ __device__ void decay(const int col0, const int row0, const int row_stride, Tensor0 &x,
+                                          Tensors &...others) const {
+        if constexpr (Kernel_traits::kIsGeneral) {
+            if (decay_rate != 0.f) {
+                // As a float within the tile: one conversion for each row. Far from the diagonal it is rounded, by less
+                // than 2^-24 of itself.
+                const int distance = row0 + diagonal - col_of_thread(col0);
+                for_each_place(x, row_stride, [&](const auto place, const int row, const int col) {
+                    const float factor = exp2f(decay_rate * fabsf(float(distance + row) - float(col)));
+                    x(place) *= factor;
+                    ((others(place) *= factor), ...);
+                });
+            }
+        }
+    }
+
+    // Turns scores into weights and sets their derivatives by the scaled score. Both include the decay, and the factors of
+    // the rows, divided by the largest of their sequence.
     template <typename Engine0, typename Layout0, typename Engine1, typename Layout1>
     __forceinline__ __device__ void differentiate(Tensor<Engine0, Layout0> &scores,
                                                   Tensor<Engine1, Layout1> &derivatives, const int col0,
@@ -215,6 +246,7 @@ struct ScoreWeights {
             in_rounds<f.kIsLong>([&](const int i) { scores(i) = f.value(scores(i), derivatives(i)); }, scores,
                                  derivatives);
         });
+        decay(col0, row0, row_stride, scores, derivatives);
         if (params.score.by_row()) {
             const float largest = row_factors.largest_of_rows();
             for_each_row(scores, row0, row_stride, [&](const int mi, const int row) {
@@ -262,8 +294,8 @@ struct ScoreWeights {
         const float scale_plus_1 = scale + 1.f;
         #pragma unroll
         for (int i = 0; i < size(scores); ++i) {
-            scores(i) = Kernel_traits::kAnyScale ? __fmaf_rn(scores(i), scale, __fmul_rn(scores(i), 0.f))
-                                                 : __fmaf_rn(scores(i), scale_plus_1, -scores(i));
+            scores(i) = Kernel_traits::kIsGeneral ? __fmaf_rn(scores(i), scale, __fmul_rn(scores(i), 0.f))
+                                                  : __fmaf_rn(scores(i), scale_plus_1, -scores(i));
         }
     }
 
@@ -336,6 +368,12 @@ __forceinline__ __device__ float sigmoid_bias(const Params &params, const RowFac
         ? score.sigmoid_bias : score.sigmoid_biases[bidb * score.sigmoid_biases_batch_stride + bidh];
 }
 
+// The decay of one head of one sequence, as an exponent of 2 for each key of distance.
+__forceinline__ __device__ float decay_rate(const Score &score, const int bidb, const int bidh) {
+    return score.decay_slopes == nullptr
+        ? 0.f : -float(M_LOG2E) * score.decay_slopes[bidb * score.decay_slopes_batch_stride + bidh];
+}
+
 template <typename Kernel_traits, bool Is_causal, bool Is_local, bool Has_alibi, typename Params, typename Block_info>
 __forceinline__ __device__ auto make_mask(const Params &params, const Block_info &binfo, const float alibi_slope,
                                           const int bidb, const int bidh, const int first_row=0) {
@@ -347,7 +385,8 @@ __forceinline__ __device__ auto make_mask(const Params &params, const Block_info
         return ScoreWeights<Kernel_traits, Is_causal, Is_local, Has_alibi, Params, Block_info>{
             params, row_factors, sigmoid_bias(params, row_factors, bidb, bidh),
             binfo.actual_seqlen_k, binfo.actual_seqlen_k - binfo.actual_seqlen_q,
-            params.window_size_left, params.window_size_right, params.scale_softmax, alibi_slope, first_row};
+            params.window_size_left, params.window_size_right, params.scale_softmax, alibi_slope,
+            decay_rate(params.score, bidb, bidh), first_row};
     }
 }
 

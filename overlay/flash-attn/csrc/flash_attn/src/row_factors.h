@@ -48,11 +48,8 @@ struct RowFactors {
         return 1.f / fminf(number_of_visible_keys(0), number_of_visible_keys(binfo.actual_seqlen_q - 1));
     }
 
-    // At most 1. NaN where a factor is NaN.
-    __forceinline__ __device__ float of_row(const int row, const float largest) const {
-        const float factor = of_row(row);
-        return factor == 0.f ? 0.f : factor / largest;
-    }
+    // At most 1, or 4 where factors exceed 2^126. NaN where a factor is NaN.
+    __forceinline__ __device__ float of_row(const int row, const float largest) const { return of_row(row) / largest; }
 
     // The factor on the sums that make dQ, dK and dV.
     __forceinline__ __device__ float of_gradients() const { return of_sequence() * largest_of_rows(); }

@@ -29,6 +29,8 @@ struct Score {
     float sigmoid_bias = 0.f;
     const float *sigmoid_biases = nullptr;  // (h) or (b, h), in place of sigmoid_bias
     int sigmoid_biases_batch_stride = 0;
+    const float *decay_slopes = nullptr;  // (h) or (b, h): P is multiplied by exp(-slope · |distance|)
+    int decay_slopes_batch_stride = 0;
     // Further factors on the rows of O: (b), or one for each row. `largest`: (b), the largest of a sequence, for backward.
     const float *sequence_factors = nullptr;
     const float *row_factors = nullptr;
@@ -53,7 +55,7 @@ WithScore<Params> with_score(const Params &params) {
     return {params, *static_cast<const Score *>(params.softmax_lse_ptr)};
 }
 
-// Sets the largest of the factors of each sequence: row_factors.cu.
+// Sets the largest of the factors of each sequence, within [2^-126, 2^126]: row_factors.cu.
 void find_largest_factors(float *largest, const float *row_factors, const int *cu_seqlens_q, int batch_size,
                           int seqlen_q, cudaStream_t stream);
 

@@ -75,9 +75,10 @@ inline void zero_slack(const std::initializer_list<std::pair<at::Tensor, const i
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
 // The activation, the bias of the sigmoid (none is -log n) and its tensor; the normalization, its number, and its tensor
-// for sequences and for rows. The tensors are contiguous float32. Without a score: the identity, without normalization.
+// for sequences and for rows; the slopes of the decay. The tensors are contiguous float32. Without a score: the identity,
+// without normalization.
 using ScoreArguments = std::tuple<std::string, std::optional<float>, std::optional<at::Tensor>, std::optional<std::string>,
-                                  float, std::optional<at::Tensor>, std::optional<at::Tensor>>;
+                                  float, std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>>;
 
 inline constexpr std::array kNormalizationNames{"", "1/n", "1/sqrt(n)", "1/visible"};  // in the order of the enum
 
@@ -92,8 +93,13 @@ Enum value_of(const std::string_view name, const std::array<const char *, n> &na
 inline const float *floats(const std::optional<at::Tensor> &tensor) {
     if (!tensor.has_value()) { return nullptr; }
     TORCH_CHECK(tensor->is_cuda() && tensor->is_contiguous() && tensor->scalar_type() == at::kFloat,
-                "biases and factors must be contiguous float32 CUDA tensors");
+                "biases, factors and slopes must be contiguous float32 CUDA tensors");
     return tensor->data_ptr<float>();
+}
+
+// The stride between sequences of a tensor (h) or (b, h).
+inline int batch_stride(const std::optional<at::Tensor> &by_head) {
+    return by_head.has_value() && by_head->dim() == 2 ? by_head->size(1) : 0;
 }
 
 // A Score, and the memory that it points at beside its arguments.
@@ -103,7 +109,7 @@ struct HostScore : public Score {
 
     HostScore(const std::optional<ScoreArguments> &arguments, const bool is_windowed) {
         if (!arguments.has_value()) { return; }
-        const auto &[activation_name, bias, biases, normalization_name, number, of_sequences, of_rows] = *arguments;
+        const auto &[activation_name, bias, biases, normalization_name, number, of_sequences, of_rows, slopes] = *arguments;
         activation = value_of<Activation>(activation_name, kActivationNames);
         normalization = value_of<Normalization>(normalization_name.value_or(""), kNormalizationNames);
         // If every query sees every key, the two are the same.
@@ -111,14 +117,16 @@ struct HostScore : public Score {
         bias_is_minus_log_n = !bias.has_value();
         sigmoid_bias = bias.value_or(0.f);
         sigmoid_biases = floats(biases);
-        sigmoid_biases_batch_stride = biases.has_value() && biases->dim() == 2 ? biases->size(1) : 0;
+        sigmoid_biases_batch_stride = batch_stride(biases);
+        decay_slopes = floats(slopes);
+        decay_slopes_batch_stride = batch_stride(slopes);
         factor = number;
         sequence_factors = floats(of_sequences);
         row_factors = floats(of_rows);
     }
 
     // Whether it differs between heads. They can't become rows then.
-    bool by_head() const { return sigmoid_biases != nullptr; }
+    bool by_head() const { return sigmoid_biases != nullptr || decay_slopes != nullptr; }
 
     void set(Flash_fwd_params &params, const bool use_softmax, const bool heads_are_rows = false) {
         params.use_softmax = use_softmax;

@@ -23,8 +23,6 @@ def obstacle(call: Call) -> Optional[str]:
     reason = extension.obstacle()
     if reason is not None:
         return reason
-    if call.decay_slopes is not None:
-        return "flash_attn_2_cuda has no kernels for decay_slopes: move the tensors to the CPU"
     if call.q.dtype not in _DTYPES:
         return f"q has dtype {call.q.dtype}, flash_attn_2_cuda takes float16 and bfloat16"
     if call.v.shape[-1] != call.q.shape[-1]:
@@ -42,17 +40,22 @@ def obstacle(call: Call) -> Optional[str]:
 def _score(call: Call) -> Optional[tuple]:
     """Return the extension's argument `score` (ScoreArguments in csrc/flash_attn/src/use_softmax.h)."""
     o, factors = call.options, call.row_factors
-    if factors is None and (o.activation, o.normalization, o.factor) == ("identity", None, 1.0):
+    if (
+        factors is None
+        and call.decay_slopes is None
+        and (o.activation, o.normalization, o.factor) == ("identity", None, 1.0)
+    ):
         return None
     by_row = factors is not None and (
         factors.dim() == 2 or (call.varlen and factors.shape[0] == call.q.shape[0])
     )
-    factors, biases = (
-        x if x is None or x.is_contiguous() else x.contiguous() for x in (factors, call.sigmoid_biases)
+    factors, biases, slopes = (
+        x if x is None or x.is_contiguous() else x.contiguous()
+        for x in (factors, call.sigmoid_biases, call.decay_slopes)
     )
     return (
         o.activation, o.sigmoid_bias, biases, o.normalization, o.factor,
-        None if by_row else factors, factors if by_row else None,
+        None if by_row else factors, factors if by_row else None, slopes,
     )  # fmt: skip
 
 
