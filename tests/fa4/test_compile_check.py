@@ -49,11 +49,11 @@ from flash_attn.cute.nosoftmax.score_mods import of_activation
 from flash_attn.cute.utils import hash_callable
 def mod(score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors): return score
 keys = [hash_callable(mod), *(hash_callable(marked(mod, NoSoftmax(n))) for n in (None, "1/n"))]
-keys += [hash_callable(of_activation(a, b, c, None).score_mod)
+keys += [hash_callable(of_activation(a, b, c, None, False).score_mod)
          for a, b, c in (("silu", 0.0, 0.0), ("silu", 0.0, 5.0), ("sigmoid", 0.0, 0.0), ("sigmoid", None,
              0.0), ("sigmoid", "by head", 0.0))]
-keys += [hash_callable(of_activation("silu", 0.0, 0.0, n).score_mod)
-         for n in ("1/n", "number", "sequence", "row")]
+keys += [hash_callable(of_activation("silu", 0.0, 0.0, n, decays).score_mod)
+         for n in ("1/n", "number", "sequence", "row") for decays in (False, True)]
 print(json.dumps([len(keys), len(set(keys))]))
 """
     total, different = said(compiler[0], trees[1], program)
@@ -111,6 +111,7 @@ def test_a_good_kernel_has_no_faults():
         == []
     )
     assert compile_check.faults({"head_dim": 128, "activation": "gelu"}, kernel(MUFU_EX2=64)) == []
+    assert compile_check.faults({"head_dim": 128, "decay": True}, kernel(MUFU_EX2=64)) == []
 
 
 @pytest.mark.parametrize(

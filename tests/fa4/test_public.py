@@ -45,7 +45,7 @@ def run(compiler, trees):
     return said
 
 
-def test_signatures_are_upstreams_and_four_more(run):
+def test_signatures_are_upstreams_and_more(run):
     more = run("""
 print(json.dumps([
     [list(inspect.signature(f).parameters)[: len(inspect.signature(u).parameters)]
@@ -55,8 +55,14 @@ print(json.dumps([
     for f, u in ((flash_attn_func, interface.flash_attn_func), (flash_attn_varlen_func,
         interface.flash_attn_varlen_func))]))
 """)
-    four = {"use_softmax": True, "activation": "identity", "sigmoid_bias": 0.0, "normalization": None}
-    assert more == [[True, four]] * 2
+    ours = {
+        "use_softmax": True,
+        "activation": "identity",
+        "sigmoid_bias": 0.0,
+        "normalization": None,
+        "decay_slopes": None,
+    }
+    assert more == [[True, ours]] * 2
 
 
 def test_with_softmax_the_call_goes_to_upstream_as_it_is(run):
@@ -269,7 +275,7 @@ print(json.dumps([
     assert found == [True] * 6 + [[30, 30, 40, 100, 100, 100]]
 
 
-def test_given_factors_and_biases_reach_the_launch(run):
+def test_given_factors_biases_and_slopes_reach_the_launch(run):
     """Packed factors that fit both readings are those of the rows. Functions of the user get a number as a
     tensor, because they may take no scalars.
     """
@@ -280,7 +286,7 @@ public.obstacle = lambda *args, **options: None
 seen = []
 def forward(call, q, *rest, **options):
     mark = no_softmax_of(call.mods.score_mod)
-    given = call.sequence_factors, call.row_factors, call.sigmoid_biases
+    given = call.sequence_factors, call.row_factors, call.sigmoid_biases, call.decay_slopes
     seen.append([mark.normalization, mark.by_head, call.factor, *(x if x is None else x.tolist()
         for x in given)])
     return q
@@ -302,18 +308,24 @@ step(packed, normalization=torch.ones(2), **of(0, 1, 3))
 step(packed, normalization=torch.ones(3), **of(0, 1, 3))
 step(packed, normalization=torch.ones(3), **of(0, 1, 1, 3))
 step(packed, normalization="1/visible", **of(0, 1, 3))
+step(dense, decay_slopes=torch.ones(4))
+step(dense, decay_slopes=torch.ones(4), score_mod=mod)
+step(packed, decay_slopes=torch.ones(2, 4), activation="sigmoid", sigmoid_bias=torch.zeros(4), **of(0, 1, 3))
 print(json.dumps(seen))
 """)
     assert found == [
-        ["number", False, 0.5, None, None, None],
-        ["sequence", False, None, [0.5] * 2, None, None],
-        ["sequence", False, None, [0.5] * 2, None, None],
-        ["sequence", False, None, [1.0] * 2, None, None],
-        ["row", True, None, None, [[1.0] * 3] * 2, [0.0] * 4],
-        ["sequence", False, None, [1.0] * 2, None, None],
-        ["row", False, None, None, [1.0] * 3, None],
-        ["row", False, None, None, [1.0] * 3, None],
-        ["1/n", False, None, None, None, None],
+        ["number", 0, 0.5, None, None, None, None],
+        ["sequence", 0, None, [0.5] * 2, None, None, None],
+        ["sequence", 0, None, [0.5] * 2, None, None, None],
+        ["sequence", 0, None, [1.0] * 2, None, None, None],
+        ["row", 1, None, None, [[1.0] * 3] * 2, [0.0] * 4, None],
+        ["sequence", 0, None, [1.0] * 2, None, None, None],
+        ["row", 0, None, None, [1.0] * 3, None, None],
+        ["row", 0, None, None, [1.0] * 3, None, None],
+        ["1/n", 0, None, None, None, None, None],
+        [None, 1, None, None, None, None, [1.0] * 4],
+        [None, 1, None, None, None, None, [1.0] * 4],
+        [None, 2, None, None, None, [0.0] * 4, [[1.0] * 4] * 2],
     ]
 
 

@@ -94,6 +94,16 @@ SMALL = _named(
             "dtype": "float16",
         },
         {"head_dim": 128, "normalization": "sequence", "page_size": 64, "group": 4},
+        {"head_dim": 64, "causal": True, "decay": True},
+        {
+            "head_dim": 128,
+            "activation": "sigmoid",
+            "bias": "by head",
+            "group": 2,
+            "varlen": True,
+            "normalization": "row",
+            "decay": True,
+        },
     ]
 )
 SMALL_SOFTMAX = _named(
@@ -160,6 +170,10 @@ def full() -> tuple[Cases, Cases]:
         for d, v in itertools.product((64, 96, 192, 256), (False, True))
     ]
     cases += [{"head_dim": 128, "activation": "silu", "seqused": True, "varlen": v} for v in (False, True)]
+    cases += [
+        {"head_dim": d, "activation": a, "causal": c, "decay": True}
+        for d, a, c in itertools.product((64, 128, 192, 256), ("identity", "silu"), (False, True))
+    ]
     softmax = [
         {"softmax": True, "head_dim": d, "causal": c, "varlen": v}
         for d, c, v in itertools.product((64, 96, 128, 192, 256), (False, True), (False, True))
@@ -209,7 +223,7 @@ def faults(case: Mapping[str, Any], kernel: Kernel, backward: bool = False) -> l
     wrong = []
     bias = case.get("bias", 0.0)
     small_sigmoid = activation == "sigmoid" and (not isinstance(bias, float) or bias < -2.0)
-    exponential = small_sigmoid or activation in ("gelu", "softplus")
+    exponential = small_sigmoid or activation in ("gelu", "softplus") or case.get("decay")
     if not exponential and kernel.count("MUFU.EX2"):
         wrong.append(f"{kernel.count('MUFU.EX2')} MUFU.EX2, and {activation} needs none")
     if (

@@ -67,6 +67,7 @@ def compile_case(
     varlen: bool = False,
     seqused: bool = False,
     page_size: int = 0,
+    decay: bool = False,
 ) -> None:
     """normalization: as in marker.NoSoftmax: "number", "sequence" and "row" are factors of the caller. bias:
     "by head" is one for each head.
@@ -110,8 +111,8 @@ def compile_case(
         from flash_attn.cute.nosoftmax import launch
         from flash_attn.cute.nosoftmax.score_mods import of_activation
 
-        mods = of_activation(activation, bias, softcap, normalization)
-        sequences, rows, biases = (
+        mods = of_activation(activation, bias, softcap, normalization, decay)
+        sequences, rows, by_head = (
             tensor(*shape, dtype=torch.float32) for shape in ((BATCH,), tokens, (BATCH, heads))
         )
         call = launch.Call(
@@ -119,7 +120,8 @@ def compile_case(
             factor=0.5 if normalization == "number" else None,
             sequence_factors=sequences if normalization == "sequence" else None,
             row_factors=rows if normalization == "row" else None,
-            sigmoid_biases=biases if bias == "by head" else None,
+            sigmoid_biases=by_head if bias == "by head" else None,
+            decay_slopes=by_head.clone() if decay else None,
         )  # fmt: skip
         launch.forward(call, q, k, v, page_table=pages)
         if not page_size:

@@ -75,7 +75,8 @@ def normalization(call: Call, of_user: bool) -> Optional[str]:
 def _launched(call: Call, extras: Extras) -> launch.Call:
     o, window, kind = call.options, _window(call), normalization(call, extras.of_user)
     bias = o.sigmoid_bias if call.sigmoid_biases is None else BY_HEAD
-    mods = extras.mods or of_activation(o.activation, bias, o.softcap, kind)
+    has_decay = call.decay_slopes is not None
+    mods = extras.mods or of_activation(o.activation, bias, o.softcap, kind, has_decay)
     factors = call.row_factors
     if kind == BY_SEQUENCE and factors is None:
         factors = torch.full((call.batch,), o.factor, dtype=torch.float32, device=call.q.device)
@@ -90,6 +91,7 @@ def _launched(call: Call, extras: Extras) -> launch.Call:
         sequence_factors=factors if kind == BY_SEQUENCE else None,
         row_factors=factors if kind == BY_ROW else None,
         sigmoid_biases=call.sigmoid_biases,
+        decay_slopes=call.decay_slopes,
     )  # fmt: skip
 
 

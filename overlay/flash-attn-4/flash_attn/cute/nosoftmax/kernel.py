@@ -394,7 +394,7 @@ def normalization(
     aux_data.
     """
     given = rows = None
-    last = -2 if mark.by_head else -1
+    last = -1 - mark.by_head
     if mark.normalization == BY_NUMBER:
         given = Float32(aux_data.scalars[-1])
     elif mark.normalization == BY_SEQUENCE:
@@ -410,22 +410,58 @@ def normalization(
     return Normalization(mark, mask, is_causal, given, rows)
 
 
-def with_bias(mark: Optional[NoSoftmax], aux_data: Any, batch_idx: Int32, head_idx: Int32) -> Any:
-    """Return aux_data for the score_mods of one tile of the backward, whose queries are of one head: with the
-    sigmoid bias of this head in the place of all biases.
+# ---- Values for each head ----
 
-    Read once, it lets P and dS share an exponential. And with grouped heads upstream's backward gives a
+
+def of_this_head(mark: Optional[NoSoftmax], aux_data: Any, batch_idx: Int32, head_idx: Int32) -> Any:
+    """Return aux_data for the score_mods of one tile of the backward, whose queries are of one head: with the
+    sigmoid bias and the slope of this head in the place of all.
+
+    Read once, a bias lets P and dS share an exponential. And with grouped heads upstream's backward gives a
     score_mod wrong indices of heads.
     """
     if mark is None or not mark.by_head:
         return aux_data
-    *others, biases = aux_data.tensors
-    return aux_data._replace(tensors=(*others, bias_of(biases, batch_idx, head_idx)))
+    others, by_head = aux_data.tensors[: -mark.by_head], aux_data.tensors[-mark.by_head :]
+    return aux_data._replace(tensors=(*others, *(of_head(x, batch_idx, head_idx) for x in by_head)))
 
 
-def bias_of(biases: cute.Tensor, batch_idx: Int32, head_idx: Int32) -> Float32:
-    """biases: (nheads,) or (batch, nheads)."""
-    return biases[head_idx] if cute.rank(biases) == 1 else biases[batch_idx, head_idx]
+def of_head(values: Any, batch_idx: Int32, head_idx: Int32) -> Float32:
+    """values: (nheads,) or (batch, nheads), or the value itself, which `of_this_head` chose."""
+    if not isinstance(values, cute.Tensor):
+        return values
+    return values[head_idx] if cute.rank(values) == 1 else values[batch_idx, head_idx]
+
+
+def decay(
+    mark: Optional[NoSoftmax],
+    acc: cute.Tensor,
+    tile: cute.Tensor,
+    thr_mma,
+    seqlen,
+    aux_data: Any,
+    batch_idx: Int32,
+    head_idx: Int32,
+    transposed: bool = False,
+) -> None:
+    """Multiply weights, or what is to become dS, by exp(-slope * |distance|).
+
+    acc: an accumulator of S. tile: its coordinates in the sequences, (query, key), or (key, query) if
+    transposed. Distances are floats that count from the thread's first one, so that an element costs no
+    operation on integers. Far from the diagonal they are rounded, by less than 2^-24 of themselves.
+    """
+    if mark is None or not mark.has_decay:
+        return
+    q, k = (1, 0) if transposed else (0, 1)
+    rate = of_head(aux_data.tensors[-1], batch_idx, head_idx) * -math.log2(math.e)
+    place = thr_mma.partition_C(tile)[0]
+    first = Float32(place[q] + seqlen.seqlen_k - seqlen.seqlen_q - place[k])
+    # Those of the first thread are constants, and all threads have the same steps from element to element.
+    constant = thr_mma.get_slice(0).partition_C(cute.make_identity_tensor(tile.shape))
+    for i in range(cute.size(acc)):
+        steps = [constant[i][side] - constant[0][side] for side in (q, k)]
+        distance = cute.math.absf(first + float(steps[0] - steps[1]))
+        acc[i] = acc[i] * cute.math.exp2(distance * rate, fastmath=True)
 
 
 # ---- Which blocks of the backward need the mask ----

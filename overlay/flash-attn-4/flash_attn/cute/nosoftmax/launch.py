@@ -25,9 +25,9 @@ _MOST_BLOCKS = 65535  # in the second and third dimension of a grid
 class Call:
     """The arguments that forward and backward share.
 
-    The last four are given if mods need them: factor, a factor of every row; sequence_factors, float32
-    (batch,); row_factors, float32 (batch, seqlen_q), packed (total_q,); sigmoid_biases, float32 (nheads,) or
-    (batch, nheads). At most one kind of factors is given.
+    The last five are given if mods need them: factor, a factor of every row; sequence_factors, float32
+    (batch,); row_factors, float32 (batch, seqlen_q), packed (total_q,); sigmoid_biases and decay_slopes,
+    float32 (nheads,) or (batch, nheads). At most one kind of factors is given.
     """
 
     mods: ScoreMods
@@ -47,6 +47,7 @@ class Call:
     sequence_factors: Optional[torch.Tensor] = None
     row_factors: Optional[torch.Tensor] = None
     sigmoid_biases: Optional[torch.Tensor] = None
+    decay_slopes: Optional[torch.Tensor] = None
 
     def plans(self, *more: Any) -> Optional[dict]:
         """Return the dict of this call's plans, or None if the user passes functions or blocks."""
@@ -58,17 +59,17 @@ class Call:
         return q.numel() == 0 or k.numel() == 0 or no_sequence
 
     def given(self, packed: bool) -> list[torch.Tensor]:
-        """Return the given factors and biases that are tensors. packed: whether the queries of the launch
-        are."""
+        """Return the given factors, biases and slopes that are tensors. packed: whether the queries of the
+        launch are."""
         rows = self.row_factors
         if rows is not None and packed:
             rows = rows.flatten()
-        tensors = self.sequence_factors, rows, self.sigmoid_biases
+        tensors = self.sequence_factors, rows, self.sigmoid_biases, self.decay_slopes
         return [x.detach().contiguous() for x in tensors if x is not None]
 
     def arguments(self, given: list[torch.Tensor]) -> dict[str, Any]:
-        """given: factors and biases in the order that kernel.normalization and score_mods.py expect. They
-        come after the tensors of the user, who counts from the front.
+        """given: factors, biases and slopes in the order that kernel.py and score_mods.py expect. They come
+        after the tensors of the user, who counts from the front.
         """
         tensors = [*(self.aux_tensors or ()), *given]
         scalars = (*(self.aux_scalars or ()), *(() if self.factor is None else (Float32(self.factor),)))
@@ -111,12 +112,13 @@ def _lengths(*lengths: Optional[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...]
     return tuple(distinct), tuple(places)
 
 
-def _pack_gqa(pack_gqa: Optional[bool], q: torch.Tensor, k: torch.Tensor) -> Optional[bool]:
+def _pack_gqa(call: Call, pack_gqa: Optional[bool], q: torch.Tensor, k: torch.Tensor) -> Optional[bool]:
     """Turn pack_gqa off where groups do not divide a tile: they load without TMA, which leaves the padding of
-    the head size unwritten.
+    the head size unwritten. And for a decay, whose tiles have one slope (kernel.decay).
     """
     group = q.shape[-2] // k.shape[-2]
-    return False if q.shape[-1] % 16 and 64 % group else pack_gqa
+    unwritten = q.shape[-1] % 16 and 64 % group
+    return False if unwritten or call.decay_slopes is not None else pack_gqa
 
 
 def _tile(call: Call, q: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
@@ -175,7 +177,7 @@ def forward(
             max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k,
             page_table=page_table,
-            pack_gqa=_pack_gqa(pack_gqa, q, k),
+            pack_gqa=_pack_gqa(call, pack_gqa, q, k),
             block_sparse_tensors=block_sparse_tensors,
             out=outputs,
             **(_tile(call, q, v) if block_sparse_tensors is None else {}),
@@ -236,8 +238,8 @@ def backward(
         lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
         more = given
         if call.row_factors is not None:
-            rows, *biases = given
-            more = [rows, largest_factors(rows, cu_seqlens_q, call.seqused_q), *biases]
+            rows, *by_head = given
+            more = [rows, largest_factors(rows, cu_seqlens_q, call.seqused_q), *by_head]
         _flash_attn_bwd(
             q,
             k,

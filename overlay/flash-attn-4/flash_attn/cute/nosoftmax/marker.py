@@ -18,7 +18,8 @@ BY_NUMBER, BY_SEQUENCE, BY_ROW = "number", "sequence", "row"
 @dataclass(frozen=True)
 class NoSoftmax:
     """normalization: one of score.NORMALIZATIONS, or BY_NUMBER, BY_SEQUENCE or BY_ROW. finite_at_zero: f and
-    f' are finite at a score of 0. by_head: the last of the aux_tensors holds sigmoid biases for the heads.
+    f' are finite at a score of 0. has_biases, has_decay: the last of the aux_tensors are sigmoid biases for
+    the heads, or slopes of their decay, or both in this order.
 
     inf_seen_in: where float16 kernels look for an infinite score, "scores", "weights" or None
     (formulas.Formula).
@@ -27,7 +28,13 @@ class NoSoftmax:
     normalization: Optional[str] = None
     finite_at_zero: bool = False
     inf_seen_in: Optional[str] = "weights"
-    by_head: bool = False
+    has_biases: bool = False
+    has_decay: bool = False
+
+    @property
+    def by_head(self) -> int:
+        """The number of aux_tensors with a value for each head."""
+        return self.has_biases + self.has_decay
 
     @property
     def by_row(self) -> bool:

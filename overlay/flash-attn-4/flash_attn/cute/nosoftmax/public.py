@@ -9,7 +9,6 @@ from flash_attn.cute import interface
 from flash_attn.cute.nosoftmax import checks, hopper, ops
 from flash_attn.cute.nosoftmax.call import Call, needs_grad
 from flash_attn.cute.nosoftmax.hopper import Extras
-from flash_attn.cute.nosoftmax.score import resolve
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods, of_user
 from flash_attn.cute.nosoftmax.serves import obstacle
 
@@ -44,7 +43,12 @@ def _mods(
             "score_mod needs score_mod_bwd for the gradients that q, k or v ask for: give the derivative, "
             "or call this under torch.no_grad()"
         )
-    return of_user(score_mod, score_mod_bwd, hopper.normalization(call, of_user=True))
+    return of_user(
+        score_mod,
+        score_mod_bwd,
+        hopper.normalization(call, of_user=True),
+        has_decay=call.decay_slopes is not None,
+    )
 
 
 def _without_softmax(
@@ -55,6 +59,7 @@ def _without_softmax(
     activation: str,
     sigmoid_bias: Union[float, str, torch.Tensor],
     normalization: Union[None, str, float, torch.Tensor],
+    decay_slopes: Optional[torch.Tensor],
     softmax_scale: Optional[float] = None,
     causal: bool = False,
     window_size: tuple[Optional[int], Optional[int]] = (None, None),
@@ -91,8 +96,9 @@ def _without_softmax(
         window_size, softcap, deterministic, False, activation, sigmoid_bias, normalization,
     )  # fmt: skip
     call = Call(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, None, page_table, None, factors, biases, None, options
-    )
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, None, page_table, None, factors, biases, decay_slopes,
+        options,
+    )  # fmt: skip
     checks.tensors(call, seqused_q=seqused_q)
     reason = obstacle(call, mask_mod=mask_mod, block_sparse_tensors=block_sparse_tensors, **refused)
     if reason is not None:
@@ -113,11 +119,13 @@ def _without_softmax(
 _DOC = """
     use_softmax: bool. False: O = norm * f(mask(scale * Q K^T)) V, as the docstring of
         flash_attn.cute.nosoftmax.score states, on Hopper GPUs.
-    activation: f, one of the ACTIVATIONS of that module; without softmax only, as the next two.
+    activation: f, one of the ACTIVATIONS of that module; without softmax only, as the next three.
     sigmoid_bias: a float, or "-log n" with n the number of keys of the sequence, or a float32 tensor
         (nheads,) or (batch, nheads); with activation="sigmoid".
     normalization: None, "1/n", "1/visible" or "1/sqrt(n)", or the factor itself: a positive number, or a
         float32 tensor (batch,) or (batch, seqlen_q), packed (batch,) or (total_q,).
+    decay_slopes: float32, not negative, (nheads,) or (batch, nheads), or None: each weight is multiplied by
+        exp(-slope * |i + seqlen_k - seqlen_q - j|).
 
     Without softmax a score_mod may take the place of an activation: its value is the weight itself, and the
     mask writes 0 after it. It needs score_mod_bwd where gradients are asked for. Returns (out, lse) as with
@@ -127,16 +135,17 @@ _DOC = """
 
 
 def _with_use_softmax(upstream: Callable) -> Callable:
-    """Add four keyword arguments to upstream's function. With use_softmax=True it gets the call unchanged."""
+    """Add five keyword arguments to upstream's function. With use_softmax=True it gets the call unchanged."""
     signature = inspect.signature(upstream)
     defaults = {name: p.default for name, p in signature.parameters.items()}
 
     @functools.wraps(upstream)
     def function(
-        *args, use_softmax=True, activation="identity", sigmoid_bias=0.0, normalization=None, **kwargs
-    ):
+        *args, use_softmax=True, activation="identity", sigmoid_bias=0.0, normalization=None,
+        decay_slopes=None, **kwargs
+    ):  # fmt: skip
         if use_softmax:
-            resolve(True, activation, sigmoid_bias, normalization)
+            checks.nothing_beside_softmax(activation, sigmoid_bias, normalization, decay_slopes)
             return upstream(*args, **kwargs)
         given = dict(zip(defaults, args), **kwargs)
         for name in _SOFTMAX_ONLY:
@@ -144,13 +153,15 @@ def _with_use_softmax(upstream: Callable) -> Callable:
                 raise ValueError(f"{name} has no meaning with use_softmax=False: leave it at its default")
         return _without_softmax(
             given.pop("q"), given.pop("k"), given.pop("v"),
-            activation=activation, sigmoid_bias=sigmoid_bias, normalization=normalization, **given,
+            activation=activation, sigmoid_bias=sigmoid_bias, normalization=normalization,
+            decay_slopes=decay_slopes, **given,
         )  # fmt: skip
 
     function.__doc__ = (upstream.__doc__ or "") + _DOC
     more = inspect.signature(
-        lambda *, use_softmax=True, activation="identity", sigmoid_bias=0.0, normalization=None: None
-    ).parameters
+        lambda *, use_softmax=True, activation="identity", sigmoid_bias=0.0, normalization=None,
+        decay_slopes=None: None
+    ).parameters  # fmt: skip
     function.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *more.values()])
     return function
 

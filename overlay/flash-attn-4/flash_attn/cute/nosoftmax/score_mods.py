@@ -6,7 +6,7 @@ from typing import Callable, NamedTuple, Optional
 import cutlass.cute as cute
 from cutlass import Float32
 from flash_attn.cute.nosoftmax.formulas import BY_HEAD, Bias, formula
-from flash_attn.cute.nosoftmax.kernel import bias_of, ramp
+from flash_attn.cute.nosoftmax.kernel import of_head, ramp
 from flash_attn.cute.nosoftmax.marker import ATTRIBUTE, NoSoftmax, marked
 
 
@@ -61,20 +61,18 @@ class _Kernel:
 
 @functools.lru_cache(maxsize=None)
 def of_activation(
-    activation: str, sigmoid_bias: Bias, softcap: float, normalization: Optional[str]
+    activation: str, sigmoid_bias: Bias, softcap: float, normalization: Optional[str], has_decay: bool
 ) -> ScoreMods:
-    """normalization: as in NoSoftmax."""
+    """normalization and has_decay: as in NoSoftmax."""
     f = formula(activation, sigmoid_bias, softcap)
-    by_head = sigmoid_bias == BY_HEAD
+    has_biases = sigmoid_bias == BY_HEAD
 
     def n(batch_idx, head_idx, seqlen_info, aux_tensors):
         """Return the number of keys, or the bias of the head."""
-        if not by_head:
+        if not has_biases:
             return cute.arch.fmax(Float32(seqlen_info.seqlen_k), 1.0)
-        biases = aux_tensors[-1]
-        if not isinstance(biases, cute.Tensor):
-            return biases  # kernel.with_bias chose it
-        return bias_of(biases, batch_idx[0], head_idx[0])  # with aux_tensors, vectors have one element
+        biases = aux_tensors[-1 - has_decay]
+        return of_head(biases, batch_idx[0], head_idx[0])  # with aux_tensors, vectors have one element
 
     def score_mod(score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors, aux_scalars=None):
         return f.value(_Kernel, score, n(batch_idx, head_idx, seqlen_info, aux_tensors))
@@ -89,12 +87,16 @@ def of_activation(
     name = f"nosoftmax {activation} {sigmoid_bias!r} {softcap!r}"
     score_mod.__cute_hash__ = name
     score_mod_bwd.__cute_hash__ = f"{name} backward"
-    mark = NoSoftmax(normalization, finite_at_zero=True, inf_seen_in=f.inf_seen_in, by_head=by_head)
+    mark = NoSoftmax(
+        normalization, finite_at_zero=True, inf_seen_in=f.inf_seen_in, has_biases=has_biases,
+        has_decay=has_decay,
+    )  # fmt: skip
     setattr(score_mod, ATTRIBUTE, mark)
     return ScoreMods(score_mod, score_mod_bwd, f.unit, plans={})
 
 
 def of_user(
-    score_mod: Callable, score_mod_bwd: Optional[Callable], normalization: Optional[str]
+    score_mod: Callable, score_mod_bwd: Optional[Callable], normalization: Optional[str], has_decay: bool
 ) -> ScoreMods:
-    return ScoreMods(marked(score_mod, NoSoftmax(normalization)), score_mod_bwd, 1.0)
+    mark = NoSoftmax(normalization, has_decay=has_decay)
+    return ScoreMods(marked(score_mod, mark), score_mod_bwd, 1.0)

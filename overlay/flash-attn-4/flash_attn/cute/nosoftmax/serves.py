@@ -110,7 +110,6 @@ def obstacle(
     for name, is_set in (
         ("dropout_p", call.options.dropout_p != 0.0),
         ("alibi_slopes", call.alibi_slopes is not None),
-        ("decay_slopes", call.decay_slopes is not None),
         ("leftpad_k", call.leftpad_k is not None),
         ("learnable_sink", learnable_sink is not None),
         ("qv", qv is not None),
