@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from caches import CAPACITY, LENGTHS, caches, check, step
-from measure import compare, compare_output, gradients, integers, packed, qkv, slopes
+from measure import compare, compare_output, gradients, integers, packed, qkv, randn, slopes
 from package import cumulative
 
 RAGGED = (5, 0, 9, 2)
@@ -57,6 +57,17 @@ def test_packed(attention, score, count):
         attention, *tensors, method="varlen", lengths_q=RAGGED, lengths_k=RAGGED, causal=True,
         normalization=given, **score,
     )  # fmt: skip
+
+
+@pytest.mark.scores
+@pytest.mark.parametrize("size", [2.0**-126, 2.0**127])
+def test_extreme_factors(attention, size):
+    """A kernel divides the factors of rows by the largest, and a fast division by 2^127 gives 0."""
+    against = size**-0.5
+    q, k, v = qkv(attention, 2, 20, 24, dtype=torch.bfloat16)
+    dout = randn(*q.shape, seed=99).to(q) * against
+    given = factors(attention, 2, 20) / 2 * size
+    compare(attention, q, k, v * against, dout, normalization=given, activation="silu")
 
 
 def test_as_many_sequences_as_rows(attention):

@@ -114,9 +114,7 @@ def options(
     return (_options_again if plain else _options)(*given)
 
 
-def nothing_beside_softmax(
-    activation: Any, sigmoid_bias: Any, normalization: Any, decay_slopes: Any
-) -> None:
+def nothing_beside_softmax(activation: Any, sigmoid_bias: Any, normalization: Any, decay_slopes: Any) -> None:
     """Raise ValueError for an option of a call with softmax that would replace it."""
     given = {"sigmoid_bias": sigmoid_bias, "normalization": normalization, "decay_slopes": decay_slopes}
     for name, x in given.items():
