@@ -4,7 +4,19 @@ from typing import Optional
 
 import torch
 
-from .blocks import Block, blocks, decay, heads_first, kept, products, query_scale, scores, store, weights
+from .blocks import (
+    Block,
+    blocks,
+    decay,
+    heads_first,
+    kept,
+    products,
+    query_scale,
+    scores,
+    store,
+    weights,
+    zeroed,
+)
 from .sequences import Sequences
 from .visibility import keep_where
 
@@ -32,8 +44,10 @@ def backward(
     options = sequences.options
     nheads_k, dtype = k.shape[2], sequences.compute_dtype
     keep_prob = 1.0 - options.dropout_p
-    q, dout = heads_first(q, nheads_k, dtype) * query_scale(sequences), heads_first(dout, nheads_k, dtype)
-    k, v = (heads_first(x, nheads_k, dtype).squeeze(1) for x in (k, v))
+    unseen, blind = sequences.visibility.unseen_keys, sequences.visibility.blind_queries
+    q, dout = (zeroed(heads_first(x, nheads_k, dtype), blind) for x in (q, dout))
+    q = q * query_scale(sequences)
+    k, v = (zeroed(heads_first(x, nheads_k, dtype).squeeze(1), unseen) for x in (k, v))
     heads, group = q.shape[:2]
     if sequences.use_softmax:
         lse = softmax_lse.to(dtype).reshape(*q.shape[:3], 1)
@@ -50,7 +64,7 @@ def backward(
         if (norm := sequences.norm(block.heads, block.rows)) is not None:
             dout_block = block.by_group(dout_block).mul(norm).view_as(dout_block)
         grad_q_block = torch.zeros_like(q_block)
-        for part in block.by_keys():
+        for part in block.by_keys(sequences.visibility):
             k_part = part.of_keys(k)
             u = products(sequences, q_block, k_part)
             # u is a tanh, whose derivative is 1 - tanh^2. Take it before `scores` overwrites u.

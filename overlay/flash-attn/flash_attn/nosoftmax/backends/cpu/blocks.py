@@ -10,6 +10,7 @@ import torch
 
 from ...score import saturate_
 from .sequences import Sequences
+from .visibility import Visibility
 
 # A block of one head takes 1 MiB in float32, so that the few arrays of that size stay near the caches. Both
 # sides are long enough for matrix products at full speed.
@@ -19,16 +20,19 @@ _KEYS = 1024
 
 @dataclass(frozen=True)
 class Block:
-    """Key heads (numbered through the batch), queries, and the keys that at least one of the queries sees."""
+    """Key heads (numbered through the batch), queries, and the range from the first to the last key that any
+    of the queries sees.
+    """
 
     heads: range
     rows: range
     keys: range
 
-    def by_keys(self) -> Iterator["Block"]:
-        """Cut the keys into parts, each with the same heads and queries."""
-        for first in range(self.keys.start, self.keys.stop, _KEYS):
-            yield replace(self, keys=range(first, min(first + _KEYS, self.keys.stop)))
+    def by_keys(self, visibility: Visibility) -> Iterator["Block"]:
+        """Cut the keys that the queries see into parts, each with the same heads and queries."""
+        for seen in visibility.ranges(self.rows):
+            for first in range(seen.start, seen.stop, _KEYS):
+                yield replace(self, keys=range(first, min(first + _KEYS, seen.stop)))
 
     @property
     def index(self) -> tuple[slice, slice, slice]:
@@ -54,7 +58,8 @@ def blocks(sequences: Sequences, heads: int, group: int) -> Iterator[Block]:
     """Cut `heads` key heads with `group` query heads each into blocks of rows, each with all keys that its
     rows see.
 
-    No block contains a query that sees no key, so that a NaN in such a query spreads nowhere.
+    No block contains a query before the first one that sees a key, so that a NaN in such a query spreads
+    nowhere.
     """
     visibility = sequences.visibility
     rows = max(1, min(_ROWS // group, visibility.seqlen_q))
@@ -67,6 +72,13 @@ def blocks(sequences: Sequences, heads: int, group: int) -> Iterator[Block]:
             seen = visibility.seen_by_any(block_rows)
             if seen:
                 yield Block(block_heads, block_rows, seen)
+
+
+def zeroed(x: torch.Tensor, where: Optional[torch.Tensor]) -> torch.Tensor:
+    """Assign 0 to the rows of x (..., seqlen, head_dim) that no other row may depend on, so that a NaN in
+    them does not spread within a block. where: bool (seqlen,), or None.
+    """
+    return x if where is None else x.masked_fill(where[:, None], 0.0)
 
 
 def query_scale(sequences: Sequences) -> float:

@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 
 from ...score import saturate_
-from .blocks import blocks, heads_first, kept, products, query_scale, scores, store, weights
+from .blocks import blocks, heads_first, kept, products, query_scale, scores, store, weights, zeroed
 from .sequences import Sequences
 from .visibility import keep_where
 
@@ -24,9 +24,9 @@ def forward(
     nheads_k, head_dim_v); out: (batch, seqlen_q, nheads, head_dim_v); any strides. softmax_lse: (batch,
     nheads, seqlen_q), or None without softmax; +inf for a query that sees no key.
     """
-    nheads_k, dtype = k.shape[2], sequences.compute_dtype
+    nheads_k, dtype, unseen = k.shape[2], sequences.compute_dtype, sequences.visibility.unseen_keys
     q = heads_first(q, nheads_k, dtype) * query_scale(sequences)
-    k, v = (heads_first(x, nheads_k, dtype).squeeze(1) for x in (k, v))
+    k, v = (zeroed(heads_first(x, nheads_k, dtype).squeeze(1), unseen) for x in (k, v))
     heads, group = q.shape[:2]
     result = q.new_zeros(*q.shape[:3], v.shape[-1])
     lse = q.new_full(q.shape[:3], torch.inf)
@@ -35,7 +35,7 @@ def forward(
         q_block = block.of_queries(q)
         o = q_block.new_zeros(*q_block.shape[:2], v.shape[-1])
         softmax = _RunningSoftmax(o) if sequences.use_softmax else None
-        for part in block.by_keys():
+        for part in block.by_keys(sequences.visibility):
             s = scores(sequences, part, products(sequences, q_block, part.of_keys(k)))
             if softmax is not None:
                 sequences.visibility.fill_hidden(part.by_group(s), part.rows, part.keys, -torch.inf)

@@ -1,5 +1,5 @@
-"""Find the keys that a query sees under causal masks and windows, aligned at the bottom right, and assign
-by masks.
+"""Find the keys that a query sees under causal masks and windows, aligned at the bottom right, or within
+given intervals, and assign by masks.
 
 A mask is an int32 tensor with all bits set where a number stays and none where it is replaced. A bitwise AND
 gives exactly 0 even for NaN (NaN times 0 would be NaN), and takes a tenth of the time of masked_fill_ on the
@@ -50,7 +50,8 @@ class Visibility:
     """The keys that each query of one sequence sees. Query i is aligned with key i + seqlen_k - seqlen_q.
 
     Every query sees one contiguous range, and the ranges of successive queries move by one: the keys seen by
-    any query of a block are again a range, and so are those seen by all of them.
+    any query of a block are again a range, and so are those seen by all of them. Queries that see no key come
+    before all others, and keys that no query sees before and after all others.
     """
 
     seqlen_q: int
@@ -60,6 +61,16 @@ class Visibility:
     @property
     def offset(self) -> int:
         return self.seqlen_k - self.seqlen_q
+
+    @property
+    def unseen_keys(self) -> Optional[torch.Tensor]:
+        """The keys between others that no query sees, bool (seqlen_k,); None if there are none."""
+        return None
+
+    @property
+    def blind_queries(self) -> Optional[torch.Tensor]:
+        """The queries from first_seeing on that see no key, bool (seqlen_q,); None if there are none."""
+        return None
 
     @property
     def first_seeing(self) -> int:
@@ -76,6 +87,11 @@ class Visibility:
     def seen_by_any(self, rows: range) -> range:
         """The keys that at least one of the queries sees. No other keys are read."""
         return range(*self._bounds(rows[0], rows[-1])) if rows else range(0)
+
+    def ranges(self, rows: range) -> list[range]:
+        """Ranges of keys, ascending and apart, which hold all keys that at least one of the queries sees."""
+        seen = self.seen_by_any(rows)
+        return [seen] if seen else []
 
     def seen_by_all(self, rows: range) -> range:
         return range(*self._bounds(rows[-1], rows[0]))
@@ -124,3 +140,66 @@ class Visibility:
         """|i + seqlen_k - seqlen_q - j|, the distance that ALiBi weighs, (len(rows), len(keys))."""
         aligned, key = self._positions(rows, keys)
         return (aligned - key).abs_().to(dtype)
+
+
+@dataclass(frozen=True)
+class Intervals(Visibility):
+    """Queries that each see a few half-open intervals of keys.
+
+    starts, ends: int32 (seqlen_q, k); an interval with start >= end is not used. window is not limited.
+    """
+
+    starts: torch.Tensor
+    ends: torch.Tensor
+
+    @property
+    def unseen_keys(self) -> Optional[torch.Tensor]:
+        used = self.starts < self.ends
+        change = torch.zeros(self.seqlen_k + 1, dtype=torch.int32, device="cpu")
+        for edges, by in ((self.starts, 1), (self.ends, -1)):
+            edges = edges[used].long()
+            change.index_add_(0, edges, torch.full(edges.shape, by, dtype=torch.int32, device="cpu"))
+        unseen = change.cumsum(0)[:-1] == 0
+        return unseen if unseen.any() else None
+
+    @property
+    def blind_queries(self) -> Optional[torch.Tensor]:
+        blind = ~(self.starts < self.ends).any(dim=1)
+        return blind if blind.any() else None
+
+    def seen_by_any(self, rows: range) -> range:
+        ranges = self.ranges(rows)
+        return range(ranges[0].start, ranges[-1].stop) if ranges else range(0)
+
+    def ranges(self, rows: range) -> list[range]:
+        starts, ends = self._of(rows)
+        used = starts < ends
+        firsts = starts.where(used, self.seqlen_k).amin(dim=0).tolist()
+        stops = ends.where(used, 0).amax(dim=0).tolist()
+        found: list[range] = []
+        for first, stop in sorted(zip(firsts, stops)):
+            if found and first <= found[-1].stop:
+                found[-1] = range(found[-1].start, max(found[-1].stop, stop))
+            elif first < stop:
+                found.append(range(first, stop))
+        return found
+
+    def counts(self, rows: range) -> torch.Tensor:
+        starts, ends = self._of(rows)
+        return (ends - starts).clamp(min=0).sum(dim=1, keepdim=True, dtype=torch.int32)
+
+    def fill_hidden(self, block: torch.Tensor, rows: range, keys: range, value: float) -> None:
+        starts, ends = self._of(rows)
+        inside = (starts <= keys.start) & (ends >= keys.stop)
+        if not inside.any(dim=1).all():
+            keep_where(block, self._visible(rows, keys), value)
+
+    def _visible(self, rows: range, keys: range) -> torch.Tensor:
+        _, key = self._positions(rows, keys)
+        mask = torch.zeros(len(rows), len(keys), dtype=torch.int32, device="cpu")
+        for start, end in zip(*(x.unsqueeze(-1).unbind(1) for x in self._of(rows))):
+            mask |= is_negative(start - 1 - key) & is_negative(key - end)
+        return mask
+
+    def _of(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.starts[rows.start : rows.stop], self.ends[rows.start : rows.stop]
