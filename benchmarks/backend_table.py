@@ -40,6 +40,8 @@ OPTIONS: dict[str, dict] = {
     "softcap": {"softcap": 20.0},
     "ALiBi": {"alibi_slopes": (NHEADS,)},
     "decay": {"decay_slopes": (NHEADS,)},
+    "mask=HSTU": {"mask": "HSTU"},
+    "mask=Intervals": {"mask": "Intervals"},
     "dropout": {"dropout_p": 0.1},
     "deterministic": {"deterministic": True, "grad": True},
     "float32": {"dtype": torch.float32},
@@ -48,7 +50,13 @@ OPTIONS: dict[str, dict] = {
 }
 WITHOUT = {  # options that a function does not have, or refuses whatever the backend
     "flash_attn_varlen_func, pages": ("with gradients", "deterministic"),
-    "flash_attn_with_kvcache": ("with gradients", "deterministic", "dropout"),
+    "flash_attn_with_kvcache": (
+        "with gradients",
+        "deterministic",
+        "dropout",
+        "mask=HSTU",
+        "mask=Intervals",
+    ),  # fmt: skip
 }
 
 
@@ -67,8 +75,11 @@ def call(
     function: str, device: str, *, dtype=torch.bfloat16, head_dim=64, head_dim_v=None, nheads_k=NHEADS,
     grad=False, **options,
 ) -> Callable:  # fmt: skip
-    """Return explain() of a call, without its backend. Shapes among the options become tensors."""
+    """Return explain() of a call, without its backend. Shapes among the options become tensors, and the name
+    of a mask one of its class.
+    """
     import flash_attn
+    from flash_attn.masks import HSTU, Intervals
 
     new = partial(torch.zeros, dtype=dtype, device=device)
     lengths = partial(torch.zeros, dtype=torch.int32, device=device)
@@ -79,6 +90,10 @@ def call(
     cached = name == "flash_attn_with_kvcache"
     rows = (BATCH * SEQLEN,) if "varlen" in name else (BATCH, 1 if cached else SEQLEN)
     keys = (4, 256) if paged else (BATCH, SEQLEN) if cached else rows
+    if options.get("mask") == "HSTU":
+        options["mask"] = HSTU(num_targets=lengths(BATCH))
+    elif options.get("mask") == "Intervals":
+        options["mask"] = Intervals(lengths(*rows, 1), lengths(*rows, 1))
     q = new(*rows, NHEADS, head_dim, requires_grad=grad)
     k, v = (new(*keys, nheads_k, d) for d in (head_dim, head_dim_v or head_dim))
     more: tuple = ()

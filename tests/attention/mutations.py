@@ -664,7 +664,65 @@ DECAY = [
            decayed=lambda self, p, h: p),
 ]  # fmt: skip
 
-MUTANTS = MASKS + SCORES + DROPOUT + FUNCTIONS + SEQUENCES + DECAY
+
+# --- recommenders' masks
+
+
+def with_mask(change: Callable) -> Callable:
+    """Return a step `visible` in which change(visible, rows, keys, history, mask) is seen. rows, keys: their
+    positions, (seqlen_q, 1) and (seqlen_k,); history: where it ends.
+    """
+
+    def visible(self, h):
+        seen, mask = step("visible")(self, h), h.o.mask
+        rows = torch.arange(h.seqlen_k - h.seqlen_q, h.seqlen_k)[:, None]
+        return change(seen, rows, torch.arange(h.seqlen_k), h.seqlen_k - mask.num_targets, mask) & (rows >= 0)
+
+    return visible
+
+
+def with_parts(**parts) -> Callable:
+    """Return a step `visible` whose mask has other parts."""
+    return lambda self, h: step("visible")(self, replace(h, o=replace(h.o, mask=h.o.mask._replace(**parts))))
+
+
+def group_off_by_one(seen, rows, keys, history, mask):
+    first = history + (rows - history + 1) // mask.target_group_size * mask.target_group_size - 1
+    return torch.where((rows >= history) & (keys >= history), (keys >= first) & (keys <= rows), seen)
+
+
+def window_from_the_candidate(seen, rows, keys, history, mask):
+    too_far = (rows >= history) & (keys < history) & (rows - keys > (mask.max_attn_len or math.inf))
+    return seen & (too_far.logical_not() | (keys < mask.num_contexts))
+
+
+def window_over_contexts(seen, rows, keys, history, mask):
+    """Let contextual keys lie as far as their index says."""
+    near = rows.clamp(max=history) - keys <= (mask.max_attn_len or math.inf)
+    of_history = (rows >= mask.num_contexts) & (keys < mask.num_contexts)
+    return torch.where(of_history, near, seen)
+
+
+RECOMMENDERS = [
+    mutant("candidates see candidates", "test_hstu_masks.test_hstu",
+           visible=with_parts(target_group_size=99)),
+    mutant("candidates do not see themselves", "test_hstu_masks.test_hstu", visible=with_mask(
+           lambda seen, rows, keys, history, mask: seen & ~((rows == keys) & (rows >= history)))),
+    mutant("contextual rows see candidates", "test_hstu_masks.test_hstu", visible=with_mask(
+           lambda seen, rows, keys, history, mask: seen | (rows < mask.num_contexts))),
+    mutant("contextual rows are causal", "test_hstu_masks.test_hstu", visible=with_mask(
+           lambda seen, rows, keys, history, mask: seen & (keys <= rows))),
+    mutant("window counted from the candidate", "test_hstu_masks.test_hstu",
+           visible=with_mask(window_from_the_candidate)),
+    mutant("window counted over contextual keys", "test_hstu_masks.test_hstu",
+           visible=with_mask(window_over_contexts)),
+    mutant("window ignored", "test_hstu_masks.test_hstu", visible=with_parts(max_attn_len=0)),
+    mutant("no row sees everything", "test_hstu_masks.test_hstu",
+           visible=with_parts(min_full_attn_seq_len=0)),
+    mutant("group off by one", "test_hstu_masks.test_hstu", visible=with_mask(group_off_by_one)),
+]  # fmt: skip
+
+MUTANTS = MASKS + SCORES + DROPOUT + FUNCTIONS + SEQUENCES + DECAY + RECOMMENDERS
 
 
 class SoftmaxCommentedOut(Oracle):

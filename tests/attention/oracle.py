@@ -33,6 +33,7 @@ class Options:
     sigmoid_bias: float | str | Tensor = 0.0
     normalization: str | float | Tensor | None = None
     decay_slopes: Tensor | float | None = None
+    mask: object | None = None  # a flash_attn.masks.HSTU or Intervals
     deterministic: bool = False  # fixes the order of sums, which the oracle ignores
 
     def slope(self, batch: int, head: int) -> float | Tensor:
@@ -47,6 +48,22 @@ class Options:
             sigmoid_bias=of_head(bias, batch, head).item() if isinstance(bias, Tensor) else bias,
             normalization=self.normalization if isinstance(self.normalization, str) else None,
             decay_slopes=None if decay is None else of_head(decay, batch, head).item(),
+        )
+
+    def of_sequence(self, batch: int, rows: slice | None) -> Options:
+        """The options of one sequence: the mask holds numbers, or the intervals of its rows."""
+        if self.mask is None:
+            return self
+        at = batch if rows is None else rows
+        return replace(
+            self,
+            mask=self.mask._replace(
+                **{
+                    name: x.cpu()[at if name in ("starts", "ends") else batch]
+                    for name, x in self.mask._asdict().items()
+                    if isinstance(x, Tensor)
+                }
+            ),
         )
 
     def factor(self, batch: int, rows: slice | None, total: int) -> float | Tensor:
@@ -86,9 +103,43 @@ def decay(seqlen_q: int, seqlen_k: int, o: Options) -> Tensor:
 
 def visibility(seqlen_q: int, seqlen_k: int, o: Options) -> Tensor:
     """(seqlen_q, seqlen_k) bool: may query i see key j?"""
+    if o.mask is not None:
+        return (in_intervals if hasattr(o.mask, "starts") else hstu)(seqlen_q, seqlen_k, o.mask)
     left, right = o.window
     distance = distances(seqlen_q, seqlen_k)
     return (distance >= -left) & (distance <= right)
+
+
+def in_intervals(seqlen_q: int, seqlen_k: int, mask) -> Tensor:
+    """(seqlen_q, seqlen_k) bool: does key j lie in an interval of row i?"""
+    key = torch.arange(seqlen_k)
+    return ((key >= mask.starts[..., None]) & (key < mask.ends[..., None])).any(1)
+
+
+def hstu(seqlen_q: int, seqlen_k: int, mask) -> Tensor:
+    """(seqlen_q, seqlen_k) bool: HSTU's mask by comparing positions, as generative-recommenders defines it,
+    with the groups of candidates that FBGEMM adds. The last row is the last key.
+    """
+    contexts, window, whole = int(mask.num_contexts), mask.max_attn_len, mask.min_full_attn_seq_len
+    history = seqlen_k - int(mask.num_targets)
+    column = torch.arange(seqlen_k)
+    row = torch.arange(seqlen_k - seqlen_q, seqlen_k)
+
+    def position(index: Tensor) -> Tensor:
+        return (
+            (index - contexts + 1).clamp(0, history - contexts + 1) if contexts else index.clamp(max=history)
+        )
+
+    i, j, p, of_key = row[:, None], column, position(row)[:, None], position(column)
+    target = history - contexts + 1 if contexts else history
+    visible = (i == j) | (p > of_key)
+    group = mask.target_group_size
+    visible |= (j >= history) & (j <= i) & ((i - history) // group == (j - history) // group)
+    if window:
+        visible &= (p - of_key <= window) | (whole > 0) & (p >= target - whole)
+    if contexts:
+        visible |= (p == 0) & (of_key < target)
+    return visible & (i >= 0)
 
 
 def sigmoid_bias(o: Options, n: int) -> float:
@@ -178,7 +229,7 @@ class Oracle:
         """One sequence: q (seqlen_q, nheads, d), k and v (seqlen_k, nheads_k, d), of which ``used`` are the
         keys. rows: where q lies among ``total`` packed rows.
         """
-        k, v = k[used], v[used]
+        k, v, o = k[used], v[used], o.of_sequence(batch, rows)
         nheads, nheads_k = q.shape[1], k.shape[1]
         heads = []
         for head in range(nheads):

@@ -50,12 +50,13 @@ def supports(device: str, dtype: torch.dtype) -> bool:
 
 
 def not_in_this_build(error: BaseException) -> bool:
-    """Whether a call failed because HEAD_DIMS, DTYPES, PASSES or NO_SOFTMAX_ONLY left its kernels out of the
-    CUDA build. The CPU backend, which has all of them, runs the same test.
+    """Whether a call failed because the CUDA build lacks its kernels: a mask, or kernels that HEAD_DIMS,
+    DTYPES, PASSES or NO_SOFTMAX_ONLY left out. The CPU backend, which has all of them, runs the same test.
     """
-    return isinstance(error, RuntimeError) and str(error).startswith(
-        "This flash attention build has no kernels "
-    )
+    if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+        return str(error).startswith("This flash attention build has no kernels ")
+    refused = f"{EXTENSION} has no kernels for mask"
+    return isinstance(error, (NotImplementedError, ValueError)) and refused in str(error)
 
 
 def cumulative(lengths: Sequence[int], device: str) -> Tensor:

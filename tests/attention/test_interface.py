@@ -70,13 +70,13 @@ FUNCTIONS = pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_signature(name):
     parameters = list(inspect.signature(getattr(flash_attn, name)).parameters.values())
-    before, (use_softmax, *keyword_only) = parameters[:-7], parameters[-7:]
+    before, (use_softmax, *keyword_only) = parameters[:-8], parameters[-8:]
     assert [p.name for p in before] == UPSTREAM[name].split()
     assert (use_softmax.name, use_softmax.default) == ("use_softmax", True)
     assert use_softmax.kind == use_softmax.POSITIONAL_OR_KEYWORD
     assert [(p.name, p.default) for p in keyword_only] == [
         ("activation", "identity"), ("sigmoid_bias", 0.0), ("normalization", None),
-        ("decay_slopes", None), ("algorithm", "auto"), ("backend", "auto"),
+        ("decay_slopes", None), ("mask", None), ("algorithm", "auto"), ("backend", "auto"),
     ]  # fmt: skip
     assert all(p.kind == p.KEYWORD_ONLY for p in keyword_only)
 
@@ -587,7 +587,8 @@ def nosoftmax_call(
         return_attn_probs=False, activation="identity", sigmoid_bias=0.0, normalization=None, factor=1.0,
     ), **options})  # fmt: skip
     return Call(
-        q, k, k if v is None else v, *lengths, None, leftpad_k, block_table, *(None,) * 4, options, cache
+        q, k, k if v is None else v, *lengths, None, leftpad_k, block_table, *(None,) * (TENSORS - 8),
+        options, cache,
     )  # fmt: skip
 
 

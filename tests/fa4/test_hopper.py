@@ -456,7 +456,7 @@ def test_torch_compile_gives_the_eager_result_in_one_graph(hopper):
 
 def test_operators_pass_opcheck(hopper):
     from flash_attn.cute.nosoftmax import ops
-    from flash_attn.cute.nosoftmax.call import Options
+    from flash_attn.cute.nosoftmax.call import TENSORS, Options
 
     q, k, v = (x.requires_grad_() for x in qkv(hopper, 2, 64, 64, head_dim=64))
     shared = dict(
@@ -465,7 +465,8 @@ def test_operators_pass_opcheck(hopper):
         normalization=None, factor=1.0,
     )  # fmt: skip
     given = factors(hopper, 2, 64), biases(hopper, 2)
-    options = *(None,) * 6, *given, None, *Options(**shared), None, None, False
+    more = (None,) * (TENSORS + 1 - 11)  # with seqused_q
+    options = *(None,) * 6, *given, *more, *Options(**shared), None, None, False
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.forward, (q, k, v, *options), test_utils=checks)
     torch.library.opcheck(ops.backward, (*(x.detach() for x in (q, q, k, v)), *options), test_utils=checks)

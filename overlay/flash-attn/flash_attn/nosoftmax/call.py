@@ -16,7 +16,9 @@ class Options(NamedTuple):
     with a cache, max_seqlen_k is its capacity. window_left, window_right: how many keys a query sees on each
     side of its aligned key; -1 is no limit, and causal is exactly window_right = 0. sigmoid_bias: None is
     -log n. factor: multiplies each row of the output, beside normalization and Call.row_factors.
-    return_attn_probs: whether to return S_dmask. The other options are as in the public functions.
+    return_attn_probs: whether to return S_dmask. mask: "hstu" or "intervals", the class of flash_attn.masks
+    that was given; the numbers after it are the fields of HSTU. The other options are as in the public
+    functions.
     """
 
     max_seqlen_q: int
@@ -32,6 +34,12 @@ class Options(NamedTuple):
     sigmoid_bias: Optional[float]
     normalization: Optional[str]
     factor: float
+    mask: Optional[str] = None
+    num_targets: int = 0
+    num_contexts: int = 0
+    max_attn_len: int = 0
+    min_full_attn_seq_len: int = 0
+    target_group_size: int = 1
 
     @property
     def causal(self) -> bool:
@@ -69,8 +77,9 @@ class Call(NamedTuple):
     int32 (batch, pages): k and v are (num_pages, page_size, nheads_k, …). seqused_k, leftpad_k: int32
     (batch,) or None, where the keys that count in a sequence end and begin. alibi_slopes, sigmoid_biases,
     decay_slopes: float32 (nheads,) or (batch, nheads). row_factors: float32 (batch,), or a factor for each
-    query: (batch, seqlen_q), packed (total_q,). q, k and v may be views of a packed qkv or kv argument, so
-    that gradients reach it.
+    query: (batch, seqlen_q), packed (total_q,). target_counts, context_counts: int32 (batch,), in place of
+    num_targets and num_contexts of the options. interval_starts, interval_ends: int32 (batch, seqlen_q, k),
+    packed (total_q, k). q, k and v may be views of a packed qkv or kv argument, so that gradients reach it.
     """
 
     q: torch.Tensor
@@ -85,6 +94,10 @@ class Call(NamedTuple):
     row_factors: Optional[torch.Tensor]
     sigmoid_biases: Optional[torch.Tensor]
     decay_slopes: Optional[torch.Tensor]
+    target_counts: Optional[torch.Tensor]
+    context_counts: Optional[torch.Tensor]
+    interval_starts: Optional[torch.Tensor]
+    interval_ends: Optional[torch.Tensor]
     options: Options
     cache: Optional[Cache] = None
 
@@ -102,7 +115,7 @@ class Call(NamedTuple):
         return self[:TENSORS]
 
 
-TENSORS = 12
+TENSORS = 16
 _IN_A_SCHEMA = {
     torch.Tensor: "Tensor", Optional[torch.Tensor]: "Tensor?", int: "SymInt", float: "float",
     Optional[float]: "float?", bool: "bool", str: "str", Optional[str]: "str?",

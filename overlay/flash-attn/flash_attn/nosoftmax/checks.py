@@ -484,7 +484,7 @@ def state(
         integers("cu_seqlens", cu_seqlens, max(cu_seqlens.shape[0], 1), axes="batch + 1")
         cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
     lengths = (cu_seqlens, cu_seqlens, None, None, None)
-    call = Call(q, k, v, *lengths, None, factors, None, decay_slopes, chosen)
+    call = Call(q, k, v, *lengths, None, factors, None, decay_slopes, *(None,) * 4, chosen)
     _of_states(call, given, state_indices)
     return call
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn, Optional
 import torch
 
 from .. import extension
-from . import checks, ops
+from . import checks, masking, ops
 from .call import Cache, Call, Options
 from .choice import ENVIRONMENT, Choice, Wanted, choose, wanted
 
@@ -25,6 +25,8 @@ _DOC = """\
             (batch,) or (total_q,).
         decay_slopes: float32, not negative, (nheads,) or (batch, nheads), or None: each weight is multiplied
             by exp(-slope * |i + seqlen_k - seqlen_q - j|).
+        mask: flash_attn.masks.HSTU or flash_attn.masks.Intervals, in place of causal and window_size: the
+            keys that each query sees, in closed form. Not for flash_attn_with_kvcache.
         algorithm: "auto" takes linear time where that is exact and predicted faster; "quadratic" and "linear"
             choose.
         backend: "auto" takes the first of "linear" (linear time), "fa4" (flash-attn-4 of this patch set, on
@@ -43,6 +45,7 @@ _KEYWORDS = {
     "sigmoid_bias": 0.0,
     "normalization": None,
     "decay_slopes": None,
+    "mask": None,
     "algorithm": "auto",
     "backend": "auto",
 }
@@ -53,7 +56,7 @@ _HAS_AUTOCAST = hasattr(torch, "get_autocast_dtype")  # torch 2.4: of any device
 
 
 def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add use_softmax as the last positional argument, and six keyword arguments, to a public function of
+    """Add use_softmax as the last positional argument, and seven keyword arguments, to a public function of
     upstream.
 
     With use_softmax=True, the default, upstream's function is called unchanged.
@@ -83,49 +86,54 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(
-        *args, activation="identity", sigmoid_bias=0.0, normalization=None, decay_slopes=None,
+        *args, activation="identity", sigmoid_bias=0.0, normalization=None, decay_slopes=None, mask=None,
         algorithm="auto", backend="auto", **kwargs
     ):  # fmt: skip
         use_softmax, args, kwargs = split(args, kwargs)
         if use_softmax is True:
-            if not _is_plain(activation, sigmoid_bias, normalization, decay_slopes, algorithm, backend):
+            if not _is_plain(activation, sigmoid_bias, normalization, decay_slopes, mask, algorithm, backend):
                 _check_softmax(
-                    bind(args, kwargs), activation, sigmoid_bias, normalization, decay_slopes, algorithm,
-                    backend,
+                    bind(args, kwargs), activation, sigmoid_bias, normalization, decay_slopes, mask,
+                    algorithm, backend,
                 )  # fmt: skip
             return function(*args, **kwargs)
         score = use_softmax, activation, sigmoid_bias, normalization, decay_slopes
         values = (*args, *kwargs.values(), *score)
-        looks, known = _recall((function, len(args), *kwargs), values, algorithm, backend, has_cache)
+        if mask is not None:
+            values += masking.parts_of(mask)
+        looks, known = _recall(
+            (function, len(args), *kwargs, type(mask)), values, algorithm, backend, has_cache
+        )
         if known is not None and known.places is not None:
             return _returned(known.call(values), known.backend, False)
         arguments, rebuild = bind(args, kwargs), None
         if getattr(arguments.get("q", arguments.get("qkv")), "is_nested", False):
             arguments, rebuild = _packed(arguments)
-        call = _call_of(arguments, score)
+        call = _call_of(arguments, score, mask)
         if known is not None:
             return _returned(call, known.backend, False, rebuild)
-        named = (*names[: len(args)], *kwargs, *_SCORE)
+        named = (*names[: len(args)], *kwargs, *_SCORE, *masking.names_of(mask))
         return _returned(call, *_settle(call, algorithm, backend, looks, named, values), rebuild)
 
     def question(args: tuple, kwargs: dict) -> Choice:
         """Return the Choice for flash_attn.explain."""
         chosen = {name: kwargs.pop(name, default) for name, default in _KEYWORDS.items()}
         use_softmax, args, kwargs = split(args, kwargs)
-        algorithm, backend = chosen.pop("algorithm"), chosen.pop("backend")
+        algorithm, backend, mask = chosen.pop("algorithm"), chosen.pop("backend"), chosen.pop("mask")
         arguments = bind(args, kwargs)
         if use_softmax is True:
-            choice = _check_softmax(arguments, *chosen.values(), algorithm, backend)
+            choice = _check_softmax(arguments, *chosen.values(), mask, algorithm, backend)
             if choice.backend == "fa2":
                 extension.load()  # raises ImportError, as the call does
             return choice
         if getattr(arguments.get("q", arguments.get("qkv")), "is_nested", False):
             arguments, _ = _packed(arguments)
-        call, among = _call_of(arguments, (use_softmax, *chosen.values())), wanted(algorithm, backend)
+        call, among = _call_of(arguments, (use_softmax, *chosen.values()), mask), wanted(algorithm, backend)
         _check(call)
         choice = choose(call, among)
         if call.q.device.type == "cpu":
             checks.values(call)
+            masking.values(call)
         return choice
 
     run.question = question
@@ -221,6 +229,7 @@ def backward(
         checks.rng_state(rng_state, call)
         if call.q.device.type == "cpu" and not ops.followed(call):
             checks.values(call)
+            masking.values(call)
         return ops.gradients(call, backend, dout, rng_state)
 
 
@@ -228,7 +237,7 @@ _PAIR = {
     "dropout_p": 0.0, "softmax_scale": None, "causal": False, "window_size": (-1, -1), "softcap": 0.0,
     "alibi_slopes": None,
     "deterministic": False, "activation": "identity", "sigmoid_bias": 0.0, "normalization": None,
-    "decay_slopes": None, "algorithm": "auto",
+    "decay_slopes": None, "mask": None, "algorithm": "auto",
     "backend": "auto",
 }  # fmt: skip
 _PAIR_PACKED = {
@@ -240,8 +249,9 @@ _PAIR_PACKED = {
 
 def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) -> tuple[Call, str]:
     algorithm, backend = options.get("algorithm", "auto"), options.get("backend", "auto")
-    values = (q, k, v, *options.values())
-    looks, known = _recall((_prepared, *options), values, algorithm, backend, strides=False)
+    mask = options.pop("mask", None)
+    values = (q, k, v, *options.values(), *masking.parts_of(mask))
+    looks, known = _recall((_prepared, *options, type(mask)), values, algorithm, backend, strides=False)
     if known is not None and known.places is not None:
         return known.call(values), known.backend
     defaults = {**_PAIR, **_PAIR_PACKED} if "cu_seqlens_q" in options else _PAIR
@@ -253,10 +263,11 @@ def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) 
     ):
         if given[name] is None:
             raise TypeError(f"{name} is missing: packed sequences need it beside cu_seqlens_q")
-    call = _call_of(given, (False, *[given[name] for name in _SCORE[1:]]))
+    call = _call_of(given, (False, *[given[name] for name in _SCORE[1:]]), mask)
     if known is not None:
         return call, known.backend
-    return call, _settle(call, algorithm, backend, looks, ("q", "k", "v", *options), values)[0]
+    named = ("q", "k", "v", *options, *masking.names_of(mask))
+    return call, _settle(call, algorithm, backend, looks, named, values)[0]
 
 
 # ---- From the arguments of a function to a call ----
@@ -286,7 +297,11 @@ class _Known(NamedTuple):
 
 _known: dict[tuple, _Known] = {}
 _SCORE = ("use_softmax", "activation", "sigmoid_bias", "normalization", "decay_slopes")
-_NAMES = {"row_factors": "normalization", "sigmoid_biases": "sigmoid_bias"}  # argument names, by field
+# Argument names, by field.
+_NAMES = {
+    "row_factors": "normalization", "sigmoid_biases": "sigmoid_bias", "target_counts": "num_targets",
+    "context_counts": "num_contexts", "interval_starts": "starts", "interval_ends": "ends",
+}  # fmt: skip
 # The arguments that a call keeps as tensors, in whatever form, and not as numbers.
 _OF_TENSORS = frozenset((
     *Call._fields, *Cache._fields, *_NAMES.values(), "qkv", "kv", "k_cache", "v_cache", "cu_seqlens",
@@ -387,14 +402,17 @@ def _settle(
 
 def _check(call: Call) -> None:
     checks.tensors(call) if call.cache is None else checks.cache(call)
+    masking.check(call)
 
 
 def _check_softmax(
-    arguments: dict, activation, sigmoid_bias, normalization, decay_slopes, algorithm, backend
+    arguments: dict, activation, sigmoid_bias, normalization, decay_slopes, mask, algorithm, backend
 ) -> Choice:
     """Return the Choice for softmax, which depends on the device alone. Raises ValueError for an argument
     that contradicts it."""
     checks.nothing_beside_softmax(activation, sigmoid_bias, normalization, decay_slopes)
+    if mask is not None:
+        raise ValueError("mask is for attention without softmax: pass use_softmax=False, or leave it out")
     asked = (algorithm, backend) != ("auto", "auto")  # the environment applies only without softmax
     among = wanted(algorithm, backend) if asked else Wanted([])
     q = arguments.get("q", arguments.get("qkv"))
@@ -410,10 +428,10 @@ def _check_softmax(
     return Choice(name, "quadratic", {}, among.forced)
 
 
-def _call_of(a: dict, score: tuple) -> Call:
+def _call_of(a: dict, score: tuple, mask: Any) -> Call:
     """Make a Call from the named arguments of a public function, and check its options."""
     if "k_cache" in a:
-        return _cached_call(a, score)
+        return _cached_call(a, score, mask)
     q, k, v = _autocast(*_qkv(a))
     if "max_seqlen_q" in a or "max_seqlen" in a:
         longest, lengths = _lengths(a)
@@ -428,9 +446,10 @@ def _call_of(a: dict, score: tuple) -> Call:
         q.shape[-1], *longest, a["dropout_p"], a["softmax_scale"], a["causal"], a["window_size"],
         a["softcap"], a["deterministic"], a["return_attn_probs"], activation, *rest, use_softmax=use_softmax,
     )  # fmt: skip
+    of_mask, options = masking.taken(mask, options, a, decay_slopes)
     return Call(
         q, k, v, *lengths, _slopes("alibi_slopes", a["alibi_slopes"]), factors, biases,
-        _slopes("decay_slopes", decay_slopes), options,
+        _slopes("decay_slopes", decay_slopes), *of_mask, options,
     )  # fmt: skip
 
 
@@ -453,7 +472,7 @@ def _lengths(a: dict) -> tuple[tuple, tuple]:
     )  # fmt: skip
 
 
-def _cached_call(a: dict, score: tuple) -> Call:
+def _cached_call(a: dict, score: tuple, mask: Any) -> Call:
     if a["return_softmax_lse"]:
         raise ValueError(
             "return_softmax_lse=True, but there is no log-sum-exp with use_softmax=False: leave it out; "
@@ -480,6 +499,7 @@ def _cached_call(a: dict, score: tuple) -> Call:
         q.shape[-1], q.shape[1], capacity, 0.0, a["softmax_scale"], a["causal"], a["window_size"],
         a["softcap"], False, False, activation, *rest, use_softmax=use_softmax,
     )  # fmt: skip
+    of_mask, options = masking.taken(mask, options, a, decay_slopes)
     if lengths is not None and not (isinstance(lengths, torch.Tensor) and lengths.dim() > 0):
         lengths = torch.full(
             (q.shape[0],), checks.integer("cache_seqlens", lengths), dtype=torch.int32, device=q.device
@@ -493,7 +513,7 @@ def _cached_call(a: dict, score: tuple) -> Call:
     return Call(
         q, k_cache, v_cache, None, None, None, _int32("cache_leftpad", a["cache_leftpad"]), block_table,
         _slopes("alibi_slopes", a["alibi_slopes"]), factors, biases, _slopes("decay_slopes", decay_slopes),
-        options, cache,
+        *of_mask, options, cache,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any, Optional
 import torch
 from torch.autograd import forward_ad
 
-from . import checks
+from . import checks, masking
 from .backends import Result
 from .call import TENSORS, Cache, Call, Options, declared, needs_grad
 from .choice import MODULES, choose, wanted
@@ -38,6 +38,7 @@ def run(call: Call, backend: str) -> Result:
     """Run the forward pass without recording a graph."""
     if call.q.is_cpu:
         checks.values(call)
+        masking.values(call)
     return _module(call, backend).forward(call)
 
 
@@ -317,6 +318,10 @@ def _folded(count: int, in_dims: tuple, tensors: list, options: Options) -> Call
             ("sigmoid_biases", 1),
             ("decay_slopes", 1),
             ("row_factors", 0),
+            ("target_counts", 0),
+            ("context_counts", 0),
+            ("interval_starts", 0),
+            ("interval_ends", 0),
         )
     }
     return call._replace(q=q, k=k, v=v, **more)

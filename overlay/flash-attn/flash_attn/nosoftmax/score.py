@@ -15,8 +15,9 @@ that query i is aligned with (bottom right):
 
 Key j is visible to query i if j < seqlen_k, j <= c + window_right and j >= c - window_left. Each side of the
 window applies on its own and for any lengths, and a negative side sets no limit. causal sets window_right to
-0. A query that sees no key outputs exactly 0. A key that no query sees gets a gradient of exactly 0. Rows of
-packed results that belong to no sequence are exactly 0 too.
+0. A ``mask`` of flash_attn.masks stands in their place and says itself which keys a query sees. A query that
+sees no key outputs exactly 0. A key that no query sees gets a gradient of exactly 0. Rows of packed results
+that belong to no sequence are exactly 0 too.
 
 There is no row maximum, no exponential, no row sum, and so no log-sum-exp: return_attn_probs returns an empty
 float32 tensor in its place, and return_softmax_lse=True is an error. Partial results over disjoint keys

@@ -97,7 +97,7 @@ def _without_softmax(
     )  # fmt: skip
     call = Call(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, None, page_table, None, factors, biases, decay_slopes,
-        options,
+        *(None,) * 4, options,
     )  # fmt: skip
     checks.tensors(call, seqused_q=seqused_q)
     reason = obstacle(call, mask_mod=mask_mod, block_sparse_tensors=block_sparse_tensors, **refused)

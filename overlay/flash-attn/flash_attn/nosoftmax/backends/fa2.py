@@ -23,6 +23,8 @@ def obstacle(call: Call) -> Optional[str]:
     reason = extension.obstacle()
     if reason is not None:
         return reason
+    if call.options.mask is not None:
+        return "flash_attn_2_cuda has no kernels for mask: move the tensors to the CPU"
     if call.q.dtype not in _DTYPES:
         return f"q has dtype {call.q.dtype}, flash_attn_2_cuda takes float16 and bfloat16"
     if call.v.shape[-1] != call.q.shape[-1]:

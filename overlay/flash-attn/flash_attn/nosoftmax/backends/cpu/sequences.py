@@ -8,10 +8,11 @@ from typing import Optional
 import torch
 
 from ...call import Call, Options
+from ...intervals import of_hstu
 from ...score import ACTIVATIONS, NORMALIZATIONS, Activation, Bias
 from .dropout import Dropout
 from .paged import gather_pages
-from .visibility import Visibility, Window
+from .visibility import Intervals, Visibility, Window
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Sequences:
                 factors = factors[:, None] if factors.dim() == 1 else factors
             factors = factors.to(dtype).repeat_interleave(nheads_k, dim=0)
         dropout = Dropout(seed, o.dropout_p, batch.start * nheads) if o.dropout_p > 0.0 else None
-        visibility = Visibility(*seqlens, Window.of(o.window_left, o.window_right))
+        visibility = _visibility(call, batch, seqlens, rows)
         by_heads = map(by_head, (call.alibi_slopes, call.sigmoid_biases, call.decay_slopes))
         return cls(o, call.q.dtype, visibility, *by_heads, factors, dropout, use_softmax)
 
@@ -107,6 +108,27 @@ class Sequences:
         return norm * factors[:, None, :, None]
 
 
+def _visibility(call: Call, batch: range, seqlens: tuple[int, int], rows: Optional[slice]) -> Visibility:
+    """Return what the queries see; with a mask, those of one sequence."""
+    o = call.options
+    window = Window.of(o.window_left, o.window_right)
+    if o.mask is None:
+        return Visibility(*seqlens, window)
+    if o.mask == "intervals":
+        of_rows = batch.start if rows is None else rows
+        return Intervals(*seqlens, window, call.interval_starts[of_rows], call.interval_ends[of_rows])
+    targets, contexts = (
+        count if given is None else given[batch.start].item()
+        for given, count in ((call.target_counts, o.num_targets), (call.context_counts, o.num_contexts))
+    )
+    return Intervals(
+        *seqlens, window,
+        *of_hstu(
+            *seqlens, targets, contexts, o.max_attn_len, o.min_full_attn_seq_len, o.target_group_size
+        ),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Part:
     """Sequences, and their place in the tensors of the call. rows, keys: the range of a packed sequence, None
@@ -120,24 +142,30 @@ class Part:
     table: Optional[torch.Tensor]  # the pages of its keys
 
     def of_queries(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.rows is None else x[None, self.rows]
+        return self._of_batch(x) if self.rows is None else x[None, self.rows]
 
     def of_keys(self, x: torch.Tensor) -> torch.Tensor:
         if self.table is not None:
             return gather_pages(x, self.table, self.keys.stop)[None]
-        return x if self.keys is None else x[None, self.keys]
+        return self._of_batch(x) if self.keys is None else x[None, self.keys]
 
     def of_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Cut this part from x, which has a number for each head and query: (batch, nheads, seqlen_q), packed
         (nheads, total_q)."""
-        return x if self.rows is None else x[None, :, self.rows]
+        return self._of_batch(x) if self.rows is None else x[None, :, self.rows]
+
+    def _of_batch(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.batch.start : self.batch.stop]
 
 
 def parts(call: Call, seed: int, use_softmax: bool = False) -> Iterator[Part]:
-    """Cut a checked call without a cache into its sequences. A dense batch is one part."""
+    """Cut a checked call without a cache into its sequences. A dense batch without a mask is one part."""
     if not call.varlen:
-        batch, seqlens = range(call.q.shape[0]), (call.q.shape[1], call.k.shape[1])
-        yield Part(Sequences.of(call, batch, seqlens, seed, use_softmax), batch, None, None, None)
+        seqlens = call.q.shape[1], call.k.shape[1]
+        at_once = max(call.batch, 1) if call.options.mask is None else 1
+        for b in range(0, call.batch, at_once):
+            batch = range(b, b + at_once)
+            yield Part(Sequences.of(call, batch, seqlens, seed, use_softmax), batch, None, None, None)
         return
     starts_q, starts_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
     used, skipped = (None if x is None else x.tolist() for x in (call.seqused_k, call.leftpad_k))

@@ -62,6 +62,8 @@ def _inexact(call: Call) -> Optional[str]:
         return f"dropout_p={o.dropout_p}"
     if call.alibi_slopes is not None:
         return "alibi_slopes"
+    if o.mask is not None:
+        return "mask"
     # A side that reaches beyond every sequence limits nothing.
     if 0 <= o.window_left < o.max_seqlen_k - 1 or 0 < o.window_right < o.max_seqlen_q - 1:
         return f"window_size={o.window_left, o.window_right}"
