@@ -8,11 +8,11 @@ from typing import Optional
 import torch
 
 from ...call import Call, Options
-from ...intervals import of_hstu
+from ...intervals import HSTUSequence
 from ...score import ACTIVATIONS, NORMALIZATIONS, Activation, Bias
 from .dropout import Dropout
 from .paged import gather_pages
-from .visibility import Intervals, Visibility, Window
+from .visibility import HSTU, Intervals, Visibility, Window
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,10 @@ def _visibility(call: Call, batch: range, seqlens: tuple[int, int], rows: Option
         count if given is None else given[batch.start].item()
         for given, count in ((call.target_counts, o.num_targets), (call.context_counts, o.num_contexts))
     )
-    return Intervals(
-        *seqlens, window,
-        *of_hstu(
-            *seqlens, targets, contexts, o.max_attn_len, o.min_full_attn_seq_len, o.target_group_size
-        ),
-    )  # fmt: skip
+    sequence = HSTUSequence(
+        *seqlens, targets, contexts, o.max_attn_len, o.min_full_attn_seq_len, o.target_group_size
+    )
+    return HSTU(*seqlens, window, *sequence.intervals(), sequence)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Optional
 
 import torch
 
+from ...intervals import HSTUSequence
+
 _AS_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -203,3 +205,32 @@ class Intervals(Visibility):
 
     def _of(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
         return self.starts[rows.start : rows.stop], self.ends[rows.start : rows.stop]
+
+
+@dataclass(frozen=True)
+class HSTU(Intervals):
+    """Intervals that are those of `sequence`, which gives the bounds of a block without reading them. They
+    hold no key that none of the queries sees, and only queries before position 0 see nothing.
+    """
+
+    sequence: HSTUSequence
+
+    @property
+    def unseen_keys(self) -> Optional[torch.Tensor]:
+        return None
+
+    @property
+    def blind_queries(self) -> Optional[torch.Tensor]:
+        return None
+
+    @property
+    def first_seeing(self) -> int:
+        return max(0, -self.offset)
+
+    def ranges(self, rows: range) -> list[range]:
+        return self.sequence.seen_by_any(rows)
+
+    def fill_hidden(self, block: torch.Tensor, rows: range, keys: range, value: float) -> None:
+        seen = self.sequence.seen_by_all(rows)
+        if not (seen.start <= keys.start and keys.stop <= seen.stop):
+            keep_where(block, self._visible(rows, keys), value)
