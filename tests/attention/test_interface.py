@@ -301,7 +301,7 @@ def operator_calls(device: str, seqlen_q: int, dropout_p: float):
     ops, name = torch.ops.flash_attn_nosoftmax, "fa2" if device == "cuda" else "cpu"
 
     def options(*longest: int) -> tuple:
-        return (*longest, dropout_p, 0.3, 3, 0, 0.0, True, dropout_p > 0, "identity", 0.0, None, 1.0)
+        return (*longest, dropout_p, 0.3, 3, 0, 0.0, True, dropout_p > 0, "identity", 0.0, None, 1.0, False)
 
     q, k, v = sample(device, 2, seqlen_q, 2, 4, 8)[:, :, 0], *sample(device, 2, 6, 2, 2, 8).unbind(2)
 
@@ -586,7 +586,7 @@ def nosoftmax_call(
         return_attn_probs=False, activation="identity", sigmoid_bias=0.0, normalization=None, factor=1.0,
     ), **options})  # fmt: skip
     return Call(
-        q, k, k if v is None else v, *lengths, None, leftpad_k, block_table, *(None,) * 4, options, cache
+        q, k, k if v is None else v, *lengths, None, leftpad_k, block_table, *(None,) * 5, options, cache
     )  # fmt: skip
 
 

@@ -187,9 +187,16 @@ def forward(
     q: (batch, seqlen_q, nheads, head_dim); k: (batch, seqlen_k, nheads_k, head_dim); v: (batch, seqlen_k,
     nheads_k, head_dim_v). options, by keyword: those of flash_attn_func. With cu_seqlens_q: the shapes and
     options of flash_attn_varlen_func, and also seqused_k and leftpad_k, int32 (batch,), where the keys that
-    count in each sequence end and begin. return_attn_probs is not an option. Returns out, shaped as q with
-    head_dim_v, and rng_state, int64 (2,), with which `backward` drops the same entries again; None without
-    dropout. Raises the errors of the public functions.
+    count in each sequence end and begin. return_attn_probs is not an option.
+
+    Two options are for parts of a sequence. diagonal: the key that query 0 of a sequence is aligned with, an
+    int or int32 (batch,), counted from key 0 of the call, which may lie before or behind all keys; None is
+    seqlen_k - seqlen_q. Masks, ALiBi, decay and "1/visible" count from there. out_dtype: None for q's dtype,
+    or torch.float32 (torch.float64 for float64 tensors) for results that are neither rounded to 16 bit nor
+    saturated, and can be added up.
+
+    Returns out, shaped as q with head_dim_v, and rng_state, int64 (2,), with which `backward` drops the same
+    entries again; None without dropout. Raises the errors of the public functions.
     """
     with torch.no_grad():
         call, backend = _prepared(q, k, v, options)
@@ -207,9 +214,10 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the gradients of `forward` outside autograd: (dq, dk, dv), shaped as q, k and v.
 
-    dout: has the shape and dtype of the output. rng_state: the state that `forward` returned, required with
-    dropout. The other arguments are those of `forward`, except seqused_k, leftpad_k and block_table, which
-    have no backward and raise ValueError. Neither the output nor a log-sum-exp is needed.
+    dout: has the shape of the output and the dtype of q. rng_state: the state that `forward` returned,
+    required with dropout. The other arguments are those of `forward`, except seqused_k, leftpad_k and
+    block_table, which have no backward and raise ValueError. The gradients have the dtype out_dtype. Neither
+    the output nor a log-sum-exp is needed.
     """
     for name in ("seqused_k", "leftpad_k", "block_table"):
         if options.get(name) is not None:
@@ -230,7 +238,7 @@ _PAIR = {
     "alibi_slopes": None,
     "deterministic": False, "activation": "identity", "sigmoid_bias": 0.0, "normalization": None,
     "decay_slopes": None, "algorithm": "auto",
-    "backend": "auto",
+    "backend": "auto", "diagonal": None, "out_dtype": None,
 }  # fmt: skip
 _PAIR_PACKED = {
     "cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": None, "max_seqlen_k": None,
@@ -320,7 +328,7 @@ def _recall(of: tuple, values: tuple, algorithm: str, backend: str, strides: boo
                 looks += x.shape, x.dtype, x.device, x.requires_grad
                 if strides:
                     looks.append(x.stride())
-            elif kind in checks.PLAIN:
+            elif kind in checks.PLAIN or kind is torch.dtype:
                 looks += kind, x
             elif kind is tuple and checks.PLAIN.issuperset(map(type, x)):
                 looks += x, *map(type, x)
@@ -435,10 +443,18 @@ def _call_of(a: dict, score: tuple) -> Call:
         q.shape[-1], *longest, a["dropout_p"], a["softmax_scale"], a["causal"], a["window_size"],
         a["softcap"], a["deterministic"], a["return_attn_probs"], activation, *rest, use_softmax=use_softmax,
     )  # fmt: skip
-    return Call(
+    call = Call(
         q, k, v, *lengths, _slopes("alibi_slopes", a["alibi_slopes"]), factors, biases,
-        _slopes("decay_slopes", decay_slopes), options,
+        _slopes("decay_slopes", decay_slopes), None, options,
     )  # fmt: skip
+    return _of_a_part(call, a["diagonal"], a["out_dtype"]) if "diagonal" in a else call
+
+
+def _of_a_part(call: Call, diagonal: Any, out_dtype: Any) -> Call:
+    """Add the options of `forward` and `backward` that are for a part of a sequence."""
+    diagonal = _int32("diagonal", checks.diagonal(diagonal, call.batch, call.q.device))
+    options = call.options._replace(wide=checks.wide(out_dtype, call.q))
+    return call._replace(diagonal=diagonal, options=options)
 
 
 def _lengths(a: dict) -> tuple[tuple, tuple]:
@@ -500,7 +516,7 @@ def _cached_call(a: dict, score: tuple) -> Call:
     return Call(
         q, k_cache, v_cache, None, None, None, _int32("cache_leftpad", a["cache_leftpad"]), block_table,
         _slopes("alibi_slopes", a["alibi_slopes"]), factors, biases, _slopes("decay_slopes", decay_slopes),
-        options, cache,
+        None, options, cache,
     )  # fmt: skip
 
 

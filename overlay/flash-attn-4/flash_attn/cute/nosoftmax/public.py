@@ -90,9 +90,8 @@ def _without_softmax(
         q.shape[-1] if q.dim() else 1, *(0 if n is None else n for n in longest), 0.0, softmax_scale, causal,
         window_size, softcap, deterministic, False, activation, sigmoid_bias, normalization,
     )  # fmt: skip
-    call = Call(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, None, page_table, None, factors, biases, None, options
-    )
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_k, None, page_table
+    call = Call(q, k, v, *lengths, None, factors, biases, None, None, options)
     checks.tensors(call, seqused_q=seqused_q)
     reason = obstacle(call, mask_mod=mask_mod, block_sparse_tensors=block_sparse_tensors, **refused)
     if reason is not None:

@@ -43,8 +43,8 @@ class Sequences:
         use_softmax: bool,
         rows: Optional[slice] = None,
     ) -> "Sequences":
-        """Make Sequences of the entries in `batch`. seqlens: (seqlen_q, seqlen_k). rows: the queries of a
-        packed sequence.
+        """Make Sequences of the entries in `batch`, which have one diagonal. seqlens: (seqlen_q, seqlen_k).
+        rows: the queries of a packed sequence.
         """
         o, nheads, nheads_k = call.options, call.q.shape[-2], call.k.shape[-2]
         dtype = torch.promote_types(call.q.dtype, torch.float32)
@@ -64,7 +64,8 @@ class Sequences:
                 factors = factors[:, None] if factors.dim() == 1 else factors
             factors = factors.to(dtype).repeat_interleave(nheads_k, dim=0)
         dropout = Dropout(seed, o.dropout_p, batch.start * nheads) if o.dropout_p > 0.0 else None
-        visibility = Visibility(*seqlens, Window.of(o.window_left, o.window_right))
+        diagonal = None if call.diagonal is None else int(call.diagonal[batch.start])
+        visibility = Visibility(*seqlens, Window.of(o.window_left, o.window_right), diagonal)
         by_heads = map(by_head, (call.alibi_slopes, call.sigmoid_biases, call.decay_slopes))
         return cls(o, call.q.dtype, visibility, *by_heads, factors, dropout, use_softmax)
 
@@ -119,25 +120,31 @@ class Part:
     keys: Optional[slice]
     table: Optional[torch.Tensor]  # the pages of its keys
 
+    def _of_batch(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.batch.start : self.batch.stop]
+
     def of_queries(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.rows is None else x[None, self.rows]
+        return self._of_batch(x) if self.rows is None else x[None, self.rows]
 
     def of_keys(self, x: torch.Tensor) -> torch.Tensor:
         if self.table is not None:
             return gather_pages(x, self.table, self.keys.stop)[None]
-        return x if self.keys is None else x[None, self.keys]
+        return self._of_batch(x) if self.keys is None else x[None, self.keys]
 
     def of_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Cut this part from x, which has a number for each head and query: (batch, nheads, seqlen_q), packed
         (nheads, total_q)."""
-        return x if self.rows is None else x[None, :, self.rows]
+        return self._of_batch(x) if self.rows is None else x[None, :, self.rows]
 
 
 def parts(call: Call, seed: int, use_softmax: bool = False) -> Iterator[Part]:
-    """Cut a checked call without a cache into its sequences. A dense batch is one part."""
+    """Cut a checked call without a cache into its sequences. A dense batch with one diagonal is one part."""
     if not call.varlen:
-        batch, seqlens = range(call.q.shape[0]), (call.q.shape[1], call.k.shape[1])
-        yield Part(Sequences.of(call, batch, seqlens, seed, use_softmax), batch, None, None, None)
+        batches, seqlens = [range(call.q.shape[0])], (call.q.shape[1], call.k.shape[1])
+        if call.diagonal is not None and len(set(call.diagonal.tolist())) != 1:
+            batches = [range(b, b + 1) for b in batches[0]]
+        for batch in batches:
+            yield Part(Sequences.of(call, batch, seqlens, seed, use_softmax), batch, None, None, None)
         return
     starts_q, starts_k = call.cu_seqlens_q.tolist(), call.cu_seqlens_k.tolist()
     used, skipped = (None if x is None else x.tolist() for x in (call.seqused_k, call.leftpad_k))

@@ -106,7 +106,7 @@ def fwd(
     )  # fmt: skip
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device="cpu")
     return _forward(
-        Call(q, k, v, None, None, None, None, None, alibi_slopes, None, None, None, options), out, lse, gen
+        Call(q, k, v, None, None, None, None, None, alibi_slopes, *(None,) * 4, options), out, lse, gen
     )
 
 
@@ -134,9 +134,7 @@ def varlen_fwd(
         leftpad_k,
         block_table,
         alibi_slopes,
-        None,
-        None,
-        None,
+        *(None,) * 4,
         options,
     )
     return _forward(call, out, lse, gen)
@@ -186,7 +184,7 @@ def bwd(
     softmax_d = torch.zeros(
         q.shape[0], q.shape[2], -(-q.shape[1] // 128) * 128, dtype=torch.float32, device="cpu"
     )
-    call = Call(q, k, v, None, None, None, None, None, alibi_slopes, None, None, None, options)
+    call = Call(q, k, v, None, None, None, None, None, alibi_slopes, *(None,) * 4, options)
     return _backward(call, dout, out, softmax_lse, dq, dk, dv, softmax_d, rng_state)
 
 
@@ -203,9 +201,7 @@ def varlen_bwd(
         q, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
         softcap
     )  # fmt: skip
-    call = Call(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, None, None, None, alibi_slopes, None, None, None, options
-    )
+    call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, None, None, None, alibi_slopes, *(None,) * 4, options)
     softmax_d = torch.zeros(q.shape[1], q.shape[0] + 128 * call.batch, dtype=torch.float32, device="cpu")
     return _backward(call, dout, out, softmax_lse, dq, dk, dv, softmax_d, rng_state)
 
@@ -232,7 +228,7 @@ def fwd_kvcache(
         k, v, seqlens_k, rotary_cos, rotary_sin, cache_batch_idx, rotary_interleaved, num_splits, steps
     )
     call = Call(
-        q, kcache, vcache, None, None, None, leftpad_k, block_table, alibi_slopes, *(None,) * 3, options,
+        q, kcache, vcache, None, None, None, leftpad_k, block_table, alibi_slopes, *(None,) * 4, options,
         cache,
     )  # fmt: skip
     checks.cache(call)
