@@ -4,6 +4,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple, NoReturn, Optional
 
 import torch
@@ -33,6 +34,9 @@ _DOC = """\
             that can run the call; a name forces that one, and so does the environment variable
             FLASH_ATTENTION_NOSOFTMAX_BACKEND where this is "auto". A KV cache is for "fa2" and "cpu" alone.
             flash_attn.explain says which would run, and why.
+        context_parallel: None, or a flash_attn.distributed.ContextParallel. q, k and v then hold this rank's
+            tokens of sequences that are cut over the ranks of a group, and so does the output. All options
+            are those of the whole sequences, and so are cu_seqlens and max_seqlen.
             Without softmax softmax_lse is empty, and S_dmask is 1 where dropout kept and -1 where it dropped.
             head_dim_v may differ from head_dim. q, k and v may be nested tensors of the jagged layout where
             the function is not a packed one.
@@ -46,6 +50,7 @@ _KEYWORDS = {
     "decay_slopes": None,
     "algorithm": "auto",
     "backend": "auto",
+    "context_parallel": None,
 }
 _SOFTMAX_BACKENDS = {"cpu": "cpu", "cuda": "fa2"}
 # Calls that look the same are checked, and their backend is chosen, only once.
@@ -54,8 +59,8 @@ _HAS_AUTOCAST = hasattr(torch, "get_autocast_dtype")  # torch 2.4: of any device
 
 
 def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add use_softmax as the last positional argument, and six keyword arguments, to a public function of
-    upstream.
+    """Add use_softmax as the last positional argument, and the keyword arguments of _KEYWORDS, to a public
+    function of upstream.
 
     With use_softmax=True, the default, upstream's function is called unchanged.
     """
@@ -85,17 +90,22 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(
         *args, activation="identity", sigmoid_bias=0.0, normalization=None, decay_slopes=None,
-        algorithm="auto", backend="auto", **kwargs
+        algorithm="auto", backend="auto", context_parallel=None, **kwargs
     ):  # fmt: skip
         use_softmax, args, kwargs = split(args, kwargs)
         if use_softmax is True:
-            if not _is_plain(activation, sigmoid_bias, normalization, decay_slopes, algorithm, backend):
+            if not _is_plain(
+                activation, sigmoid_bias, normalization, decay_slopes, algorithm, backend, context_parallel
+            ):
                 _check_softmax(
                     bind(args, kwargs), activation, sigmoid_bias, normalization, decay_slopes, algorithm,
-                    backend,
+                    backend, context_parallel,
                 )  # fmt: skip
             return function(*args, **kwargs)
         score = use_softmax, activation, sigmoid_bias, normalization, decay_slopes
+        if context_parallel is not None:
+            make = functools.partial(_parallel_call, bind, args, kwargs, score)
+            return _distributed().attend(make, context_parallel, algorithm, backend)
         values = (*args, *kwargs.values(), *score)
         looks, known = _recall((function, len(args), *kwargs), values, algorithm, backend, has_cache)
         if known is not None and known.places is not None:
@@ -114,12 +124,16 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
         chosen = {name: kwargs.pop(name, default) for name, default in _KEYWORDS.items()}
         use_softmax, args, kwargs = split(args, kwargs)
         algorithm, backend = chosen.pop("algorithm"), chosen.pop("backend")
+        context_parallel = chosen.pop("context_parallel")
         arguments = bind(args, kwargs)
         if use_softmax is True:
-            choice = _check_softmax(arguments, *chosen.values(), algorithm, backend)
+            choice = _check_softmax(arguments, *chosen.values(), algorithm, backend, context_parallel)
             if choice.backend == "fa2":
                 extension.load()  # raises ImportError, as the call does
             return choice
+        if context_parallel is not None:
+            make = functools.partial(_parallel_call, bind, args, kwargs, (use_softmax, *chosen.values()))
+            return _distributed().explain(make, context_parallel, algorithm, backend)
         if getattr(arguments.get("q", arguments.get("qkv")), "is_nested", False):
             arguments, _ = _packed(arguments)
         call, among = _call_of(arguments, (use_softmax, *chosen.values())), wanted(algorithm, backend)
@@ -161,8 +175,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     """Say which backend would run function(*args, **kwargs), and why the preferred ones would not.
 
     function: an attention function of flash_attn, such as flash_attn_func. The other arguments are those of
-    the call. Computes nothing. Returns a Choice: print it, or read its attributes. Raises TypeError for
-    another function, and any error of the call itself.
+    the call. Computes nothing. Returns a Choice: print it, or read its attributes. With context_parallel it
+    returns a flash_attn.distributed.attention.Method, which also has the bytes that the ranks exchange.
+    Raises TypeError for another function, and any error of the call itself.
 
         >>> print(flash_attn.explain(flash_attn_func, q, k, v, use_softmax=False, activation="silu"))
         cpu, quadratic algorithm
@@ -399,7 +414,14 @@ def _check(call: Call) -> None:
 
 
 def _check_softmax(
-    arguments: dict, activation, sigmoid_bias, normalization, decay_slopes, algorithm, backend
+    arguments: dict,
+    activation,
+    sigmoid_bias,
+    normalization,
+    decay_slopes,
+    algorithm,
+    backend,
+    context_parallel,
 ) -> Choice:
     """Return the Choice for softmax, which depends on the device alone. Raises ValueError for an argument
     that contradicts it."""
@@ -409,6 +431,11 @@ def _check_softmax(
             raise ValueError(
                 f"{name} replaces the softmax: pass use_softmax=False, or leave it at its default"
             )
+    if context_parallel is not None:
+        raise ValueError(
+            "context_parallel with use_softmax=True: partial results of softmax do not add, pass "
+            "use_softmax=False"
+        )
     resolve(True, activation, sigmoid_bias, normalization)
     asked = (algorithm, backend) != ("auto", "auto")  # the environment applies only without softmax
     among = wanted(algorithm, backend) if asked else Wanted([])
@@ -423,6 +450,23 @@ def _check_softmax(
             + "; leave it out, or pass use_softmax=False"
         )
     return Choice(name, "quadratic", {}, among.forced)
+
+
+def _distributed() -> ModuleType:
+    """Return the module that runs calls over several ranks, which imports torch.distributed."""
+    from ..distributed import attention
+
+    return attention
+
+
+def _parallel_call(bind: Callable, args: tuple, kwargs: dict, score: tuple) -> Call:
+    """Make a Call of this rank's tensors from the arguments of a public function."""
+    arguments = bind(args, kwargs)
+    if getattr(arguments.get("q", arguments.get("qkv")), "is_nested", False):
+        raise ValueError("nested tensors with context_parallel: pack them, and give cu_seqlens")
+    if "k_cache" in arguments:
+        raise ValueError("flash_attn_with_kvcache has no context_parallel")
+    return _call_of(arguments, score)
 
 
 def _call_of(a: dict, score: tuple) -> Call:
