@@ -97,6 +97,16 @@ def test_rows_count_the_keys_that_they_see(normalization, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_rows_behind_the_keys_count_all_of_them(algorithm):
+    q, k, v, dout = sample(40, 16)
+    options = dict(causal=True, diagonal=3, algorithm=algorithm)
+    found = both(q, k, v, dout, normalization="1/visible", **options)
+    seen = torch.arange(4, 44).clamp(max=16)[:, None, None]
+    out, _, dk, dv = both(q, k, v, dout / seen, **options)
+    close((found[0], *found[2:]), (out / seen, dk, dv))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_each_sequence_has_its_own(algorithm):
     """Dense and packed, as a tensor; far beyond both ends of the keys too."""
     diagonals = [40, -7, 0, 3000, -3000]

@@ -23,7 +23,8 @@ from ..problem import Problem
 
 def obstacle(problem: Problem) -> Optional[str]:
     if "linear" not in problem.among.names:
-        return f"{problem.among.forced or 'the call'} excludes linear time"
+        forced = problem.among.forced or f'algorithm="{problem.algorithm}"'
+        return f"{forced} excludes linear time"
     return linear.obstacle(problem.whole)
 
 
