@@ -70,13 +70,14 @@ FUNCTIONS = pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_signature(name):
     parameters = list(inspect.signature(getattr(flash_attn, name)).parameters.values())
-    before, (use_softmax, *keyword_only) = parameters[:-7], parameters[-7:]
+    at = [p.name for p in parameters].index("use_softmax")
+    before, (use_softmax, *keyword_only) = parameters[:at], parameters[at:]
     assert [p.name for p in before] == UPSTREAM[name].split()
     assert (use_softmax.name, use_softmax.default) == ("use_softmax", True)
     assert use_softmax.kind == use_softmax.POSITIONAL_OR_KEYWORD
     assert [(p.name, p.default) for p in keyword_only] == [
         ("activation", "identity"), ("sigmoid_bias", 0.0), ("normalization", None),
-        ("decay_slopes", None), ("algorithm", "auto"), ("backend", "auto"),
+        ("decay_slopes", None), ("algorithm", "auto"), ("backend", "auto"), ("context_parallel", None),
     ]  # fmt: skip
     assert all(p.kind == p.KEYWORD_ONLY for p in keyword_only)
 
