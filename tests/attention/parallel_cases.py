@@ -16,6 +16,7 @@ from flash_attn import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
 )
 from flash_attn.distributed import ContextParallel, agreement
 from flash_attn.distributed.methods import ring
@@ -357,3 +358,66 @@ def of_a_mesh(rank: int, world: int) -> None:
     for x, y in zip(found, cut(cp, False, expected)):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
     ContextParallel(mesh, seqlen=TOKENS)  # raises
+
+
+# Options of a decoding step, for 3 sequences in slots of a cache of 21 keys.
+CACHES = {
+    "plain": dict(),
+    "causal": dict(causal=True, normalization="1/n"),
+    "window": dict(window_size=(5, 0), normalization="1/visible"),
+    "sigmoid": dict(activation="sigmoid", sigmoid_bias="-log n"),
+    "alibi": dict(causal=True, alibi_slopes=torch.rand(3, 4, generator=torch.Generator().manual_seed(1))),
+    "decay": dict(causal=True, decay_slopes=torch.linspace(0.0, 1.0, 4), normalization="1/sqrt(n)"),
+    "left padding": dict(cache_leftpad=torch.tensor([0, 4, 9], dtype=torch.int32), normalization="1/n"),
+    "slots": dict(cache_batch_idx=torch.tensor([3, 0, 2], dtype=torch.int32), normalization=torch.rand(3)),
+    "read only": dict(new=0, window_size=(6, 1)),
+    "rotary": dict(causal=True, rotary=True),
+}
+
+
+def decoded(rank: int, world: int, layout: str) -> None:
+    """Steps over a cache on several ranks equal those over a whole one, and write the same keys."""
+    for name, options in CACHES.items():
+        torch.manual_seed(7)
+        options = {"use_softmax": False, **options}
+        seqlen_new, rotary = options.pop("new", 2), options.pop("rotary", False)
+        caches = [torch.randn(4, 21, 2, 6, dtype=F64) for _ in range(2)]
+        if "normalization" in options and isinstance(options["normalization"], Tensor):
+            options["normalization"] = torch.tensor([0.5, 0.25, 2.0])
+        if rotary:
+            options |= dict(rotary_cos=torch.rand(21, 2, dtype=F64), rotary_sin=torch.rand(21, 2, dtype=F64))
+        cp = ContextParallel(None, layout, seqlen=21)
+        own = [cp.shard(x) for x in caches]
+        lengths = torch.tensor([0, 11, 17], dtype=torch.int32)
+        if "cache_leftpad" in options:
+            lengths[0] = 1
+        for step in range(2 if seqlen_new else 1):
+            q = torch.randn(3, 2, 4, 6, dtype=F64)
+            new = [torch.randn(3, seqlen_new, 2, 6, dtype=F64) for _ in range(2 if seqlen_new else 0)]
+            more = {**options, "cache_seqlens": lengths + seqlen_new * step}
+            expected = flash_attn_with_kvcache(q, *caches, *new, **more)
+            found = flash_attn_with_kvcache(q, *own, *new, context_parallel=cp, **more)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-10, msg=name)
+        for x, y in zip(own, caches):
+            torch.testing.assert_close(x, cp.shard(y), rtol=0, atol=1e-12, msg=name)
+
+
+def wrong_cache(rank: int, world: int, name: str) -> None:
+    cp = ContextParallel(None, seqlen=20)
+    cache = torch.randn(2, cp.tokens, 2, 4)
+    q = torch.randn(2, 1, 2, 4)
+    options = dict(
+        use_softmax=False, context_parallel=cp, cache_seqlens=torch.tensor([3, 5], dtype=torch.int32)
+    )
+    if name == "whole cache":
+        cache = torch.randn(2, 20, 2, 4)
+    elif name == "too long":
+        options["cache_seqlens"] = torch.tensor([3, 20], dtype=torch.int32)
+    elif name == "pages":
+        options["block_table"] = torch.zeros(2, 1, dtype=torch.int32)
+    elif name == "lengths":
+        options["cache_seqlens"] = torch.tensor([3, 5 + (rank == world - 1)], dtype=torch.int32)
+    elif name == "gradient":
+        q.requires_grad_()
+    new = torch.randn(2, 1, 2, 4)
+    flash_attn_with_kvcache(q, cache, cache.clone(), new, new, **options).sum().backward()

@@ -151,6 +151,32 @@ def test_the_others_hear_of_an_error(ranks, name):
         assert error[1].startswith(f"no rank has begun: rank {ranks.world - 1} raised {kind.__name__}: ")
 
 
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_a_cache_over_the_ranks(ranks, layout):
+    ranks.run(cases.decoded, layout)
+
+
+@pytest.mark.parametrize(
+    "name, kind, words",
+    [
+        ("whole cache", ValueError, r"k_cache has shape \(2, 20, 2, 4\), but the plan gives rank"),
+        ("too long", ValueError, r"cache_seqlens\[1\]=20 and 1 to append, but the cache holds 20 keys"),
+        ("pages", ValueError, "block_table is not there with context_parallel"),
+        (
+            "lengths",
+            ValueError,
+            r"ranks of a context-parallel call differ: cache_seqlens is \[3, 5\] on rank 0",
+        ),
+        ("gradient", RuntimeError, "flash_attn_with_kvcache has no backward"),
+    ],
+)
+def test_a_wrong_cache(ranks, name, kind, words):
+    for error in ranks.errors(cases.wrong_cache, name):
+        assert error is not None and error[0] is kind
+        with pytest.raises(kind, match=words):
+            raise kind(error[1])
+
+
 def test_the_comparison_can_be_switched_off(ranks):
     assert ranks.run(cases.unchecked) == [[1, 0]] * ranks.world
 

@@ -6,6 +6,7 @@
     agreement.py  compares the ranks before anything moves
     problem.py    the call as the whole sequences see it, and its blocks
     methods/      state, ulysses, allgather and ring
+    decode.py     a cache whose keys lie on several ranks
     attention.py  chooses the method, and runs the call with its derivatives
 
 docs/distributed.md has the design. Imports torch.distributed, so nothing of flash_attn imports it by itself.

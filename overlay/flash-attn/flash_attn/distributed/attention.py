@@ -7,10 +7,11 @@ import torch
 from ..nosoftmax import checks, ops
 from ..nosoftmax.call import Call, needs_grad
 from ..nosoftmax.choice import Choice, choose, wanted
+from . import decode
 from .agreement import agree
 from .methods import MODULES
 from .plan import ContextParallel
-from .problem import Problem, ambiguous_factors, unknown
+from .problem import Problem, ambiguous_factors, refuse_unknown
 
 
 class Method(NamedTuple):
@@ -43,6 +44,8 @@ def attend(make: Callable, cp: Any, algorithm: str, backend: str) -> torch.Tenso
     whole sequences."""
     _is_plan(cp)
     problem, method = agree(cp.group, cp.check, lambda: _prepared(make(), cp, algorithm, backend))
+    if method is None:
+        return decode.attend(problem, cp)
     call = problem.whole
     if cp.world == 1:
         return ops.attend(call, choose(call, problem.among).backend).out
@@ -55,7 +58,12 @@ def attend(make: Callable, cp: Any, algorithm: str, backend: str) -> torch.Tenso
 def explain(make: Callable, cp: Any, algorithm: str, backend: str) -> Method:
     """Say which method would run the call that make() returns. Communicates nothing."""
     _is_plan(cp)
-    return _prepared(make(), cp, algorithm, backend)[0][1]
+    method = _prepared(make(), cp, algorithm, backend)[0][1]
+    if method is None:
+        raise TypeError(
+            "with a cache there is one method: each rank attends to its keys, and the sums are added"
+        )
+    return method
 
 
 def _is_plan(cp: Any) -> None:
@@ -67,8 +75,10 @@ def _is_plan(cp: Any) -> None:
 
 
 def _prepared(call: Call, cp: ContextParallel, algorithm: str, backend: str) -> tuple:
-    """Check the call, and return ((problem, method), facts)."""
+    """Check the call, and return ((problem, method), facts); with a cache, the call and None for these."""
     wanted(algorithm, backend)
+    if call.cache is not None:
+        return decode.prepared(call, cp, algorithm, backend)
     _check(call, cp)
     problem = Problem(call, cp, algorithm, backend)
     method = _chosen(problem)
@@ -76,9 +86,7 @@ def _prepared(call: Call, cp: ContextParallel, algorithm: str, backend: str) -> 
 
 
 def _check(call: Call, cp: ContextParallel) -> None:
-    option = unknown(call)
-    if option is not None:
-        raise ValueError(f"{option} is not there with context_parallel: leave it out")
+    refuse_unknown(call)
     if call.varlen != cp.packed:
         given, made = ("packed", "dense") if call.varlen else ("dense", "packed")
         raise ValueError(

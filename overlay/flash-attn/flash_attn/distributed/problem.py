@@ -123,14 +123,20 @@ class Problem:
         return ops.run_backward(block, choose(block, self.among).backend, dout, None)
 
 
-def unknown(call: Call) -> Optional[str]:
-    """Name an option that no method knows; None if all do."""
+def refuse_unknown(call: Call, *known: str) -> None:
+    """Raise ValueError for an option that no method knows. known: further tensors that the caller knows."""
+    option = _unknown(call, known)
+    if option is not None:
+        raise ValueError(f"{option} is not there with context_parallel: leave it out")
+
+
+def _unknown(call: Call, known: tuple) -> Optional[str]:
     o = call.options
     for name, off in _OFF.items():
         if getattr(o, name) != off:
             return f"{name}={getattr(o, name)}"
     for name in call._fields[:TENSORS]:
-        if name not in _TENSORS and getattr(call, name) is not None:
+        if name not in _TENSORS and name not in known and getattr(call, name) is not None:
             return name
     for name in o._fields:
         if name not in _OPTIONS and name not in _OFF and getattr(o, name) != o._field_defaults.get(name):

@@ -464,8 +464,6 @@ def _parallel_call(bind: Callable, args: tuple, kwargs: dict, score: tuple) -> C
     arguments = bind(args, kwargs)
     if getattr(arguments.get("q", arguments.get("qkv")), "is_nested", False):
         raise ValueError("nested tensors with context_parallel: pack them, and give cu_seqlens")
-    if "k_cache" in arguments:
-        raise ValueError("flash_attn_with_kvcache has no context_parallel")
     return _call_of(arguments, score)
 
 

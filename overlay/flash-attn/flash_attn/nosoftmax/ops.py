@@ -451,7 +451,7 @@ if _CAN_DEFINE:
 # ---- A cache ----
 
 
-class _WithoutBackward(torch.autograd.Function):
+class WithoutBackward(torch.autograd.Function):
     """Makes the backward of a call with a cache an error, not a silent None."""
 
     @staticmethod
@@ -477,7 +477,7 @@ def attend_cached(call: Call, backend: str) -> torch.Tensor:
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         with torch.no_grad():
             out = run(call, backend).out
-        return _WithoutBackward.apply(out, *inputs)
+        return WithoutBackward.apply(out, *inputs)
     return run(call, backend).out
 
 
