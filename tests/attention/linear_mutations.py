@@ -31,7 +31,7 @@ class Mutant:
 
 def _later_mask(shift: int) -> Callable:
     def mask(self, scores, span):
-        offset = max(span.start, self._from_row) - max(span.start, self._from_key) + shift
+        offset = self._rows_in(span).start - self._keys_in(span).start + shift
         split = (
             scores.unflatten(2, (self._k.shape[3], -1)).unflatten(1, (self._q.shape[3], -1)).transpose(2, 3)
         )
@@ -41,23 +41,25 @@ def _later_mask(shift: int) -> Callable:
     return mask
 
 
-def _top_left(self, q, k, v, form, given):
+def _top_left(self, q, k, v, form, *given):
     """Let row i see the keys up to i, as if both began at the first position."""
     rows = min(q.shape[1], k.shape[1])
-    _RIGHT_INIT(self, q[:, :rows], k[:, :rows], v[:, :rows], form, given)
+    _RIGHT_INIT(self, q[:, :rows], k[:, :rows], v[:, :rows], form, *given)
 
 
-def _reads_everything(self, q, k, v, form, given):
-    _RIGHT_INIT(self, q, k, v, form, given)
+def _reads_everything(self, q, k, v, form, *given):
+    _RIGHT_INIT(self, q, k, v, form, *given)
     self._from_row, self._from_key = self._first_row, self._first_key
 
 
-def _ungrouped(self, x, start, stop, first):
-    part = x[:, start - first : stop - first].permute(0, 2, 1, 3, 4)
+def _ungrouped(self, x, span, first):
+    part = x[:, span.start - first : span.stop - first].permute(0, 2, 1, 3, 4)
     return part.to(self.dtype, copy=True).reshape(x.shape[0] * self.heads, -1, x.shape[-1])
 
 
-def _state_of_the_neighbour(q, k, v, form, cu_q=None, cu_k=None, max_q=0, max_k=0, given=None):
+def _state_of_the_neighbour(
+    q, k, v, form, cu_q=None, cu_k=None, max_q=0, max_k=0, given=None, diagonals=None
+):
     """Treat packed sequences as one."""
     return (
         chunked.attend(q[None], k[None], v[None], form)[0][0]

@@ -70,13 +70,15 @@ FUNCTIONS = pytest.mark.parametrize("name", DIFFERENTIABLE)
 @pytest.mark.parametrize("name", UPSTREAM)
 def test_signature(name):
     parameters = list(inspect.signature(getattr(flash_attn, name)).parameters.values())
-    before, (use_softmax, *keyword_only) = parameters[:-8], parameters[-8:]
+    at = [p.name for p in parameters].index("use_softmax")
+    before, (use_softmax, *keyword_only) = parameters[:at], parameters[at:]
     assert [p.name for p in before] == UPSTREAM[name].split()
     assert (use_softmax.name, use_softmax.default) == ("use_softmax", True)
     assert use_softmax.kind == use_softmax.POSITIONAL_OR_KEYWORD
     assert [(p.name, p.default) for p in keyword_only] == [
         ("activation", "identity"), ("sigmoid_bias", 0.0), ("normalization", None),
         ("decay_slopes", None), ("mask", None), ("algorithm", "auto"), ("backend", "auto"),
+        ("context_parallel", None),
     ]  # fmt: skip
     assert all(p.kind == p.KEYWORD_ONLY for p in keyword_only)
 
@@ -301,7 +303,7 @@ def operator_calls(device: str, seqlen_q: int, dropout_p: float):
     ops, name = torch.ops.flash_attn_nosoftmax, "fa2" if device == "cuda" else "cpu"
 
     def options(*longest: int) -> tuple:
-        return (*longest, dropout_p, 0.3, 3, 0, 0.0, True, dropout_p > 0, "identity", 0.0, None, 1.0)
+        return (*longest, dropout_p, 0.3, 3, 0, 0.0, True, dropout_p > 0, "identity", 0.0, None, 1.0, False)
 
     q, k, v = sample(device, 2, seqlen_q, 2, 4, 8)[:, :, 0], *sample(device, 2, 6, 2, 2, 8).unbind(2)
 
@@ -586,9 +588,9 @@ def nosoftmax_call(
         dropout_p=0.0, softmax_scale=0.3, window_left=-1, window_right=-1, softcap=0.0, deterministic=False,
         return_attn_probs=False, activation="identity", sigmoid_bias=0.0, normalization=None, factor=1.0,
     ), **options})  # fmt: skip
-    return Call(
-        q, k, k if v is None else v, *lengths, None, leftpad_k, block_table, *(None,) * (TENSORS - 8),
-        options, cache,
+    return Call.of(
+        options, cache, q=q, k=k, v=k if v is None else v, cu_seqlens_q=lengths[0], cu_seqlens_k=lengths[1],
+        leftpad_k=leftpad_k, block_table=block_table,
     )  # fmt: skip
 
 
@@ -603,7 +605,7 @@ def test_no_argument_says_that_there_is_no_softmax(cuda_call):
         stands_for_extension.fwd(*cuda_call, False)
 
 
-PLAIN = ("identity", 0.0, None, None, 1.0, None, None)
+PLAIN = ("identity", 0.0, None, None, 1.0, None, None, None)
 
 
 @pytest.mark.parametrize("options, tensors, score", [
@@ -612,9 +614,10 @@ PLAIN = ("identity", 0.0, None, None, 1.0, None, None)
     (dict(activation="sigmoid", sigmoid_bias=None), dict(), ("sigmoid", None, *PLAIN[2:])),
     (dict(activation="sigmoid"), dict(sigmoid_biases=(4,)), ("sigmoid", 0.0, (4,), *PLAIN[3:])),
     (dict(normalization="1/visible"), dict(), (*PLAIN[:3], "1/visible", *PLAIN[4:])),
-    (dict(factor=1 / 64), dict(), (*PLAIN[:4], 1 / 64, None, None)),
-    (dict(), dict(row_factors=(2,)), (*PLAIN[:5], (2,), None)),
-    (dict(), dict(row_factors=(2, 3)), (*PLAIN[:6], (2, 3))),
+    (dict(factor=1 / 64), dict(), (*PLAIN[:4], 1 / 64, *PLAIN[5:])),
+    (dict(), dict(row_factors=(2,)), (*PLAIN[:5], (2,), None, None)),
+    (dict(), dict(row_factors=(2, 3)), (*PLAIN[:6], (2, 3), None)),
+    (dict(), dict(decay_slopes=(2, 4)), (*PLAIN[:7], (2, 4))),
 ], ids=str)  # fmt: skip
 def test_extension_is_told_of_the_score_function(extension, options, tensors, score):
     """Forward and backward, as its last argument."""
@@ -635,14 +638,14 @@ def test_packed_factors_are_of_sequences_or_rows(extension, count, by_row):
     call = nosoftmax_call(q, q, None, starts, starts, longest=(5, 5))
     fa2.forward(call._replace(row_factors=fake(count, dtype=torch.float32)))
     ((_, arguments),) = extension.given
-    assert without_fakes(arguments[-1])[-2:] == ([None, (count,)] if by_row else [(count,), None])
+    assert without_fakes(arguments[-1])[5:7] == ([None, (count,)] if by_row else [(count,), None])
 
 
 def test_as_many_sequences_as_rows_means_rows(extension):
     q, starts = fake(2, 2, 8), fake(3, dtype=torch.int32)
     call = nosoftmax_call(q, q, None, starts, starts, longest=(2, 2))
     fa2.forward(call._replace(row_factors=fake(2, dtype=torch.float32)))
-    assert without_fakes(extension.given[0][1][-1])[-2:] == [None, (2,)]
+    assert without_fakes(extension.given[0][1][-1])[5:7] == [None, (2,)]
 
 
 def test_stock_extension_is_refused_without_softmax(cuda_call, extension):

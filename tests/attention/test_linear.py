@@ -14,6 +14,7 @@ import torch
 from flash_attn import flash_attn_func, flash_attn_varlen_func
 from flash_attn.nosoftmax.backends import linear as backend
 from flash_attn.nosoftmax.backends.linear import primitive
+from flash_attn.nosoftmax.call import TENSORS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -269,8 +270,8 @@ def test_compiles_with_dynamic_shapes():
 def test_operators_pass_opcheck(device):
     """The operators of all backends pass opcheck with this backend behind them."""
     q, k, v = (x.detach() for x in inputs("flash_attn_func", device)[0])
-    options = (q.shape[1], k.shape[1], 0.0, 0.3, -1, 0, 0.0, False, False, "identity", 0.0, "1/n", 0.5)
-    tensors = (q, k, v, *(None,) * 9)
+    options = (q.shape[1], k.shape[1], 0.0, 0.3, -1, 0, 0.0, False, False, "identity", 0.0, "1/n", 0.5, False)
+    tensors = (q, k, v, *(None,) * (TENSORS - 3))
     torch.library.opcheck(torch.ops.flash_attn_nosoftmax.forward.default, (*tensors, *options, "linear"))
     torch.library.opcheck(
         torch.ops.flash_attn_nosoftmax.backward.default, (q, *tensors, None, *options, "linear")

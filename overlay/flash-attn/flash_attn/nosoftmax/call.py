@@ -16,9 +16,10 @@ class Options(NamedTuple):
     with a cache, max_seqlen_k is its capacity. window_left, window_right: how many keys a query sees on each
     side of its aligned key; -1 is no limit, and causal is exactly window_right = 0. sigmoid_bias: None is
     -log n. factor: multiplies each row of the output, beside normalization and Call.row_factors.
-    return_attn_probs: whether to return S_dmask. mask: "hstu" or "intervals", the class of flash_attn.masks
-    that was given; the numbers after it are the fields of HSTU. The other options are as in the public
-    functions.
+    return_attn_probs: whether to return S_dmask. wide: whether the output and the gradients stay in the dtype
+    of the computation, float32 or for float64 tensors float64, and do not saturate. mask: "hstu" or
+    "intervals", the class of flash_attn.masks that was given; the numbers after it are the fields of HSTU.
+    The other options are as in the public functions.
     """
 
     max_seqlen_q: int
@@ -34,6 +35,7 @@ class Options(NamedTuple):
     sigmoid_bias: Optional[float]
     normalization: Optional[str]
     factor: float
+    wide: bool = False
     mask: Optional[str] = None
     num_targets: int = 0
     num_contexts: int = 0
@@ -77,9 +79,11 @@ class Call(NamedTuple):
     int32 (batch, pages): k and v are (num_pages, page_size, nheads_k, …). seqused_k, leftpad_k: int32
     (batch,) or None, where the keys that count in a sequence end and begin. alibi_slopes, sigmoid_biases,
     decay_slopes: float32 (nheads,) or (batch, nheads). row_factors: float32 (batch,), or a factor for each
-    query: (batch, seqlen_q), packed (total_q,). target_counts, context_counts: int32 (batch,), in place of
-    num_targets and num_contexts of the options. interval_starts, interval_ends: int32 (batch, seqlen_q, k),
-    packed (total_q, k). q, k and v may be views of a packed qkv or kv argument, so that gradients reach it.
+    query: (batch, seqlen_q), packed (total_q,). diagonal: int32 (batch,), the key that query 0 of a sequence
+    is aligned with, counted from key 0; None is seqlen_k - seqlen_q. target_counts, context_counts: int32
+    (batch,), in place of num_targets and num_contexts of the options. interval_starts, interval_ends: int32
+    (batch, seqlen_q, k), packed (total_q, k). q, k and v may be views of a packed qkv or kv argument, so that
+    gradients reach it.
     """
 
     q: torch.Tensor
@@ -94,12 +98,19 @@ class Call(NamedTuple):
     row_factors: Optional[torch.Tensor]
     sigmoid_biases: Optional[torch.Tensor]
     decay_slopes: Optional[torch.Tensor]
+    diagonal: Optional[torch.Tensor]
     target_counts: Optional[torch.Tensor]
     context_counts: Optional[torch.Tensor]
     interval_starts: Optional[torch.Tensor]
     interval_ends: Optional[torch.Tensor]
     options: Options
     cache: Optional[Cache] = None
+
+    @classmethod
+    def of(cls, options: Options, cache: Optional[Cache] = None, **tensors: Any) -> "Call":
+        """Make a call of the tensors that are given; the others are absent."""
+        absent = dict.fromkeys(cls._fields[:TENSORS])
+        return cls(**{**absent, **tensors}, options=options, cache=cache)
 
     @property
     def varlen(self) -> bool:
@@ -110,12 +121,17 @@ class Call(NamedTuple):
         return self.q.shape[0] if self.cu_seqlens_q is None else self.cu_seqlens_q.shape[0] - 1
 
     @property
+    def out_dtype(self) -> torch.dtype:
+        """The dtype of the output and of the gradients: q's, or if wide that of the computation."""
+        return torch.promote_types(self.q.dtype, torch.float32) if self.options.wide else self.q.dtype
+
+    @property
     def tensors(self) -> tuple:
         """The tensor fields in order, None where a tensor is absent."""
         return self[:TENSORS]
 
 
-TENSORS = 16
+TENSORS = Call._fields.index("options")
 _IN_A_SCHEMA = {
     torch.Tensor: "Tensor", Optional[torch.Tensor]: "Tensor?", int: "SymInt", float: "float",
     Optional[float]: "float?", bool: "bool", str: "str", Optional[str]: "str?",

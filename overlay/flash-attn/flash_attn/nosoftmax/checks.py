@@ -22,6 +22,7 @@ _INTEGERS = (torch.int32, torch.int64)
 _LARGEST_SCALE = 1e9
 _SOFTCAPS = (1e-9, 1e9)
 _LARGEST = torch.finfo(torch.float64).max
+_LARGEST_DIAGONAL = 2**30  # so that positions stay in int32
 
 DENSE = (
     "batch, seqlen_q, nheads, head_dim",
@@ -168,6 +169,26 @@ PLAIN = frozenset((int, float, bool, str, type(None)))
 _options_again = lru_cache(4096, typed=True)(_options)
 
 
+def wide(out_dtype: Any, q: torch.Tensor) -> bool:
+    """Return whether results stay in the dtype of the computation. out_dtype: None, q's dtype or that one."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    if out_dtype is None or out_dtype == q.dtype != compute:
+        return False
+    if out_dtype != compute:
+        raise ValueError(f"out_dtype={out_dtype}: with q in {q.dtype} give None or {compute}")
+    return True
+
+
+def diagonal(x: Any, batch: int, device: torch.device) -> Optional[torch.Tensor]:
+    """Return the diagonal of a call, given as a number or as a tensor, as a tensor."""
+    if x is None or (isinstance(x, torch.Tensor) and x.dim() > 0):
+        return x
+    x = integer("diagonal", x)
+    if abs(x) > _LARGEST_DIAGONAL:
+        raise ValueError(f"diagonal={x}: give the key that query 0 is aligned with, at most 2^30 away")
+    return torch.full((batch,), x, dtype=torch.int32, device=device)
+
+
 def apart(sigmoid_bias: Any, normalization: Any) -> tuple:
     """Return (sigmoid_bias, normalization, row_factors, sigmoid_biases). An argument given as a tensor moves
     to the last two, and its default takes its place.
@@ -291,7 +312,7 @@ def tensors(call: Call, **more: Optional[torch.Tensor]) -> None:
         q=q, k=k, v=v, cu_seqlens_q=call.cu_seqlens_q, cu_seqlens_k=call.cu_seqlens_k,
         seqused_k=call.seqused_k, leftpad_k=call.leftpad_k, block_table=call.block_table,
         alibi_slopes=call.alibi_slopes, normalization=call.row_factors, sigmoid_bias=call.sigmoid_biases,
-        decay_slopes=call.decay_slopes, **more,
+        decay_slopes=call.decay_slopes, diagonal=call.diagonal, **more,
     )  # fmt: skip
     one_dtype(q, k=k, v=v)
     qkv(
@@ -316,6 +337,7 @@ def tensors(call: Call, **more: Optional[torch.Tensor]) -> None:
         integers(name, x, batch + 1, axes="batch + 1")
     for name, x in more.items():
         integers(name, x, batch, axes="batch")
+    integers("diagonal", call.diagonal, batch, axes="batch")
     _keys(call, batch)
     _of_the_score(call)
 
@@ -483,8 +505,10 @@ def state(
         rank("cu_seqlens", cu_seqlens, "batch + 1")
         integers("cu_seqlens", cu_seqlens, max(cu_seqlens.shape[0], 1), axes="batch + 1")
         cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
-    lengths = (cu_seqlens, cu_seqlens, None, None, None)
-    call = Call(q, k, v, *lengths, None, factors, None, decay_slopes, *(None,) * 4, chosen)
+    call = Call.of(
+        chosen, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, row_factors=factors,
+        decay_slopes=decay_slopes,
+    )  # fmt: skip
     _of_states(call, given, state_indices)
     return call
 
@@ -537,6 +561,10 @@ def values(call: Call) -> None:
             raise ValueError(f"{name}={x.tolist()}: give finite numbers")
     not_negative("normalization", call.row_factors, "factors")
     not_negative("decay_slopes", call.decay_slopes, "slopes")
+    if call.diagonal is not None:
+        for i, key in enumerate(call.diagonal.tolist()):
+            if abs(key) > _LARGEST_DIAGONAL:
+                raise ValueError(f"diagonal[{i}]={key}: give a key that is at most 2^30 away from key 0")
     if call.cache is not None:
         _cache_values(call)
     elif call.varlen:

@@ -4,6 +4,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple, NoReturn, Optional
 
 import torch
@@ -34,6 +35,9 @@ _DOC = """\
             that can run the call; a name forces that one, and so does the environment variable
             FLASH_ATTENTION_NOSOFTMAX_BACKEND where this is "auto". A KV cache is for "fa2" and "cpu" alone.
             flash_attn.explain says which would run, and why.
+        context_parallel: None, or a flash_attn.distributed.ContextParallel. q, k and v then hold this rank's
+            tokens of sequences that are cut over the ranks of a group, and so does the output. All options
+            are those of the whole sequences, and so are cu_seqlens and max_seqlen.
             Without softmax softmax_lse is empty, and S_dmask is 1 where dropout kept and -1 where it dropped.
             head_dim_v may differ from head_dim. q, k and v may be nested tensors of the jagged layout where
             the function is not a packed one.
@@ -48,6 +52,7 @@ _KEYWORDS = {
     "mask": None,
     "algorithm": "auto",
     "backend": "auto",
+    "context_parallel": None,
 }
 _SOFTMAX_BACKENDS = {"cpu": "cpu", "cuda": "fa2"}
 # Calls that look the same are checked, and their backend is chosen, only once.
@@ -56,8 +61,8 @@ _HAS_AUTOCAST = hasattr(torch, "get_autocast_dtype")  # torch 2.4: of any device
 
 
 def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add use_softmax as the last positional argument, and seven keyword arguments, to a public function of
-    upstream.
+    """Add use_softmax as the last positional argument, and the keyword arguments of _KEYWORDS, to a public
+    function of upstream.
 
     With use_softmax=True, the default, upstream's function is called unchanged.
     """
@@ -87,17 +92,21 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(
         *args, activation="identity", sigmoid_bias=0.0, normalization=None, decay_slopes=None, mask=None,
-        algorithm="auto", backend="auto", **kwargs
+        algorithm="auto", backend="auto", context_parallel=None, **kwargs
     ):  # fmt: skip
         use_softmax, args, kwargs = split(args, kwargs)
         if use_softmax is True:
-            if not _is_plain(activation, sigmoid_bias, normalization, decay_slopes, mask, algorithm, backend):
-                _check_softmax(
-                    bind(args, kwargs), activation, sigmoid_bias, normalization, decay_slopes, mask,
-                    algorithm, backend,
-                )  # fmt: skip
+            given = (
+                activation, sigmoid_bias, normalization, decay_slopes, mask, algorithm, backend,
+                context_parallel,
+            )  # fmt: skip
+            if not _is_plain(*given):
+                _check_softmax(bind(args, kwargs), **dict(zip(_KEYWORDS, given)))
             return function(*args, **kwargs)
         score = use_softmax, activation, sigmoid_bias, normalization, decay_slopes
+        if context_parallel is not None:
+            make = functools.partial(_parallel_call, bind, args, kwargs, score, mask)
+            return _distributed().attend(make, context_parallel, algorithm, backend)
         values = (*args, *kwargs.values(), *score)
         if mask is not None:
             values += masking.parts_of(mask)
@@ -119,16 +128,22 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the Choice for flash_attn.explain."""
         chosen = {name: kwargs.pop(name, default) for name, default in _KEYWORDS.items()}
         use_softmax, args, kwargs = split(args, kwargs)
-        algorithm, backend, mask = chosen.pop("algorithm"), chosen.pop("backend"), chosen.pop("mask")
         arguments = bind(args, kwargs)
         if use_softmax is True:
-            choice = _check_softmax(arguments, *chosen.values(), mask, algorithm, backend)
+            choice = _check_softmax(arguments, **chosen)
             if choice.backend == "fa2":
                 extension.load()  # raises ImportError, as the call does
             return choice
+        mask, algorithm, backend, context_parallel = (
+            chosen.pop(name) for name in ("mask", "algorithm", "backend", "context_parallel")
+        )
+        score = use_softmax, *chosen.values()
+        if context_parallel is not None:
+            make = functools.partial(_parallel_call, bind, args, kwargs, score, mask)
+            return _distributed().explain(make, context_parallel, algorithm, backend)
         if getattr(arguments.get("q", arguments.get("qkv")), "is_nested", False):
             arguments, _ = _packed(arguments)
-        call, among = _call_of(arguments, (use_softmax, *chosen.values()), mask), wanted(algorithm, backend)
+        call, among = _call_of(arguments, score, mask), wanted(algorithm, backend)
         _check(call)
         choice = choose(call, among)
         if call.q.device.type == "cpu":
@@ -168,8 +183,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     """Say which backend would run function(*args, **kwargs), and why the preferred ones would not.
 
     function: an attention function of flash_attn, such as flash_attn_func. The other arguments are those of
-    the call. Computes nothing. Returns a Choice: print it, or read its attributes. Raises TypeError for
-    another function, and any error of the call itself.
+    the call. Computes nothing. Returns a Choice: print it, or read its attributes. With context_parallel it
+    returns a flash_attn.distributed.attention.Method, which also has the bytes that the ranks exchange.
+    Raises TypeError for another function, and any error of the call itself.
 
         >>> print(flash_attn.explain(flash_attn_func, q, k, v, use_softmax=False, activation="silu"))
         cpu, quadratic algorithm
@@ -194,9 +210,16 @@ def forward(
     q: (batch, seqlen_q, nheads, head_dim); k: (batch, seqlen_k, nheads_k, head_dim); v: (batch, seqlen_k,
     nheads_k, head_dim_v). options, by keyword: those of flash_attn_func. With cu_seqlens_q: the shapes and
     options of flash_attn_varlen_func, and also seqused_k and leftpad_k, int32 (batch,), where the keys that
-    count in each sequence end and begin. return_attn_probs is not an option. Returns out, shaped as q with
-    head_dim_v, and rng_state, int64 (2,), with which `backward` drops the same entries again; None without
-    dropout. Raises the errors of the public functions.
+    count in each sequence end and begin. return_attn_probs is not an option.
+
+    Two options are for parts of a sequence. diagonal: the key that query 0 of a sequence is aligned with, an
+    int or int32 (batch,), counted from key 0 of the call, which may lie before or behind all keys; None is
+    seqlen_k - seqlen_q. Masks, ALiBi, decay and "1/visible" count from there. out_dtype: None for q's dtype,
+    or torch.float32 (torch.float64 for float64 tensors) for results that are neither rounded to 16 bit nor
+    saturated, and can be added up.
+
+    Returns out, shaped as q with head_dim_v, and rng_state, int64 (2,), with which `backward` drops the same
+    entries again; None without dropout. Raises the errors of the public functions.
     """
     with torch.no_grad():
         call, backend = _prepared(q, k, v, options)
@@ -214,9 +237,10 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the gradients of `forward` outside autograd: (dq, dk, dv), shaped as q, k and v.
 
-    dout: has the shape and dtype of the output. rng_state: the state that `forward` returned, required with
-    dropout. The other arguments are those of `forward`, except seqused_k, leftpad_k and block_table, which
-    have no backward and raise ValueError. Neither the output nor a log-sum-exp is needed.
+    dout: has the shape of the output and the dtype of q. rng_state: the state that `forward` returned,
+    required with dropout. The other arguments are those of `forward`, except seqused_k, leftpad_k and
+    block_table, which have no backward and raise ValueError. The gradients have the dtype out_dtype. Neither
+    the output nor a log-sum-exp is needed.
     """
     for name in ("seqused_k", "leftpad_k", "block_table"):
         if options.get(name) is not None:
@@ -238,7 +262,7 @@ _PAIR = {
     "alibi_slopes": None,
     "deterministic": False, "activation": "identity", "sigmoid_bias": 0.0, "normalization": None,
     "decay_slopes": None, "mask": None, "algorithm": "auto",
-    "backend": "auto",
+    "backend": "auto", "diagonal": None, "out_dtype": None,
 }  # fmt: skip
 _PAIR_PACKED = {
     "cu_seqlens_q": None, "cu_seqlens_k": None, "max_seqlen_q": None, "max_seqlen_k": None,
@@ -334,7 +358,7 @@ def _recall(of: tuple, values: tuple, algorithm: str, backend: str, strides: boo
                 looks += x.shape, x.dtype, x.device, x.requires_grad
                 if strides:
                     looks.append(x.stride())
-            elif kind in checks.PLAIN:
+            elif kind in checks.PLAIN or kind is torch.dtype:
                 looks += kind, x
             elif kind is tuple and checks.PLAIN.issuperset(map(type, x)):
                 looks += x, *map(type, x)
@@ -406,13 +430,19 @@ def _check(call: Call) -> None:
 
 
 def _check_softmax(
-    arguments: dict, activation, sigmoid_bias, normalization, decay_slopes, mask, algorithm, backend
-) -> Choice:
+    arguments: dict, *, activation, sigmoid_bias, normalization, decay_slopes, mask, algorithm, backend,
+    context_parallel,
+) -> Choice:  # fmt: skip
     """Return the Choice for softmax, which depends on the device alone. Raises ValueError for an argument
     that contradicts it."""
     checks.nothing_beside_softmax(activation, sigmoid_bias, normalization, decay_slopes)
     if mask is not None:
         raise ValueError("mask is for attention without softmax: pass use_softmax=False, or leave it out")
+    if context_parallel is not None:
+        raise ValueError(
+            "context_parallel with use_softmax=True: partial results of softmax do not add, pass "
+            "use_softmax=False"
+        )
     asked = (algorithm, backend) != ("auto", "auto")  # the environment applies only without softmax
     among = wanted(algorithm, backend) if asked else Wanted([])
     q = arguments.get("q", arguments.get("qkv"))
@@ -426,6 +456,21 @@ def _check_softmax(
             + "; leave it out, or pass use_softmax=False"
         )
     return Choice(name, "quadratic", {}, among.forced)
+
+
+def _distributed() -> ModuleType:
+    """Return the module that runs calls over several ranks, which imports torch.distributed."""
+    from ..distributed import attention
+
+    return attention
+
+
+def _parallel_call(bind: Callable, args: tuple, kwargs: dict, score: tuple, mask: Any) -> Call:
+    """Make a Call of this rank's tensors from the arguments of a public function."""
+    arguments = bind(args, kwargs)
+    if getattr(arguments.get("q", arguments.get("qkv")), "is_nested", False):
+        raise ValueError("nested tensors with context_parallel: pack them, and give cu_seqlens")
+    return _call_of(arguments, score, mask)
 
 
 def _call_of(a: dict, score: tuple, mask: Any) -> Call:
@@ -447,10 +492,26 @@ def _call_of(a: dict, score: tuple, mask: Any) -> Call:
         a["softcap"], a["deterministic"], a["return_attn_probs"], activation, *rest, use_softmax=use_softmax,
     )  # fmt: skip
     of_mask, options = masking.taken(mask, options, a, decay_slopes)
-    return Call(
-        q, k, v, *lengths, _slopes("alibi_slopes", a["alibi_slopes"]), factors, biases,
-        _slopes("decay_slopes", decay_slopes), *of_mask, options,
+    call = Call.of(
+        options, q=q, k=k, v=v, **dict(zip(_LENGTHS, lengths)),
+        alibi_slopes=_slopes("alibi_slopes", a["alibi_slopes"]), row_factors=factors, sigmoid_biases=biases,
+        decay_slopes=_slopes("decay_slopes", decay_slopes), **of_mask._asdict(),
     )  # fmt: skip
+    return _of_a_part(call, a["diagonal"], a["out_dtype"]) if "diagonal" in a else call
+
+
+def _of_a_part(call: Call, diagonal: Any, out_dtype: Any) -> Call:
+    """Add the options of `forward` and `backward` that are for a part of a sequence."""
+    if diagonal is not None and call.options.mask is not None:
+        raise ValueError(
+            f"diagonal={diagonal!r} with a mask, which says itself where its queries lie: leave diagonal out"
+        )
+    diagonal = _int32("diagonal", checks.diagonal(diagonal, call.batch, call.q.device))
+    options = call.options._replace(wide=checks.wide(out_dtype, call.q))
+    return call._replace(diagonal=diagonal, options=options)
+
+
+_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k", "block_table")
 
 
 def _lengths(a: dict) -> tuple[tuple, tuple]:
@@ -510,10 +571,11 @@ def _cached_call(a: dict, score: tuple, mask: Any) -> Call:
         checks.integer("num_splits", a["num_splits"]),
         options.window_left >= 0 or options.window_right >= 0,
     )  # fmt: skip
-    return Call(
-        q, k_cache, v_cache, None, None, None, _int32("cache_leftpad", a["cache_leftpad"]), block_table,
-        _slopes("alibi_slopes", a["alibi_slopes"]), factors, biases, _slopes("decay_slopes", decay_slopes),
-        *of_mask, options, cache,
+    return Call.of(
+        options, cache, q=q, k=k_cache, v=v_cache, leftpad_k=_int32("cache_leftpad", a["cache_leftpad"]),
+        block_table=block_table, alibi_slopes=_slopes("alibi_slopes", a["alibi_slopes"]),
+        row_factors=factors, sigmoid_biases=biases, decay_slopes=_slopes("decay_slopes", decay_slopes),
+        **of_mask._asdict(),
     )  # fmt: skip
 
 

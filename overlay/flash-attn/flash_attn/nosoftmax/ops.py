@@ -160,7 +160,7 @@ class Attention(_Function):
         _linear_only(call, "a forward derivative")
         out = _in_each_place(call, ctx.backend, *tangents[:3])  # attention is linear in each of the three
         if out is None:
-            out = call.q.new_zeros(*call.q.shape[:-1], call.v.shape[-1])
+            out = call.q.new_zeros(*call.q.shape[:-1], call.v.shape[-1], dtype=call.out_dtype)
         return out if call.options.dropout_p == 0.0 else (out, None, None)
 
     @staticmethod
@@ -290,7 +290,10 @@ def _tangents_of_gradients(
     q2, _, v2 = _backward_of(call, backend, dout, k=tangent_k)
     q3, k3, _ = _backward_of(call, backend, dout, v=tangent_v)
     totals = _sum(q0, q2, q3), _sum(k0, k1, k3), _sum(v0, v1, v2)
-    return tuple(torch.zeros_like(x) if total is None else total for x, total in zip(call.tensors, totals))
+    return tuple(
+        torch.zeros_like(x, dtype=call.out_dtype) if total is None else total
+        for x, total in zip(call.tensors, totals)
+    )
 
 
 def _fold(count: int, dim: Optional[int], x: torch.Tensor) -> torch.Tensor:
@@ -318,6 +321,7 @@ def _folded(count: int, in_dims: tuple, tensors: list, options: Options) -> Call
             ("sigmoid_biases", 1),
             ("decay_slopes", 1),
             ("row_factors", 0),
+            ("diagonal", 0),
             ("target_counts", 0),
             ("context_counts", 0),
             ("interval_starts", 0),
@@ -402,7 +406,7 @@ def _(*arguments):
     s_dmask = q.new_empty(0)
     if o.return_attn_probs and o.dropout_p > 0.0:
         s_dmask = q.new_empty(call.batch, q.shape[-2], _round128(o.max_seqlen_q), _round128(o.max_seqlen_k))
-    return q.new_empty(*q.shape[:-1], call.v.shape[-1]), rng_state, s_dmask
+    return q.new_empty(*q.shape[:-1], call.v.shape[-1], dtype=call.out_dtype), rng_state, s_dmask
 
 
 @_operator(
@@ -415,8 +419,9 @@ def _backward(dout, *arguments):
 
 
 @_fake("backward")
-def _(dout, q, k, v, *options):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _(dout, *arguments):
+    call, _ = _split((*arguments[:TENSORS], *arguments[TENSORS + 1 :]))
+    return tuple(x.new_empty(x.shape, dtype=call.out_dtype) for x in call.tensors[:3])
 
 
 def _keep_for_backward(ctx, inputs, output):
@@ -451,7 +456,7 @@ if _CAN_DEFINE:
 # ---- A cache ----
 
 
-class _WithoutBackward(torch.autograd.Function):
+class WithoutBackward(torch.autograd.Function):
     """Makes the backward of a call with a cache an error, not a silent None."""
 
     @staticmethod
@@ -477,7 +482,7 @@ def attend_cached(call: Call, backend: str) -> torch.Tensor:
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         with torch.no_grad():
             out = run(call, backend).out
-        return _WithoutBackward.apply(out, *inputs)
+        return WithoutBackward.apply(out, *inputs)
     return run(call, backend).out
 
 

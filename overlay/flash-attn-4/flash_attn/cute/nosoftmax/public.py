@@ -95,9 +95,9 @@ def _without_softmax(
         q.shape[-1] if q.dim() else 1, *(0 if n is None else n for n in longest), 0.0, softmax_scale, causal,
         window_size, softcap, deterministic, False, activation, sigmoid_bias, normalization,
     )  # fmt: skip
-    call = Call(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, None, page_table, None, factors, biases, decay_slopes,
-        *(None,) * 4, options,
+    call = Call.of(
+        options, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
+        block_table=page_table, row_factors=factors, sigmoid_biases=biases, decay_slopes=decay_slopes,
     )  # fmt: skip
     checks.tensors(call, seqused_q=seqused_q)
     reason = obstacle(call, mask_mod=mask_mod, block_sparse_tensors=block_sparse_tensors, **refused)

@@ -112,6 +112,8 @@ def obstacle(
         ("alibi_slopes", call.alibi_slopes is not None),
         ("leftpad_k", call.leftpad_k is not None),
         ("mask", call.options.mask is not None),
+        ("diagonal", call.diagonal is not None),
+        ("out_dtype=torch.float32", call.options.wide),
         ("learnable_sink", learnable_sink is not None),
         ("qv", qv is not None),
         ("gather_kv_indices", gather_kv_indices is not None),

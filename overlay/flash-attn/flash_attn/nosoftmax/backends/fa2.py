@@ -25,6 +25,10 @@ def obstacle(call: Call) -> Optional[str]:
         return reason
     if call.options.mask is not None:
         return "flash_attn_2_cuda has no kernels for mask: move the tensors to the CPU"
+    if call.diagonal is not None:
+        return "flash_attn_2_cuda aligns the last query with the last key: it has no diagonal"
+    if call.options.wide:
+        return "flash_attn_2_cuda returns the dtype of q: it has no out_dtype=torch.float32"
     if call.q.dtype not in _DTYPES:
         return f"q has dtype {call.q.dtype}, flash_attn_2_cuda takes float16 and bfloat16"
     if call.v.shape[-1] != call.q.shape[-1]:

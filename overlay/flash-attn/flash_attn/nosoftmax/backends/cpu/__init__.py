@@ -35,7 +35,7 @@ def forward(call: Call) -> Result:
         if call.cache is not None:
             return Result(kvcache.forward(call))
         q, k, v, o = *call.tensors[:3], call.options
-        out = (q.new_zeros if call.varlen else q.new_empty)(*q.shape[:-1], v.shape[-1])
+        out = (q.new_zeros if call.varlen else q.new_empty)(*q.shape[:-1], v.shape[-1], dtype=call.out_dtype)
         if o.dropout_p == 0.0:
             for part in parts(call, 0):
                 forward_loop.forward(
@@ -64,7 +64,9 @@ def forward(call: Call) -> Result:
 def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         q, k, v = call.tensors[:3]
-        dq, dk, dv = ((x.new_zeros if call.varlen else x.new_empty)(x.shape) for x in (q, k, v))
+        dq, dk, dv = (
+            (x.new_zeros if call.varlen else x.new_empty)(x.shape, dtype=call.out_dtype) for x in (q, k, v)
+        )
         for part in parts(call, 0 if rng_state is None else seed_of(rng_state)):
             backward_loop.backward(
                 part.sequences, part.of_queries(dout), part.of_queries(q), part.of_keys(k), part.of_keys(v),

@@ -67,8 +67,8 @@ def blocks(sequences: Sequences, heads: int, group: int) -> Iterator[Block]:
     heads_at_once = max(1, torch.get_num_threads() * _ROWS * _KEYS // (rows * group * keys))
     for first_head in range(0, heads, heads_at_once):
         block_heads = range(first_head, min(first_head + heads_at_once, heads))
-        for first_row in range(visibility.first_seeing, visibility.seqlen_q, rows):
-            block_rows = range(first_row, min(first_row + rows, visibility.seqlen_q))
+        for first_row in range(visibility.first_seeing, visibility.stop_seeing, rows):
+            block_rows = range(first_row, min(first_row + rows, visibility.stop_seeing))
             seen = visibility.seen_by_any(block_rows)
             if seen:
                 yield Block(block_heads, block_rows, seen)

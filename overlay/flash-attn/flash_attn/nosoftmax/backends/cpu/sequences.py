@@ -44,8 +44,8 @@ class Sequences:
         use_softmax: bool,
         rows: Optional[slice] = None,
     ) -> "Sequences":
-        """Make Sequences of the entries in `batch`. seqlens: (seqlen_q, seqlen_k). rows: the queries of a
-        packed sequence.
+        """Make Sequences of the entries in `batch`, which have one diagonal. seqlens: (seqlen_q, seqlen_k).
+        rows: the queries of a packed sequence.
         """
         o, nheads, nheads_k = call.options, call.q.shape[-2], call.k.shape[-2]
         dtype = torch.promote_types(call.q.dtype, torch.float32)
@@ -109,14 +109,15 @@ class Sequences:
 
 
 def _visibility(call: Call, batch: range, seqlens: tuple[int, int], rows: Optional[slice]) -> Visibility:
-    """Return what the queries see; with a mask, those of one sequence."""
+    """Return what the queries see. A mask is that of one sequence."""
     o = call.options
     window = Window.of(o.window_left, o.window_right)
     if o.mask is None:
-        return Visibility(*seqlens, window)
+        diagonal = None if call.diagonal is None else int(call.diagonal[batch.start])
+        return Visibility(*seqlens, window, diagonal)
     if o.mask == "intervals":
         of_rows = batch.start if rows is None else rows
-        return Intervals(*seqlens, window, call.interval_starts[of_rows], call.interval_ends[of_rows])
+        return Intervals(*seqlens, window, None, call.interval_starts[of_rows], call.interval_ends[of_rows])
     targets, contexts = (
         count if given is None else given[batch.start].item()
         for given, count in ((call.target_counts, o.num_targets), (call.context_counts, o.num_contexts))
@@ -124,7 +125,7 @@ def _visibility(call: Call, batch: range, seqlens: tuple[int, int], rows: Option
     sequence = HSTUSequence(
         *seqlens, targets, contexts, o.max_attn_len, o.min_full_attn_seq_len, o.target_group_size
     )
-    return HSTU(*seqlens, window, *sequence.intervals(), sequence)
+    return HSTU(*seqlens, window, None, *sequence.intervals(), sequence)
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,9 @@ class Part:
     keys: Optional[slice]
     table: Optional[torch.Tensor]  # the pages of its keys
 
+    def _of_batch(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.batch.start : self.batch.stop]
+
     def of_queries(self, x: torch.Tensor) -> torch.Tensor:
         return self._of_batch(x) if self.rows is None else x[None, self.rows]
 
@@ -152,15 +156,14 @@ class Part:
         (nheads, total_q)."""
         return self._of_batch(x) if self.rows is None else x[None, :, self.rows]
 
-    def _of_batch(self, x: torch.Tensor) -> torch.Tensor:
-        return x[self.batch.start : self.batch.stop]
-
 
 def parts(call: Call, seed: int, use_softmax: bool = False) -> Iterator[Part]:
-    """Cut a checked call without a cache into its sequences. A dense batch without a mask is one part."""
+    """Cut a checked call without a cache into its sequences. A dense batch with one mask and one diagonal is
+    one part."""
     if not call.varlen:
         seqlens = call.q.shape[1], call.k.shape[1]
-        at_once = max(call.batch, 1) if call.options.mask is None else 1
+        alike = call.options.mask is None and (call.diagonal is None or len(set(call.diagonal.tolist())) == 1)
+        at_once = max(call.batch, 1) if alike else 1
         for b in range(0, call.batch, at_once):
             batch = range(b, b + at_once)
             yield Part(Sequences.of(call, batch, seqlens, seed, use_softmax), batch, None, None, None)

@@ -105,7 +105,8 @@ def fwd(
         softcap, return_softmax
     )  # fmt: skip
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device="cpu")
-    return _forward(Call(q, k, v, *(None,) * 5, alibi_slopes, *(None,) * 7, options), out, lse, gen)
+    call = Call.of(options, q=q, k=k, v=v, alibi_slopes=alibi_slopes)
+    return _forward(call, out, lse, gen)
 
 
 @_entry_point
@@ -122,19 +123,10 @@ def varlen_fwd(
         softcap, return_softmax
     )  # fmt: skip
     lse = torch.full((q.shape[1], q.shape[0]), torch.inf, dtype=torch.float32, device="cpu")
-    call = Call(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_k,
-        leftpad_k,
-        block_table,
-        alibi_slopes,
-        *(None,) * 7,
-        options,
-    )
+    call = Call.of(
+        options, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
+        leftpad_k=leftpad_k, block_table=block_table, alibi_slopes=alibi_slopes,
+    )  # fmt: skip
     return _forward(call, out, lse, gen)
 
 
@@ -182,7 +174,7 @@ def bwd(
     softmax_d = torch.zeros(
         q.shape[0], q.shape[2], -(-q.shape[1] // 128) * 128, dtype=torch.float32, device="cpu"
     )
-    call = Call(q, k, v, *(None,) * 5, alibi_slopes, *(None,) * 7, options)
+    call = Call.of(options, q=q, k=k, v=v, alibi_slopes=alibi_slopes)
     return _backward(call, dout, out, softmax_lse, dq, dk, dv, softmax_d, rng_state)
 
 
@@ -199,7 +191,10 @@ def varlen_bwd(
         q, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
         softcap
     )  # fmt: skip
-    call = Call(q, k, v, cu_seqlens_q, cu_seqlens_k, None, None, None, alibi_slopes, *(None,) * 7, options)
+    call = Call.of(
+        options, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        alibi_slopes=alibi_slopes,
+    )  # fmt: skip
     softmax_d = torch.zeros(q.shape[1], q.shape[0] + 128 * call.batch, dtype=torch.float32, device="cpu")
     return _backward(call, dout, out, softmax_lse, dq, dk, dv, softmax_d, rng_state)
 
@@ -225,9 +220,9 @@ def fwd_kvcache(
     cache = Cache(
         k, v, seqlens_k, rotary_cos, rotary_sin, cache_batch_idx, rotary_interleaved, num_splits, steps
     )
-    call = Call(
-        q, kcache, vcache, None, None, None, leftpad_k, block_table, alibi_slopes, *(None,) * 7, options,
-        cache,
+    call = Call.of(
+        options, cache, q=q, k=kcache, v=vcache, leftpad_k=leftpad_k, block_table=block_table,
+        alibi_slopes=alibi_slopes,
     )  # fmt: skip
     checks.cache(call)
     _one_head_dim(call)

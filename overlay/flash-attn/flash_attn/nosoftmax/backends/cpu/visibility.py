@@ -49,7 +49,8 @@ class Window:
 
 @dataclass(frozen=True)
 class Visibility:
-    """The keys that each query of one sequence sees. Query i is aligned with key i + seqlen_k - seqlen_q.
+    """The keys that each query of one sequence sees. Query i is aligned with key i + offset; diagonal: the
+    offset, None for seqlen_k - seqlen_q.
 
     Every query sees one contiguous range, and the ranges of successive queries move by one: the keys seen by
     any query of a block are again a range, and so are those seen by all of them. Queries that see no key come
@@ -59,10 +60,11 @@ class Visibility:
     seqlen_q: int
     seqlen_k: int
     window: Window
+    diagonal: Optional[int]
 
     @property
     def offset(self) -> int:
-        return self.seqlen_k - self.seqlen_q
+        return self.seqlen_k - self.seqlen_q if self.diagonal is None else self.diagonal
 
     @property
     def unseen_keys(self) -> Optional[torch.Tensor]:
@@ -78,6 +80,13 @@ class Visibility:
     def first_seeing(self) -> int:
         """The first query that sees a key, if there are keys. Windows of earlier queries end before key 0."""
         return 0 if self.window.right is None else max(0, -self.offset - self.window.right)
+
+    @property
+    def stop_seeing(self) -> int:
+        """One more than the last query that sees a key, if there are keys. Windows of later ones begin behind
+        the last key."""
+        left = self.window.left
+        return self.seqlen_q if left is None else min(self.seqlen_q, self.seqlen_k + left - self.offset)
 
     def _bounds(self, first_row: int, last_row: int) -> tuple[int, int]:
         """Keys from the left limit of first_row up to (not including) the right limit of last_row."""
@@ -139,7 +148,7 @@ class Visibility:
         return aligned, torch.arange(keys.start, keys.stop, dtype=torch.int32, device="cpu")
 
     def distances(self, rows: range, keys: range, dtype: torch.dtype) -> torch.Tensor:
-        """|i + seqlen_k - seqlen_q - j|, the distance that ALiBi weighs, (len(rows), len(keys))."""
+        """|i + offset - j|, the distance that ALiBi weighs, (len(rows), len(keys))."""
         aligned, key = self._positions(rows, keys)
         return (aligned - key).abs_().to(dtype)
 

@@ -44,6 +44,9 @@ def obstacle(call: Call) -> Optional[str]:
     option = _inexact(call)
     if option is not None:
         return f"{option} has no exact algorithm in linear time"
+    if primitive.has_kernels(call.q) and (call.diagonal is not None or call.options.wide):
+        name = "diagonal" if call.diagonal is not None else "out_dtype=torch.float32"
+        return f"its kernels have no {name} yet"
     if primitive.has_kernels(call.q) and max(call.q.shape[-1], call.v.shape[-1]) > _MAX_HEAD_DIM:
         return (
             f"head_dim={call.q.shape[-1]}, head_dim_v={call.v.shape[-1]}: the kernels go up to "
@@ -64,8 +67,12 @@ def _inexact(call: Call) -> Optional[str]:
         return "alibi_slopes"
     if o.mask is not None:
         return "mask"
-    # A side that reaches beyond every sequence limits nothing.
-    if 0 <= o.window_left < o.max_seqlen_k - 1 or 0 < o.window_right < o.max_seqlen_q - 1:
+    # A side that reaches beyond every sequence limits nothing, if the last query is aligned with the last
+    # key.
+    aligned = call.diagonal is None
+    if (0 <= o.window_left and not (aligned and o.window_left >= o.max_seqlen_k - 1)) or (
+        0 < o.window_right and not (aligned and o.window_right >= o.max_seqlen_q - 1)
+    ):
         return f"window_size={o.window_left, o.window_right}"
     for name in ("block_table", "seqused_k", "leftpad_k"):
         if getattr(call, name) is not None:
@@ -107,8 +114,8 @@ def predicted_faster(
 
 
 def _causal(call: Call) -> bool:
-    # A single query sees every key either way, and the full form is cheaper.
-    return call.options.window_right == 0 and call.options.max_seqlen_q > 1
+    # A single query at the last key sees every key either way, and the full form is cheaper.
+    return call.options.window_right == 0 and (call.options.max_seqlen_q > 1 or call.diagonal is not None)
 
 
 def _form(call: Call) -> Form:
@@ -116,6 +123,7 @@ def _form(call: Call) -> Form:
     return Form(
         o.softmax_scale, _causal(call), normalization=o.normalization, factor=o.factor,
         row_factors=kind_of_factors(call), decay=None if slopes is None else tuple(slopes.shape),
+        wide=o.wide,
     )  # fmt: skip
 
 
@@ -128,6 +136,7 @@ def _more(call: Call) -> tuple:
         o.max_seqlen_q,
         o.max_seqlen_k,
         Given(call.row_factors, call.decay_slopes),
+        None if call.diagonal is None else call.diagonal.tolist(),
     )
 
 

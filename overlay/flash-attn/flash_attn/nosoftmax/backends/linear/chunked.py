@@ -33,27 +33,32 @@ def attend(
     form: Form,
     state: Optional[torch.Tensor] = None,
     given: Given = NOTHING,
+    diagonal: Optional[int] = None,
+    behind: Optional[torch.Tensor] = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute one form of linear attention over dense sequences.
 
     q: (batch, rows, nheads, d); k: (batch, keys, nheads_k, d); v: (batch, keys, nheads_k, d_v); any strides.
     Either number of heads may divide the other: with more heads in q, a key head serves a group of query
     heads; with more heads in k and v, the results of a group of key heads are summed. state: (batch,
-    heads, d, d_v) for the fewer heads, or those of the decay, the sum of k^T v over earlier keys, decayed to
-    the last of them, for the causal form with rows <= keys.
-    given: the tensors that the form mentions.
-    Returns out (batch, rows, nheads, d_v) in q's dtype, and the state after the last key in the compute
-    dtype. A row that sees neither a key nor a given state is 0. torch.autocast has no effect.
+    heads, d, d_v) for the fewer heads, or those of the decay, a sum of k^T v over other keys. Causal, with
+    rows <= keys: over earlier keys, decayed to the last of them. Anticausal, with rows >= keys: over later
+    keys, decayed to the first of them. Full: over all other keys, with a decay over earlier ones; `behind`
+    is the sum over later ones. given: the tensors that the form mentions. diagonal: the key of the attention
+    that its query 0 is aligned with; None aligns both at their end.
+    Returns out (batch, rows, nheads, d_v) in the form's dtype, and in the compute dtype the state after the
+    last key, or before the first one for the anticausal form. A row that sees neither a key nor a given state
+    is 0. torch.autocast has no effect.
     """
     with torch.autocast(q.device.type, enabled=False):
-        chunks = _Chunks(q, k, v, form, given)
+        chunks = _Chunks(q, k, v, form, given, diagonal)
         shape = (q.shape[0], chunks.heads, q.shape[-1], v.shape[-1])
         state = (
             torch.zeros(shape, dtype=chunks.dtype, device=q.device)
             if state is None
             else state.to(chunks.dtype, copy=True)
         )
-        out = q.new_zeros(*q.shape[:3], v.shape[-1])
+        out = q.new_zeros(*q.shape[:3], v.shape[-1], dtype=form.out_dtype(q.dtype))
         if q.shape[0] == 0:
             return out, state
         state = state.reshape(-1, *shape[2:])
@@ -61,7 +66,9 @@ def attend(
             seen: dict = {}
             chunks.walk(state, False, True, lambda result, span: seen.update({span: result}))
             chunks.walk(
-                torch.zeros_like(state),
+                torch.zeros_like(state)
+                if behind is None
+                else behind.to(chunks.dtype, copy=True).view_as(state),
                 True,
                 False,
                 lambda result, span: chunks.store(out, result.add_(seen.pop(span)), span),
@@ -96,7 +103,13 @@ class _Chunks:
     """
 
     def __init__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, given: Given = NOTHING
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        form: Form,
+        given: Given = NOTHING,
+        diagonal: Optional[int] = None,
     ) -> None:
         self.form, self.dtype = form, torch.promote_types(q.dtype, torch.float32)
         self._row_factors = None if given.row_factors is None else given.row_factors.to(self.dtype)
@@ -109,17 +122,35 @@ class _Chunks:
             )  # of a distance of 1
         self._q, self._k, self._v = (self._by_head(x) for x in (q, k, v))
         self._group_q, self._group_k = (max(x.shape[2] // self.heads, 1) for x in (q, k))
-        total = max(q.shape[1], k.shape[1])
-        self._first_row, self._first_key = total - q.shape[1], total - k.shape[1]
-        self._from_row = (
-            max(self._first_row, self._first_key)
-            if form.mask == CAUSAL or k.shape[1] == 0
-            else self._first_row
-        )
-        self._from_key = max(self._first_row, self._first_key) if form.mask == ANTICAUSAL else self._first_key
-        self._factor = form.constant(q.shape[1], k.shape[1])
+        rows, keys = q.shape[1], k.shape[1]
+        self._most_seen = rows if form.transposed else keys
+        if diagonal is None:
+            diagonal = keys - rows
+        elif form.transposed:
+            diagonal = -diagonal
+        self._first_row, self._first_key = max(diagonal, 0), max(-diagonal, 0)
+        self._to_row, self._to_key = self._first_row + rows, self._first_key + keys
+        self._from_row, self._from_key = self._first_row, self._first_key
         size = FULL_CHUNK if form.mask == FULL and not self.decays else CHUNK
-        self.spans = [range(at, min(at + size, total)) for at in range(0, total, size)]
+        self.spans = self._spans(size)
+        if form.mask == CAUSAL or keys == 0:
+            self._from_row = max(self._first_row, self._first_key)
+        if form.mask == ANTICAUSAL:
+            self._from_key = max(self._first_row, self._first_key)
+            self._to_row = min(self._to_row, self._to_key)
+        if form.mask == CAUSAL:
+            self._to_key = min(self._to_key, self._to_row)
+        self._factor = form.constant(rows, keys)
+
+    def _spans(self, size: int) -> list:
+        """Cut the positions into spans of at most `size`, and of one span where neither rows nor keys are."""
+        total = max(self._to_row, self._to_key)
+        first, second = min(self._to_row, self._to_key), max(self._first_row, self._first_key)
+        pieces = [(0, total)] if second <= first else [(0, first), (second, total)]
+        spans = [
+            [range(at, min(at + size, stop)) for at in range(start, stop, size)] for start, stop in pieces
+        ]
+        return spans[0] if len(spans) == 1 else [*spans[0], range(first, second), *spans[1]]
 
     def _by_head(self, x: torch.Tensor) -> torch.Tensor:
         """View x as (batch, positions, heads, group, d). A head that serves several states stands in each."""
@@ -159,30 +190,28 @@ class _Chunks:
         """Return the decay of each of the span's rows, in the order of `_cut`, from the position of the
         state: the last one before the span, or the first one behind it.
         """
-        at = self._positions(max(span.start, self._from_row), span.stop)
+        at = self._positions(self._rows_in(span))
         return self._decays(span.stop - at if backwards else at - (span.start - 1), self._group_q)
 
     def _to_state(self, span: range, backwards: bool) -> torch.Tensor:
         """Return the decay of each of the span's keys to the next position of the state: the span's last one,
         or its first one.
         """
-        at = self._positions(max(span.start, self._from_key), span.stop)
+        at = self._positions(self._keys_in(span))
         return self._decays(at - span.start if backwards else (span.stop - 1) - at, self._group_k)
 
     def _decays(self, distances: torch.Tensor, group: int) -> torch.Tensor:
         return (self._exponents * distances).exp().repeat(1, group)[:, :, None]
 
-    def _positions(self, start: int, stop: int) -> torch.Tensor:
-        return torch.arange(start, stop, device=self._q.device).to(self.dtype)
+    def _positions(self, span: range) -> torch.Tensor:
+        return torch.arange(span.start, span.stop, device=self._q.device).to(self.dtype)
 
     def decay(self, scores: torch.Tensor, span: range) -> torch.Tensor:
         """Multiply scores (batch * heads, group of rows, group of keys) in place by the decay of their
         distances, if there is one.
         """
         if self.decays:
-            rows, keys = (
-                self._positions(max(span.start, x), span.stop) for x in (self._from_row, self._from_key)
-            )
+            rows, keys = self._positions(self._rows_in(span)), self._positions(self._keys_in(span))
             decays = (self._exponents[:, :, None] * (rows[:, None] - keys).abs()).exp()
             self._split(scores).mul_(decays[:, None, None])
         return scores
@@ -191,23 +220,29 @@ class _Chunks:
         """View scores as (batch * heads, group_q, group_k, rows, keys)."""
         return scores.unflatten(2, (self._group_k, -1)).unflatten(1, (self._group_q, -1)).transpose(2, 3)
 
+    def _rows_in(self, span: range) -> range:
+        return range(max(span.start, self._from_row), min(span.stop, self._to_row))
+
+    def _keys_in(self, span: range) -> range:
+        return range(max(span.start, self._from_key), min(span.stop, self._to_key))
+
     def has_rows(self, span: range) -> bool:
-        return span.stop > self._from_row
+        return len(self._rows_in(span)) > 0
 
     def has_keys(self, span: range) -> bool:
-        return span.stop > self._from_key
+        return len(self._keys_in(span)) > 0
 
     def rows(self, span: range) -> torch.Tensor:
-        return self._cut(self._q, max(span.start, self._from_row), span.stop, self._first_row)
+        return self._cut(self._q, self._rows_in(span), self._first_row)
 
     def keys(self, span: range) -> torch.Tensor:
-        return self._cut(self._k, max(span.start, self._from_key), span.stop, self._first_key)
+        return self._cut(self._k, self._keys_in(span), self._first_key)
 
     def values(self, span: range) -> torch.Tensor:
-        start = max(span.start, self._from_key)
-        values = self._cut(self._v, start, span.stop, self._first_key)
+        span = self._keys_in(span)
+        values = self._cut(self._v, span, self._first_key)
         if self.form.transposed:
-            self._weigh(values, self._group_k, range(start, span.stop), self._first_key, self._first_row)
+            self._weigh(values, self._group_k, span, self._first_key, self._first_row)
         return values
 
     def limit(self, scores: torch.Tensor) -> torch.Tensor:
@@ -223,7 +258,7 @@ class _Chunks:
         """Zero scores (batch * heads, group of rows, group of keys) in place where the row does not see the
         key.
         """
-        offset = max(span.start, self._from_row) - max(span.start, self._from_key)
+        offset = self._rows_in(span).start - self._keys_in(span).start
         if self.form.mask == CAUSAL:
             self._split(scores).tril_(offset)
         elif self.form.mask == ANTICAUSAL:
@@ -232,7 +267,7 @@ class _Chunks:
 
     def store(self, out: torch.Tensor, result: torch.Tensor, span: range) -> None:
         """Normalize the result of the span's rows, saturate it if the form says so, and write it to out."""
-        span = range(max(span.start, self._from_row), span.stop)
+        span = self._rows_in(span)
         result.mul_(self._factor)
         if not self.form.transposed:
             self._weigh(result, self._group_q, span, self._first_row, self._first_key)
@@ -249,9 +284,9 @@ class _Chunks:
             result
         )
 
-    def _cut(self, x: torch.Tensor, start: int, stop: int, first: int) -> torch.Tensor:
+    def _cut(self, x: torch.Tensor, span: range, first: int) -> torch.Tensor:
         """Return (batch * heads, group * positions, channels) in the compute dtype, always as a copy."""
-        part = x[:, start - first : stop - first].permute(0, 2, 3, 1, 4)
+        part = x[:, span.start - first : span.stop - first].permute(0, 2, 3, 1, 4)
         part = part.to(self.dtype, memory_format=torch.contiguous_format, copy=True)
         return part.view(x.shape[0] * self.heads, -1, x.shape[-1])
 
@@ -262,7 +297,12 @@ class _Chunks:
         """
         if self.form.weighs_positions:
             seen = torch.arange(span.start - first_seen + 1, span.stop - first_seen + 1, device=x.device)
-            x.mul_(seen.clamp(min=1).to(self.dtype).reciprocal().repeat(group)[:, None])
+            x.mul_(
+                seen.clamp(min=1, max=max(self._most_seen, 1))
+                .to(self.dtype)
+                .reciprocal()
+                .repeat(group)[:, None]
+            )
         if self.form.row_factors == ROW:
             factors = self._row_factors[:, None, None, span.start - first : span.stop - first]
             x.mul_(factors.expand(-1, self.heads, group, -1).reshape(x.shape[0], -1, 1))

@@ -29,6 +29,14 @@ class Given(NamedTuple):
             factors = factors[None, queries] if form.row_factors == ROW else factors[b : b + 1]
         return Given(factors, slopes if slopes is None or slopes.dim() == 1 else slopes[b : b + 1])
 
+    def of_entry(self, b: int) -> "Given":
+        """The tensors of one entry of a dense batch."""
+        factors, slopes = self
+        return Given(
+            None if factors is None else factors[b : b + 1],
+            slopes if slopes is None or slopes.dim() == 1 else slopes[b : b + 1],
+        )
+
 
 NOTHING = Given()
 
@@ -46,7 +54,8 @@ class Form(NamedTuple):  # not a dataclass, which takes several times as long to
     """out_i = norm * scale * sum over the visible j of (q_i . k_j) v_j, or its transpose.
 
     Rows are the positions of the output (i), keys the positions summed over (j). Both are aligned at their
-    end: with T = max(rows, keys), row i has position i + T - rows and key j has position j + T - keys.
+    end: with T = max(rows, keys), row i has position i + T - rows and key j has position j + T - keys. A
+    diagonal aligns them elsewhere: query i of the attention with its key i + diagonal.
     Causal: a row sees the keys at its own position and before it. ``transposed``, for the gradients of k and
     v: the rows are the keys of the attention, and the keys its queries. A causal mask is then anticausal (its
     own position and after it), and the normalization belongs to the keys.
@@ -61,7 +70,8 @@ class Form(NamedTuple):  # not a dataclass, which takes several times as long to
     has its own state.
 
     weights_saturate: the products q_i . k_j are the weights P, which saturate in float16 where they are
-    formed. False if they are dS. output_saturates: the result is the output, and not a gradient.
+    formed. False if they are dS. output_saturates: the result is the output, and not a gradient. wide: the
+    result is left in the compute dtype.
     """
 
     softmax_scale: float
@@ -73,6 +83,11 @@ class Form(NamedTuple):  # not a dataclass, which takes several times as long to
     decay: Optional[tuple[int, ...]] = None
     weights_saturate: bool = True
     output_saturates: bool = True
+    wide: bool = False
+
+    def out_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the result for tensors of this dtype."""
+        return torch.promote_types(dtype, torch.float32) if self.wide else dtype
 
     @property
     def mask(self) -> str:

@@ -1,0 +1,232 @@
+"""Choose the method of a context-parallel call, and run it with its derivatives."""
+
+from typing import Any, Callable, NamedTuple, Optional
+
+import torch
+
+from ..nosoftmax import checks, ops
+from ..nosoftmax.call import Call, needs_grad
+from ..nosoftmax.choice import Choice, choose, wanted
+from . import decode
+from .agreement import agree
+from .methods import MODULES
+from .plan import ContextParallel
+from .problem import Problem, ambiguous_factors, refuse_unknown
+
+
+class Method(NamedTuple):
+    """The method that runs a context-parallel call. str() describes the choice.
+
+    forward_bytes, backward_bytes: what a rank receives from the others; backward_bytes is 0 if no gradient
+    is asked for. passed_over: each other method, with the reason why it does not run the call. choice: the
+    backend of this rank's blocks, and why it is not another; None for "state", which is linear time.
+    """
+
+    name: str
+    world: int
+    forward_bytes: int
+    backward_bytes: int
+    passed_over: dict
+    choice: Optional[Choice]
+
+    def __str__(self) -> str:
+        first = (
+            f"{self.name} over {self.world} ranks: a rank receives {self.forward_bytes:,} bytes in the "
+            f"forward pass and {self.backward_bytes:,} in the backward pass"
+        )
+        lines = [first, *(f"  not {name}: {reason}" for name, reason in self.passed_over.items())]
+        return "\n".join([*lines, *([] if self.choice is None else str(self.choice).split("\n"))])
+
+
+@torch.compiler.disable
+def attend(make: Callable, cp: Any, algorithm: str, backend: str) -> torch.Tensor:
+    """Run the call that make() returns. Its tensors hold this rank's tokens, and its options are those of the
+    whole sequences."""
+    _is_plan(cp)
+    problem, method = agree(cp.group, cp.check, lambda: _prepared(make(), cp, algorithm, backend))
+    if method is None:
+        return decode.attend(problem, cp)
+    call = problem.whole
+    if cp.world == 1:
+        return ops.attend(call, choose(call, problem.among).backend).out
+    if needs_grad(call):
+        return _Attention.apply(*call.tensors[:3], problem.replaced(None, None, None), method.name)
+    with torch.no_grad():
+        return MODULES[method.name].forward(problem)[0]
+
+
+def explain(make: Callable, cp: Any, algorithm: str, backend: str) -> Method:
+    """Say which method would run the call that make() returns. Communicates nothing."""
+    _is_plan(cp)
+    method = _prepared(make(), cp, algorithm, backend)[0][1]
+    if method is None:
+        raise TypeError(
+            "with a cache there is one method: each rank attends to its keys, and the sums are added"
+        )
+    return method
+
+
+def _is_plan(cp: Any) -> None:
+    if not isinstance(cp, ContextParallel):
+        raise TypeError(
+            f"context_parallel is a {type(cp).__module__}.{type(cp).__name__}: give a "
+            "flash_attn.distributed.ContextParallel"
+        )
+
+
+def _prepared(call: Call, cp: ContextParallel, algorithm: str, backend: str) -> tuple:
+    """Check the call, and return ((problem, method), facts); with a cache, the call and None for these."""
+    wanted(algorithm, backend)
+    if call.cache is not None:
+        return decode.prepared(call, cp, algorithm, backend)
+    _check(call, cp)
+    problem = Problem(call, cp, algorithm, backend)
+    method = _chosen(problem)
+    return (problem, method), _facts(problem, method.name)
+
+
+def _check(call: Call, cp: ContextParallel) -> None:
+    refuse_unknown(call)
+    if call.varlen != cp.packed:
+        given, made = ("packed", "dense") if call.varlen else ("dense", "packed")
+        raise ValueError(
+            f"the tensors are {given}, but context_parallel is a plan for {made} ones: "
+            + ("give ContextParallel cu_seqlens" if call.varlen else "leave its cu_seqlens out")
+        )
+    dim = 0 if call.varlen else 1
+    for name, x in zip("qkv", call.tensors[:3]):
+        if x.dim() > dim and x.shape[dim] != cp.tokens:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, with {x.shape[dim]} tokens, but the plan gives rank "
+                f"{cp.rank} of {cp.world} {cp.tokens} of {cp.plan.total}: cut it with context_parallel.shard"
+            )
+    checks.tensors(call)
+    kinds = {device.type for device in cp.group._device_types}
+    if call.q.device.type not in kinds:
+        raise ValueError(
+            f"q is on {call.q.device}, but the group moves tensors on {', '.join(sorted(kinds))}: move it, "
+            "or make the plan on a group for it, such as gloo for the CPU and NCCL for CUDA"
+        )
+    if ambiguous_factors(call):
+        raise ValueError(
+            f"normalization has shape {tuple(call.row_factors.shape)}, and this rank has as many rows as "
+            "there are sequences, so that the factors may be of either: multiply the output by them"
+        )
+    if call.varlen:
+        _check_offsets(call, cp)
+    if call.q.is_cpu:
+        checks.not_negative("normalization", call.row_factors, "factors")
+        checks.not_negative("decay_slopes", call.decay_slopes, "slopes")
+        for name, x in (("alibi_slopes", call.alibi_slopes), ("sigmoid_bias", call.sigmoid_biases)):
+            if x is not None and not torch.isfinite(x).all():
+                raise ValueError(f"{name}={x.tolist()}: give finite numbers")
+
+
+def _check_offsets(call: Call, cp: ContextParallel) -> None:
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        offsets = getattr(call, name)
+        if offsets.shape[0] != len(cp.plan.offsets):
+            raise ValueError(
+                f"{name} has {offsets.shape[0]} entries, but the plan has {len(cp.plan.offsets)}: give the "
+                "cu_seqlens of the whole batch, with which the plan was made"
+            )
+        if offsets.is_cpu and tuple(offsets.tolist()) != cp.plan.offsets:
+            raise ValueError(
+                f"{name}={offsets.tolist()}, but the plan was made with {list(cp.plan.offsets)}: give the "
+                "cu_seqlens of the whole batch"
+            )
+    longest, o = max(cp.plan.lengths, default=0), call.options
+    for name, given in (("max_seqlen_q", o.max_seqlen_q), ("max_seqlen_k", o.max_seqlen_k)):
+        if given < longest:
+            raise ValueError(f"{name}={given}, but a sequence of the whole batch has {longest} tokens")
+
+
+def _chosen(problem: Problem) -> Method:
+    cp, grad = problem.cp, needs_grad(problem.call)
+    cost, reasons = {}, {}
+    for name, module in MODULES.items():
+        reason = module.obstacle(problem)
+        if reason is None:
+            cost[name] = module.moved(problem, False), module.moved(problem, True) if grad else 0
+        else:
+            reasons[name] = reason
+    name = cp.method
+    if name == "auto":
+        name = min(cost, key=lambda x: sum(cost[x]))  # the first of those that move as much
+    elif name not in cost:
+        raise ValueError(f'method="{name}" is not possible: {reasons[name]}')
+    for other in cost:
+        if other != name:
+            reasons[other] = (
+                f"it moves {sum(cost[other]):,} bytes" if cp.method == "auto" else f'method="{name}" is given'
+            )
+    choice = None
+    for block in MODULES[name].blocks(problem):
+        choice = choose(block, problem.among)  # raises if no backend runs it
+    return Method(name, cp.world, *cost[name], {x: reasons[x] for x in MODULES if x in reasons}, choice)
+
+
+def _facts(problem: Problem, method: str) -> dict:
+    """What all ranks must have in common. Contents of tensors count on the CPU alone."""
+    call, cp = problem.whole, problem.cp
+    o = call.options
+    facts = {
+        "layout": cp.plan.kind,
+        "the lengths of the sequences": cp.plan.offsets,
+        "method": method,
+        "algorithm": problem.algorithm,
+        "backend": problem.backend,
+        "whether q, k or v needs a gradient": needs_grad(call),
+        **{name: getattr(o, name) for name in o._fields},
+    }
+    for name, x in zip(call._fields, call.tensors):
+        if x is None:
+            continue
+        shape = tuple(x.shape)
+        if name in ("q", "k", "v") or (name == "row_factors" and shape != (call.batch,)):
+            shape = shape[1:] if call.varlen else (shape[0], *shape[2:])
+            facts[f"shape of {name} but for the tokens"] = shape
+        else:
+            facts[f"shape of {name}"] = shape
+            if x.is_cpu:
+                facts[name] = x.tolist()
+        facts[f"dtype of {name}"] = x.dtype
+    return facts
+
+
+class _Attention(torch.autograd.Function):
+    """(q, k, v, problem, method) -> out, on this rank's tokens."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, problem, method):
+        ctx.problem, ctx.method = problem, method
+        out, kept = MODULES[method].forward(problem.replaced(q, k, v))
+        ctx.there = [x is not None for x in kept]
+        ctx.save_for_backward(q, k, v, *(x for x in kept if x is not None))
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, *saved = ctx.saved_tensors
+        saved = iter(saved)
+        kept = tuple(next(saved) if there else None for there in ctx.there)
+        with torch.no_grad():
+            problem = ctx.problem.replaced(q, k, v)
+            grads = MODULES[ctx.method].backward(problem, dout.detach(), kept)
+        if torch.is_grad_enabled():
+            grads = _Once.apply(*grads, dout, q, k, v)
+        return *grads, None, None
+
+
+class _Once(torch.autograd.Function):
+    """Makes a second derivative an error, not a silent None."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        return tuple(x.view_as(x) for x in inputs[:3])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "a second derivative of attention with context_parallel: it is there on one device alone"
+        )

@@ -1,0 +1,109 @@
+"""Move tensors between the ranks of a group, with torch.distributed alone.
+
+All sums are in the order of the ranks, so that a result has the same bits in every run.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+# The name is new in torch 2.13, which warns of the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Return x of all ranks, (world, *x.shape). All have the same shape."""
+    world = dist.get_world_size(group)
+    found = x.new_empty(world * x.numel())
+    _all_gather(found, x.contiguous().view(-1), group=group)
+    return found.view(world, *x.shape)
+
+
+def gather_flat(tensors: Sequence, sizes: Sequence, group: dist.ProcessGroup) -> list:
+    """Gather several tensors of one dtype in one message. sizes: for each rank the shapes of its tensors.
+
+    Returns for each tensor the list of those of all ranks. Messages are as long as the longest.
+    """
+    longest = max(sum(map(_numel, shapes)) for shapes in sizes)
+    message = tensors[0].new_zeros(longest)
+    _pack(tensors, message)
+    rows = gather(message, group)
+    return list(zip(*(_unpack(row, shapes) for row, shapes in zip(rows, sizes))))
+
+
+def all_to_all(parts: Sequence, shapes: Sequence, group: dist.ProcessGroup) -> list:
+    """Send parts[s], a list of tensors of one dtype, to rank s. shapes[s]: those of the list that rank s
+    sends to this rank. Returns the lists received.
+    """
+    sent = [sum(x.numel() for x in part) for part in parts]
+    received = [sum(map(_numel, part)) for part in shapes]
+    like = parts[0][0]
+    message, found = like.new_empty(sum(sent)), like.new_empty(sum(received))
+    for part, room in zip(parts, message.split(sent)):
+        _pack(part, room)
+    dist.all_to_all_single(found, message, received, sent, group=group)
+    return [_unpack(room, part) for room, part in zip(found.split(received), shapes)]
+
+
+def add_up(lists: Sequence) -> list:
+    """Add lists of tensors, in their order."""
+    total = list(lists[0])
+    for tensors in lists[1:]:
+        for x, y in zip(total, tensors):
+            x.add_(y)
+    return total
+
+
+class Passing:
+    """A tensor on its way to the next rank of the ring, while another comes from the previous one."""
+
+    def __init__(self, x: torch.Tensor, numel: int, group: dist.ProcessGroup, tag: int) -> None:
+        """numel: the length of what the previous rank sends. tag: tells the messages of a step apart."""
+        rank, world = dist.get_rank(group), dist.get_world_size(group)
+        after, before = (dist.get_global_rank(group, (rank + step) % world) for step in (1, -1))
+        self._sent, self._received = x, x.new_empty(numel)
+        steps = []
+        if x.numel():
+            steps.append(dist.P2POp(dist.isend, x, after, group, tag))
+        if numel:
+            steps.append(dist.P2POp(dist.irecv, self._received, before, group, tag))
+        self._works = dist.batch_isend_irecv(steps) if steps else []
+
+    def wait(self) -> torch.Tensor:
+        for work in self._works:
+            work.wait()
+        return self._received
+
+
+def pack(tensors: Sequence) -> torch.Tensor:
+    """Lay tensors of one dtype one after the other."""
+    return torch.cat([x.reshape(-1) for x in tensors])
+
+
+def unpack(message: torch.Tensor, shapes: Sequence) -> list:
+    """Undo `pack`, with views."""
+    return _unpack(message, shapes)
+
+
+def _numel(shape: Sequence) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _pack(tensors: Sequence, room: torch.Tensor) -> None:
+    at = 0
+    for x in tensors:
+        room[at : at + x.numel()].view(x.shape).copy_(x)
+        at += x.numel()
+
+
+def _unpack(message: torch.Tensor, shapes: Sequence) -> list:
+    found, at = [], 0
+    for shape in shapes:
+        count = _numel(shape)
+        found.append(message[at : at + count].view(shape))
+        at += count
+    return found

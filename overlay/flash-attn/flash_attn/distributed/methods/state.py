@@ -1,0 +1,232 @@
+"""Gather states in place of keys and values, in linear time.
+
+A state is the sum of k^T v over a piece of a sequence, head_dim * head_dim_v numbers a head, however long the
+piece is. Each rank computes those of its pieces, gathers those of all, and adds up the states before its own
+pieces; without a causal mask those of all other pieces. Then it walks through its own tokens from there. The
+backward pass does the same from the other end with the sums of q^T dO, for dk and dv.
+
+With a decay, a state is decayed to the end of its piece that it leaves from, and again by the length of each
+piece that it passes. Without a mask there are then two, one for each direction.
+"""
+
+from typing import Optional
+
+import torch
+
+from ...nosoftmax.backends import linear
+from ...nosoftmax.backends.linear import chunked
+from ...nosoftmax.backends.linear.form import ROW, SEQUENCE, Form, Given
+from ..exchange import gather
+from ..layout import Piece
+from ..problem import Problem
+
+
+def obstacle(problem: Problem) -> Optional[str]:
+    if "linear" not in problem.among.names:
+        forced = problem.among.forced or f'algorithm="{problem.algorithm}"'
+        return f"{forced} excludes linear time"
+    return linear.obstacle(problem.whole)
+
+
+def moved(problem: Problem, backward: bool) -> int:
+    q, k, v = problem.call.tensors[:3]
+    heads = _heads(problem)
+    batch = 1 if problem.dim == 0 else q.shape[0]
+    numbers = batch * heads * q.shape[-1] * v.shape[-1] * len(_directions(problem, backward))
+    return (problem.cp.world - 1) * _slots(problem, backward) * numbers * problem.wide.itemsize
+
+
+def blocks(problem: Problem) -> list:
+    return []
+
+
+def forward(problem: Problem) -> tuple:
+    q, k, v = problem.call.tensors[:3]
+    form = _form(problem)
+    own = problem.cp.plan.pieces(problem.cp.rank)
+    states = _States(problem, False, lambda piece, late: _state(problem, form, piece, q, k, v, late))
+    out, kept = q.new_zeros(*q.shape[:-1], v.shape[-1]), []
+    for piece in own:
+        before, behind = states.around(piece)
+        factors = problem.call.row_factors
+        if form.row_factors == ROW:
+            factors = _take(problem, factors, piece)
+        result, _ = chunked.attend(
+            *(_take(problem, x, piece) for x in (q, k, v)), form, before,
+            Given(factors, _slopes(problem, piece)), behind=behind,
+        )  # fmt: skip
+        _put(problem, out, piece, result)
+        kept += [before, behind]
+    return out, kept
+
+
+def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
+    q, k, v = problem.call.tensors[:3]
+    form = _form(problem)._replace(row_factors=None, wide=True)
+    dout = _weighed(problem, dout)
+    own = problem.cp.plan.pieces(problem.cp.rank)
+    states = _States(
+        problem, True, lambda piece, late: _state(problem, form.of_dv(), piece, k, q, dout, late)
+    )
+    grads = tuple(torch.zeros_like(x) for x in (q, k, v))
+    for i, piece in enumerate(own):
+        q_own, k_own, v_own, dout_own = (_take(problem, x, piece) for x in (q, k, v, dout))
+        given = Given(None, _slopes(problem, piece))
+        before, behind = states.around(piece)
+        results = (
+            _attend(dout_own, v_own, k_own, form.of_dq(), given, *map(_transposed, kept[2 * i : 2 * i + 2])),
+            _attend(v_own, dout_own, q_own, form.of_dk(), given, _transposed(before), _transposed(behind)),
+            _attend(k_own, q_own, dout_own, form.of_dv(), given, before, behind),
+        )
+        for grad, result in zip(grads, results):
+            _put(problem, grad, piece, result)
+    return grads
+
+
+def _attend(q, k, v, form: Form, given: Given, before, behind) -> torch.Tensor:
+    return chunked.attend(q, k, v, form, before, given, behind=behind)[0]
+
+
+def _transposed(state: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    return None if state is None else state.mT.contiguous()
+
+
+# ---- One piece ----
+
+
+def _form(problem: Problem) -> Form:
+    o, call = problem.call.options, problem.call
+    factors, slopes = call.row_factors, call.decay_slopes
+    by_row = factors is not None and (problem.dim == 0 or factors.dim() == 2)
+    return Form(
+        o.softmax_scale, o.window_right == 0, factor=o.factor,
+        row_factors=None if factors is None else ROW if by_row else SEQUENCE,
+        decay=None if slopes is None else tuple(slopes.shape),
+    )  # fmt: skip
+
+
+def _take(problem: Problem, x: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """The tokens of a piece, with the batch as the first axis."""
+    return x[None, piece.rows] if problem.dim == 0 else x[:, piece.rows]
+
+
+def _put(problem: Problem, x: torch.Tensor, piece: Piece, result: torch.Tensor) -> None:
+    _take(problem, x, piece).copy_(result)
+
+
+def _slopes(problem: Problem, piece: Piece) -> Optional[torch.Tensor]:
+    slopes = problem.call.decay_slopes
+    if slopes is None or slopes.dim() == 1 or problem.dim == 1:
+        return slopes
+    return slopes[piece.sequence : piece.sequence + 1]
+
+
+def _weighed(problem: Problem, dout: torch.Tensor) -> torch.Tensor:
+    """Multiply the rows of dout by their factors, in the dtype of sums."""
+    factors = problem.call.row_factors
+    if factors is None:
+        return dout
+    if problem.dim == 1 and factors.dim() == 1:
+        factors = factors[:, None]
+    return dout.to(problem.wide) * factors.to(problem.wide)[..., None, None]
+
+
+def _state(problem: Problem, form: Form, piece: Piece, rows, keys, values, late: bool) -> torch.Tensor:
+    """Return the sum of keys^T values over a piece, decayed to its last token if late, else to its first.
+    rows: a tensor with the heads of the rows, of which none is read.
+    """
+    rows, keys, values = (_take(problem, x, piece) for x in (rows, keys, values))
+    given = Given(None, _slopes(problem, piece))
+    form = form._replace(causal=True, transposed=not late, row_factors=None)
+    # Without rows, a causal walk takes all keys, and an anticausal one those from the diagonal on.
+    return chunked.attend(rows[:, :0], keys, values, form, given=given, diagonal=None if late else 0)[1]
+
+
+# ---- The states of all pieces ----
+
+
+def _heads(problem: Problem) -> int:
+    slopes = problem.call.decay_slopes
+    return problem.call.k.shape[-2] if slopes is None else slopes.shape[-1]
+
+
+def _directions(problem: Problem, backward: bool) -> tuple:
+    """The ends to which states are decayed: True is the last token, from where a state goes on to later
+    pieces."""
+    o = problem.call.options
+    if o.window_right == 0:
+        return (not backward,)
+    return (True, False) if problem.call.decay_slopes is not None else (True,)
+
+
+def _published(problem: Problem, rank: int, backward: bool) -> list:
+    """The pieces of a rank whose states other ranks, or other pieces of its own, need."""
+    plan, causal = problem.cp.plan, problem.call.options.window_right == 0
+    lengths = plan.lengths
+    return [
+        piece
+        for piece in plan.pieces(rank)
+        if (piece.start > 0 and (backward or not causal))
+        or (piece.stop < lengths[piece.sequence] and (not backward or not causal))
+    ]
+
+
+def _slots(problem: Problem, backward: bool) -> int:
+    return max(len(_published(problem, rank, backward)) for rank in range(problem.cp.world))
+
+
+class _States:
+    """The states of all published pieces, gathered from all ranks."""
+
+    def __init__(self, problem: Problem, backward: bool, make) -> None:
+        """make(piece, late): computes the state of one of this rank's pieces."""
+        self._problem, self._directions = problem, _directions(problem, backward)
+        self._causal = problem.call.options.window_right == 0
+        cp, slots = problem.cp, _slots(problem, backward)
+        self._of: dict = {}
+        if slots == 0:
+            return
+        q, v = problem.call.q, problem.call.v
+        batch = 1 if problem.dim == 0 else q.shape[0]
+        shape = (len(self._directions), slots, batch, _heads(problem), q.shape[-1], v.shape[-1])
+        message = torch.zeros(shape, dtype=problem.wide, device=q.device)
+        for i, piece in enumerate(_published(problem, cp.rank, backward)):
+            for room, late in zip(message, self._directions):
+                room[i] = make(piece, late)
+        found = gather(message, cp.group) if cp.world > 1 else message[None]
+        for rank in range(cp.world):
+            for i, piece in enumerate(_published(problem, rank, backward)):
+                states = dict(zip(self._directions, found[rank, :, i]))
+                self._of.setdefault(piece.sequence, []).append((piece, states))
+        for pieces in self._of.values():
+            pieces.sort(key=lambda pair: pair[0].start)
+
+    def around(self, own: Piece) -> tuple:
+        """Return the states before and behind a piece, as chunked.attend takes them: a causal walk has one,
+        and so has a full one without a decay, for all other pieces.
+        """
+        pieces, slopes = self._of.get(own.sequence, []), _slopes(self._problem, own)
+        earlier = [(piece, states) for piece, states in pieces if piece.stop <= own.start]
+        later = [(piece, states) for piece, states in pieces if piece.start >= own.stop]
+        if self._causal:
+            (late,) = self._directions
+            return _total(earlier if late else later[::-1], late, slopes), None
+        if slopes is None:
+            return _total(earlier + later, True, None), None
+        return _total(earlier, True, slopes), _total(later[::-1], False, slopes)
+
+
+def _total(pieces: list, late: bool, slopes: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    """Add up the states of successive pieces, the nearest one last; None if there are none."""
+    total = None
+    for piece, states in pieces:
+        state = states[late]
+        if total is None:
+            total = state.clone()
+            continue
+        if slopes is not None:
+            exponents = -slopes.to(state.dtype)[..., None, None] * (piece.stop - piece.start)
+            factor, loss = chunked.decay_of(exponents)
+            total.mul_(factor).addcmul_(total, loss.expand_as(total))
+        total.add_(state)
+    return total

@@ -1,0 +1,86 @@
+"""Exchange tokens for heads: each rank gets all tokens of some heads, and runs them as on one device.
+
+No sum is cut, so nothing but the heads' share of q, k, v and the output moves, in their own dtype. Needs as
+many key heads as a multiple of the ranks (DeepSpeed Ulysses, arXiv 2309.14509).
+"""
+
+from typing import Optional
+
+import torch
+
+from ...nosoftmax.call import Call
+from ..exchange import all_to_all
+from ..problem import Problem
+
+
+def obstacle(problem: Problem) -> Optional[str]:
+    nheads_k, world = problem.call.k.shape[-2], problem.cp.world
+    if nheads_k % world:
+        return f"{nheads_k} heads of k do not divide by {world} ranks"
+    return None
+
+
+def moved(problem: Problem, backward: bool) -> int:
+    q, k, v = problem.call.tensors[:3]
+    channels = q.shape[-2] * (q.shape[-1] + v.shape[-1]) + k.shape[-2] * (k.shape[-1] + v.shape[-1])
+    batch, tokens = 1 if problem.dim == 0 else q.shape[0], max(problem.cp.plan.sizes)
+    return batch * tokens * channels * q.element_size() * (problem.cp.world - 1) // problem.cp.world
+
+
+def blocks(problem: Problem) -> list:
+    q, k, v = (
+        x.new_empty(1).expand(*x.shape[: problem.dim], problem.cp.plan.total, x.shape[-2] // problem.cp.world,
+                              x.shape[-1])
+        for x in problem.call.tensors[:3]
+    )  # fmt: skip
+    if problem.call.q.requires_grad:
+        q = q.detach().requires_grad_()
+    return [_share(problem, q, k, v, None)]
+
+
+def forward(problem: Problem) -> tuple:
+    q, k, v = _to_heads(problem, problem.call.tensors[:3])
+    factors = problem.whole.row_factors
+    if factors is not None and (problem.dim == 0 or factors.dim() == 2):
+        factors = problem.call.row_factors  # by row, for packed calls
+        (factors,) = problem.cp.gathered([factors], problem.dim)
+    out = problem.forward(_share(problem, q, k, v, factors))
+    (out,) = _to_tokens(problem, [out])
+    return out, (q, k, v, factors)
+
+
+def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
+    q, k, v, factors = kept
+    (dout,) = _to_heads(problem, [dout])
+    return tuple(_to_tokens(problem, problem.backward(_share(problem, q, k, v, factors), dout)))
+
+
+def _share(problem: Problem, q, k, v, factors: Optional[torch.Tensor]) -> Call:
+    """The call of this rank's heads."""
+    call, rank, world = problem.whole, problem.cp.rank, problem.cp.world
+
+    def of_heads(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        return x if x is None else x.chunk(world, -1)[rank].contiguous()
+
+    return call._replace(
+        q=q, k=k, v=v, row_factors=factors, alibi_slopes=of_heads(call.alibi_slopes),
+        sigmoid_biases=of_heads(call.sigmoid_biases), decay_slopes=of_heads(call.decay_slopes),
+    )  # fmt: skip
+
+
+def _to_heads(problem: Problem, tensors: list) -> list:
+    """Send each rank its heads of this rank's tokens. Returns this rank's heads of all tokens, in order."""
+    cp, dim = problem.cp, problem.dim
+    parts = list(zip(*(x.chunk(cp.world, -2) for x in tensors)))
+    own = [x.shape for x in parts[cp.rank]]
+    shapes = [[(*x[:dim], size, *x[dim + 1 :]) for x in own] for size in cp.plan.sizes]
+    found = zip(*all_to_all(parts, shapes, cp.group))
+    return [cp.in_order(torch.cat(pieces, dim), dim) for pieces in found]
+
+
+def _to_tokens(problem: Problem, tensors: list) -> list:
+    """Undo `_to_heads`."""
+    cp, dim = problem.cp, problem.dim
+    parts = list(zip(*(cp.in_ranks(x, dim).split(cp.plan.sizes, dim) for x in tensors)))
+    own = [x.shape for x in parts[cp.rank]]
+    return [torch.cat(pieces, -2) for pieces in zip(*all_to_all(parts, [own] * cp.world, cp.group))]

@@ -1,0 +1,196 @@
+"""Describe a call as the whole sequences see it, and its blocks: some queries against some keys.
+
+A rank has its own queries, keys and values. What the options count, n, the visible keys and the distance
+between a query and a key, is that of the whole sequences.
+"""
+
+import math
+from copy import copy
+from typing import NamedTuple, Optional
+
+import torch
+
+from ..nosoftmax import ops
+from ..nosoftmax.call import TENSORS, Call
+from ..nosoftmax.choice import choose, wanted
+from ..nosoftmax.score import NORMALIZATIONS
+from .layout import Part
+from .plan import ContextParallel
+
+# What the methods know of a call. Another tensor or option is refused, rather than ignored.
+_TENSORS = frozenset((
+    "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "row_factors", "sigmoid_biases",
+    "decay_slopes",
+))  # fmt: skip
+_OPTIONS = frozenset((
+    "max_seqlen_q", "max_seqlen_k", "softmax_scale", "window_left", "window_right", "softcap",
+    "deterministic", "activation", "sigmoid_bias", "normalization", "factor", "wide",
+))  # fmt: skip
+_OFF = {"dropout_p": 0.0, "return_attn_probs": False}
+
+
+class Keys(NamedTuple):
+    """Keys and values that lie in order, and the range of each sequence that they are."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    starts: tuple
+    lengths: tuple
+
+
+class Problem:
+    """A checked call with this rank's q, k and v, and the plan.
+
+    whole: the call with the lengths of the whole sequences and the options as they were given. call: the same
+    with numbers and tensors in the places of the names that count keys, which holds for any part of the call.
+    dim: the axis of the tokens.
+    """
+
+    def __init__(self, call: Call, cp: ContextParallel, algorithm: str, backend: str) -> None:
+        self.cp, self.dim = cp, 0 if call.varlen else 1
+        self.among = wanted(algorithm, backend)
+        self.algorithm, self.backend = algorithm, backend
+        longest = max(cp.plan.lengths, default=0)
+        options = call.options._replace(max_seqlen_q=longest, max_seqlen_k=longest)
+        self.whole = call._replace(options=options)
+        self.call = _counted(self.whole, cp)
+        o = options
+        self.positional = (
+            o.window_left >= 0
+            or o.window_right >= 0
+            or call.alibi_slopes is not None
+            or call.decay_slopes is not None
+        )
+
+    def replaced(self, q: Optional[torch.Tensor], k: Optional[torch.Tensor], v: Optional[torch.Tensor]):
+        """The same problem with other tensors, so that autograd alone keeps those of a call."""
+        other = copy(self)
+        other.whole, other.call = (call._replace(q=q, k=k, v=v) for call in (self.whole, self.call))
+        return other
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of sums."""
+        return torch.promote_types(self.call.q.dtype, torch.float32)
+
+    @property
+    def parts(self) -> tuple:
+        return self.cp.plan.parts[self.cp.rank]
+
+    def cut(self, x: Optional[torch.Tensor], rows: slice) -> Optional[torch.Tensor]:
+        """Some of the tokens of x, as a view."""
+        return x if x is None else x[rows] if self.dim == 0 else x[:, rows]
+
+    def sees(self, part: Part, starts: tuple, lengths: tuple) -> bool:
+        """Whether a query of the part may see one of the keys."""
+        left, right = self.call.options.window_left, self.call.options.window_right
+        for first_q, count_q, first_k, count_k in zip(part.starts, part.lengths, starts, lengths):
+            if not count_q or not count_k:
+                continue
+            behind = 0 <= right and first_k > first_q + count_q - 1 + right
+            before = 0 <= left and first_k + count_k - 1 < first_q - left
+            if not (behind or before):
+                return True
+        return False
+
+    def block(self, part: Part, keys: Keys, q: torch.Tensor, wide: bool) -> Call:
+        """The call of the part's queries against the keys. q: all of this rank's queries."""
+        call, cp = self.call, self.cp
+        factors = call.row_factors
+        if factors is not None and (self.dim == 0 or factors.dim() == 2):
+            factors = self.cut(factors, part.rows)
+        cu_q = cu_k = diagonal = None
+        if self.dim == 0:
+            cu_q, cu_k = (cp.on(q.device, "cumulative", x) for x in (part.lengths, keys.lengths))
+        offsets = tuple(x - y for x, y in zip(part.starts, keys.starts))
+        ends = tuple(y - x for x, y in zip(part.lengths, keys.lengths))
+        if self.positional and offsets != ends:
+            if self.dim == 1:
+                offsets = offsets * q.shape[0]
+            diagonal = cp.on(q.device, "numbers", offsets)
+        options = call.options._replace(
+            max_seqlen_q=max(part.lengths, default=0), max_seqlen_k=max(keys.lengths, default=0), wide=wide
+        )
+        return call._replace(
+            q=self.cut(q, part.rows), k=keys.k, v=keys.v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k,
+            row_factors=factors, diagonal=diagonal, options=options,
+        )  # fmt: skip
+
+    def forward(self, block: Call) -> torch.Tensor:
+        return ops.run(block, choose(block, self.among).backend).out
+
+    def backward(self, block: Call, dout: torch.Tensor) -> tuple:
+        return ops.run_backward(block, choose(block, self.among).backend, dout, None)
+
+
+def refuse_unknown(call: Call, *known: str) -> None:
+    """Raise ValueError for an option that no method knows. known: further tensors that the caller knows."""
+    option = _unknown(call, known)
+    if option is not None:
+        raise ValueError(f"{option} is not there with context_parallel: leave it out")
+
+
+def _unknown(call: Call, known: tuple) -> Optional[str]:
+    o = call.options
+    for name, off in _OFF.items():
+        if getattr(o, name) != off:
+            return f"{name}={getattr(o, name)}"
+    for name in call._fields[:TENSORS]:
+        if name not in _TENSORS and name not in known and getattr(call, name) is not None:
+            return name
+    for name in o._fields:
+        if name not in _OPTIONS and name not in _OFF and getattr(o, name) != o._field_defaults.get(name):
+            return f"{name}={getattr(o, name)!r}"
+    return None
+
+
+def _counted(call: Call, cp: ContextParallel) -> Call:
+    """Replace the names that count keys by numbers for dense calls, and by tensors where sequences or rows
+    differ. Tensors have the dtype of sums, so that float64 calls lose nothing."""
+    o, q = call.options, call.q
+    wide = torch.promote_types(q.dtype, torch.float32)
+    factors, biases, factor, bias = call.row_factors, call.sigmoid_biases, o.factor, o.sigmoid_bias
+    norm = NORMALIZATIONS[o.normalization]
+    if norm.by_row:
+        counts = _visible(call, cp)
+        rows = norm.factor(None, counts.clamp(min=1).to(wide))
+        factors = rows if call.varlen else rows.expand(q.shape[0], -1)
+    elif call.varlen and o.normalization is not None:
+        factors = norm.factor(_lengths(cp, q.device, wide), None)[cp.on(q.device, "sequences")]
+    elif o.normalization is not None:
+        factor = factor * norm.factor(max(cp.plan.total, 1), None)
+    elif call.varlen and factors is not None and not _by_row(call):
+        factors = factors[cp.on(q.device, "sequences")]
+    if bias is None and biases is None:
+        if call.varlen:
+            biases = -torch.log(_lengths(cp, q.device, wide))[:, None].expand(-1, q.shape[-2])
+        bias = 0.0 if call.varlen else -math.log(max(cp.plan.total, 1))
+    options = o._replace(normalization=None, factor=factor, sigmoid_bias=bias)
+    return call._replace(row_factors=factors, sigmoid_biases=biases, options=options)
+
+
+def _by_row(call: Call) -> bool:
+    return call.row_factors.shape[0] == call.q.shape[0]
+
+
+def ambiguous_factors(call: Call) -> bool:
+    """Whether packed factors may be of sequences or of this rank's rows."""
+    return call.varlen and call.row_factors is not None and call.q.shape[0] == call.batch
+
+
+def _lengths(cp: ContextParallel, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return cp.on(device, "numbers", cp.plan.lengths).to(dtype).clamp(min=1)
+
+
+def _visible(call: Call, cp: ContextParallel) -> torch.Tensor:
+    """The number of keys that each of this rank's queries sees, int64 (tokens,)."""
+    o, device = call.options, call.q.device
+    at = cp.on(device, "positions")
+    if call.varlen:
+        stop = cp.on(device, "numbers", cp.plan.lengths).long()[cp.on(device, "sequences")]
+    else:
+        stop = torch.full_like(at, cp.plan.total)
+    start = torch.zeros_like(at) if o.window_left < 0 else (at - o.window_left).clamp(min=0)
+    if o.window_right >= 0:
+        stop = torch.minimum(stop, at + o.window_right + 1)
+    return stop - start

@@ -1,0 +1,200 @@
+"""Test that a sequence over several ranks gives what one device gives, and that no rank waits for an error on
+another.
+
+Processes with gloo on the CPU (ranks.py) go through the cases of parallel_cases.py.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from flash_attn.distributed.layout import Layout
+
+import parallel_cases as cases
+from ranks import Ranks
+
+TIMEOUT = 5.0  # of the groups in which a rank is lost, in seconds
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def ranks(request, tmp_path_factory):
+    made = Ranks(request.param, tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("method", cases.METHODS)
+def test_as_on_one_device(ranks, method, layout):
+    """Out, dq, dk and dv, for every mask and score."""
+    found = ranks.run(cases.largest_errors, method, layout)
+    compared = set()
+    for errors in found:
+        for case, error in errors.items():
+            if isinstance(error, str):  # why the method does not apply
+                assert method == "state" and case[1] in ("silu", "sigmoid", "alibi", "window")
+            else:
+                assert max(error) < 1e-10, (case, error)
+                compared.add(case)
+    assert len(compared) == len(cases.MASKS) * (4 if method == "state" else len(cases.SCORES))
+
+
+def test_same_bits(ranks):
+    assert ranks.run(cases.same_bits) == [[]] * ranks.world
+
+
+def test_sums_in_float32(ranks):
+    """Partial sums beyond the range of float16, whose total is within it."""
+    for found in ranks.run(cases.half_precision):
+        for method, pair in found.items():
+            for x, y in zip(*pair):
+                assert (x - y).abs().max() <= 2**-9 * y.abs().max(), method
+
+
+@pytest.mark.parametrize(
+    "kind, offsets, tokens",
+    [
+        ("contiguous", (0, 8), [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("contiguous", (0, 3, 3, 7), [[0, 1, 2], [3, 4, 5, 6]]),
+        ("zigzag", (0, 8), [[0, 1, 6, 7], [2, 3, 4, 5]]),
+        ("zigzag", (0, 4, 8), [[0, 4, 3, 7], [1, 5, 2, 6]]),
+        ("zigzag", (0, 1, 6), [[1, 0, 4, 5], [2, 3]]),
+    ],
+)
+def test_layouts(kind, offsets, tokens):
+    layout = Layout(2, kind, offsets)
+    assert [[i for span in layout.tokens(rank) for i in span] for rank in range(2)] == tokens
+    assert layout.sizes == [len(x) for x in tokens]
+
+
+def test_shard_and_unshard(ranks):
+    ranks.run(cases.gathered_again)
+
+
+def test_packed_arguments(ranks):
+    ranks.run(cases.packed_forms)
+
+
+def test_a_group_of_one(ranks):
+    ranks.run(cases.alone)
+
+
+def test_a_mesh(ranks):
+    errors = ranks.errors(cases.of_a_mesh)
+    assert errors == [errors[0]] * ranks.world
+    assert errors[0][0] is ValueError and errors[0][1].startswith("the mesh has 2 dimensions")
+
+
+def test_auto_takes_the_fewest_bytes(ranks):
+    """The formulas of docs/distributed.md, float32."""
+    world, tokens = ranks.world, 64 // ranks.world
+    state = (world - 1) * cases.HEADS_K * 16 * 16 * 4
+    ulysses = tokens * 2 * (cases.HEADS + cases.HEADS_K) * 16 * 4 * (world - 1) // world
+    keys = (world - 1) * tokens * 2 * 16 * 4
+    for found in ranks.run(cases.methods_of_auto):
+        assert found["identity"][:3] == ("state", state, state)
+        if world == 2:
+            assert found["silu"][:3] == ("ulysses", ulysses, ulysses)
+        assert found["one head"][:3] == ("allgather", keys, 2 * keys)
+        assert "not ulysses: 1 heads of k do not divide by" in found["one head"][3]
+        assert 'not state: algorithm="quadratic" excludes linear time' in found["quadratic"][3]
+
+
+# Fault -> class and words of the error on the rank that is at fault, the last one, and on the others.
+DIFFERENT = r"the ranks of a context-parallel call differ: "
+WRONG = {
+    "causal": (ValueError, DIFFERENT + "window_right is -1 on rank 0"),
+    "decay_slopes": (ValueError, DIFFERENT + r"decay_slopes is \[0.25"),
+    "layout": (ValueError, DIFFERENT + "layout is 'contiguous' on rank 0"),
+    "method": (ValueError, DIFFERENT + "method is 'allgather' on rank 0"),
+    "lengths": (ValueError, DIFFERENT + ".*the lengths of the sequences is "),
+    "dtype": (ValueError, DIFFERENT + "dtype of k is torch.float32 on rank 0"),
+    "gradient": (ValueError, DIFFERENT + "whether q, k or v needs a gradient is True on rank 0"),
+    "dropout": (ValueError, "dropout_p=0.1 is not there with context_parallel"),
+    "return_attn_probs": (ValueError, "return_attn_probs=True is not there with context_parallel"),
+    "softmax": (ValueError, "context_parallel with use_softmax=True"),
+    "not a plan": (TypeError, "context_parallel is a .*: give a flash_attn.distributed.ContextParallel"),
+    "packed tensors": (ValueError, "the tensors are packed, but context_parallel is a plan for dense ones"),
+    "dense tensors": (ValueError, "the tensors are dense, but context_parallel is a plan for packed ones"),
+    "impossible method": (ValueError, "method=\"state\" is not possible: activation='silu'"),
+    "forced backend": (ValueError, 'backend="fa2" is not possible'),
+    "other offsets": (ValueError, r"cu_seqlens_q=.* but the plan was made with \[0, 10"),
+    "second derivative": (RuntimeError, "a second derivative of attention with context_parallel"),
+}
+WRONG_ON_ONE = {
+    "not sharded": (ValueError, "q has shape .*, with 45 tokens, but the plan gives rank"),
+    "ambiguous factors": (ValueError, r"normalization has shape \(2,\), and this rank has as many rows"),
+    "wrong options": (TypeError, r"window_size=\(1, 2, 3\)"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_use_raises_on_every_rank(ranks, name):
+    kind, words = WRONG[name]
+    for error in ranks.errors(cases.differing, name):
+        assert error is not None and error[0] is kind
+        with pytest.raises(kind, match=words):
+            raise kind(error[1])
+
+
+@pytest.mark.parametrize("name", WRONG_ON_ONE)
+def test_the_others_hear_of_an_error(ranks, name):
+    kind, words = WRONG_ON_ONE[name]
+    *others, last = ranks.errors(cases.differing, name)
+    assert last[0] is kind
+    with pytest.raises(kind, match=words):
+        raise kind(last[1])
+    for error in others:
+        assert error[0] is RuntimeError
+        assert error[1].startswith(f"no rank has begun: rank {ranks.world - 1} raised {kind.__name__}: ")
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_a_cache_over_the_ranks(ranks, layout):
+    ranks.run(cases.decoded, layout)
+
+
+@pytest.mark.parametrize(
+    "name, kind, words",
+    [
+        ("whole cache", ValueError, r"k_cache has shape \(2, 20, 2, 4\), but the plan gives rank"),
+        ("too long", ValueError, r"cache_seqlens\[1\]=20 and 1 to append, but the cache holds 20 keys"),
+        ("pages", ValueError, "block_table is not there with context_parallel"),
+        (
+            "lengths",
+            ValueError,
+            r"ranks of a context-parallel call differ: cache_seqlens is \[3, 5\] on rank 0",
+        ),
+        ("gradient", RuntimeError, "flash_attn_with_kvcache has no backward"),
+    ],
+)
+def test_a_wrong_cache(ranks, name, kind, words):
+    for error in ranks.errors(cases.wrong_cache, name):
+        assert error is not None and error[0] is kind
+        with pytest.raises(kind, match=words):
+            raise kind(error[1])
+
+
+def test_the_comparison_can_be_switched_off(ranks):
+    assert ranks.run(cases.unchecked) == [[1, 0]] * ranks.world
+
+
+@pytest.mark.parametrize("how", ["raises", "killed", "in the middle"])
+def test_a_lost_rank_is_an_error_in_time(tmp_path, how):
+    """Twice the group's timeout is enough for the forward and the backward pass."""
+    made = Ranks(2, tmp_path, TIMEOUT)
+    try:
+        made.start(cases.die, how)
+        begun = time.monotonic()
+        if how == "raises":
+            assert made.result(1)[1][0] is KeyError
+        else:
+            with pytest.raises(EOFError):
+                made.result(1)
+        _, error = made.result(0, 3 * TIMEOUT)
+        assert issubclass(error[0], (RuntimeError, torch.distributed.DistBackendError))
+        assert time.monotonic() - begun < 2 * TIMEOUT + 2
+    finally:
+        made.close()
