@@ -24,6 +24,7 @@ from torch import Tensor
 Call = Callable[[], object]
 Side = Callable[[], tuple[Sequence[Tensor], Call]]
 
+SIDES = (SOFTMAX, NO_SOFTMAX, NO_SOFTMAX_KERNEL)
 BACKEND = "fa2"  # the extension has kernels for both sides
 BACKWARD_SWITCH = "FLASH_ATTENTION_NOSOFTMAX_BACKWARD"
 
@@ -35,6 +36,7 @@ class Feature:
     name: str
     options: dict[str, object] = field(default_factory=dict)
     score: dict[str, object] = field(default_factory=dict)  # options of the side without softmax
+    decay: bool = False  # of the side without softmax
     heads_per_key_head: int = 1
     alibi: bool = False
     varlen: bool = False
@@ -63,6 +65,8 @@ FEATURES = (
     Feature("dropout 0.17", {"dropout_p": 0.17}),
     Feature("softcap 30", {"softcap": 30.0}),
     Feature("ALiBi", alibi=True),
+    Feature("decay", decay=True),
+    Feature("silu, decay", score={"activation": "silu"}, decay=True),
     Feature("window (1024, 0)", {"window_size": (1024, 0)}, masks=(True,)),
     Feature("GQA 8:1", heads_per_key_head=8),
     Feature("varlen", varlen=True),
@@ -84,8 +88,7 @@ def _attend(feature: Feature, case: Case, lengths: list[int], device: str) -> Ca
     """Return f(q, k, v, use_softmax=...) -> out; with varlen, on sequences of the given lengths."""
     options = {"causal": case.causal, "backend": BACKEND, **feature.options}
     if feature.alibi:
-        exponents = torch.arange(1, case.nheads + 1, dtype=torch.float32, device=device)
-        options["alibi_slopes"] = torch.exp2(-8 * exponents / case.nheads)
+        options["alibi_slopes"] = _slopes(case.nheads, device)
     if not feature.varlen:
         return partial(flash_attn_func, **options)
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
@@ -99,6 +102,11 @@ def _attend(feature: Feature, case: Case, lengths: list[int], device: str) -> Ca
     return partial(flash_attn_varlen_func, **options)
 
 
+def _slopes(nheads: int, device: str) -> Tensor:
+    """The slopes of the ALiBi paper."""
+    return torch.exp2(-8 * torch.arange(1, nheads + 1, dtype=torch.float32, device=device) / nheads)
+
+
 def attention(feature: Feature, case: Case, dtype: torch.dtype, device: str) -> dict[str, Side]:
     """The sides of one dense or varlen case, all on the same q, k, v and dout of N(0, 1)."""
     lengths = uneven_lengths(case.batch * case.seqlen, case.seqlen) if feature.varlen else []
@@ -108,17 +116,15 @@ def attention(feature: Feature, case: Case, dtype: torch.dtype, device: str) -> 
         torch.randn(*tokens, n, case.head_dim, dtype=dtype, device=device, requires_grad=True) for n in heads
     ]
     attend = _attend(feature, case, lengths, device)
+    score = {"use_softmax": False, **feature.score}
+    if feature.decay:
+        score["decay_slopes"] = _slopes(case.nheads, device)
+    scores = {name: {"use_softmax": True} if name == SOFTMAX else score for name in SIDES}
     if case.direction != BACKWARD:
-        return {
-            name: partial(_forward, attend, inputs, _score(feature, name)) for name in (SOFTMAX, NO_SOFTMAX)
-        }
+        return {name: partial(_forward, attend, inputs, scores[name]) for name in (SOFTMAX, NO_SOFTMAX)}
     dout = torch.randn_like(inputs[0])
-    names = (SOFTMAX, NO_SOFTMAX, NO_SOFTMAX_KERNEL) if feature.has_two_backwards else (SOFTMAX, NO_SOFTMAX)
-    return {name: partial(_backward, attend, inputs, dout, name, _score(feature, name)) for name in names}
-
-
-def _score(feature: Feature, side: str) -> dict[str, object]:
-    return {"use_softmax": True} if side == SOFTMAX else {"use_softmax": False, **feature.score}
+    names = SIDES if feature.has_two_backwards else (SOFTMAX, NO_SOFTMAX)
+    return {name: partial(_backward, attend, inputs, dout, name, scores[name]) for name in names}
 
 
 def _forward(

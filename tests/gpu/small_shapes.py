@@ -64,6 +64,13 @@ Case = Callable[[Place, int], list[Tensor]]
 ACTIVATIONS = ("relu", "relu2", "sigmoid", "silu", "gelu", "softplus")
 
 
+def add_slopes(options: dict, place: Place) -> None:
+    """Replace alibi=True and decay=True by slopes of the query heads."""
+    for name in ("alibi", "decay"):
+        if options.pop(name, False):
+            options[f"{name}_slopes"] = torch.linspace(0.05, 0.1, NHEADS, device=place.device)
+
+
 def with_gradients(run: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
     leaves = [x.requires_grad_() for x in tensors]
     out = run(*leaves)
@@ -71,18 +78,11 @@ def with_gradients(run: Callable[..., Tensor], tensors: list[Tensor]) -> list[Te
 
 
 def dense(
-    place: Place,
-    head_dim: int,
-    seqlens=(SEQLEN_Q, SEQLEN_K),
-    uneven=False,
-    alibi=False,
-    factors=False,
-    **options,
+    place: Place, head_dim: int, seqlens=(SEQLEN_Q, SEQLEN_K), uneven=False, factors=False, **options
 ) -> list[Tensor]:
     d = head_dim - 8 if uneven else head_dim
     tensors = place.randn((1, seqlens[0], NHEADS, d), *[(1, seqlens[1], NHEADS_K, d)] * 2)
-    if alibi:
-        options["alibi_slopes"] = torch.tensor([0.05, 0.1], device=place.device)
+    add_slopes(options, place)
     if factors:
         options["normalization"] = torch.linspace(0.0, 2.0, seqlens[0], device=place.device)[None]
     return with_gradients(partial(flash_attn_func, **{**place.options, **options}), tensors)
@@ -94,6 +94,7 @@ def varlen(place: Place, head_dim: int, longest: tuple[int, int] = (70, 70), **o
     starts_q, starts_k = ([0, *accumulate(lengths)] for lengths in (lengths_q, lengths_k))
     cu_q, cu_k = place.int32(starts_q), place.int32(starts_k)
     tensors = place.randn((starts_q[-1], NHEADS, head_dim), *[(starts_k[-1], NHEADS_K, head_dim)] * 2)
+    add_slopes(options, place)
     return with_gradients(
         lambda q, k, v: flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, **{**place.options, **options}),
         tensors,
@@ -123,6 +124,7 @@ def kvcache(place: Place, head_dim: int, new: bool, paged: bool, **options) -> l
             place.numbers(x) for x in (angles.cos(), angles.sin())
         )
         options["k"], options["v"] = fresh
+    add_slopes(options, place)
     out = flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, **place.options, **options)
     return [out, k.nan_to_num(), v.nan_to_num()] if new else [out]
 
@@ -186,6 +188,17 @@ def fa2_cases() -> Iterator[tuple[str, Case]]:
     yield "silu, softcap", partial(dense, activation="silu", softcap=5.0)
     yield "silu, ALiBi", partial(dense, activation="silu", alibi=True)
     yield "silu, dropout, causal", partial(dense, activation="silu", dropout_p=0.2, causal=True)
+    for activation in ("identity", "silu"):
+        decayed = {"activation": activation, "decay": True}
+        yield f"{activation}, decay", partial(dense, **decayed)
+        yield f"{activation}, decay, ALiBi, causal", partial(dense, alibi=True, causal=True, **decayed)
+        yield f"{activation}, decay, varlen, window", partial(varlen, window_size=(40, 7), **decayed)
+        yield (
+            f"{activation}, decay, kvcache, 3 splits",
+            partial(kvcache, paged=True, new=True, num_splits=3, **decayed),
+        )
+    yield "silu, decay, softcap", partial(dense, activation="silu", decay=True, softcap=5.0)
+    yield "silu, decay, dropout", partial(dense, activation="silu", decay=True, dropout_p=0.2)
     yield "factors of rows", partial(dense, factors=True, causal=True)
     yield "silu, factors of rows", partial(dense, factors=True, activation="silu")
     for paged in (False, True):
@@ -210,9 +223,20 @@ def linear_cases() -> Iterator[tuple[str, Case]]:
                 partial(varlen, longest=SEGMENTS, causal=causal, normalization=normalization),
             )
 
+        yield (
+            f"dense, decay{', causal' * causal}",
+            partial(dense, seqlens=SEGMENTS, causal=causal, decay=True),
+        )
+        yield (
+            f"varlen, decay{', causal' * causal}",
+            partial(varlen, longest=SEGMENTS, causal=causal, decay=True),
+        )
+
 
 def fa4_cases() -> Iterator[tuple[str, Case]]:
     yield "dense", dense
+    yield "causal, decay", partial(dense, causal=True, decay=True)
+    yield "varlen, silu, decay", partial(varlen, activation="silu", decay=True)
     yield "causal, silu", partial(dense, causal=True, activation="silu")
     yield (
         "window, sigmoid, 1/visible",

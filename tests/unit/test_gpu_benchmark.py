@@ -209,7 +209,7 @@ def test_varlen_attends_within_uneven_sequences(flow, monkeypatch):
     torch.testing.assert_close(out[:, 0, 0], 8 * lengths.repeat_interleave(lengths.long()))
 
 
-def test_dropout_softcap_window_alibi_and_gqa_reach_the_function(flow, monkeypatch):
+def test_options_of_features_reach_the_function(flow, monkeypatch):
     seen, real = [], flow.gpu_cases.flash_attn_func
 
     def spy(q, k, v, **options):
@@ -220,9 +220,11 @@ def test_dropout_softcap_window_alibi_and_gqa_reach_the_function(flow, monkeypat
     args = flow.gpu_vs_softmax.parse_args([*TINY, "--head-dims=64"])
     list(flow.gpu_parts.features(args, flow.machine(1), {}))
     given = {name for _, options in seen for name in options} - {"causal", "use_softmax", "backend"}
-    assert given == {"dropout_p", "softcap", "alibi_slopes", "window_size"}
-    slopes = next(options["alibi_slopes"] for _, options in seen if "alibi_slopes" in options)
-    torch.testing.assert_close(slopes, 2 ** (-8 * torch.arange(1, 17) / 16))
+    assert given == {"dropout_p", "softcap", "alibi_slopes", "decay_slopes", "window_size", "activation"}
+    for name in ("alibi_slopes", "decay_slopes"):
+        slopes = next(options[name] for _, options in seen if name in options)
+        torch.testing.assert_close(slopes, 2 ** (-8 * torch.arange(1, 17) / 16))
+    assert not any(options["use_softmax"] for _, options in seen if "decay_slopes" in options)
     assert {heads for heads, _ in seen} == {16, 2}
     assert {options["causal"] for _, options in seen if "window_size" in options} == {True}
 
@@ -275,7 +277,7 @@ def test_all_parts_on_the_cpu_with_made_up_times(flow, tmp_path, capsys):
     assert {part: len(record[part]) for part in flow.gpu_record.PARTS} == {
         "dense": 24,
         "activations": 0,  # for no N of this run is long enough
-        "features": 44,
+        "features": 60,
         "decode": 8,
         "memory": 6,
     }
@@ -293,7 +295,7 @@ def test_all_parts_on_the_cpu_with_made_up_times(flow, tmp_path, capsys):
     by_kernel = {
         name for name, (has_both, by) in forced.items() if not has_both and by == "the backward kernel"
     }
-    assert by_kernel == {"dropout 0.17", "softcap 30"}
+    assert by_kernel == {"dropout 0.17", "softcap 30", "silu, decay"}
     assert all(
         has_both and by == "three forwards"
         for name, (has_both, by) in forced.items()
