@@ -312,7 +312,7 @@ def test_all_parts_on_the_cpu_with_made_up_times(flow, tmp_path, capsys):
     small, *_, large = record["decode"]
     assert small["ms"]["no_softmax"] == pytest.approx(1.6 / 2)  # two steps in each call
     assert large["bandwidth"]["no_softmax"] == pytest.approx(2 * 2 * 48 * 4 * 128 * 2 / 1.6e-3 / 3e12)
-    assert capsys.readouterr().err.count("\n") == 24 + 44 + 8 + 6
+    assert capsys.readouterr().err.count("\n") == 24 + 60 + 8 + 6
 
 
 def test_a_row_that_is_slower_is_named(flow, tmp_path, capsys):
