@@ -22,6 +22,8 @@ from flash_attn.distributed import ContextParallel, agreement
 from flash_attn.distributed.methods import ring
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 
 F64 = torch.float64
 TOKENS, LENGTHS = 45, (6, 0, 1, 23, 15)  # not multiples of the ranks; sequences begin and end anywhere
@@ -419,3 +421,70 @@ def wrong_cache(rank: int, world: int, name: str) -> None:
         q.requires_grad_()
     new = torch.randn(2, 1, 2, 4)
     flash_attn_with_kvcache(q, cache, cache.clone(), new, new, **options).sum().backward()
+
+
+class _Block(torch.nn.Module):
+    """Attention of a small model. cp: a plan or None. again: whether its backward runs the forward again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+        self.cp, self.again = None, False
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).unbind(-3)
+        options = dict(causal=True, use_softmax=False, activation="silu", normalization=1 / TOKENS)
+        out = flash_attn_func(q, k, v, context_parallel=self.cp, **options)
+        return x + self.out(out.flatten(-2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.attend, x, use_reentrant=False) if self.again else self.attend(x)
+
+
+def _model(cp: ContextParallel | None = None, again: bool = False) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(_Block(), _Block()).double()
+    for block in model:
+        block.cp, block.again = cp, again
+    return model
+
+
+def _losses(model: torch.nn.Module, x: Tensor, ranks: bool) -> list[float]:
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+    for _ in range(4):
+        loss = model(x).square().sum() / TOKENS
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss = loss.detach()
+        if ranks:
+            dist.all_reduce(loss)
+        losses.append(loss.item())
+    return losses
+
+
+def trained(rank: int, world: int, method: str, again: bool) -> float:
+    """Return how far the losses of a model under FSDP2 are from those of one device."""
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+    x = torch.randn(1, TOKENS, 16, dtype=F64, generator=torch.Generator().manual_seed(1))
+    cp = ContextParallel(mesh["cp"], "zigzag", seqlen=TOKENS, method=method)
+    model = _model(cp, again)
+    for module in (*model, model):
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.0)  # the loss is a sum over the ranks
+    pairs = zip(_losses(model, cp.shard(x), True), _losses(_model(), x, False))
+    return max(abs(found - expected) for found, expected in pairs)
+
+
+def compiled(rank: int, world: int) -> None:
+    """torch.compile breaks its graph at the messages, and gives the same."""
+    cp = plan("allgather", "zigzag")
+    x = cp.shard(torch.randn(1, TOKENS, 16, dtype=F64, generator=torch.Generator().manual_seed(1)))
+    grads = []
+    for compile in (False, True):
+        model = _model(cp)
+        run = torch.compile(model, backend="aot_eager") if compile else model
+        run(x).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for found, expected in zip(*grads):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)

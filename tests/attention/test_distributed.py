@@ -87,6 +87,20 @@ def test_a_mesh(ranks):
     assert errors[0][0] is ValueError and errors[0][1].startswith("the mesh has 2 dimensions")
 
 
+@pytest.mark.parametrize("method, again", [("allgather", False), ("ring", True)])
+def test_a_model_under_fsdp(ranks, method, again):
+    """FSDP2, with and without activation checkpoints."""
+    if ranks.world > 2:
+        pytest.skip("two ranks show it")
+    assert max(ranks.run(cases.trained, method, again)) < 1e-10
+
+
+def test_compiled(ranks):
+    if ranks.world > 2:
+        pytest.skip("two ranks show it")
+    ranks.run(cases.compiled)
+
+
 def test_auto_takes_the_fewest_bytes(ranks):
     """The formulas of docs/distributed.md, float32."""
     world, tokens = ranks.world, 64 // ranks.world
