@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from itertools import accumulate
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from flash_attn.distributed.methods import ring
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 F64 = torch.float64
@@ -274,6 +276,10 @@ def differing(rank: int, world: int, name: str) -> None:
         attend(plan("auto", "zigzag"), return_attn_probs=True)
     elif name == "softmax":
         attend(plan("auto", "zigzag"), use_softmax=True)
+    elif name == "no CPU":
+        cp = plan("auto", "zigzag", check=False)
+        cp.group = SimpleNamespace(_device_types=[torch.device("cuda")])  # as NCCL's
+        attend(cp)
     elif name == "not a plan":
         attend(plan("auto", "zigzag"), context_parallel=dist.group.WORLD)
     elif name == "packed tensors":
@@ -488,3 +494,38 @@ def compiled(rank: int, world: int) -> None:
         grads.append([parameter.grad for parameter in model.parameters()])
     for found, expected in zip(*grads):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def of_dtensors(rank: int, world: int) -> None:
+    """Each sharding of q and of k and v keeps its place, and gives what one device gives."""
+    mesh = init_device_mesh("cpu", (world,))
+    batch, tokens, heads, whole, part = Shard(0), Shard(1), Shard(2), Replicate(), Partial("sum")
+    silu, slopes = dict(activation="silu"), dict(causal=True, alibi_slopes=torch.linspace(0.0, 1.0, 8))
+    each = dict(decay_slopes=torch.rand(4, 8, generator=torch.Generator().manual_seed(2)), causal=True)
+    rows = dict(normalization=torch.rand(4, 13, generator=torch.Generator().manual_seed(3)))
+    torch.manual_seed(0)
+    shapes = (4, 13, 8, 6), (4, 13, 4, 6), (4, 13, 4, 6), (4, 13, 8, 6)
+    for places, results_, options in (
+        ((batch, batch), (batch, batch, batch), each),
+        ((heads, heads), (heads, heads, heads), slopes),
+        ((heads, heads), (heads, heads, heads), rows),
+        ((whole, tokens), (part, part, tokens), silu),
+        ((whole, tokens), (part, part, tokens), rows),
+        ((tokens, whole), (tokens, tokens, part), {**silu, "normalization": "1/n"}),
+        ((tokens, whole), (tokens, tokens, part), rows),
+        ((whole, tokens), (whole, whole, whole), {**silu, "normalization": "1/n"}),  # n is the whole's
+        ((tokens, tokens), (whole, whole, whole), dict(causal=True)),
+    ):
+        *qkv, dout = (torch.randn(shape, dtype=F64) for shape in shapes)
+        for x in (*qkv, dout):
+            dist.broadcast(x, 0)
+        expected = results(qkv, dout, False, {"use_softmax": False, **options})
+        own = {
+            name: distribute_tensor(x, mesh, [whole]) if isinstance(x, Tensor) else x
+            for name, x in options.items()
+        }
+        given = [distribute_tensor(x, mesh, [places[i > 0]]) for i, x in enumerate(qkv)]
+        found = results(given, distribute_tensor(dout, mesh, [whole]), False, {"use_softmax": False, **own})
+        assert [x.placements[0] for x in found[:3]] == list(results_), (places, options)
+        for x, y in zip(found, expected):
+            torch.testing.assert_close(x.full_tensor(), y, rtol=0, atol=1e-10)

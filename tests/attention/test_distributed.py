@@ -101,6 +101,10 @@ def test_compiled(ranks):
     ranks.run(cases.compiled)
 
 
+def test_dtensors(ranks):
+    ranks.run(cases.of_dtensors)
+
+
 def test_auto_takes_the_fewest_bytes(ranks):
     """The formulas of docs/distributed.md, float32."""
     world, tokens = ranks.world, 64 // ranks.world
@@ -129,6 +133,7 @@ WRONG = {
     "dropout": (ValueError, "dropout_p=0.1 is not there with context_parallel"),
     "return_attn_probs": (ValueError, "return_attn_probs=True is not there with context_parallel"),
     "softmax": (ValueError, "context_parallel with use_softmax=True"),
+    "no CPU": (ValueError, "q is on cpu, but the group moves tensors on cuda"),
     "not a plan": (TypeError, "context_parallel is a .*: give a flash_attn.distributed.ContextParallel"),
     "packed tensors": (ValueError, "the tensors are packed, but context_parallel is a plan for dense ones"),
     "dense tensors": (ValueError, "the tensors are dense, but context_parallel is a plan for packed ones"),
