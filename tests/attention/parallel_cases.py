@@ -226,6 +226,9 @@ def alone(rank: int, world: int) -> None:
             own = cut(cp, packed, qkv)
             found = results(own, *cut(cp, packed, [dout]), packed, {**options, "context_parallel": cp})
             assert all(map(torch.equal, found, expected))
+            if not packed:
+                method = explain(flash_attn_func, *own, context_parallel=cp, **options)
+                assert str(method).startswith("one rank, nothing moves\n") and method.forward_bytes == 0
             inputs = [x.clone().requires_grad_() for x in own]
             out = call(*inputs, packed, {**options, "context_parallel": cp})
             (dq,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
@@ -280,6 +283,16 @@ def differing(rank: int, world: int, name: str) -> None:
         cp = plan("auto", "zigzag", check=False)
         cp.group = SimpleNamespace(_device_types=[torch.device("cuda")])  # as NCCL's
         attend(cp)
+    elif name == "forward derivative":
+        cp = plan("auto", "zigzag")
+        x = torch.randn(1, cp.tokens, HEADS_K, 4)
+        torch.func.jvp(
+            lambda x: call(x, x, x, False, dict(use_softmax=False, context_parallel=cp)), (x,), (x,)
+        )
+    elif name == "DTensor":
+        mesh = init_device_mesh("cpu", (world,))
+        x = distribute_tensor(torch.zeros(1, TOKENS, HEADS_K, 4), mesh, [Shard(1)])
+        call(x, x, x, False, dict(use_softmax=False, context_parallel=plan("auto", "zigzag")))
     elif name == "not a plan":
         attend(plan("auto", "zigzag"), context_parallel=dist.group.WORLD)
     elif name == "packed tensors":
@@ -529,3 +542,16 @@ def of_dtensors(rank: int, world: int) -> None:
         assert [x.placements[0] for x in found[:3]] == list(results_), (places, options)
         for x, y in zip(found, expected):
             torch.testing.assert_close(x.full_tensor(), y, rtol=0, atol=1e-10)
+
+
+def shard_after_inference(rank: int, world: int) -> None:
+    """A plan that served inference serves training."""
+    cp, x = plan("allgather", "zigzag"), torch.randn(1, TOKENS, HEADS, 4, requires_grad=True)
+    options = dict(use_softmax=False, context_parallel=cp, causal=True)
+    with torch.inference_mode():
+        own = cp.shard(x)
+        first = call(own, own, own, False, options)
+    own = cp.shard(x)
+    out = call(own, own, own, False, options)
+    out.sum().backward()
+    assert torch.equal(out, first) and x.grad.abs().max() > 0

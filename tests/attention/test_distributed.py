@@ -73,6 +73,10 @@ def test_shard_and_unshard(ranks):
     ranks.run(cases.gathered_again)
 
 
+def test_a_plan_after_inference(ranks):
+    ranks.run(cases.shard_after_inference)
+
+
 def test_packed_arguments(ranks):
     ranks.run(cases.packed_forms)
 
@@ -134,6 +138,8 @@ WRONG = {
     "return_attn_probs": (ValueError, "return_attn_probs=True is not there with context_parallel"),
     "softmax": (ValueError, "context_parallel with use_softmax=True"),
     "no CPU": (ValueError, "q is on cpu, but the group moves tensors on cuda"),
+    "forward derivative": (RuntimeError, "torch.func and forward derivatives .* with context_parallel"),
+    "DTensor": (ValueError, r"q is a DTensor with context_parallel: give q.to_local\(\)"),
     "not a plan": (TypeError, "context_parallel is a .*: give a flash_attn.distributed.ContextParallel"),
     "packed tensors": (ValueError, "the tensors are packed, but context_parallel is a plan for dense ones"),
     "dense tensors": (ValueError, "the tensors are dense, but context_parallel is a plan for packed ones"),
