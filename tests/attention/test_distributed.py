@@ -6,7 +6,10 @@ Processes with gloo on the CPU (ranks.py) go through the cases of parallel_cases
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from flash_attn.distributed.layout import Layout
 import parallel_cases as cases
 from ranks import Ranks
 
+ROOT = Path(__file__).parents[2]
 TIMEOUT = 5.0  # of the groups in which a rank is lost, in seconds
 
 
@@ -91,6 +95,7 @@ def test_a_mesh(ranks):
     assert errors[0][0] is ValueError and errors[0][1].startswith("the mesh has 2 dimensions")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, again", [("allgather", False), ("ring", True)])
 def test_a_model_under_fsdp(ranks, method, again):
     """FSDP2, with and without activation checkpoints."""
@@ -99,6 +104,7 @@ def test_a_model_under_fsdp(ranks, method, again):
     assert max(ranks.run(cases.trained, method, again)) < 1e-10
 
 
+@pytest.mark.slow
 def test_compiled(ranks):
     if ranks.world > 2:
         pytest.skip("two ranks show it")
@@ -223,3 +229,10 @@ def test_a_lost_rank_is_an_error_in_time(tmp_path, how):
         assert time.monotonic() - begun < 2 * TIMEOUT + 2
     finally:
         made.close()
+
+
+def test_the_table_in_the_docs():
+    command = [sys.executable, "benchmarks/distributed_tables.py"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    assert f"<!-- written by benchmarks/distributed_tables.py -->\n{table}<!-- end -->" in page

@@ -18,10 +18,10 @@ from .problem import Problem, ambiguous_factors, refuse_unknown
 class Method(NamedTuple):
     """The method that runs a context-parallel call. str() describes the choice.
 
-    name: "state", "ulysses", "allgather" or "ring"; "alone" with one rank. forward_bytes, backward_bytes: what
-    a rank receives from the others; backward_bytes is 0 if no gradient is asked for. passed_over: each other
-    method, with the reason why it does not run the call. choice: the backend of this rank's blocks, and why
-    it is not another; None for "state", which is linear time.
+    name: "state", "ulysses", "allgather" or "ring"; "alone" with one rank. forward_bytes, backward_bytes:
+    what a rank receives from the others; backward_bytes is 0 if no gradient is asked for. passed_over: each
+    other method, with the reason why it does not run the call. choice: the backend of this rank's blocks, and
+    why it is not another; None for "state", which is linear time.
     """
 
     name: str
