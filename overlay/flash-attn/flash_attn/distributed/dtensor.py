@@ -14,6 +14,7 @@ from torch.distributed.tensor.experimental import register_sharding
 
 from ..nosoftmax import ops
 from ..nosoftmax.call import TENSORS, Call, Options
+from .problem import unknown
 
 _BY_HEAD = ("alibi_slopes", "sigmoid_biases", "decay_slopes")
 _BY_SEQUENCE = ("row_factors", "diagonal")
@@ -26,7 +27,7 @@ def _shardings(call: Call) -> list:
     """
     q, k, o = call.q, call.k, call.options
     found = [(Replicate(), Replicate(), Replicate(), Replicate(), {})]
-    if o.dropout_p > 0.0 or call.block_table is not None:
+    if unknown(call, "diagonal") is not None:
         return found
     given = {name: x for name, x in zip(Call._fields, call.tensors) if x is not None}
     by_head = {name: Shard(given[name].ndim - 1) for name in _BY_HEAD if name in given}
