@@ -19,7 +19,7 @@ from flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from flash_attn.distributed import ContextParallel, agreement
+from flash_attn.distributed import ContextParallel, agreement, exchange
 from flash_attn.distributed.methods import ring
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -354,6 +354,46 @@ def methods_of_auto(rank: int, world: int) -> dict:
     return found
 
 
+def bytes_received(rank: int, world: int) -> dict:
+    """Return (method, layout) -> the bytes that this rank received from others, forward and backward, and
+    those that explain names."""
+    counts: list[int] = []
+    right = exchange._all_gather, dist.all_to_all_single, dist.batch_isend_irecv
+
+    def all_gather(found, x, **more):
+        counts[-1] += (world - 1) * x.numel() * x.element_size()
+        return right[0](found, x, **more)
+
+    def all_to_all(found, x, received, sent, **more):
+        counts[-1] += (sum(received) - received[rank]) * x.element_size()
+        return right[1](found, x, received, sent, **more)
+
+    def in_ring(steps):
+        counts[-1] += sum(x.tensor.numel() * x.tensor.element_size() for x in steps if x.op is dist.irecv)
+        return right[2](steps)
+
+    exchange._all_gather, dist.all_to_all_single, dist.batch_isend_irecv = all_gather, all_to_all, in_ring
+    found = {}
+    try:
+        for method in METHODS:
+            for layout in LAYOUTS:
+                cp = plan(method, layout, seqlen=16 * world, check=False)
+                q, k, v = (
+                    torch.randn(2, cp.tokens, heads, 8, dtype=torch.bfloat16, requires_grad=True)
+                    for heads in (HEADS, HEADS_K, HEADS_K)
+                )
+                options = dict(use_softmax=False, causal=True, context_parallel=cp)
+                told = explain(flash_attn_func, q, k, v, **options)
+                counts[:] = [0]
+                out = flash_attn_func(q, k, v, **options)
+                counts.append(0)
+                out.sum().backward()
+                found[method, layout] = tuple(counts), (told.forward_bytes, told.backward_bytes)
+    finally:
+        exchange._all_gather, dist.all_to_all_single, dist.batch_isend_irecv = right
+    return found
+
+
 def die(rank: int, world: int, how: str) -> None:
     """The last rank leaves before or after a message, the others wait for it."""
     cp = plan("ring" if how == "in the middle" else "allgather", "zigzag")
@@ -372,12 +412,14 @@ def die(rank: int, world: int, how: str) -> None:
 def of_a_mesh(rank: int, world: int) -> None:
     """A dimension of a mesh is a group; the whole mesh is not."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "cp"))
-    cp = ContextParallel(mesh["cp"], "zigzag", seqlen=TOKENS)
-    assert cp.world == world // 2
     packed, qkv, dout, options, expected = problem("causal", "silu")
-    found = results(cut(cp, False, qkv), *cut(cp, False, [dout]), False, {**options, "context_parallel": cp})
-    for x, y in zip(found, cut(cp, False, expected)):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+    for method in METHODS[1:]:
+        cp = ContextParallel(mesh["cp"], "zigzag", seqlen=TOKENS, method=method)
+        assert cp.world == world // 2
+        own = [*cut(cp, False, qkv), *cut(cp, False, [dout])]
+        found = results(own[:3], own[3], False, {**options, "context_parallel": cp})
+        for x, y in zip(found, cut(cp, False, expected)):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
     ContextParallel(mesh, seqlen=TOKENS)  # raises
 
 

@@ -130,6 +130,12 @@ def test_auto_takes_the_fewest_bytes(ranks):
         assert 'not state: algorithm="quadratic" excludes linear time' in found["quadratic"][3]
 
 
+def test_the_bytes_are_those_of_the_formulas(ranks):
+    for found in ranks.run(cases.bytes_received):
+        for case, (counted, told) in found.items():
+            assert counted == told and min(told) > 0, case
+
+
 # Fault -> class and words of the error on the rank that is at fault, the last one, and on the others.
 DIFFERENT = r"the ranks of a context-parallel call differ: "
 WRONG = {
