@@ -62,8 +62,8 @@ compile-check: env  ## compile flash-attn-4's kernels for Hopper without a GPU a
 
 lint: env  ## check patches, headers, lock and code style
 	@$(FAP) lint
-	@$(PY) -m ruff check --quiet scripts tests overlay benchmarks
-	@$(PY) -m ruff format --quiet --check scripts tests overlay benchmarks
+	@$(PY) -m ruff check --quiet scripts tests overlay benchmarks examples
+	@$(PY) -m ruff format --quiet --check scripts tests overlay benchmarks examples
 
 test: wheel lint  ## run every check that this machine can run
 	$(PY) -m pytest -n $(JOBS)

@@ -56,9 +56,10 @@ def train(tokens: Tensor, targets: Tensor, positions: Tensor, options: dict, arg
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(args.steps):
-        logits = model(tokens, positions, options)
+        with torch.autocast("cuda", torch.bfloat16, enabled=tokens.is_cuda):
+            logits = model(tokens, positions, options)
         # Each rank has a part of the sum over all tokens.
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / args.seqlen
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum") / args.seqlen
         optimizer.zero_grad()
         loss.backward()
         if group is not None:
@@ -89,13 +90,16 @@ def main() -> None:
     # The plan: which tokens are here. Positions are those in the whole sequence.
     cp = ContextParallel(group, args.layout, seqlen=args.seqlen, method=args.method)
     options = {"activation": args.activation, "normalization": 1 / args.seqlen}
+    if args.activation == "identity":
+        options["algorithm"] = "linear"
 
     whole = torch.randint(VOCABULARY, (1, args.seqlen + 1), generator=torch.Generator().manual_seed(1)).to(
         device
     )
     tokens, targets = whole[:, :-1], whole[:, 1:]
     if rank == 0:
-        sample = torch.empty(1, cp.tokens, HEADS, HEAD_DIM, device=device, requires_grad=True)
+        dtype = torch.bfloat16 if cuda else torch.float32
+        sample = torch.empty(1, cp.tokens, HEADS, HEAD_DIM, dtype=dtype, device=device, requires_grad=True)
         asked = {"causal": True, "use_softmax": False, "context_parallel": cp, **options}
         print(explain(flash_attn_func, sample, sample, sample, **asked))
 
@@ -108,7 +112,7 @@ def main() -> None:
             print(f"{step:4d}  {losses[step]:19.6f}  {alone[step]:18.6f}")
         worst = max(abs(x - y) for x, y in zip(losses, alone))
         print(f"largest difference {worst:.1e}")
-        if not worst < 1e-3:
+        if not worst < (2e-2 if cuda else 1e-3):
             raise SystemExit("the losses differ")
     dist.destroy_process_group()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from itertools import accumulate
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -18,10 +19,13 @@ from flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from flash_attn.distributed import ContextParallel, agreement
+from flash_attn.distributed import ContextParallel, agreement, exchange
 from flash_attn.distributed.methods import ring
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 F64 = torch.float64
 TOKENS, LENGTHS = 45, (6, 0, 1, 23, 15)  # not multiples of the ranks; sequences begin and end anywhere
@@ -222,6 +226,9 @@ def alone(rank: int, world: int) -> None:
             own = cut(cp, packed, qkv)
             found = results(own, *cut(cp, packed, [dout]), packed, {**options, "context_parallel": cp})
             assert all(map(torch.equal, found, expected))
+            if not packed:
+                method = explain(flash_attn_func, *own, context_parallel=cp, **options)
+                assert str(method).startswith("one rank, nothing moves\n") and method.forward_bytes == 0
             inputs = [x.clone().requires_grad_() for x in own]
             out = call(*inputs, packed, {**options, "context_parallel": cp})
             (dq,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
@@ -272,6 +279,20 @@ def differing(rank: int, world: int, name: str) -> None:
         attend(plan("auto", "zigzag"), return_attn_probs=True)
     elif name == "softmax":
         attend(plan("auto", "zigzag"), use_softmax=True)
+    elif name == "no CPU":
+        cp = plan("auto", "zigzag", check=False)
+        cp.group = SimpleNamespace(_device_types=[torch.device("cuda")])  # as NCCL's
+        attend(cp)
+    elif name == "forward derivative":
+        cp = plan("auto", "zigzag")
+        x = torch.randn(1, cp.tokens, HEADS_K, 4)
+        torch.func.jvp(
+            lambda x: call(x, x, x, False, dict(use_softmax=False, context_parallel=cp)), (x,), (x,)
+        )
+    elif name == "DTensor":
+        mesh = init_device_mesh("cpu", (world,))
+        x = distribute_tensor(torch.zeros(1, TOKENS, HEADS_K, 4), mesh, [Shard(1)])
+        call(x, x, x, False, dict(use_softmax=False, context_parallel=plan("auto", "zigzag")))
     elif name == "not a plan":
         attend(plan("auto", "zigzag"), context_parallel=dist.group.WORLD)
     elif name == "packed tensors":
@@ -333,6 +354,46 @@ def methods_of_auto(rank: int, world: int) -> dict:
     return found
 
 
+def bytes_received(rank: int, world: int) -> dict:
+    """Return (method, layout) -> the bytes that this rank received from others, forward and backward, and
+    those that explain names."""
+    counts: list[int] = []
+    right = exchange._all_gather, dist.all_to_all_single, dist.batch_isend_irecv
+
+    def all_gather(found, x, **more):
+        counts[-1] += (world - 1) * x.numel() * x.element_size()
+        return right[0](found, x, **more)
+
+    def all_to_all(found, x, received, sent, **more):
+        counts[-1] += (sum(received) - received[rank]) * x.element_size()
+        return right[1](found, x, received, sent, **more)
+
+    def in_ring(steps):
+        counts[-1] += sum(x.tensor.numel() * x.tensor.element_size() for x in steps if x.op is dist.irecv)
+        return right[2](steps)
+
+    exchange._all_gather, dist.all_to_all_single, dist.batch_isend_irecv = all_gather, all_to_all, in_ring
+    found = {}
+    try:
+        for method in METHODS:
+            for layout in LAYOUTS:
+                cp = plan(method, layout, seqlen=16 * world, check=False)
+                q, k, v = (
+                    torch.randn(2, cp.tokens, heads, 8, dtype=torch.bfloat16, requires_grad=True)
+                    for heads in (HEADS, HEADS_K, HEADS_K)
+                )
+                options = dict(use_softmax=False, causal=True, context_parallel=cp)
+                told = explain(flash_attn_func, q, k, v, **options)
+                counts[:] = [0]
+                out = flash_attn_func(q, k, v, **options)
+                counts.append(0)
+                out.sum().backward()
+                found[method, layout] = tuple(counts), (told.forward_bytes, told.backward_bytes)
+    finally:
+        exchange._all_gather, dist.all_to_all_single, dist.batch_isend_irecv = right
+    return found
+
+
 def die(rank: int, world: int, how: str) -> None:
     """The last rank leaves before or after a message, the others wait for it."""
     cp = plan("ring" if how == "in the middle" else "allgather", "zigzag")
@@ -351,12 +412,14 @@ def die(rank: int, world: int, how: str) -> None:
 def of_a_mesh(rank: int, world: int) -> None:
     """A dimension of a mesh is a group; the whole mesh is not."""
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "cp"))
-    cp = ContextParallel(mesh["cp"], "zigzag", seqlen=TOKENS)
-    assert cp.world == world // 2
     packed, qkv, dout, options, expected = problem("causal", "silu")
-    found = results(cut(cp, False, qkv), *cut(cp, False, [dout]), False, {**options, "context_parallel": cp})
-    for x, y in zip(found, cut(cp, False, expected)):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+    for method in METHODS[1:]:
+        cp = ContextParallel(mesh["cp"], "zigzag", seqlen=TOKENS, method=method)
+        assert cp.world == world // 2
+        own = [*cut(cp, False, qkv), *cut(cp, False, [dout])]
+        found = results(own[:3], own[3], False, {**options, "context_parallel": cp})
+        for x, y in zip(found, cut(cp, False, expected)):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
     ContextParallel(mesh, seqlen=TOKENS)  # raises
 
 
@@ -419,3 +482,118 @@ def wrong_cache(rank: int, world: int, name: str) -> None:
         q.requires_grad_()
     new = torch.randn(2, 1, 2, 4)
     flash_attn_with_kvcache(q, cache, cache.clone(), new, new, **options).sum().backward()
+
+
+class _Block(torch.nn.Module):
+    """Attention of a small model. cp: a plan or None. again: whether its backward runs the forward again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+        self.cp, self.again = None, False
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).unbind(-3)
+        options = dict(causal=True, use_softmax=False, activation="silu", normalization=1 / TOKENS)
+        out = flash_attn_func(q, k, v, context_parallel=self.cp, **options)
+        return x + self.out(out.flatten(-2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.attend, x, use_reentrant=False) if self.again else self.attend(x)
+
+
+def _model(cp: ContextParallel | None = None, again: bool = False) -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(_Block(), _Block()).double()
+    for block in model:
+        block.cp, block.again = cp, again
+    return model
+
+
+def _losses(model: torch.nn.Module, x: Tensor, ranks: bool) -> list[float]:
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.1), []
+    for _ in range(4):
+        loss = model(x).square().sum() / TOKENS
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss = loss.detach()
+        if ranks:
+            dist.all_reduce(loss)
+        losses.append(loss.item())
+    return losses
+
+
+def trained(rank: int, world: int, method: str, again: bool) -> float:
+    """Return how far the losses of a model under FSDP2 are from those of one device."""
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("cp",))
+    x = torch.randn(1, TOKENS, 16, dtype=F64, generator=torch.Generator().manual_seed(1))
+    cp = ContextParallel(mesh["cp"], "zigzag", seqlen=TOKENS, method=method)
+    model = _model(cp, again)
+    for module in (*model, model):
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.0)  # the loss is a sum over the ranks
+    pairs = zip(_losses(model, cp.shard(x), True), _losses(_model(), x, False))
+    return max(abs(found - expected) for found, expected in pairs)
+
+
+def compiled(rank: int, world: int) -> None:
+    """torch.compile breaks its graph at the messages, and gives the same."""
+    cp = plan("allgather", "zigzag")
+    x = cp.shard(torch.randn(1, TOKENS, 16, dtype=F64, generator=torch.Generator().manual_seed(1)))
+    grads = []
+    for compile in (False, True):
+        model = _model(cp)
+        run = torch.compile(model, backend="aot_eager") if compile else model
+        run(x).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    for found, expected in zip(*grads):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def of_dtensors(rank: int, world: int) -> None:
+    """Each sharding of q and of k and v keeps its place, and gives what one device gives."""
+    mesh = init_device_mesh("cpu", (world,))
+    batch, tokens, heads, whole, part = Shard(0), Shard(1), Shard(2), Replicate(), Partial("sum")
+    silu, slopes = dict(activation="silu"), dict(causal=True, alibi_slopes=torch.linspace(0.0, 1.0, 8))
+    each = dict(decay_slopes=torch.rand(4, 8, generator=torch.Generator().manual_seed(2)), causal=True)
+    rows = dict(normalization=torch.rand(4, 13, generator=torch.Generator().manual_seed(3)))
+    torch.manual_seed(0)
+    shapes = (4, 13, 8, 6), (4, 13, 4, 6), (4, 13, 4, 6), (4, 13, 8, 6)
+    for places, results_, options in (
+        ((batch, batch), (batch, batch, batch), each),
+        ((heads, heads), (heads, heads, heads), slopes),
+        ((heads, heads), (heads, heads, heads), rows),
+        ((whole, tokens), (part, part, tokens), silu),
+        ((whole, tokens), (part, part, tokens), rows),
+        ((tokens, whole), (tokens, tokens, part), {**silu, "normalization": "1/n"}),
+        ((tokens, whole), (tokens, tokens, part), rows),
+        ((whole, tokens), (whole, whole, whole), {**silu, "normalization": "1/n"}),  # n is the whole's
+        ((tokens, tokens), (whole, whole, whole), dict(causal=True)),
+    ):
+        *qkv, dout = (torch.randn(shape, dtype=F64) for shape in shapes)
+        for x in (*qkv, dout):
+            dist.broadcast(x, 0)
+        expected = results(qkv, dout, False, {"use_softmax": False, **options})
+        own = {
+            name: distribute_tensor(x, mesh, [whole]) if isinstance(x, Tensor) else x
+            for name, x in options.items()
+        }
+        given = [distribute_tensor(x, mesh, [places[i > 0]]) for i, x in enumerate(qkv)]
+        found = results(given, distribute_tensor(dout, mesh, [whole]), False, {"use_softmax": False, **own})
+        assert [x.placements[0] for x in found[:3]] == list(results_), (places, options)
+        for x, y in zip(found, expected):
+            torch.testing.assert_close(x.full_tensor(), y, rtol=0, atol=1e-10)
+
+
+def shard_after_inference(rank: int, world: int) -> None:
+    """A plan that served inference serves training."""
+    cp, x = plan("allgather", "zigzag"), torch.randn(1, TOKENS, HEADS, 4, requires_grad=True)
+    options = dict(use_softmax=False, context_parallel=cp, causal=True)
+    with torch.inference_mode():
+        own = cp.shard(x)
+        first = call(own, own, own, False, options)
+    own = cp.shard(x)
+    out = call(own, own, own, False, options)
+    out.sum().backward()
+    assert torch.equal(out, first) and x.grad.abs().max() > 0

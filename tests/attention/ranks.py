@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "flash_attn", "flash_attn.distributed"])
+_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "parallel_cases"])
 _NUMBERS = count()
 
 

@@ -6,7 +6,10 @@ Processes with gloo on the CPU (ranks.py) go through the cases of parallel_cases
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from flash_attn.distributed.layout import Layout
 import parallel_cases as cases
 from ranks import Ranks
 
+ROOT = Path(__file__).parents[2]
 TIMEOUT = 5.0  # of the groups in which a rank is lost, in seconds
 
 
@@ -73,6 +77,10 @@ def test_shard_and_unshard(ranks):
     ranks.run(cases.gathered_again)
 
 
+def test_a_plan_after_inference(ranks):
+    ranks.run(cases.shard_after_inference)
+
+
 def test_packed_arguments(ranks):
     ranks.run(cases.packed_forms)
 
@@ -85,6 +93,26 @@ def test_a_mesh(ranks):
     errors = ranks.errors(cases.of_a_mesh)
     assert errors == [errors[0]] * ranks.world
     assert errors[0][0] is ValueError and errors[0][1].startswith("the mesh has 2 dimensions")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, again", [("allgather", False), ("ring", True)])
+def test_a_model_under_fsdp(ranks, method, again):
+    """FSDP2, with and without activation checkpoints."""
+    if ranks.world > 2:
+        pytest.skip("two ranks show it")
+    assert max(ranks.run(cases.trained, method, again)) < 1e-10
+
+
+@pytest.mark.slow
+def test_compiled(ranks):
+    if ranks.world > 2:
+        pytest.skip("two ranks show it")
+    ranks.run(cases.compiled)
+
+
+def test_dtensors(ranks):
+    ranks.run(cases.of_dtensors)
 
 
 def test_auto_takes_the_fewest_bytes(ranks):
@@ -102,6 +130,12 @@ def test_auto_takes_the_fewest_bytes(ranks):
         assert 'not state: algorithm="quadratic" excludes linear time' in found["quadratic"][3]
 
 
+def test_the_bytes_are_those_of_the_formulas(ranks):
+    for found in ranks.run(cases.bytes_received):
+        for case, (counted, told) in found.items():
+            assert counted == told and min(told) > 0, case
+
+
 # Fault -> class and words of the error on the rank that is at fault, the last one, and on the others.
 DIFFERENT = r"the ranks of a context-parallel call differ: "
 WRONG = {
@@ -115,6 +149,9 @@ WRONG = {
     "dropout": (ValueError, "dropout_p=0.1 is not there with context_parallel"),
     "return_attn_probs": (ValueError, "return_attn_probs=True is not there with context_parallel"),
     "softmax": (ValueError, "context_parallel with use_softmax=True"),
+    "no CPU": (ValueError, "q is on cpu, but the group moves tensors on cuda"),
+    "forward derivative": (RuntimeError, "torch.func and forward derivatives .* with context_parallel"),
+    "DTensor": (ValueError, r"q is a DTensor with context_parallel: give q.to_local\(\)"),
     "not a plan": (TypeError, "context_parallel is a .*: give a flash_attn.distributed.ContextParallel"),
     "packed tensors": (ValueError, "the tensors are packed, but context_parallel is a plan for dense ones"),
     "dense tensors": (ValueError, "the tensors are dense, but context_parallel is a plan for packed ones"),
@@ -198,3 +235,10 @@ def test_a_lost_rank_is_an_error_in_time(tmp_path, how):
         assert time.monotonic() - begun < 2 * TIMEOUT + 2
     finally:
         made.close()
+
+
+def test_the_table_in_the_docs():
+    command = [sys.executable, "benchmarks/distributed_tables.py"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    assert f"<!-- written by benchmarks/distributed_tables.py -->\n{table}<!-- end -->" in page

@@ -8,10 +8,16 @@
     methods/      state, ulysses, allgather and ring
     decode.py     a cache whose keys lie on several ranks
     attention.py  chooses the method, and runs the call with its derivatives
+    dtensor.py    how DTensors may be sharded
 
 docs/distributed.md has the design. Imports torch.distributed, so nothing of flash_attn imports it by itself.
 """
 
 from .plan import ContextParallel
+
+try:  # torch 2.5
+    from . import dtensor as dtensor
+except ImportError:
+    pass
 
 __all__ = ["ContextParallel"]

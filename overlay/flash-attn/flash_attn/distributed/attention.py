@@ -3,6 +3,7 @@
 from typing import Any, Callable, NamedTuple, Optional
 
 import torch
+from torch.autograd import forward_ad
 
 from ..nosoftmax import checks, ops
 from ..nosoftmax.call import Call, needs_grad
@@ -17,9 +18,10 @@ from .problem import Problem, ambiguous_factors, refuse_unknown
 class Method(NamedTuple):
     """The method that runs a context-parallel call. str() describes the choice.
 
-    forward_bytes, backward_bytes: what a rank receives from the others; backward_bytes is 0 if no gradient
-    is asked for. passed_over: each other method, with the reason why it does not run the call. choice: the
-    backend of this rank's blocks, and why it is not another; None for "state", which is linear time.
+    name: "state", "ulysses", "allgather" or "ring"; "alone" with one rank. forward_bytes, backward_bytes:
+    what a rank receives from the others; backward_bytes is 0 if no gradient is asked for. passed_over: each
+    other method, with the reason why it does not run the call. choice: the backend of this rank's blocks, and
+    why it is not another; None for "state", which is linear time.
     """
 
     name: str
@@ -30,6 +32,8 @@ class Method(NamedTuple):
     choice: Optional[Choice]
 
     def __str__(self) -> str:
+        if self.world == 1:
+            return f"one rank, nothing moves\n{self.choice}"
         first = (
             f"{self.name} over {self.world} ranks: a rank receives {self.forward_bytes:,} bytes in the "
             f"forward pass and {self.backward_bytes:,} in the backward pass"
@@ -43,6 +47,11 @@ def attend(make: Callable, cp: Any, algorithm: str, backend: str) -> torch.Tenso
     """Run the call that make() returns. Its tensors hold this rank's tokens, and its options are those of the
     whole sequences."""
     _is_plan(cp)
+    if cp.world > 1 and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+        raise RuntimeError(
+            "torch.func and forward derivatives of attention with context_parallel: they are there on one "
+            "device alone"
+        )
     problem, method = agree(cp.group, cp.check, lambda: _prepared(make(), cp, algorithm, backend))
     if method is None:
         return decode.attend(problem, cp)
@@ -87,6 +96,9 @@ def _prepared(call: Call, cp: ContextParallel, algorithm: str, backend: str) -> 
 
 def _check(call: Call, cp: ContextParallel) -> None:
     refuse_unknown(call)
+    for name, x in zip("qkv", call.tensors[:3]):
+        if hasattr(x, "to_local"):
+            raise ValueError(f"{name} is a DTensor with context_parallel: give {name}.to_local()")
     if call.varlen != cp.packed:
         given, made = ("packed", "dense") if call.varlen else ("dense", "packed")
         raise ValueError(
@@ -107,7 +119,7 @@ def _check(call: Call, cp: ContextParallel) -> None:
             f"q is on {call.q.device}, but the group moves tensors on {', '.join(sorted(kinds))}: move it, "
             "or make the plan on a group for it, such as gloo for the CPU and NCCL for CUDA"
         )
-    if ambiguous_factors(call):
+    if cp.world > 1 and ambiguous_factors(call):
         raise ValueError(
             f"normalization has shape {tuple(call.row_factors.shape)}, and this rank has as many rows as "
             "there are sequences, so that the factors may be of either: multiply the output by them"
@@ -143,6 +155,8 @@ def _check_offsets(call: Call, cp: ContextParallel) -> None:
 
 def _chosen(problem: Problem) -> Method:
     cp, grad = problem.cp, needs_grad(problem.call)
+    if cp.world == 1:
+        return Method("alone", 1, 0, 0, {}, choose(problem.whole, problem.among))
     cost, reasons = {}, {}
     for name, module in MODULES.items():
         reason = module.obstacle(problem)

@@ -133,8 +133,9 @@ class ContextParallel:
         `of`."""
         key = device, name, *of
         if key not in self._on:
-            made = getattr(self, name)
-            self._on[key] = (made(*of) if of else made).to(device)
+            with torch.inference_mode(False):  # the plan may serve a call with gradients next
+                made = getattr(self, name)
+                self._on[key] = (made(*of) if of else made).to(device)
         return self._on[key]
 
     @cached_property

@@ -125,12 +125,13 @@ class Problem:
 
 def refuse_unknown(call: Call, *known: str) -> None:
     """Raise ValueError for an option that no method knows. known: further tensors that the caller knows."""
-    option = _unknown(call, known)
+    option = unknown(call, *known)
     if option is not None:
         raise ValueError(f"{option} is not there with context_parallel: leave it out")
 
 
-def _unknown(call: Call, known: tuple) -> Optional[str]:
+def unknown(call: Call, *known: str) -> Optional[str]:
+    """Name an option that is set and that this package does not know; None if there is none."""
     o = call.options
     for name, off in _OFF.items():
         if getattr(o, name) != off:

@@ -453,6 +453,15 @@ if _CAN_DEFINE:
     torch.library.register_autograd(f"{_NAMESPACE}::backward", _derive_again, setup_context=_keep_for_second)
 
 
+def forward_operator() -> Any:
+    """Return the operator of the forward pass, for rules of other packages, such as DTensor's."""
+    return _OPERATORS.forward
+
+
+def backward_operator() -> Any:
+    return _OPERATORS.backward
+
+
 # ---- A cache ----
 
 

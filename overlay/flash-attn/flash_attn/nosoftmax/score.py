@@ -22,7 +22,7 @@ that belong to no sequence are exactly 0 too.
 There is no row maximum, no exponential, no row sum, and so no log-sum-exp: return_attn_probs returns an empty
 float32 tensor in its place, and return_softmax_lse=True is an error. Partial results over disjoint keys
 (split-KV, ring attention) add up to the whole if each part uses ``n`` (below) and the alignment c of the
-whole sequence, from which ALiBi and a decay count.
+whole sequence, from which ALiBi and a decay count: nosoftmax.forward and backward take it as ``diagonal``.
 
 A sequence gives the same result alone or packed beside others, with any sufficient max_seqlen, any cache
 capacity and every backend, up to rounding and the dropout mask.
