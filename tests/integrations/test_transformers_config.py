@@ -178,7 +178,8 @@ def test_a_given_n_equals_the_counted_one():
 @pytest.mark.parametrize("name", ["position_bias", "s_aux", "head_mask", "score_mod", "new_bias"])
 def test_an_argument_that_would_be_left_out(name):
     with pytest.raises(NotImplementedError, match=f"LlamaAttention gives.* {name} to its attention"):
-        model_of(name_of("relu"))(tokens(1, 4), **{name: torch.zeros(4)})
+        dtype = torch.float32 if name == "new_bias" else torch.long
+        model_of(name_of("relu"))(tokens(1, 4), **{name: torch.zeros(4, dtype=dtype)})
 
 
 @pytest.mark.parametrize(
@@ -200,10 +201,11 @@ def test_a_mask_for_pairs():
         model_of(name_of("relu"))(tokens(1, 4), attention_mask=torch.zeros(1, 1, 4, 4))
 
 
-@pytest.mark.parametrize("kind", ["prefix", "blocks", "even"])
+@pytest.mark.parametrize("kind", ["or prefix", "or blocks", "or even", "and even"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_mask_of_the_model(kind, compiled):
     """Some models lay an own mask over the causal one, which is refused for causal layers."""
+    joined, kind = kind.split()
     overlays = {
         "prefix": lambda b, h, q, k: (q < 4) & (k < 4),
         "blocks": lambda b, h, q, k: q // 3 == k // 3,
@@ -217,7 +219,7 @@ def test_a_mask_of_the_model(kind, compiled):
     embeddings = model.embed_tokens(ids)
 
     def run():
-        options = {name: embeddings, "or_mask_function": overlays[kind], **positions, **cache}
+        options = {name: embeddings, f"{joined}_mask_function": overlays[kind], **positions, **cache}
         mask = create_causal_mask(model.config, attention_mask=None, **options)
         return model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
 
