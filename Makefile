@@ -7,10 +7,10 @@ PY     := .venv/bin/python
 FAP    := $(PY) scripts/fap.py
 JOBS   ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 2)')
 export HEAD_DIMS DTYPES PASSES ARCHS NO_SOFTMAX_ONLY
-export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN WIDEN UPGRADE
+export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN WIDEN UPGRADE LOCK
 
 .PHONY: help env lock-tools fetch apply status refresh rebase rebase-continue rebase-abort bundle lint toolchain wheel smoke sass-identity compile-check \
-        test test-fast test-unit test-patches test-attention upstream-test sanitize bench bench-gpu bench-fa4 bench-host bench-linear clean distclean
+        test test-fast test-unit test-patches test-attention upstream-test test-transformers sanitize bench bench-gpu bench-fa4 bench-host bench-linear clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -83,6 +83,9 @@ test-attention: wheel
 
 upstream-test: wheel  ## run a sample of upstream's own tests (FRACTION=, COUNT=, SEED=, FULL=1)
 	@$(FAP) upstream-test
+
+test-transformers: wheel  ## run models of transformers without softmax, in environments of their own (LOCK=1 renews their locks)
+	@$(FAP) test-transformers
 
 sanitize: wheel  ## run every CUDA kernel family under compute-sanitizer (needs a GPU)
 	@$(FAP) sanitize --json docs/results/sanitizers.json

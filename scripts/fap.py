@@ -51,6 +51,10 @@ COMMANDS = {
         "compile the kernels of flash-attn-4 for Hopper without a GPU and check their machine code",
     ),
     "upstream-test": ("upstream.upstream_test", "run a sample of upstream's own tests"),
+    "test-transformers": (
+        "integrations.transformers_test",
+        "run tests/integrations with each transformers that is supported",
+    ),
     "sanitize": ("kernels.sanitize", "run every kernel family under compute-sanitizer"),
     "clean": ("series.clean", "delete build/"),
     "distclean": ("series.clean", "delete everything that git ignores"),

@@ -12,5 +12,6 @@ FLOORS = (
     ("source",),  # fetch, verify and store upstream's files
     ("series",),  # make, export, rebase and lint the patched tree
     ("wheel",),  # build, check and smoke-test the wheel
-    ("kernels", "upstream"),  # checks that need a compiler; upstream's own tests
+    # checks that need a compiler; upstream's own tests; tests with other packages
+    ("kernels", "upstream", "integrations"),
 )

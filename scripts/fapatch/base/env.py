@@ -120,7 +120,8 @@ def _why_anew(venv: Path, base: Path, before: str) -> str:
     return f"it was made from {before}, and PYTHON={base} asks for another" if before != str(base) else ""
 
 
-def _create(venv: Path, base: Path, shared: bool) -> None:
+def create(venv: Path, base: Path, shared: bool) -> None:
+    """Make an empty environment from ``base``; ``shared``: with the packages of ``base``."""
     # --clear removes what an interrupted run or another interpreter left there.
     options = ["--clear"] + (["--system-site-packages"] if shared else [])
     try:
@@ -131,7 +132,7 @@ def _create(venv: Path, base: Path, shared: bool) -> None:
         ) from e
 
 
-def _share_packages(venv: Path, base: Path) -> None:
+def share_packages(venv: Path, base: Path) -> None:
     """Let ``venv`` import the packages of ``base`` if ``base`` is a virtual environment itself, which
     --system-site-packages skips.
     """
@@ -242,9 +243,9 @@ def ensure(root: Path, venv: Path, groups: list[str]) -> str:
     if why := _why_anew(venv, base, stamp.get("base", "")):
         if venv.exists():
             print(f".venv is made anew, and its packages are installed again: {why}", flush=True)
-        _create(venv, base, shared)
+        create(venv, base, shared)
         if shared and not has_usable_torch(about(python)["torch"]):
-            _share_packages(venv, base)
+            share_packages(venv, base)
     _write_stamp(venv, base=str(base))  # no hash: until the end the environment counts as half made
     # A shared torch keeps its version, which fits the driver and the compiler of that machine.
     leave = ("torch",) if shared and has_usable_torch(about(python)["torch"]) else ()

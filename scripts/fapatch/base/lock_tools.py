@@ -29,9 +29,11 @@ HEADER = """\
 _HASH = re.compile(r"--hash=(sha256:\w+)")
 
 
-def resolve(root: Path, python: Path, old: str, upgrade: bool) -> str:
-    """Resolve the lock with uv, starting from the text of the ``old`` one. Raises FapError if no set of
-    versions fits, or the index cannot be reached.
+def resolve(
+    root: Path, python: Path, old: str, upgrade: bool, oldest: tuple[int, int] = env.LEAST_PYTHON
+) -> str:
+    """Resolve the lock with uv for Python from ``oldest`` on, starting from the text of the ``old`` one.
+    Raises FapError if no set of versions fits, or the index cannot be reached.
     """
     # Passed in the environment: an address may hold a password, and error messages show arguments.
     of_pip = settings(python, "install")
@@ -39,7 +41,7 @@ def resolve(root: Path, python: Path, old: str, upgrade: bool) -> str:
         "UV_DEFAULT_INDEX": of_pip.get("index-url"),
         "SSL_CERT_FILE": of_pip.get("cert") or os.environ.get("SSL_CERT_FILE"),
     }
-    least = ".".join(map(str, env.LEAST_PYTHON))
+    least = ".".join(map(str, oldest))
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / env.LOCK
         out.write_text(old, encoding="utf-8")  # uv keeps its versions

@@ -15,7 +15,7 @@ from typing import Any, Optional
 import torch
 from torch.autograd import forward_ad
 
-from . import checks, masking
+from . import checks, flops, masking
 from .backends import Result
 from .call import TENSORS, Cache, Call, Options, declared, needs_grad
 from .choice import MODULES, choose, wanted
@@ -39,12 +39,26 @@ def run(call: Call, backend: str) -> Result:
     if call.q.is_cpu:
         checks.values(call)
         masking.values(call)
-    return _module(call, backend).forward(call)
+    module = _module(call, backend)
+    if torch.autograd._profiler_enabled():
+        with _record("forward", module):
+            return module.forward(call)
+    return module.forward(call)
 
 
 def run_backward(call: Call, backend: str, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
     """Compute dq, dk and dv without recording a graph."""
-    return _module(call, backend).backward(call, dout, rng_state)
+    module = _module(call, backend)
+    if torch.autograd._profiler_enabled():
+        with _record("backward", module):
+            return module.backward(call, dout, rng_state)
+    return module.backward(call, dout, rng_state)
+
+
+def _record(name: str, module: Any) -> Any:
+    """Name a pass and its backend in a profile, such as flash_attn_nosoftmax::forward[fa2]."""
+    backend = module.__name__.rpartition(".")[2]
+    return torch.profiler.record_function(f"{_NAMESPACE}::{name}[{backend}]")
 
 
 # ---- With derivatives ----
@@ -385,6 +399,11 @@ def _split(arguments: tuple) -> tuple[Call, str]:
     return Call(*tensors[:TENSORS], Options(*tensors[TENSORS:])), backend
 
 
+def _after_dout(arguments: tuple) -> tuple[Call, str]:
+    """Return the same of the arguments after dout of the operator backward."""
+    return _split((*arguments[:TENSORS], *arguments[TENSORS + 1 :]))
+
+
 @_operator("forward", f"({_TENSORS}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)")
 def _forward(*arguments):
     """Return out, rng_state and S_dmask of a Result, as empty tensors where absent."""
@@ -414,7 +433,7 @@ def _(*arguments):
     f"(Tensor dout, {_TENSORS}, Tensor? rng_state, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)",
 )
 def _backward(dout, *arguments):
-    call, backend = _split((*arguments[:TENSORS], *arguments[TENSORS + 1 :]))
+    call, backend = _after_dout(arguments)
     return tuple(grad.contiguous() for grad in run_backward(call, backend, dout, arguments[TENSORS]))
 
 
@@ -504,14 +523,27 @@ _KEPT = declared(Call, Call._fields[6:TENSORS])  # leftpad_k and the tensors aft
     f"{declared(Cache, Cache._fields[6:])}, {_OPTIONS}, str backend) -> Tensor",
 )
 def _kvcache(q, k_cache, v_cache, *arguments):
-    given, arguments = arguments[:6], arguments[6:]
-    tensors, arguments = arguments[: TENSORS - 6], arguments[TENSORS - 6 :]
-    numbers, options, backend = arguments[:3], arguments[3:-1], arguments[-1]
-    cache = Cache(*given, *numbers)
-    call = Call(q, k_cache, v_cache, None, None, None, *tensors, Options(*options), cache)
-    return run(call, backend).out.contiguous()
+    return run(_call_with_cache(q, k_cache, v_cache, *arguments), arguments[-1]).out.contiguous()
 
 
 @_fake("kvcache")
 def _(q, k_cache, v_cache, *arguments):
     return q.new_empty(*q.shape[:-1], v_cache.shape[-1])
+
+
+def _call_with_cache(q, k_cache, v_cache, *arguments) -> Call:
+    """Return the call in the arguments of the operator kvcache, without the backend."""
+    given, arguments = arguments[:6], arguments[6:]
+    tensors, arguments = arguments[: TENSORS - 6], arguments[TENSORS - 6 :]
+    numbers, options = arguments[:3], arguments[3:-1]
+    return Call(q, k_cache, v_cache, None, None, None, *tensors, Options(*options), Cache(*given, *numbers))
+
+
+if _CAN_DEFINE:
+    flops.register(
+        {
+            _OPERATORS.forward: lambda *arguments: flops.of_forward(_split(arguments)[0]),
+            _OPERATORS.backward: lambda dout, *arguments: flops.of_backward(_after_dout(arguments)[0]),
+            _OPERATORS.kvcache: lambda *arguments: flops.of_forward(_call_with_cache(*arguments)),
+        }
+    )
