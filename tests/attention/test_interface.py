@@ -334,7 +334,7 @@ def operator_calls(device: str, seqlen_q: int, dropout_p: float):
             (sample(device, 2, 512, 2, 2, 8).unbind(2), None),
             ((pages, pages.flip(0)), table),
         ):
-            given = (new, new, filled, *(None,) * 4, tables, *(None,) * 3, False, 0, True)
+            given = (new, new, filled, *(None,) * 4, tables, *(None,) * (TENSORS - 8), False, 0, True)
             yield ops.kvcache, (q[:, :1], *(x.clone() for x in caches), *given, *options(1, 512), name)
 
 
