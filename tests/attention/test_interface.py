@@ -303,7 +303,9 @@ def operator_calls(device: str, seqlen_q: int, dropout_p: float):
     ops, name = torch.ops.flash_attn_nosoftmax, "fa2" if device == "cuda" else "cpu"
 
     def options(*longest: int) -> tuple:
-        return (*longest, dropout_p, 0.3, 3, 0, 0.0, True, dropout_p > 0, "identity", 0.0, None, 1.0, False)
+        return tuple(
+            Options(*longest, dropout_p, 0.3, 3, 0, 0.0, True, dropout_p > 0, "identity", 0.0, None, 1.0)
+        )
 
     q, k, v = sample(device, 2, seqlen_q, 2, 4, 8)[:, :, 0], *sample(device, 2, 6, 2, 2, 8).unbind(2)
 
