@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,6 +241,17 @@ def test_refused_delta():
     q, k, v, offsets = jagged()
     with pytest.raises(ValueError, match="delta_q has 7 rows for 4 sequences"):
         delta_hstu_mha(40, 0.4, q[:7], k, v, offsets)
+
+
+def test_page():
+    """The blocks of docs/hstu.md run as printed, one after the other."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "hstu.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 3
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), names)
+        assert torch.isfinite(names["out"]).all() and names["out"].shape == names["q"].shape
 
 
 NAMES_OF = {
