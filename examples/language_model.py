@@ -100,7 +100,9 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Maps tokens (batch, seqlen) to logits (batch, seqlen, vocabulary)."""
+    """Maps tokens (batch, seqlen), or (batch, seqlen, parts) whose parts are added, to logits (batch, seqlen,
+    vocabulary).
+    """
 
     def __init__(self, form: str, layers: int, width: int, heads: int, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
@@ -115,7 +117,8 @@ class LanguageModel(nn.Module):
                 nn.init.normal_(p, std=scale)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.embedding(tokens))))
+        x = self.embedding(tokens)
+        return self.head(self.norm(self.blocks(x if tokens.dim() == 2 else x.sum(2))))
 
 
 @lru_cache(1)

@@ -55,12 +55,12 @@ def test_a_step_of_training(examples):
 def test_recall_asks_for_pairs_that_it_told(examples):
     pairs = 5
     tokens, targets = examples["recall"].draw(64, pairs, torch.Generator().manual_seed(0))
-    assert tokens.shape == targets.shape == (64, 4 * pairs)
+    assert tokens.shape == (64, 2 * pairs, 2) and targets.shape == (64, 2 * pairs)
     for row, wanted in zip(tokens.tolist(), targets.tolist()):
-        told = dict(zip(row[: 2 * pairs : 2], row[1 : 2 * pairs : 2]))
-        asked = row[2 * pairs :: 2]
-        assert len(told) == pairs and sorted(asked) == sorted(told)
-        assert wanted[2 * pairs :: 2] == [told[key] for key in asked] and set(wanted[1::2]) == {-100}
+        told, asked = dict(row[:pairs]), [key for key, _ in row[pairs:]]
+        assert len(told) == pairs and sorted(asked) == sorted(told) and max(told) < 2 * pairs
+        assert wanted == [-100] * pairs + [told[key] for key in asked]
+        assert {value for _, value in row[pairs:]} == {3 * pairs} and max(told.values()) < 3 * pairs
     assert examples["recall"].accuracy(
         "softmax", 2, 0, dict(layers=1, width=16, heads=1, batch=4, steps=2, rate=1e-3), "cpu"
     ) in {x / 1024 for x in range(1025)}
