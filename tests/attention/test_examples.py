@@ -1,80 +1,66 @@
-"""Test examples/hstu_movielens.py on made-up users: what it reads, how it ranks, and that it learns."""
+"""Test the models of examples/: every form trains, none sees the future, and the tasks are what they say."""
 
 from __future__ import annotations
 
-import importlib
-import math
-import zipfile
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-SMALL = dict(
-    epochs=30, longest=8, width=16, heads=2, blocks=1, users_at_once=8, learning_rate=1e-2, dropout=0.0
-)
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "examples")
-    return importlib.import_module("hstu_movielens")
+def examples(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    names = ("language_model", "recall", "stability", "train_lm")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return {name: __import__(name) for name in names}
 
 
-def test_sequences_are_in_the_order_of_time(example, tmp_path):
-    """Ratings of one second keep the order of the file; numbers start at 1."""
-    lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
-    lines += ["7\tc\t3\t20", "9\tb\t5\t1", "7\ta\t3\t10", "7\tb\t1\t20"]
-    with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
-        archive.writestr("recbole/dataset_example/ml-100k/ml-100k.inter", "\n".join(lines))
-    assert example.sequences(tmp_path / "x.whl") == [[1, 2, 3], [3]]
+@pytest.mark.slow
+def test_every_form_trains_and_sees_no_future(examples):
+    model_of = examples["language_model"]
+    for form in model_of.FORMS:
+        torch.manual_seed(0)
+        model = model_of.LanguageModel(form, layers=2, width=32, heads=2)
+        tokens = torch.randint(128, (2, 24))
+        logits = model(tokens)
+        logits.square().mean().backward()
+        assert all(torch.isfinite(p.grad).all() and p.grad.abs().max() > 0 for p in model.parameters()), form
+        changed = tokens.clone()
+        changed[:, 12:] = 127 - changed[:, 12:]
+        again = model(changed)
+        torch.testing.assert_close(again[:, :12], logits[:, :12], rtol=1e-4, atol=1e-5, msg=form)
+        assert (again[:, 12:] - logits[:, 12:]).abs().max() > 1e-3, form
 
 
-def test_ranks(example):
-    """What the user has rated before does not count, and an equal score counts as better."""
-    scores = torch.tensor([[9.0, 5.0, 4.0, 3.0, 3.0], [9.0, 5.0, 4.0, 3.0, 2.0]])
-    assert example.ranks(scores, [[1], [3]], torch.tensor([3, 1])).tolist() == [3, 1]
+def test_the_text_is_split(examples):
+    training, validation = examples["language_model"].text(0.1)
+    assert len(training) > 8 * len(validation) > 0 and training.max() < 128
+    assert "def " in bytes(training.tolist()).decode()
 
 
-class CountsUp(torch.nn.Module):
-    """Predicts the number after the last item."""
-
-    def __init__(self):
-        super().__init__()
-        self.items = torch.nn.Embedding(200, 1)
-
-    def forward(self, rows):
-        return torch.nn.functional.one_hot(rows + 1, 200).float()
-
-    def scores(self, vectors):
-        return vectors
+@pytest.mark.slow
+def test_a_step_of_training(examples):
+    setting = dict(layers=1, width=16, heads=2, tokens=32, batch=2, steps=4, seeds=1, rate=1e-3)
+    curve = examples["train_lm"].train("relu, 1/n", 0, setting, "cpu", torch.bfloat16)
+    assert curve["steps"] == [1, 2, 3, 4] and all(3 < bits < 8 for bits in curve["bits"])
+    seen = examples["stability"].watched("softmax", setting, "cpu")
+    assert len(seen["norms"]) == 4 and min(seen["norms"]) > 0
 
 
-def test_evaluation(example):
-    """The last item of each user is predicted from the one before it, however long the others are."""
-    settings = example.Settings(**SMALL)
-    rows = [list(range(start, start + length)) for start, length in ((1, 5), (3, 30), (7, 9), (2, 2))]
-    assert example.evaluate(CountsUp(), rows, settings) == (1.0, 1.0)
-    rows[0][-1] = 100  # a miss: all others have the same score
-    assert example.evaluate(CountsUp(), rows, settings) == (0.75, 0.75)
-
-
-@pytest.mark.parametrize("attention", ["silu", "softmax"])
-def test_no_item_sees_a_later_one(example, attention):
-    torch.manual_seed(0)
-    network = example.Recommender(9, example.Settings(**SMALL), attention).eval()
-    rows = torch.tensor([[1, 2, 3, 4, 5]])
-    changed = torch.tensor([[1, 2, 3, 9, 8]])
-    out, other = network(rows), network(changed)
-    assert torch.equal(out[:, :3], other[:, :3]) and not torch.allclose(out[:, 3:], other[:, 3:])
-
-
-@pytest.mark.parametrize("attention", ["silu", "softmax"])
-def test_it_learns(example, attention):
-    """Users who count up are predicted at once."""
-    settings = example.Settings(**SMALL)
-    rows = [[(start + i) % 12 + 1 for i in range(9)] for start in range(12)]
-    result = example.run(rows, attention, 0, settings, torch.device("cpu"))
-    assert len(result["curve"]) == settings.epochs
-    assert result["curve"][-1]["loss"] < 0.2 * math.log(12)
-    assert result["hr"] == 1.0 and result["ndcg"] > 0.9
+def test_recall_asks_for_pairs_that_it_told(examples):
+    pairs = 5
+    tokens, targets = examples["recall"].draw(64, pairs, torch.Generator().manual_seed(0))
+    assert tokens.shape == (64, 2 * pairs, 2) and targets.shape == (64, 2 * pairs)
+    for row, wanted in zip(tokens.tolist(), targets.tolist()):
+        told, asked = dict(row[:pairs]), [key for key, _ in row[pairs:]]
+        assert len(told) == pairs and sorted(asked) == sorted(told) and max(told) < 2 * pairs
+        assert wanted == [-100] * pairs + [told[key] for key in asked]
+        assert {value for _, value in row[pairs:]} == {3 * pairs} and max(told.values()) < 3 * pairs
+    assert examples["recall"].accuracy(
+        "softmax", 2, 0, dict(layers=1, width=16, heads=1, batch=4, steps=2, rate=1e-3), "cpu"
+    ) in {x / 1024 for x in range(1025)}

@@ -261,6 +261,17 @@ def test_a_decoder_used_as_an_encoder():
     assert (seen - decoder("llama", "sigmoid")[0](ids).logits).abs().max() > 1e-3
 
 
+def test_a_layer_of_a_config_that_is_not_causal():
+    """Some versions give the layer no is_causal then."""
+    layer = decoder("llama", "relu")[0].model.layers[0].self_attn
+    attend = transformers.AttentionInterface()[name_of("relu")]
+    q, k, v = (torch.randn(2, 4, 6, 8, dtype=torch.float64) for _ in range(3))
+    causal, full = (attend(layer, q, k, v, None, is_causal=x)[0] for x in (True, False))
+    assert torch.equal(attend(layer, q, k, v, None)[0], causal) and not torch.equal(full, causal)
+    layer.config.is_causal = False
+    assert torch.equal(attend(layer, q, k, v, None)[0], full)
+
+
 @pytest.mark.skipif(not NEW, reason="BERT of transformers 4 has no FlashAttention")
 @pytest.mark.parametrize("score", ["sigmoid", "identity"])
 def test_bert(score):

@@ -1,0 +1,98 @@
+"""Train a small model for each form of attention on multi-query associative recall, and measure its accuracy.
+
+A sequence holds pairs, a key and a value in one token, then all of the keys in another order; at each of
+these the model must say its value. (In Arora et al., arXiv 2312.04927, a value follows its key as a token of
+its own, which first takes a layer that looks one token back.) Attention that is linear in the scores keeps
+all pairs in a state of fixed size, and should fail when they are many; attention that singles out a key need
+not.
+
+    python examples/recall.py --setting cpu      # minutes on two cores
+    python examples/recall.py --setting gpu
+
+Writes docs/results/recall_*.json; `python examples/figures.py` makes the plot of docs/recipes.md from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from language_model import FORMS, LanguageModel
+from train_lm import machine
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+SETTINGS = {
+    "cpu": dict(layers=2, width=32, heads=2, batch=32, steps=600, rate=5e-3, pairs=[4, 8, 16], seeds=1),
+    "gpu": dict(
+        layers=2, width=64, heads=2, batch=256, steps=4000, rate=3e-3, pairs=[4, 8, 16, 32, 64, 128], seeds=3
+    ),
+}
+COMPARED = ["softmax", "sigmoid, -log n, qk-norm", "relu2, 1/n", "identity, norm after", "retention"]
+
+
+def draw(batch: int, pairs: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens int64 (batch, 2 * pairs, 2) and the values to say (batch, 2 * pairs), -100 where none is
+    asked.
+
+    A token is (key, value), or (key, ASK) where it asks. Keys are 0 to 2 * pairs - 1, then come the values,
+    then ASK. Each key is asked once.
+    """
+    order = [torch.rand(batch, n, generator=generator).argsort(1) for n in (2 * pairs, pairs, pairs)]
+    keys = order[0][:, :pairs]
+    values = 2 * pairs + order[1]
+    asked, answers = keys.gather(1, order[2]), values.gather(1, order[2])
+    tokens = torch.stack(
+        [torch.cat([keys, asked], 1), torch.cat([values, 0 * values + 3 * pairs], 1)], dim=-1
+    )
+    return tokens, torch.cat([0 * values - 100, answers], dim=1)
+
+
+def accuracy(form: str, pairs: int, seed: int, s: dict, device: str) -> float:
+    torch.manual_seed(seed)
+    model = LanguageModel(form, s["layers"], s["width"], s["heads"], vocabulary=3 * pairs + 1).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s["rate"], weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s["rate"], s["steps"])
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(s["steps"]):
+        tokens, targets = (x.to(device) for x in draw(s["batch"], pairs, generator))
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    tokens, targets = (x.to(device) for x in draw(512, pairs, torch.Generator().manual_seed(10**6)))
+    with torch.no_grad():
+        said = model(tokens).argmax(-1)
+    asked = targets >= 0
+    return (said[asked] == targets[asked]).float().mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--setting", choices=SETTINGS, default="gpu" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=COMPARED)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--pairs", type=int, nargs="+")
+    args = parser.parse_args()
+    chosen = {name: x for name, x in (("steps", args.steps), ("pairs", args.pairs)) if x}
+    s, device = {**SETTINGS[args.setting], **chosen}, "cuda" if args.setting == "gpu" else "cpu"
+    found: dict = {"setting": s, "machine": machine(device), "accuracy": {}}
+    for form in args.forms:
+        began, found["accuracy"][form] = time.perf_counter(), {}
+        for pairs in s["pairs"]:
+            found["accuracy"][form][pairs] = [
+                round(accuracy(form, pairs, seed, s, device), 4) for seed in range(s["seeds"])
+            ]
+        print(f"{form:<28} {found['accuracy'][form]}  {time.perf_counter() - began:.0f} s", flush=True)
+    (RESULTS / f"recall_{args.setting}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Train a character-level language model once for each form of attention, with the same budget, and compare.
+
+    python examples/train_lm.py --setting cpu      # minutes on two cores
+    python examples/train_lm.py --setting gpu      # one GPU: 6 layers, width 384, 1,024 tokens, three seeds
+
+Writes bits per character of the validation text, after steps and after seconds, into
+docs/results/train_lm_*.json. `python examples/figures.py` makes the plot and the table of docs/recipes.md
+from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from language_model import FORMS, LanguageModel, batches, text
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+SETTINGS = {
+    "cpu": dict(layers=2, width=64, heads=4, tokens=128, batch=16, steps=250, seeds=1, rate=3e-3),
+    "gpu": dict(layers=6, width=384, heads=6, tokens=1024, batch=16, steps=1000, seeds=3, rate=1e-3),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EVALUATIONS = 12
+
+
+def train(form: str, seed: int, s: dict, device: str, dtype: torch.dtype) -> dict:
+    """Train one model; returns its curve: steps, seconds of training (of a CPU, its own) and bits per
+    character."""
+    torch.manual_seed(seed)
+    model = LanguageModel(form, s["layers"], s["width"], s["heads"]).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s["rate"], betas=(0.9, 0.95), weight_decay=0.1)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    training, validation = text()
+    given = batches(training, s["batch"], s["tokens"], seed, device)
+    curve: dict = {"steps": [], "seconds": [], "bits": [], "skipped": 0}
+    clock = time.perf_counter if device == "cuda" else time.process_time  # other programs don't count
+    seconds, began = 0.0, clock()
+    for step in range(1, s["steps"] + 1):
+        warm, progress = min(1.0, step / (s["steps"] / 20)), step / s["steps"]
+        for group in optimizer.param_groups:
+            group["lr"] = s["rate"] * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        inputs, targets = next(given)
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            logits = model(inputs)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        curve["skipped"] += scaler.get_scale() < before
+        if step % max(1, s["steps"] // EVALUATIONS) == 0:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds += clock() - began
+            curve["steps"].append(step)
+            curve["seconds"].append(round(seconds, 2))
+            curve["bits"].append(round(bits(model, validation, s, device, dtype), 4))
+            began = clock()
+    return curve
+
+
+@torch.no_grad()
+def bits(model: torch.nn.Module, validation: torch.Tensor, s: dict, device: str, dtype: torch.dtype) -> float:
+    """Return bits per character on eight batches of the validation text, the same for every model."""
+    given, total = batches(validation, s["batch"], s["tokens"], 0, device), 0.0
+    for _ in range(8):
+        inputs, targets = next(given)
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            logits = model(inputs)
+        total += F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()).item()
+    return total / 8 / math.log(2)
+
+
+def machine(device: str) -> str:
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    return f"{name}, torch {torch.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--setting", choices=SETTINGS, default="gpu" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seeds", type=int)
+    args = parser.parse_args()
+    chosen = {name: x for name, x in (("steps", args.steps), ("seeds", args.seeds)) if x}
+    s, device = {**SETTINGS[args.setting], **chosen}, "cuda" if args.setting == "gpu" else "cpu"
+    dtype = args.dtype or ("fp32" if device == "cpu" else "bf16")
+    found: dict = {"setting": s, "dtype": dtype, "machine": machine(device), "curves": {}}
+    out = RESULTS / f"train_lm_{args.setting}{'_fp16' if dtype == 'fp16' else ''}.json"
+    for form in args.forms:
+        found["curves"][form] = [train(form, seed, s, device, DTYPES[dtype]) for seed in range(s["seeds"])]
+        last = [curve["bits"][-1] for curve in found["curves"][form]]
+        if not all(map(math.isfinite, last)):
+            raise RuntimeError(f"{form}: bits per character are {last}")
+        seconds = sum(curve["seconds"][-1] for curve in found["curves"][form]) / s["seeds"]
+        print(f"{form:<28} {sum(last) / len(last):.3f} bits per character, {seconds:.0f} s", flush=True)
+    out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
