@@ -81,11 +81,13 @@ def of_stability(found: dict) -> None:
 def table(training: dict, recall: dict, stability: dict) -> str:
     s = training["setting"]
     pairs = list(next(iter(recall["accuracy"].values())))
+    last = next(iter(training["curves"].values()))[0]["steps"][-1]
     lines = [
-        f"Language model: {s['layers']} layers, width {s['width']}, {s['tokens']} tokens, batch "
-        f"{s['batch']}, {s['steps']} steps, {s['seeds']} seed(s), {training['dtype']}, "
-        f"{training['machine']}. Recall: {recall['setting']['steps']} steps, width "
-        f"{recall['setting']['width']}, {recall['machine']}.",
+        f"Language model: {s['layers']} layers, width {s['width']}, {s['tokens']} tokens, "
+        f"batch {s['batch']}, measured after {last} of {s['steps']} steps, {s['seeds']} seed(s), "
+        f"{training['dtype']}, "
+        f"{training['machine']}. Recall: {recall['setting']['steps']} steps, "
+        f"width {recall['setting']['width']}, {recall['machine']}.",
         "",
         "| form | bits per character | seconds | recall of " + " | ".join(f"{n} pairs" for n in pairs) + " |",
         "|---|---|---|" + "---|" * len(pairs),

@@ -58,7 +58,7 @@ def train(form: str, seed: int, s: dict, device: str, dtype: torch.dtype) -> dic
         scaler.step(optimizer)
         scaler.update()
         curve["skipped"] += scaler.get_scale() < before
-        if step % max(1, s["steps"] // EVALUATIONS) == 0:
+        if step % max(1, s["steps"] // EVALUATIONS) == 0 or step == s["steps"]:
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds += clock() - began
