@@ -138,6 +138,8 @@ def test_faults(case, instructions, words):
         ({"head_dim": 48, "activation": "silu"}, 64),
         ({"head_dim": 96, "activation": "silu"}, 0),
         ({"head_dim": 64}, 0),
+        ({"head_dim": 64, "decay": True}, 4),
+        ({"head_dim": 128, "decay": True}, 0),
     ],
 )
 def test_some_backward_kernels_may_spill(case, most):

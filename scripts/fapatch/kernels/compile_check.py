@@ -48,8 +48,9 @@ ALLOWED_SPILLS = {
     ("softplus", 64): 64,
     ("identity", 256): 2,
 }
-# How many more a backward with a factor for each row may have, by head size of the tile.
+# How many more a backward with a factor for each row may have, or with a decay, by head size of the tile.
 SPILLS_BY_ROW = {64: 36, 128: 8}
+SPILLS_WITH_DECAY = {64: 4}
 # Forward kernels that may spill: four registers in a loop of 720 instructions, and biases of the heads of a
 # packed group.
 ALLOWED_FORWARD_SPILLS = {("gelu", 256): 8, ("sigmoid", 96): 12}
@@ -213,8 +214,12 @@ def allowed_spills(case: Mapping[str, Any], backward: bool) -> int:
     """The number of instructions of the kernel that may spill registers."""
     table = ALLOWED_SPILLS if backward else ALLOWED_FORWARD_SPILLS
     size = next(size for size in TILE_HEAD_DIMS if case["head_dim"] <= size)
-    by_row = backward and case.get("normalization") in ("row", "1/visible")
-    return table.get((case.get("activation", "identity"), size), 0) + by_row * SPILLS_BY_ROW.get(size, 0)
+    allowed = table.get((case.get("activation", "identity"), size), 0)
+    if backward and case.get("normalization") in ("row", "1/visible"):
+        allowed += SPILLS_BY_ROW.get(size, 0)
+    if backward and case.get("decay"):
+        allowed += SPILLS_WITH_DECAY.get(size, 0)
+    return allowed
 
 
 def faults(case: Mapping[str, Any], kernel: Kernel, backward: bool = False) -> list[str]:
