@@ -716,7 +716,7 @@ RECOMMENDERS = [
            visible=with_mask(window_from_the_candidate)),
     mutant("window counted over contextual keys", "test_hstu_masks.test_hstu",
            visible=with_mask(window_over_contexts)),
-    mutant("window ignored", "test_hstu_masks.test_hstu", visible=with_parts(max_attn_len=0)),
+    mutant("max_attn_len ignored", "test_hstu_masks.test_hstu", visible=with_parts(max_attn_len=0)),
     mutant("no row sees everything", "test_hstu_masks.test_hstu",
            visible=with_parts(min_full_attn_seq_len=0)),
     mutant("group off by one", "test_hstu_masks.test_hstu", visible=with_mask(group_off_by_one)),
