@@ -216,32 +216,31 @@ def test_every_function_compiles(name, options, device):
         close(a, e)
 
 
-class Attention(torch.nn.Module):
-    def forward(self, q, k, v):
-        return flash_attn_func(
-            q, k, v, causal=True, use_softmax=False, activation="silu", normalization="1/n"
-        )
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_aot_inductor(device, tmp_path):
     """An exported program becomes a library, which calls the operator."""
     if device == "cuda":
         pytest.skip("compiled once, for the CPU")
-    tensors = [torch.randn(2, 16, 4, 8) for _ in range(3)]
-    program = torch.export.export(Attention(), tuple(tensors))
-    torch.export.save(program, tmp_path / "program.pt2")
-    # In a process of its own: Inductor imports setuptools, which fails where another test imported distutils.
-    compiles = """
-import sys, flash_attn, torch
-program, path = torch.export.load(sys.argv[1]), sys.argv[2]
-torch._inductor.aoti_compile_and_package(program, package_path=path)
+    # In a process of its own: Inductor imports setuptools, which fails in one that has imported pip.
+    program = """
+import sys, torch
+from flash_attn import flash_attn_func
+
+class Attention(torch.nn.Module):
+    def forward(self, *qkv):
+        return flash_attn_func(*qkv, causal=True, use_softmax=False, activation="silu", normalization="1/n")
+
+tensors = tuple(torch.randn(2, 16, 4, 8) for _ in range(3))
+exported = torch.export.export(Attention(), tensors)
+path = torch._inductor.aoti_compile_and_package(exported, package_path=sys.argv[1])
+library = torch._inductor.aoti_load_package(path)
+assert torch.equal(library(*tensors), Attention()(*tensors))
 """
-    path = str(tmp_path / "attention.pt2")
-    subprocess.run([sys.executable, "-c", compiles, tmp_path / "program.pt2", path], check=True)
-    library = torch._inductor.aoti_load_package(path)
-    assert torch.equal(library(*tensors), Attention()(*tensors))
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "attention.pt2")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu
