@@ -147,8 +147,7 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
         _check(call)
         choice = choose(call, among)
         if call.q.device.type == "cpu":
-            checks.values(call)
-            masking.values(call)
+            ops.check_values(call)
         return choice
 
     run.question = question
@@ -252,8 +251,7 @@ def backward(
         checks.dout(dout, call)
         checks.rng_state(rng_state, call)
         if call.q.device.type == "cpu" and not ops.followed(call):
-            checks.values(call)
-            masking.values(call)
+            ops.check_values(call)
         return ops.gradients(call, backend, dout, rng_state)
 
 

@@ -34,11 +34,16 @@ def _module(call: Call, backend: str) -> Any:
     return MODULES.get(backend) or MODULES[choose(call, wanted(backend, "auto")).backend]
 
 
+def check_values(call: Call) -> None:
+    """Check the contents of a call's tensors, which are on the CPU."""
+    checks.values(call)
+    masking.values(call)
+
+
 def run(call: Call, backend: str) -> Result:
     """Run the forward pass without recording a graph."""
     if call.q.is_cpu:
-        checks.values(call)
-        masking.values(call)
+        check_values(call)
     module = _module(call, backend)
     if torch.autograd._profiler_enabled():
         with _record("forward", module):
