@@ -154,7 +154,7 @@ class Visibility:
 
 
 @dataclass(frozen=True)
-class Intervals(Visibility):
+class _Listed(Visibility):
     """Queries that each see a few half-open intervals of keys.
 
     starts, ends: int32 (seqlen_q, k); an interval with start >= end is not used. window is not limited.
@@ -162,6 +162,29 @@ class Intervals(Visibility):
 
     starts: torch.Tensor
     ends: torch.Tensor
+
+    def seen_by_any(self, rows: range) -> range:
+        ranges = self.ranges(rows)
+        return range(ranges[0].start, ranges[-1].stop) if ranges else range(0)
+
+    def counts(self, rows: range) -> torch.Tensor:
+        starts, ends = self._of(rows)
+        return (ends - starts).clamp(min=0).sum(dim=1, keepdim=True, dtype=torch.int32)
+
+    def _visible(self, rows: range, keys: range) -> torch.Tensor:
+        _, key = self._positions(rows, keys)
+        mask = torch.zeros(len(rows), len(keys), dtype=torch.int32, device="cpu")
+        for start, end in zip(*(x.unsqueeze(-1).unbind(1) for x in self._of(rows))):
+            mask |= is_negative(start - 1 - key) & is_negative(key - end)
+        return mask
+
+    def _of(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.starts[rows.start : rows.stop], self.ends[rows.start : rows.stop]
+
+
+@dataclass(frozen=True)
+class Intervals(_Listed):
+    """Intervals whose bounds are read from them, for each block anew."""
 
     @property
     def unseen_keys(self) -> Optional[torch.Tensor]:
@@ -178,10 +201,6 @@ class Intervals(Visibility):
         blind = ~(self.starts < self.ends).any(dim=1)
         return blind if blind.any() else None
 
-    def seen_by_any(self, rows: range) -> range:
-        ranges = self.ranges(rows)
-        return range(ranges[0].start, ranges[-1].stop) if ranges else range(0)
-
     def ranges(self, rows: range) -> list[range]:
         starts, ends = self._of(rows)
         used = starts < ends
@@ -195,42 +214,20 @@ class Intervals(Visibility):
                 found.append(range(first, stop))
         return found
 
-    def counts(self, rows: range) -> torch.Tensor:
-        starts, ends = self._of(rows)
-        return (ends - starts).clamp(min=0).sum(dim=1, keepdim=True, dtype=torch.int32)
-
     def fill_hidden(self, block: torch.Tensor, rows: range, keys: range, value: float) -> None:
         starts, ends = self._of(rows)
         inside = (starts <= keys.start) & (ends >= keys.stop)
         if not inside.any(dim=1).all():
             keep_where(block, self._visible(rows, keys), value)
 
-    def _visible(self, rows: range, keys: range) -> torch.Tensor:
-        _, key = self._positions(rows, keys)
-        mask = torch.zeros(len(rows), len(keys), dtype=torch.int32, device="cpu")
-        for start, end in zip(*(x.unsqueeze(-1).unbind(1) for x in self._of(rows))):
-            mask |= is_negative(start - 1 - key) & is_negative(key - end)
-        return mask
-
-    def _of(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.starts[rows.start : rows.stop], self.ends[rows.start : rows.stop]
-
 
 @dataclass(frozen=True)
-class HSTU(Intervals):
+class HSTU(_Listed):
     """Intervals that are those of `sequence`, which gives the bounds of a block without reading them. They
     hold no key that none of the queries sees, and only queries before position 0 see nothing.
     """
 
     sequence: HSTUSequence
-
-    @property
-    def unseen_keys(self) -> Optional[torch.Tensor]:
-        return None
-
-    @property
-    def blind_queries(self) -> Optional[torch.Tensor]:
-        return None
 
     @property
     def first_seeing(self) -> int:
