@@ -14,17 +14,14 @@ Writes docs/results/recall_*.json; `python examples/figures.py` makes the plot o
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from language_model import FORMS, LanguageModel
-from train_lm import machine
+from language_model import LanguageModel
+from train_lm import RESULTS, machine, options
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 SETTINGS = {
     "cpu": dict(layers=2, width=32, heads=2, batch=32, steps=600, rate=5e-3, pairs=[4, 8, 16], seeds=1),
     "gpu": dict(
@@ -73,12 +70,7 @@ def accuracy(form: str, pairs: int, seed: int, s: dict, device: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--setting", choices=SETTINGS, default="gpu" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=COMPARED)
-    parser.add_argument("--steps", type=int)
+    parser = options(__doc__, SETTINGS, COMPARED)
     parser.add_argument("--pairs", type=int, nargs="+")
     args = parser.parse_args()
     chosen = {name: x for name, x in (("steps", args.steps), ("pairs", args.pairs)) if x}

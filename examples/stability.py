@@ -11,17 +11,14 @@ it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from language_model import FORMS, LanguageModel, batches, text
-from train_lm import machine
+from language_model import LanguageModel, batches, text
+from train_lm import RESULTS, machine, options
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 SETTINGS = {
     "cpu": dict(layers=2, width=64, heads=4, tokens=512, batch=4, steps=60, rate=3e-3),
     "gpu": dict(layers=6, width=384, heads=6, tokens=8192, batch=2, steps=500, rate=1e-3),
@@ -55,13 +52,7 @@ def watched(form: str, s: dict, device: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--setting", choices=SETTINGS, default="gpu" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=COMPARED)
-    parser.add_argument("--steps", type=int)
-    args = parser.parse_args()
+    args = options(__doc__, SETTINGS, COMPARED).parse_args()
     s, device = dict(SETTINGS[args.setting]), "cuda" if args.setting == "gpu" else "cpu"
     s["steps"] = args.steps or s["steps"]
     found: dict = {"setting": s, "machine": machine(device), "forms": {}}

@@ -81,19 +81,23 @@ def bits(model: torch.nn.Module, validation: torch.Tensor, s: dict, device: str,
     return total / 8 / math.log(2)
 
 
+def options(doc: str, settings: dict, forms: list) -> argparse.ArgumentParser:
+    """Return the command line that the examples share; forms: the default."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", choices=settings, default="gpu" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=forms)
+    parser.add_argument("--steps", type=int)
+    return parser
+
+
 def machine(device: str) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
     return f"{name}, torch {torch.__version__}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--setting", choices=SETTINGS, default="gpu" if torch.cuda.is_available() else "cpu")
+    parser = options(__doc__, SETTINGS, list(FORMS))
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int)
     args = parser.parse_args()
     chosen = {name: x for name, x in (("steps", args.steps), ("seeds", args.seeds)) if x}

@@ -135,7 +135,7 @@ _DOC = """
 
 
 def _with_use_softmax(upstream: Callable) -> Callable:
-    """Add five keyword arguments to upstream's function. With use_softmax=True it gets the call unchanged."""
+    """Add the arguments of _DOC to upstream's function. With use_softmax=True it gets the call unchanged."""
     signature = inspect.signature(upstream)
     defaults = {name: p.default for name, p in signature.parameters.items()}
 
