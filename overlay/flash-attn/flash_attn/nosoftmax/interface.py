@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn, Optional
@@ -12,7 +11,7 @@ import torch
 from .. import extension
 from . import checks, masking, ops
 from .call import Cache, Call, Options
-from .choice import ENVIRONMENT, Choice, Wanted, choose, wanted
+from .choice import Choice, Wanted, choice_of_environment, choose, wanted
 
 _DOC = """\
         use_softmax: bool. False: O = norm * dropout(mask * f(softmax_scale * Q K^T)) V, masked entries 0, no
@@ -299,19 +298,21 @@ class _Known(NamedTuple):
     """The remembered result of checking a call and choosing its backend.
 
     places: the index of each tensor of the call among the argument values; None if a tensor is made from an
-    argument, for example by a conversion. has_more: whether the call has tensors other than q, k and v.
+    argument, for example by a conversion. rest: the fields of the call after q, k and v, if it has no other
+    tensors; else None.
     """
 
     backend: str
     options: Options
     places: Optional[tuple]
-    has_more: bool
+    rest: Optional[tuple]
 
     def call(self, values: tuple) -> Call:
         """Return the call with other tensors that look the same."""
         q, k, v, *more = self.places
-        if not self.has_more:
-            return Call(values[q], values[k], values[v], *more, self.options)
+        if self.rest is not None:
+            # Call(...) would take the host three times as long.
+            return tuple.__new__(Call, (values[q], values[k], values[v], *self.rest))
         # Each backend takes any strides of q, k and v.
         more = [None if place is None else values[place].contiguous() for place in more]
         return Call(values[q], values[k], values[v], *more, self.options)
@@ -330,6 +331,7 @@ _OF_TENSORS = frozenset((
     "cache_leftpad",
 ))  # fmt: skip
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+_REMEMBERED = checks.PLAIN | {torch.dtype}
 
 
 def _recall(of: tuple, values: tuple, algorithm: str, backend: str, strides: bool) -> tuple:
@@ -345,7 +347,7 @@ def _recall(of: tuple, values: tuple, algorithm: str, backend: str, strides: boo
         or torch._C._get_tracing_state() is not None
     ):
         return None, None
-    named = os.environ.get(ENVIRONMENT) if backend == "auto" else None
+    named = choice_of_environment() if backend == "auto" else None
     looks = [of, torch.is_grad_enabled(), algorithm, backend, named]
     if torch._C._is_any_autocast_enabled():
         looks += [_autocast_dtype(kind) for kind in _SOFTMAX_BACKENDS]
@@ -356,9 +358,9 @@ def _recall(of: tuple, values: tuple, algorithm: str, backend: str, strides: boo
                 looks += x.shape, x.dtype, x.device, x.requires_grad
                 if strides:
                     looks.append(x.stride())
-            elif kind in checks.PLAIN or kind is torch.dtype:
+            elif kind in _REMEMBERED:
                 looks += kind, x
-            elif kind is tuple and checks.PLAIN.issuperset(map(type, x)):
+            elif kind is tuple and _REMEMBERED.issuperset(map(type, x)):
                 looks += x, *map(type, x)
             else:
                 return None, None
@@ -382,7 +384,8 @@ def _remember(looks: tuple, call: Call, backend: str, names: tuple, values: tupl
         places = None if -1 in at else tuple(at)
     if len(_known) >= _MOST_LOOKS:
         _known.clear()
-    _known[looks] = _Known(backend, call.options, places, any(x is not None for x in call.tensors[3:]))
+    rest = call[3:] if all(x is None for x in call.tensors[3:]) else None
+    _known[looks] = _Known(backend, call.options, places, rest)
 
 
 def _place(field: str, x: Optional[torch.Tensor], names: tuple, values: tuple) -> Optional[int]:
