@@ -29,12 +29,13 @@ from flash_attn import flash_attn_func, flash_attn_varlen_func
 BATCH, SEQLEN, NHEADS, HEAD_DIM = 1, 128, 8, 64
 CALLS = {"cuda": 300, "cpu": 30}
 TURNS = 9
+PACKED = ", packed"
 Contender = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def contenders(device: str) -> dict[str, Contender]:
-    """Name -> attention of q, k and v, (batch, seqlen, nheads, head_dim). Some may not run on this
-    machine.
+    """Name -> attention of q, k and v, (batch, seqlen, nheads, head_dim), or (batch * seqlen, nheads,
+    head_dim) if the name ends with PACKED. Some may not run on this machine.
     """
     forced = {
         name: lambda q, k, v, name=name: flash_attn_func(
@@ -45,7 +46,6 @@ def contenders(device: str) -> dict[str, Contender]:
     cu_seqlens = torch.tensor([0, SEQLEN], dtype=torch.int32, device=device)
 
     def packed(q, k, v, **options):
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         lengths = (cu_seqlens, cu_seqlens, SEQLEN, SEQLEN)
         return flash_attn_varlen_func(q, k, v, *lengths, causal=True, use_softmax=False, **options)
 
@@ -59,8 +59,8 @@ def contenders(device: str) -> dict[str, Contender]:
             q, k, v, causal=True, use_softmax=False, activation="silu"
         ),
         **{f'backend="{name}"': call for name, call in forced.items()},
-        "auto, packed": packed,
-        **({"fa4, packed": lambda q, k, v: packed(q, k, v, backend="fa4")} if device == "cuda" else {}),
+        f"auto{PACKED}": packed,
+        **({f"fa4{PACKED}": lambda q, k, v: packed(q, k, v, backend="fa4")} if device == "cuda" else {}),
         **_entries(device),
     }
 
@@ -105,14 +105,15 @@ def measure(device: str) -> list[dict]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
     shape = (BATCH, SEQLEN, NHEADS, HEAD_DIM)
-    q, k, v, dout = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    dense = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
     rows: list[dict] = []
     timed: list[tuple[dict, str, Callable[[], object]]] = []
     for name, attend in contenders(device).items():
         row: dict = {"contender": name, "forward": None, "both": None}
         rows.append(row)
         try:
+            q, k, v, dout = [x.flatten(0, 1) for x in dense] if name.endswith(PACKED) else dense
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
             forward = partial(attend, q, k, v)
             microseconds(forward, device)  # compiles
             timed.append((row, "forward", forward))
