@@ -98,7 +98,7 @@ CONTENDERS = {
 _ONLY = {"fla": True, "torch": False}
 
 
-def _median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
+def median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
     """The median time after a warm-up. On a GPU the L2 cache is cold and the queue full, so that the host's
     time shows only if it exceeds the GPU's.
     """
@@ -119,7 +119,7 @@ def _median_ms(run: Callable[[], object], device: str, repeats: int) -> float:
     return statistics.median(times)
 
 
-def _graph_ms(run: Callable[[], object]) -> float | None:
+def graph_ms(run: Callable[[], object]) -> float | None:
     """The median time of replaying ``run`` as a CUDA graph; None if it cannot be captured."""
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -132,14 +132,14 @@ def _graph_ms(run: Callable[[], object]) -> float | None:
     except RuntimeError:
         torch.cuda.synchronize()
         return None
-    return _median_ms(graph.replay, "cuda", 0)
+    return median_ms(graph.replay, "cuda", 0)
 
 
-def _copy_rate(device: str) -> float:
+def copy_rate(device: str) -> float:
     """Bytes per second of a copy, read and written, for the memory floor."""
     source = torch.empty(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / (_median_ms(lambda: target.copy_(source), device, 10) * 1e-3)
+    return 2 * source.numel() / (median_ms(lambda: target.copy_(source), device, 10) * 1e-3)
 
 
 def _floor_ms(setting: Setting, dtype: torch.dtype, rate: float) -> float:
@@ -166,8 +166,8 @@ def _run(
             torch.autograd.grad(out, inputs, dout)
 
     with torch.autograd.set_multithreading_enabled(False):
-        ms = _median_ms(step, device, repeats)
-        return ms, _graph_ms(step) if device == "cuda" and ms <= _SHORT_MS else None
+        ms = median_ms(step, device, repeats)
+        return ms, graph_ms(step) if device == "cuda" and ms <= _SHORT_MS else None
 
 
 def _settings(args: argparse.Namespace) -> Iterator[Setting]:
@@ -180,7 +180,7 @@ def _settings(args: argparse.Namespace) -> Iterator[Setting]:
 
 
 def measure(args: argparse.Namespace) -> Iterator[Result]:
-    dtype, rate = _DTYPES[args.dtype], _copy_rate(args.device)
+    dtype, rate = _DTYPES[args.dtype], copy_rate(args.device)
     last: dict[
         tuple, tuple[int, float]
     ] = {}  # kind of setting -> the length that was measured last, and its time
