@@ -1,34 +1,30 @@
 """Time a decay in linear time, on a GPU: beside no decay, beside fla's kernels of the same function, and a
 step of decoding beside the speed of a copy.
 
-Sequences are one of a batch ("one"), as many as make --tokens tokens ("many"), or as many of uneven lengths,
+Sequences are one of a batch ("one"), as many as make TOKENS tokens ("many"), or as many of uneven lengths,
 packed ("packed"). Slopes are those of retention (arXiv 2307.08621). fla.ops.retention and
 fla.ops.lightning_attn call chunk_simple_gla with a constant decay of each head, as this script does. A short
 call waits for its host, so calls are timed again as the replay of a CUDA graph.
 
     python benchmarks/linear_decay.py --json docs/results/linear_decay_h200.json
 
-Results go to --json as they come, and with --json a second run measures what is missing alone.
+Rows go to --json as they come, and a second run measures what is missing there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator
-from datetime import date
-from pathlib import Path
 
+import resumed
 import torch
 from flash_attn import flash_attn_func, flash_attn_varlen_func
 from flash_attn.linear import linear_attention_step
 from linear_vs_quadratic import copy_rate, graph_ms, median_ms
 from torch import Tensor
 
-NHEADS = 16
+NHEADS, TOKENS = 16, 16384
 STEP = {"sequences": 256, "nheads": 32, "nheads_k": 8, "head_dim": 128}
 CONTENDERS = ("linear", "linear+decay", "fla", "fla+decay")
 LAYOUTS = ("one", "many", "packed")
@@ -76,10 +72,10 @@ def attention(contender: str, layout: str, cu_seqlens: Tensor | None) -> Callabl
     return attend
 
 
-def measure_one(layout: str, head_dim: int, seqlen: int, direction: str, contender: str, tokens: int) -> dict:
-    cu_seqlens = uneven(tokens, seqlen) if layout == "packed" else None
-    batch = 1 if layout == "one" else tokens // seqlen
-    shape = (tokens, NHEADS, head_dim) if layout == "packed" else (batch, seqlen, NHEADS, head_dim)
+def measure_one(layout: str, head_dim: int, seqlen: int, direction: str, contender: str) -> dict:
+    cu_seqlens = uneven(TOKENS, seqlen) if layout == "packed" else None
+    batch = 1 if layout == "one" else TOKENS // seqlen
+    shape = (TOKENS, NHEADS, head_dim) if layout == "packed" else (batch, seqlen, NHEADS, head_dim)
     backward = direction != "forward"
     generator = torch.Generator("cuda").manual_seed(0)
     q, k, v, dout = (torch.randn(shape, generator=generator, device="cuda").bfloat16() for _ in range(4))
@@ -130,23 +126,29 @@ def measure_step(contender: str) -> dict:
     return {"ms": ms, "graph_ms": graph, "share": 2e3 * state.nbytes / copy_rate("cuda") / ms}
 
 
-def wanted(args: argparse.Namespace) -> Iterator[tuple]:
+def measure(layout: str, **case) -> dict:
+    if layout == "step":
+        return measure_step(case["contender"])
+    return measure_one(layout, **case)
+
+
+def wanted(args: argparse.Namespace) -> Iterator[dict]:
     for contender in args.contenders:
-        yield "step", STEP["head_dim"], 1, "forward", contender
+        yield dict(zip(KEYS, ("step", STEP["head_dim"], 1, "forward", contender)))
     for head_dim in args.head_dims:
         for seqlen in args.seqlens:
             for layout in LAYOUTS:
-                if layout != "one" and seqlen * 2 > args.tokens:
+                if layout != "one" and seqlen * 2 > TOKENS:
                     continue
                 for direction in ("forward", "forward+backward"):
                     for contender in args.contenders:
-                        yield layout, head_dim, seqlen, direction, contender
+                        yield dict(zip(KEYS, (layout, head_dim, seqlen, direction, contender)))
 
 
 def markdown(record: dict) -> str:
     text = f"""# A decay in linear time, on {record["device"]}
 
-{record["date"]}, torch {record["torch"]}, fla-core {record["fla"]}:
+{record["date"]}, torch {record["torch"]}, fla-core {record["packages"]["fla-core"]}:
 
     {record["command"]}
 
@@ -154,7 +156,7 @@ Median times in ms with a cold L2 cache, bfloat16, {NHEADS} heads, causal. In br
 the host has no part. “fla+decay” is chunk_simple_gla with a constant decay of each head, which
 chunk_retention and chunk_lightning_attn call. Written by `benchmarks/linear_decay.py`.
 """
-    results = {tuple(r[key] for key in KEYS): r for r in record["results"]}
+    results = {tuple(r[key] for key in KEYS): r for r in record["rows"]}
 
     def cell(kind: tuple, contender: str) -> str:
         r = results.get((*kind, contender), {})
@@ -202,58 +204,16 @@ writes the states once.
     return text
 
 
-def _version() -> str:
-    try:
-        from importlib.metadata import version
-
-        return version("fla-core")
-    except ImportError:
-        return "not installed"
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = resumed.options(__doc__)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--seqlens", type=int, nargs="+", default=[2**n for n in range(10, 21)])
-    parser.add_argument("--tokens", type=int, default=16384, help="in all, for many and for packed sequences")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing new after this time")
-    parser.add_argument("--json", type=Path, help="also writes a page with the ending .md beside it")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no CUDA device, and the kernels run on one")
-    record = {
-        "date": date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/linear_decay.py", *sys.argv[1:]]),
-        "torch": torch.__version__,
-        "fla": _version(),
-        "device": torch.cuda.get_device_name(),
-        "results": [],
-    }
-    if args.json is not None and args.json.is_file():
-        record["results"] = json.loads(args.json.read_text(encoding="utf-8"))["results"]
-    done = {tuple(r[key] for key in KEYS) for r in record["results"]}
-    deadline = time.monotonic() + args.seconds
-    for key in wanted(args):
-        if key in done or time.monotonic() > deadline:
-            continue
-        layout, head_dim, seqlen, direction, contender = key
-        try:
-            found = (
-                measure_step(contender)
-                if layout == "step"
-                else measure_one(layout, head_dim, seqlen, direction, contender, args.tokens)
-            )
-        except (ImportError, RuntimeError, ValueError, TypeError) as error:
-            found = {"ms": None, "why_not": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
-            torch.cuda.empty_cache()
-        record["results"].append({**dict(zip(KEYS, key)), **found})
-        print(*key, found, flush=True)
-        if args.json is not None:
-            args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            args.json.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+    record = resumed.started(args.json, ("fla-core", "triton"))
+    resumed.collect(record, args, wanted(args), measure, markdown)
     return 0
 
 
