@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from flash_attn import flash_attn_func
 from flash_attn.nosoftmax.backends.linear import primitive
-from flash_attn.nosoftmax.backends.linear.form import Form
+from flash_attn.nosoftmax.backends.linear.form import Form, Given
 from torch import Tensor
 
 SCALE = 1 / 256
@@ -29,18 +29,26 @@ NAMES = ("out", "dq", "dk", "dv")
 LIMIT = 1.5
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool) -> tuple[Tensor, ...]:
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, slopes: Tensor | None
+) -> tuple[Tensor, ...]:
     """(out, dq, dk, dv) in float64."""
     q, k, v, dout = (x.double() for x in (q, k, v, dout))
-    form = Form(SCALE, causal)
-    return primitive.attend(q, k, v, form), *primitive.gradients(dout, q, k, v, form)
+    form = Form(SCALE, causal, decay=None if slopes is None else tuple(slopes.shape))
+    given = Given(decay_slopes=slopes)
+    return primitive.attend(q, k, v, form, given=given), *primitive.gradients(
+        dout, q, k, v, form, given=given
+    )
 
 
 def computed(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, algorithm: str
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, slopes: Tensor | None, algorithm: str
 ) -> tuple[Tensor, ...]:
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = flash_attn_func(*leaves, causal=causal, softmax_scale=SCALE, use_softmax=False, algorithm=algorithm)
+    out = flash_attn_func(
+        *leaves, causal=causal, softmax_scale=SCALE, use_softmax=False, algorithm=algorithm,
+        decay_slopes=slopes,
+    )  # fmt: skip
     return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
 
@@ -58,6 +66,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seqlen", type=int, default=65536)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument(
+        "--decay",
+        action="store_true",
+        help="with decay_slopes from 2^-14, whose decay is a factor e over 16k tokens, to 2^-6",
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
@@ -66,8 +79,10 @@ def main(argv: list[str] | None = None) -> int:
         "device": device,
         "torch": torch.__version__,
         "seqlen": args.seqlen,
+        "decay": args.decay,
         "rows": [],
     }
+    slopes = torch.logspace(-14, -6, args.heads, base=2, device=args.device) if args.decay else None
     worst = 0.0
     for head_dim, dtype, mean, causal in itertools.product(
         args.head_dims, (torch.bfloat16, torch.float16), (0.0, 1.0), (False, True)
@@ -75,8 +90,10 @@ def main(argv: list[str] | None = None) -> int:
         torch.manual_seed(0)
         shape = (1, args.seqlen, args.heads, head_dim)
         inputs = [(torch.randn(shape, device=args.device) + mean).to(dtype) for _ in range(4)]
-        expected = exact(*inputs, causal)
-        linear, quadratic = (computed(*inputs, causal, algorithm) for algorithm in ("linear", "quadratic"))
+        expected = exact(*inputs, causal, slopes)
+        linear, quadratic = (
+            computed(*inputs, causal, slopes, algorithm) for algorithm in ("linear", "quadratic")
+        )
         row = {
             "head_dim": head_dim,
             "dtype": str(dtype).removeprefix("torch."),
