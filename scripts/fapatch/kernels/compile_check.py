@@ -55,12 +55,15 @@ SPILLS_WITH_DECAY = {64: 4}
 # packed group.
 ALLOWED_FORWARD_SPILLS = {("gelu", 256): 8, ("sigmoid", 96): 12}
 TILE_HEAD_DIMS = (64, 96, 128, 192, 256)
+# Masks flash_attn.masks.HSTU: the smallest, and one with every part.
+TARGETS = {"targets": "sequence"}
+EVERY_PART = {"targets": "sequence", "contexts": "sequence", "window": True, "full": True, "group": True}
 
 
 def _named(cases: list[dict[str, Any]]) -> Cases:
     def name(case: dict[str, Any]) -> str:
         return "-".join(f"{k}_{v}" for k, v in case.items()).translate(
-            str.maketrans({" ": "", "(": "", ")": "", "/": "", ",": "_"})
+            str.maketrans({**dict.fromkeys(" ()/{}'"), ",": "_", ":": "_"})
         )
 
     return {name(case): case for case in cases}
@@ -105,6 +108,31 @@ SMALL = _named(
             "normalization": "row",
             "decay": True,
         },
+        {"head_dim": 64, "activation": "silu", "varlen": True, "normalization": "number", "hstu": TARGETS},
+        {
+            "head_dim": 128,
+            "activation": "silu",
+            "varlen": True,
+            "normalization": "number",
+            "hstu": EVERY_PART,
+        },
+        {
+            "head_dim": 128,
+            "activation": "silu",
+            "group": 2,
+            "varlen": True,
+            "normalization": "1/visible",
+            "hstu": EVERY_PART,
+        },
+        {
+            "head_dim": 64,
+            "activation": "relu",
+            "dtype": "float16",
+            "group": 2,
+            "deterministic": True,
+            "hstu": {"targets": "number", "contexts": "number", "window": True},
+        },
+        {"head_dim": 128, "activation": "sigmoid", "page_size": 64, "hstu": TARGETS},
     ]
 )
 SMALL_SOFTMAX = _named(
@@ -174,6 +202,16 @@ def full() -> tuple[Cases, Cases]:
     cases += [
         {"head_dim": d, "activation": a, "causal": c, "decay": True}
         for d, a, c in itertools.product((64, 128, 192, 256), ("identity", "silu"), (False, True))
+    ]
+    cases += [
+        {"head_dim": d, "activation": a, "varlen": True, "normalization": n, "hstu": m}
+        for d, a, n, m in itertools.product(
+            (64, 96, 128, 192, 256), ("identity", "silu"), ("number", "1/visible"), (TARGETS, EVERY_PART)
+        )
+    ]
+    cases += [
+        {"head_dim": d, "activation": a, "deterministic": True, "hstu": EVERY_PART}
+        for d, a in itertools.product((64, 128, 256), activations)
     ]
     softmax = [
         {"softmax": True, "head_dim": d, "causal": c, "varlen": v}

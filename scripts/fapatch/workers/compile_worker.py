@@ -68,9 +68,11 @@ def compile_case(
     seqused: bool = False,
     page_size: int = 0,
     decay: bool = False,
+    hstu: dict[str, Any] | None = None,
+    deterministic: bool = False,
 ) -> None:
     """normalization: as in marker.NoSoftmax: "number", "sequence" and "row" are factors of the caller. bias:
-    "by head" is one for each head.
+    "by head" is one for each head. hstu: the parts of a marker.HSTUKind.
     """
     import torch
     from flash_attn.cute import interface
@@ -109,9 +111,12 @@ def compile_case(
                 interface._flash_attn_bwd(q, k, v, out, dout, lse, **given)
             return
         from flash_attn.cute.nosoftmax import launch
+        from flash_attn.cute.nosoftmax.marker import HSTUKind
         from flash_attn.cute.nosoftmax.score_mods import of_activation
 
-        mods = of_activation(activation, bias, softcap, normalization, decay)
+        parts = None if hstu is None else HSTUKind(**hstu)
+        given = [x for x in parts or () if x]
+        mods = of_activation(activation, bias, softcap, normalization, decay, parts)
         sequences, rows, by_head = (
             tensor(*shape, dtype=torch.float32) for shape in ((BATCH,), tokens, (BATCH, heads))
         )
@@ -122,14 +127,32 @@ def compile_case(
             row_factors=rows if normalization == "row" else None,
             sigmoid_biases=by_head if bias == "by head" else None,
             decay_slopes=by_head.clone() if decay else None,
+            mask_numbers=(3,) * sum(x != "sequence" for x in given),
+            mask_tensors=tuple(tensor(BATCH, dtype=torch.int32) for x in given if x == "sequence"),
         )  # fmt: skip
         launch.forward(call, q, k, v, page_table=pages)
         if not page_size:
-            launch.backward(call, dout, q, k, v)
+            launch.backward(call, dout, q, k, v, deterministic=deterministic)
+
+
+def fake_semaphores(interface: Any) -> None:
+    """Let the deterministic backward's semaphores be fake too: upstream asks their memory for an address."""
+    import cutlass
+    import cutlass.cute as cute
+    from quack.compile_utils import make_fake_tensor
+
+    def fake(x: Any, leading_dim: int, alignment: int = 16, stride_order: Any = None) -> Any:
+        return make_fake_tensor(
+            cutlass.Int32, [cute.sym_int() for _ in x.shape], divisibility=1, leading_dim=leading_dim
+        )
+
+    interface.utils.convert_from_dlpack_leading_static = fake
 
 
 def main() -> None:
     from flash_attn.cute import interface
+
+    fake_semaphores(interface)
 
     folder = Path(sys.argv[1])
     forward = Compiled(interface._flash_attn_fwd, folder)

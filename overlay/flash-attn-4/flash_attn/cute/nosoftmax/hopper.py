@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from flash_attn.cute.nosoftmax import launch
 from flash_attn.cute.nosoftmax.call import Call
 from flash_attn.cute.nosoftmax.formulas import BY_HEAD
-from flash_attn.cute.nosoftmax.marker import BY_NUMBER, BY_ROW, BY_SEQUENCE
+from flash_attn.cute.nosoftmax.marker import BY_NUMBER, BY_ROW, BY_SEQUENCE, HSTUKind
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods, of_activation
 from flash_attn.cute.nosoftmax.serves import obstacle
 
 __all__ = ["Extras", "backward", "forward", "obstacle"]
+
+# A number of a mask that is larger means the same, and sums of two fit into int32.
+_LARGEST = 2**30
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,38 @@ def normalization(call: Call, of_user: bool) -> Optional[str]:
         # Functions of the user that have no aux_scalars take none.
         return BY_SEQUENCE if of_user else BY_NUMBER
     # If every query sees every key, "1/visible" equals "1/n".
-    everything = _window(call) == (None, None) and o.normalization == "1/visible"
+    everything = _window(call) == (None, None) and o.mask is None and o.normalization == "1/visible"
     return "1/n" if everything else o.normalization
+
+
+def _hstu(call: Call) -> tuple[Optional[HSTUKind], tuple, tuple]:
+    """Return the kind of the mask, its numbers, and its tensors (launch.Call)."""
+    o = call.options
+    if o.mask != "hstu":
+        return None, (), ()
+    tensors = call.target_counts, call.context_counts
+    targets, contexts = (
+        BY_SEQUENCE if x is not None else BY_NUMBER if count else None
+        for x, count in zip(tensors, (o.num_targets, o.num_contexts))
+    )
+    window = o.max_attn_len > 0
+    kind = HSTUKind(
+        targets, contexts, window, window and o.min_full_attn_seq_len > 0,
+        targets is not None and o.target_group_size > 1,
+    )  # fmt: skip
+    numbers = (
+        o.num_targets, o.num_contexts, o.max_attn_len, o.min_full_attn_seq_len, o.target_group_size
+    )  # fmt: skip
+    numbers = tuple(min(x, _LARGEST) for x, part in zip(numbers, kind) if part in (True, BY_NUMBER))
+    return kind, numbers, tuple(x for x in tensors if x is not None)
 
 
 def _launched(call: Call, extras: Extras) -> launch.Call:
     o, window, kind = call.options, _window(call), normalization(call, extras.of_user)
+    hstu, numbers, tensors = _hstu(call)
     bias = o.sigmoid_bias if call.sigmoid_biases is None else BY_HEAD
     has_decay = call.decay_slopes is not None
-    mods = extras.mods or of_activation(o.activation, bias, o.softcap, kind, has_decay)
+    mods = extras.mods or of_activation(o.activation, bias, o.softcap, kind, has_decay, hstu)
     factors = call.row_factors
     if kind == BY_SEQUENCE and factors is None:
         factors = torch.full((call.batch,), o.factor, dtype=torch.float32, device=call.q.device)
@@ -87,6 +113,8 @@ def _launched(call: Call, extras: Extras) -> launch.Call:
     return launch.Call(
         mods, o.softmax_scale, o.causal, window, call.cu_seqlens_q, cu_seqlens_k, extras.seqused_q, seqused_k,
         *extras.longest, extras.mask_mod, extras.aux_tensors, extras.aux_scalars,
+        mask_numbers=numbers,
+        mask_tensors=tensors,
         factor=o.factor if kind == BY_NUMBER else None,
         sequence_factors=factors if kind == BY_SEQUENCE else None,
         row_factors=factors if kind == BY_ROW else None,
@@ -118,7 +146,8 @@ def _first_query(call: Call, extras: Extras) -> int:
     """Return the first query that sees a key. Earlier queries may share a tile with it, and a NaN in them or
     their dout would then reach dk and dv.
     """
-    return 0 if _indexed(call, extras) else first_seeing(call.q.shape[1], call.k.shape[1], _window(call)[1])
+    right = 0 if call.options.mask == "hstu" else _window(call)[1]
+    return 0 if _indexed(call, extras) else first_seeing(call.q.shape[1], call.k.shape[1], right)
 
 
 def _indexed(call: Call, extras: Extras) -> bool:

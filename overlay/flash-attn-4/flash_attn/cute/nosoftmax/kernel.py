@@ -18,7 +18,7 @@ from cutlass import Float32, Int32, const_expr
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 from flash_attn.cute import utils
-from flash_attn.cute.nosoftmax import plan
+from flash_attn.cute.nosoftmax import masked, plan
 from flash_attn.cute.nosoftmax.marker import BY_NUMBER, BY_ROW, BY_SEQUENCE, NoSoftmax
 from flash_attn.cute.softmax import Softmax
 from quack import copy_utils, layout_utils
@@ -292,6 +292,8 @@ class Normalization:
     def _visible(self, row: Int32) -> Float32:
         """The number of keys that query `row` sees, at least 1."""
         mask = self.mask
+        if masked.hides(self.mark):
+            return masked.visible(mask.seqlen_info, row)
         aligned = row + mask.seqlen_k - mask.seqlen_q
         end = mask.seqlen_k
         if self.is_causal:
@@ -343,32 +345,35 @@ class Normalization:
             factors = self._factors_of_rows(acc_mn, thr_mma, m_block)
             whole = cute.arch.rcp_approx(self.given)
         else:
-            factors = (
-                (r, cute.arch.rcp_approx(self._visible(row)))
-                for r, row in self._rows(acc_mn, thr_mma, m_block)
-            )
+            # Counting takes few operations if causal or local.
+            rows = self._factors_of_rows if masked.hides(self.mark) else self._factors_of_each_row
+            factors = rows(acc_mn, thr_mma, m_block)
             whole = cute.math.sqrt(self._n(), fastmath=True)
         for r, factor in factors:
             factor = whole * factor
             for c in range(cute.size(acc_mn, mode=[1])):
                 acc_mn[r, c] = acc_mn[r, c] * factor
 
-    def _factors_of_rows(self, acc_mn: cute.Tensor, thr_mma, m_block: Int32):
-        """Yield (register row, given factor) of an accumulator as in `_rows`.
+    def _factors_of_each_row(self, acc_mn: cute.Tensor, thr_mma, m_block: Int32):
+        """Yield (register row, norm of the query) of an accumulator as in `_rows`."""
+        for r, row in self._rows(acc_mn, thr_mma, m_block):
+            yield r, self._of_row(row)
 
-        If it is transposed, a thread has a fourth of the tile's queries: 2 (lane % 4) + 8 j and the next one,
-        for each j. Then the lanes of a warp load the factors together and exchange them. So many loads of
-        each thread would not fit into the registers.
+    def _factors_of_rows(self, acc_mn: cute.Tensor, thr_mma, m_block: Int32):
+        """Do the same as `_factors_of_each_row`.
+
+        If the accumulator is transposed, a thread has a fourth of the tile's queries: 2 (lane % 4) + 8 j and
+        the next one, for each j. Then the lanes of a warp load or count the factors together and exchange
+        them. So many of each thread would not fit into the registers.
         """
         if not self.mask.swap_AB:
-            for r, row in self._rows(acc_mn, thr_mma, m_block):
-                yield r, self._given(row)
+            yield from self._factors_of_each_row(acc_mn, thr_mma, m_block)
             return
         lane = cute.arch.lane_idx()
         mine = 2 * (lane % 4)
         first = next(self._rows(acc_mn, thr_mma, m_block))[1] - mine  # the same for all lanes
         places = self._places(acc_mn, thr_mma)
-        loaded = [self._given(first + lane + i) for i in range(0, max(places) + 8, cute.arch.WARP_SIZE)]
+        loaded = [self._of_row(first + lane + i) for i in range(0, max(places) + 8, cute.arch.WARP_SIZE)]
         for r, place in enumerate(places):
             part, source = divmod(place, cute.arch.WARP_SIZE)
             yield r, utils.shuffle_sync(loaded[part], offset=source + mine)
@@ -475,11 +480,12 @@ def masks_any(
     The end of the sequence needs no mask: past it Q, K, V and dO are zeros, so dS = f'(0) * 0 = 0, and P =
     f(0) adds only to rows of dV that are not written. This requires f and f' to be finite at 0.
     """
-    return is_causal or is_local or mask_mod is not None or mark is None or not mark.finite_at_zero
+    hidden = is_causal or is_local or mask_mod is not None or masked.hides(mark)
+    return hidden or mark is None or not mark.finite_at_zero
 
 
 def leaves_interior(mark: Optional[NoSoftmax], is_local: bool, mask_mod: Optional[Callable]) -> bool:
-    """Whether blocks below the diagonal need no mask."""
+    """Whether blocks in which each query sees each key need no mask."""
     return mark is not None and mark.finite_at_zero and not is_local and mask_mod is None
 
 
@@ -487,6 +493,8 @@ def m_block_interior(mask, m_block_min: Int32, m_block_max: Int32, n_block: Int3
     """Return the first block of queries that needs no mask: if causal, all its queries see every key of the
     block.
     """
+    if isinstance(mask, masked.AttentionMask):
+        return mask.m_block_interior(n_block)
     if const_expr(not is_causal):
         return m_block_min
     # Query i sees key j if j <= i + seqlen_k - seqlen_q.
@@ -500,13 +508,22 @@ def m_block_interior(mask, m_block_min: Int32, m_block_max: Int32, n_block: Int3
 
 def bwd_tile_with(mark: Optional[NoSoftmax], upstreams: Callable) -> Callable:
     """Return the function that chooses the backward's tile: upstream's, or one with the same arguments."""
-    return upstreams if mark is None else partial(_bwd_tile, upstreams)
+    return upstreams if mark is None else partial(_bwd_tile, upstreams, masked.hides(mark))
 
 
 def _bwd_tile(
-    upstreams: Callable, head_dim: int, head_dim_v: int, causal: bool, local: bool, sparse_block_size_q=None
+    upstreams: Callable,
+    hides: bool,
+    head_dim: int,
+    head_dim_v: int,
+    causal: bool,
+    local: bool,
+    sparse_block_size_q=None,
 ):
-    """docs/results/h100-fa4.md has the times of upstream's tiles and of these."""
+    """docs/results/h100-fa4.md has the times of upstream's tiles and of these. hides: a mask beside causal
+    and local, served as causal is.
+    """
+    causal = causal or hides
     if head_dim_v > head_dim:
         # Upstream's choice by head_dim alone would not fit into shared memory. The causal tile for head_dim_v
         # fits. The non-causal one has rows that the matrix unit cannot divide at a smaller head_dim.

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
 import torch
-from cutlass import Float32
+from cutlass import Float32, Int32
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd, _tile_size_fwd_sm90
 from flash_attn.cute.nosoftmax import plan
 from flash_attn.cute.nosoftmax.largest import largest_factors
+from flash_attn.cute.nosoftmax.marker import no_softmax_of
+from flash_attn.cute.nosoftmax.masked import hides
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods
 from flash_attn.cute.nosoftmax.slack import zero_slack
 
@@ -25,7 +27,8 @@ _MOST_BLOCKS = 65535  # in the second and third dimension of a grid
 class Call:
     """The arguments that forward and backward share.
 
-    The last five are given if mods need them: factor, a factor of every row; sequence_factors, float32
+    mask_numbers and mask_tensors: int32 scalars and tensors (batch,) for the kernels' parts of
+    marker.HSTUKind, in its order. The last five are given if mods need them: factor, a factor of every row; sequence_factors, float32
     (batch,); row_factors, float32 (batch, seqlen_q), packed (total_q,); sigmoid_biases and decay_slopes,
     float32 (nheads,) or (batch, nheads). At most one kind of factors is given.
     """
@@ -43,6 +46,8 @@ class Call:
     mask_mod: Optional[Callable] = None
     aux_tensors: Optional[list[torch.Tensor]] = None
     aux_scalars: Optional[tuple] = None
+    mask_numbers: tuple[int, ...] = ()
+    mask_tensors: tuple[torch.Tensor, ...] = ()
     factor: Optional[float] = None
     sequence_factors: Optional[torch.Tensor] = None
     row_factors: Optional[torch.Tensor] = None
@@ -52,6 +57,11 @@ class Call:
     def plans(self, *more: Any) -> Optional[dict]:
         """Return the dict of this call's plans, or None if the user passes functions or blocks."""
         return self.mods.plans if all(x is None for x in (self.mask_mod, self.aux_tensors, *more)) else None
+
+    @property
+    def hides(self) -> bool:
+        """Whether there is a mask beside causal and window."""
+        return hides(no_softmax_of(self.mods.score_mod))
 
     def is_empty(self, q: torch.Tensor, k: torch.Tensor) -> bool:
         """Whether there are no queries, keys or sequences: nothing is launched, and all results are 0."""
@@ -69,10 +79,14 @@ class Call:
 
     def arguments(self, given: list[torch.Tensor]) -> dict[str, Any]:
         """given: factors, biases and slopes in the order that kernel.py and score_mods.py expect. They come
-        after the tensors of the user, who counts from the front.
+        after the tensors of the user, who counts from the front, and never are beside a mask.
         """
-        tensors = [*(self.aux_tensors or ()), *given]
-        scalars = (*(self.aux_scalars or ()), *(() if self.factor is None else (Float32(self.factor),)))
+        tensors = [*(self.aux_tensors or ()), *self.mask_tensors, *given]
+        scalars = (
+            *(self.aux_scalars or ()),
+            *(Int32(x) for x in self.mask_numbers),
+            *(() if self.factor is None else (Float32(self.factor),)),
+        )
         return dict(
             softmax_scale=self.softmax_scale * self.mods.unit,
             causal=self.causal,
@@ -114,21 +128,24 @@ def _lengths(*lengths: Optional[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...]
 
 def _pack_gqa(call: Call, pack_gqa: Optional[bool], q: torch.Tensor, k: torch.Tensor) -> Optional[bool]:
     """Turn pack_gqa off where groups do not divide a tile: they load without TMA, which leaves the padding of
-    the head size unwritten. And for a decay, whose tiles have one slope (kernel.decay).
+    the head size unwritten. And for a decay, whose tiles have one slope (kernel.decay), and a mask, whose
+    tiles are of one head.
     """
     group = q.shape[-2] // k.shape[-2]
     unwritten = q.shape[-1] % 16 and 64 % group
-    return False if unwritten or call.decay_slopes is not None else pack_gqa
+    one_head = call.decay_slopes is not None or call.hides
+    return False if unwritten or one_head else pack_gqa
 
 
 def _tile(call: Call, q: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
     """Choose the tile by head_dim_v if that is larger. Upstream chooses by head_dim, and O would not fit into
-    the registers of that tile.
+    the registers of that tile. With a mask choose the tile of causal, which upstream does not see there.
     """
-    if v.shape[-1] <= q.shape[-1]:
+    if v.shape[-1] <= q.shape[-1] and not call.hides:
         return {}
     local = call.window != (None, None) and call.window != (None, 0)
-    tile = _tile_size_fwd_sm90(v.shape[-1], v.shape[-1], call.causal, local)
+    size, size_v = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+    tile = _tile_size_fwd_sm90(size, size_v, call.causal or call.hides, local)
     return dict(
         tile_mn=(tile.m_block_size, tile.n_block_size),
         mma_pv_is_rs=tile.mma_pv_is_rs,
@@ -197,11 +214,12 @@ def forward(
         exceeds,
         places,
         call.factor,
+        call.mask_numbers,
     )
     plan.run(
         call.plans(block_sparse_tensors),
         ("forward", *options),
-        (queries, keys, values, outputs, *lengths, *given),
+        (queries, keys, values, outputs, *lengths, *call.mask_tensors, *given),
         launch,
     )
     return out
@@ -277,7 +295,8 @@ def backward(
         exceeds,
         places,
         call.factor,
+        call.mask_numbers,
     )
-    tensors = q, k, v, dout, *grads, *lengths, *given
+    tensors = q, k, v, dout, *grads, *lengths, *call.mask_tensors, *given
     plan.run(call.plans(block_sparse_tensors), ("backward", *options), tensors, launch)
     return tuple(grad.view(shape) for grad, shape in zip(grads, shapes))

@@ -6,7 +6,7 @@ code changes. It is part of every compile key, because utils._MIXER_ATTRS lists 
 
 import functools
 from dataclasses import dataclass
-from typing import Callable, Optional
+from typing import Callable, NamedTuple, Optional
 
 ATTRIBUTE = "__no_softmax__"
 
@@ -15,11 +15,26 @@ ATTRIBUTE = "__no_softmax__"
 BY_NUMBER, BY_SEQUENCE, BY_ROW = "number", "sequence", "row"
 
 
+class HSTUKind(NamedTuple):
+    """Which parts a mask flash_attn.masks.HSTU has: num_targets and num_contexts, None, BY_NUMBER or
+    BY_SEQUENCE, and whether max_attn_len, min_full_attn_seq_len and groups of targets are in use.
+
+    What is in use is an argument of the kernel, in this order: first the aux_tensors and aux_scalars.
+    """
+
+    targets: Optional[str] = None
+    contexts: Optional[str] = None
+    window: bool = False
+    full: bool = False
+    group: bool = False
+
+
 @dataclass(frozen=True)
 class NoSoftmax:
     """normalization: one of score.NORMALIZATIONS, or BY_NUMBER, BY_SEQUENCE or BY_ROW. finite_at_zero: f and
     f' are finite at a score of 0. has_biases, has_decay: the last of the aux_tensors are sigmoid biases for
-    the heads, or slopes of their decay, or both in this order.
+    the heads, or slopes of their decay, or both in this order. hstu: the mask, which the first of the
+    aux_tensors and aux_scalars belong to.
 
     inf_seen_in: where float16 kernels look for an infinite score, "scores", "weights" or None
     (formulas.Formula).
@@ -30,6 +45,7 @@ class NoSoftmax:
     inf_seen_in: Optional[str] = "weights"
     has_biases: bool = False
     has_decay: bool = False
+    hstu: Optional[HSTUKind] = None
 
     @property
     def by_head(self) -> int:

@@ -7,7 +7,7 @@ import cutlass.cute as cute
 from cutlass import Float32
 from flash_attn.cute.nosoftmax.formulas import BY_HEAD, Bias, formula
 from flash_attn.cute.nosoftmax.kernel import of_head, ramp
-from flash_attn.cute.nosoftmax.marker import ATTRIBUTE, NoSoftmax, marked
+from flash_attn.cute.nosoftmax.marker import ATTRIBUTE, HSTUKind, NoSoftmax, marked
 
 
 class ScoreMods(NamedTuple):
@@ -61,9 +61,14 @@ class _Kernel:
 
 @functools.lru_cache(maxsize=None)
 def of_activation(
-    activation: str, sigmoid_bias: Bias, softcap: float, normalization: Optional[str], has_decay: bool
+    activation: str,
+    sigmoid_bias: Bias,
+    softcap: float,
+    normalization: Optional[str],
+    has_decay: bool,
+    hstu: Optional[HSTUKind] = None,
 ) -> ScoreMods:
-    """normalization and has_decay: as in NoSoftmax."""
+    """normalization, has_decay and hstu: as in NoSoftmax."""
     f = formula(activation, sigmoid_bias, softcap)
     has_biases = sigmoid_bias == BY_HEAD
 
@@ -89,7 +94,7 @@ def of_activation(
     score_mod_bwd.__cute_hash__ = f"{name} backward"
     mark = NoSoftmax(
         normalization, finite_at_zero=True, inf_seen_in=f.inf_seen_in, has_biases=has_biases,
-        has_decay=has_decay,
+        has_decay=has_decay, hstu=hstu,
     )  # fmt: skip
     setattr(score_mod, ATTRIBUTE, mark)
     return ScoreMods(score_mod, score_mod_bwd, f.unit, plans={})

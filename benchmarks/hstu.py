@@ -1,0 +1,257 @@
+"""Measure TFLOP/s of HSTU's masks on flash-attn-4's Hopper kernels: silu, a jagged batch, candidates.
+
+    python benchmarks/hstu.py --json docs/results/hstu_tflops.json
+
+The shapes are those of published HSTU kernels: bfloat16, 4 heads, lengths drawn from [0.9 N, N), 1 to 20
+candidates a sequence. Variants, timed in turn on the same tensors:
+
+    causal      causal=True, without a mask
+    targets     HSTU(num_targets)
+    contexts    and 8 contextual keys
+    window      and max_attn_len=256
+    quarter     a quarter of each sequence is candidates
+
+A row has the operations of the visible scores a second, and those of the tiles that hold one, which is what
+the kernels compute. Rows go to --json as they come, and a run that finds its own rows there goes on after
+them. --quick takes one head size and three shapes. The table is written beside the JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from flash_attn import flash_attn_varlen_func
+from flash_attn.masks import HSTU
+from flash_attn.nosoftmax.intervals import HSTUSequence
+from gpu_device import Gpu
+from gpu_record import BACKWARD, BACKWARD_FLOPS, FORWARD, tera_per_second
+from gpu_tables import table, tokens
+
+DEVICE, BACKEND = "cuda", "fa4"
+NHEADS = 4
+MOST_TARGETS = 20
+HEAD_DIMS = (128, 64, 256)
+SHAPES = ((512, 256), (512, 512), (512, 1024), (128, 2048), (32, 4096), (32, 8192), (32, 16384))
+QUICK = ((128,), ((512, 512), (128, 2048), (32, 8192)))
+VARIANTS = ("causal", "targets", "contexts", "window", "quarter")
+# TFLOP/s on an H100 that recsys-examples publishes for FBGEMM's CUTLASS kernels: (head_dim, direction) -> N.
+# Batches of 16 to 512, another run on another machine.
+PUBLISHED_N = (512, 1024, 2048, 4096, 8192, 16384)
+PUBLISHED = {
+    (64, FORWARD): ("97–191", "181–264", "301–374", "394–426", "456–470", "468–483"),
+    (64, BACKWARD): ("113–179", "201–266", "293–333", "374–383", "400–410", "415–426"),
+    (128, FORWARD): ("163–287", "281–397", "415–483", "505–535", "525–556", "553–571"),
+    (128, BACKWARD): ("145–204", "246–313", "358–390", "425–440", "461–468", "479–490"),
+    (256, FORWARD): ("193–351", "353–486", "511–580", "579–642", "617–632", "637–651"),
+    (256, BACKWARD): ("149–185", "238–271", "321–326", "356–363", "375–382", "385–391"),
+}
+KEY = ("head_dim", "batch", "seqlen", "direction", "variant")
+
+
+def drawn(batch: int, seqlen: int) -> tuple[list[int], list[int]]:
+    """The lengths and the numbers of candidates of a batch, the same in every run."""
+    generator = torch.Generator().manual_seed(seqlen)
+    lengths = torch.randint(int(0.9 * seqlen), seqlen, (batch,), generator=generator)
+    return lengths.tolist(), torch.randint(1, MOST_TARGETS + 1, (batch,), generator=generator).tolist()
+
+
+def masks(variant: str, lengths: list[int], targets: list[int]) -> list[HSTU]:
+    """The mask of each sequence."""
+    if variant == "causal":
+        return [HSTU()] * len(lengths)
+    if variant == "quarter":
+        return [HSTU(n // 4) for n in lengths]
+    contexts, window = {"targets": (0, 0), "contexts": (8, 0), "window": (8, 256)}[variant]
+    return [HSTU(count, contexts, window) for count in targets]
+
+
+def visible_scores(lengths: list[int], masks: list[HSTU]) -> int:
+    """The scores that count in a forward pass of one head, from the intervals of the rows."""
+    total = 0
+    for n, mask in zip(lengths, masks):
+        starts, ends = HSTUSequence(n, n, *mask).intervals()
+        total += int((ends - starts).clamp(min=0).sum())
+    return total
+
+
+def scores_of_tiles(lengths: list[int], masks: list[HSTU], tile_m: int, tile_n: int) -> int:
+    """The scores in tiles of (tile_m, tile_n) that hold one which counts."""
+    total = 0
+    for n, mask in zip(lengths, masks):
+        sequence = HSTUSequence(n, n, *mask)
+        for first in range(0, n, tile_m):
+            ranges = sequence.seen_by_any(range(first, min(first + tile_m, n)))
+            blocks = {x for keys in ranges for x in range(keys.start // tile_n, -(-keys.stop // tile_n))}
+            total += len(blocks) * tile_m * tile_n
+    return total
+
+
+def tiles(head_dim: int, direction: str) -> tuple[int, int]:
+    """(queries, keys) of the kernels' tiles."""
+    from flash_attn.cute import interface
+    from flash_attn.cute.nosoftmax.kernel import bwd_tile_with
+    from flash_attn.cute.nosoftmax.marker import NoSoftmax
+
+    if direction == FORWARD:
+        tile = interface._tile_size_fwd_sm90(head_dim, head_dim, True, False)
+    else:
+        choose = bwd_tile_with(NoSoftmax(), interface._tile_size_bwd_sm90)
+        tile = choose(head_dim, head_dim, True, False)
+    return tile.m_block_size, tile.n_block_size
+
+
+def flops(scores: int, head_dim: int, direction: str) -> float:
+    return 4.0 * scores * NHEADS * head_dim * (BACKWARD_FLOPS if direction == BACKWARD else 1.0)
+
+
+def _call(variant: str, lengths: list[int], masks: list[HSTU], seqlen: int) -> Callable:
+    """Return the public call of a variant, whose counts are tensors on the GPU."""
+    offsets = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    if variant == "causal":
+        options = {"causal": True}
+    else:
+        counts = torch.tensor([mask.num_targets for mask in masks], dtype=torch.int32, device=DEVICE)
+        options = {"mask": masks[0]._replace(num_targets=counts)}
+    return lambda q, k, v: flash_attn_varlen_func(
+        q, k, v, offsets, offsets, seqlen, seqlen, use_softmax=False, activation="silu",
+        normalization=1 / seqlen, backend=BACKEND, **options,
+    )  # fmt: skip
+
+
+def measure(gpu: Gpu, args: argparse.Namespace, done: set[tuple]) -> Iterator[dict]:
+    deadline = time.monotonic() + args.seconds
+    head_dims, shapes = QUICK if args.quick else (args.head_dims, SHAPES)
+    for head_dim in head_dims:
+        for batch, seqlen in shapes:
+            for direction in (FORWARD, BACKWARD):
+                case = (head_dim, batch, seqlen, direction)
+                if all((*case, variant) in done for variant in VARIANTS):
+                    continue
+                if time.monotonic() > deadline:
+                    print("the time is up: the same command goes on from here", flush=True)
+                    return
+                # A run that was stopped within a case has some of its rows.
+                yield from (row for row in _rows(gpu, *case) if tuple(row[name] for name in KEY) not in done)
+
+
+def _rows(gpu: Gpu, head_dim: int, batch: int, seqlen: int, direction: str) -> Iterator[dict]:
+    lengths, targets = drawn(batch, seqlen)
+    shape = sum(lengths), NHEADS, head_dim
+    q, k, v, dout = (torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(4))
+    calls = []
+    for variant in VARIANTS:
+        call = _call(variant, lengths, masks(variant, lengths, targets), seqlen)
+        if direction == FORWARD:
+            calls.append(lambda call=call: call(q, k, v))
+            continue
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = call(*leaves)
+        calls.append(lambda out=out, leaves=leaves: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+    for variant, ms in zip(VARIANTS, gpu.medians(calls)):
+        given = lengths, masks(variant, lengths, targets)
+        work = [
+            flops(scores, head_dim, direction)
+            for scores in (visible_scores(*given), scores_of_tiles(*given, *tiles(head_dim, direction)))
+        ]
+        yield {
+            **dict(zip(KEY, (head_dim, batch, seqlen, direction, variant))),
+            "ms": ms,
+            "tflops": tera_per_second(work[0], ms),
+            "tflops_of_tiles": tera_per_second(work[1], ms),
+        }
+
+
+def markdown(record: dict) -> str:
+    text = f"""# HSTU's masks on {record["device"]}
+
+{record["date"]}, torch {record["torch"]}, flash-attn-4 {record["flash_attn_4"]}, nvidia-cutlass-dsl {record["dsl"]}:
+
+    {record["command"]}
+
+TFLOP/s, bfloat16, silu, {NHEADS} heads, lengths in [0.9 N, N), 1 to {MOST_TARGETS} candidates, medians with a cold L2 cache; backward
+alone. The first number counts the visible scores, the one in brackets those of the tiles that hold one. In the same run cuBLAS reached
+{record["matmul_tflops"]:.0f} TFLOP/s on 8192³. Variants: `benchmarks/hstu.py`. The last line is not of this run: it is published by
+recsys-examples for FBGEMM's CUTLASS kernels on an H100, at batches of 16 to 512.
+"""  # noqa: E501
+    for direction in (FORWARD, BACKWARD):
+        for head_dim in sorted({row["head_dim"] for row in record["rows"]}):
+            rows = [r for r in record["rows"] if (r["head_dim"], r["direction"]) == (head_dim, direction)]
+            rows.sort(key=lambda r: (r["seqlen"], VARIANTS.index(r["variant"])))
+            if not rows:
+                continue
+            cells = [
+                {**r, "said": f"{r['tflops']:.0f} ({r['tflops_of_tiles']:.0f})", "line": r["variant"]}
+                for r in rows
+            ]
+            cells += [
+                {"seqlen": n, "batch": None, "said": said, "line": "published, FBGEMM"}
+                for n, said in zip(PUBLISHED_N, PUBLISHED[head_dim, direction])
+                if any(r["seqlen"] == n for r in rows)
+            ]
+            text += f"\n## {direction.capitalize()}, head_dim {head_dim}\n\n"
+            text += table(
+                cells, "variant", lambda r: r["line"], lambda r: f"N = {tokens(r['seqlen'])}",
+                lambda r: r["said"],
+            )  # fmt: skip
+    return text
+
+
+def started(args: argparse.Namespace, argv: list[str]) -> dict:
+    """Return the record in --json if it is of this device and these versions, else a new one."""
+    record = {
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/hstu.py", *argv]),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "flash_attn_4": metadata.version("flash-attn-4"),
+        "dsl": metadata.version("nvidia-cutlass-dsl"),
+    }
+    if args.json is not None and args.json.is_file():
+        earlier = json.loads(args.json.read_text(encoding="utf-8"))
+        if all(earlier[name] == record[name] for name in ("device", "torch", "flash_attn_4", "dsl")):
+            return earlier
+    return {**record, "rows": []}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--head-dims", type=int, nargs="+", default=list(HEAD_DIMS), choices=HEAD_DIMS)
+    parser.add_argument("--quick", action="store_true", help="head size 128 and three shapes")
+    parser.add_argument("--budget-ms", type=float, default=200.0, help="time for the variants of one case")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing new after this time")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        print("error: this needs a Hopper GPU and a torch with CUDA", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    gpu = Gpu(args.budget_ms)
+    record = started(args, sys.argv[1:] if argv is None else argv)
+    record.setdefault("matmul_tflops", gpu.matmul_tflops(torch.bfloat16))
+    done = {tuple(row[name] for name in KEY) for row in record["rows"]}
+    for row in measure(gpu, args, done):
+        record["rows"].append(row)
+        print(
+            f"{' '.join(str(row[name]) for name in KEY)}: {row['ms']:.3f} ms, {row['tflops']:.0f} TFLOP/s "
+            f"visible, {row['tflops_of_tiles']:.0f} in tiles",
+            flush=True,
+        )
+        if args.json is not None:
+            args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            args.json.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

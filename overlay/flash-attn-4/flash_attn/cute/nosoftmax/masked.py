@@ -1,0 +1,200 @@
+"""Implement flash_attn.masks.HSTU in upstream's Hopper kernels, with the ranges of ranges.py.
+
+A tile visits the blocks of HSTURanges.keys or .queries. Upstream's loops count an index from 0, which
+`BlockInfo` bounds here, and `key_blocks` and `query_block` turn it into the block that is loaded and masked.
+"""
+
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Callable, Optional
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32
+from flash_attn.cute import block_info, mask, seqlen_info
+from flash_attn.cute.nosoftmax.marker import BY_NUMBER, NoSoftmax
+from flash_attn.cute.nosoftmax.ranges import Blocks, HSTURanges
+from quack import layout_utils
+
+
+class Registers:
+    """The operations of ranges.py on integers of a kernel."""
+
+    @staticmethod
+    def min(a: Any, b: Any) -> Any:
+        return min(a, b) if isinstance(a, int) and isinstance(b, int) else cutlass.min(a, b)
+
+    @staticmethod
+    def max(a: Any, b: Any) -> Any:
+        return max(a, b) if isinstance(a, int) and isinstance(b, int) else cutlass.max(a, b)
+
+    @staticmethod
+    def where(condition: Any, a: Any, b: Any) -> Any:
+        if isinstance(condition, bool):
+            return a if condition else b
+        return Int32(cutlass.select_(Boolean(condition).ir_value(), Int32(a).ir_value(), Int32(b).ir_value()))
+
+
+def hides(mark: Optional[NoSoftmax]) -> bool:
+    """Whether there is a mask beside causal and window_size."""
+    return mark is not None and mark.hstu is not None
+
+
+# ---- Upstream's classes, with the mask ----
+
+
+@dataclass(frozen=True)
+class SeqlenInfo(seqlen_info.SeqlenInfoQK):
+    ranges: Optional[HSTURanges] = None
+
+
+def seqlens(mark: Optional[NoSoftmax], create: Callable, aux_data: Any) -> Callable:
+    """Return the function that describes sequence batch_idx: create, or one that adds the ranges of the mask."""
+    return partial(_with_ranges, mark, create, aux_data) if hides(mark) else create
+
+
+def _with_ranges(mark: NoSoftmax, create: Callable, aux_data: Any, batch_idx: Int32) -> SeqlenInfo:
+    plain = create(batch_idx)
+    tensors, scalars = iter(aux_data.tensors or ()), iter(aux_data.scalars or ())
+    numbers = {
+        name: Int32(next(scalars) if given in (True, BY_NUMBER) else next(tensors)[batch_idx])
+        for name, given in mark.hstu._asdict().items()
+        if given
+    }
+    ranges = HSTURanges.of(Registers, mark.hstu, plain.seqlen_q, plain.seqlen_k, numbers)
+    return SeqlenInfo(**{x.name: getattr(plain, x.name) for x in fields(plain)}, ranges=ranges)
+
+
+@dataclass(frozen=True)
+class BlockInfo(block_info.BlockInfo):
+    """Bounds the indices of the blocks that a tile visits, in the place of the blocks themselves."""
+
+    def keys(self, seqlen: SeqlenInfo, m_block: Int32) -> Blocks:
+        return seqlen.ranges.keys(m_block * self.tile_m, (m_block + 1) * self.tile_m, self.tile_n)
+
+    def queries(self, seqlen: SeqlenInfo, n_block: Int32) -> Blocks:
+        return seqlen.ranges.queries(n_block * self.tile_n, (n_block + 1) * self.tile_n, self.tile_m)
+
+    def get_n_block_min_max(self, seqlen: SeqlenInfo, m_block: Int32) -> tuple:
+        return 0, self.keys(seqlen, m_block).count
+
+    def get_n_block_min_causal_local_mask(self, seqlen: SeqlenInfo, m_block: Int32, n_block_min) -> Int32:
+        """Return where the blocks begin that need the mask. The forward counts down."""
+        return self.keys(seqlen, m_block).split
+
+    def get_m_block_min_max(self, seqlen: SeqlenInfo, n_block: Int32) -> tuple:
+        return 0, self.queries(seqlen, n_block).count
+
+
+def block_info_class(mark: Optional[NoSoftmax]) -> type:
+    return BlockInfo if hides(mark) else block_info.BlockInfo
+
+
+def attention_mask_class(mark: Optional[NoSoftmax]) -> type:
+    return AttentionMask if hides(mark) else mask.AttentionMask
+
+
+@dataclass(frozen=True)
+class AttentionMask(mask.AttentionMask):
+    def apply_mask(
+        self, acc_S: cute.Tensor, m_block: Int32, n_block: Int32, thr_mma: cute.ThrMma, **upstreams: Any
+    ) -> None:
+        """Write mask_value into what a tile of S hides. A thread owns few of its rows or, transposed, of its
+        keys: it finds what each of them shows, as bits over the other side.
+        """
+        ranges, swap = self.seqlen_info.ranges, self.swap_AB
+        shape = (self.tile_n, self.tile_m) if swap else (self.tile_m, self.tile_n)
+        acc, places, constants = (
+            layout_utils.reshape_acc_to_mn(x, transpose=swap)
+            for x in (
+                acc_S,
+                thr_mma.partition_C(cute.make_identity_tensor(shape)),
+                thr_mma.get_slice(0).partition_C(cute.make_identity_tensor(shape)),
+            )
+        )
+        # Of a place, (row, key), or (key, row) if transposed, [0] is on the thread's own side.
+        first_row = m_block * self.tile_m + ranges.offset
+        first_key = n_block * self.tile_n
+        count, others = acc.shape[swap], acc.shape[1 - swap]
+        if swap:
+            own, other, first_own, first_other = (lambda i, j: (j, i)), ranges.of_key, first_key, first_row
+        else:
+            own, other, first_own, first_other = (lambda i, j: (i, j)), ranges.of_row, first_row, first_key
+        for j in range(cute.size(others)):
+            assert constants[own(0, j)][1] == j // 2 * 8 + j % 2, "the bits are of other columns"
+        for i in range(cute.size(count)):
+            position = places[own(i, 0)][0] + first_own
+            shift = first_other + places[own(0, 0)][1]
+            bounds = [
+                tuple(mask.sm90_col_to_r2p_idx(Int32(x) - shift) for x in shown) for shown in other(position)
+            ]
+            mask.mask_r2p_lambda(
+                acc[own(i, None)], partial(_shown, bounds), rank1=True, mask_value=self.mask_value
+            )
+
+    def m_block_interior(self, n_block: Int32) -> Int32:
+        """Return the index of the first block of queries that needs no mask."""
+        first = n_block * self.tile_n
+        return self.seqlen_info.ranges.queries(first, first + self.tile_n, self.tile_m).split
+
+
+def _shown(bounds: list, chunk: int) -> Any:
+    """Return the bits of the elements of a chunk that lie in any of the ranges."""
+    shown = None
+    for first, end in bounds:
+        bits = mask.r2p_bitmask_below(end, chunk) & mask.r2p_bitmask_above(first, chunk)
+        shown = bits if shown is None else shown | bits
+    return shown
+
+
+# ---- From an index to a block ----
+
+
+def key_block(mark: Optional[NoSoftmax], blocks: Any, seqlen: Any, m_block: Int32) -> Callable:
+    """Return the function that turns an index of the forward's loops into a block of keys."""
+    return blocks.keys(seqlen, m_block).physical if hides(mark) else _same
+
+
+def query_block(mark: Optional[NoSoftmax], blocks: Any, seqlen: Any, n_block: Int32) -> Callable:
+    """Return the function that turns an index of the backward's loops into a block of queries."""
+    return blocks.queries(seqlen, n_block).physical if hides(mark) else _same
+
+
+def _same(block: Any) -> Any:
+    return block
+
+
+def at_blocks(block: Callable, *functions: Callable, name: Optional[str] = None) -> list[Callable]:
+    """Return functions that take an index in the place of the block that is their argument `name`, or their
+    first."""
+
+    def at(function: Callable) -> Callable:
+        def visit(*args, **kwargs):
+            if name is None:
+                return function(block(args[0]), *args[1:], **kwargs)
+            return function(*args, **{**kwargs, name: block(kwargs[name])})
+
+        return visit
+
+    return list(functions) if block is _same else [at(function) for function in functions]
+
+
+# ---- The ends ----
+
+
+@cute.jit
+def zero_without_blocks(acc_O: cute.Tensor, count: Int32) -> None:
+    """Write 0 for a tile of queries that sees no key: what it visited is hidden, and may be NaN."""
+    if count <= 0:
+        acc_O.fill(0.0)
+
+
+def turn(seqlen: SeqlenInfo, blocks: BlockInfo, n_block: Int32, m_block: Int32) -> Int32:
+    """Return how many key tiles add to dQ of m_block before n_block does, in the deterministic order."""
+    first = m_block * blocks.tile_m
+    return Int32(seqlen.ranges.turn(n_block, first, first + blocks.tile_m, blocks.tile_n))
+
+
+def visible(seqlen: SeqlenInfo, row: Int32) -> Float32:
+    """Return the number of keys that query `row` sees, at least 1."""
+    return Float32(cutlass.max(seqlen.ranges.visible(row + seqlen.ranges.offset), 1))

@@ -1,0 +1,310 @@
+"""Say which blocks of a sequence a tile visits under flash_attn.masks.HSTU, and which entries it shows.
+
+Every bound is a few integer operations on numbers of the sequence, so each warp of a kernel finds its blocks
+by itself: nothing is built per batch. `m` is the machine that computes: `Ints` for Python's numbers, as the
+tests use it, or masked.Registers for those of a kernel. It has ``min``, ``max`` and ``where(condition, a,
+b)``. Divisions are of numbers that are not negative.
+
+A query row r has position i = r + seqlen_k - seqlen_q, and keys are named by their position j. The docstring
+of flash_attn.masks says what a position sees; with C contextual keys, the history up to H, targets after it,
+a window W and F whole rows it is
+
+    by row     contextual: [0, H);  history: [lo(i), i + 1);  target: [lo(H), H) and its group up to itself
+    by key     history: [0, C), [max(j, C), end(j)) and with F [max(H - F, j, C), n);  target: its group from
+               itself on
+
+where lo(i) is the first key in the window of i, and end(j) is n if the window of the targets reaches j, else
+where the window of the rows leaves j behind.
+"""
+
+from typing import Any, NamedTuple
+
+from .marker import HSTUKind
+
+Range = tuple  # (first, end), half-open; empty if end <= first
+
+
+class Ints:
+    """Python's numbers."""
+
+    min, max = staticmethod(min), staticmethod(max)
+
+    @staticmethod
+    def where(condition: bool, a: int, b: int) -> int:
+        return a if condition else b
+
+
+class Blocks(NamedTuple):
+    """The blocks that a tile visits, in the order of an index from 0 to count - 1. The first `masked_first`
+    of them or, with interior first, the ones from `split` on need the mask: `split` is the index between
+    them.
+    """
+
+    m: Any
+    ranges: tuple  # of blocks, apart from each other, in the order in which they are visited
+    split_at: int  # the number of ranges before `split`
+
+    def _up_to(self, ranges: int) -> Any:
+        total = 0
+        for first, end in self.ranges[:ranges]:
+            total = total + (end - first)
+        return total
+
+    @property
+    def count(self) -> Any:
+        return self._up_to(len(self.ranges))
+
+    @property
+    def split(self) -> Any:
+        return self._up_to(self.split_at)
+
+    def physical(self, index: Any) -> Any:
+        """Return the block at `index`."""
+        shifts, before = [], 0
+        for first, end in self.ranges:
+            shifts.append((before + (end - first), first - before))
+            before = before + (end - first)
+        _, shift = shifts[-1]
+        for end, earlier in reversed(shifts[:-1]):
+            shift = self.m.where(index < end, earlier, shift)
+        return index + shift
+
+
+class HSTURanges(NamedTuple):
+    """One sequence. kind says, when a kernel is compiled, which parts the mask has; the others are not read."""
+
+    m: Any
+    kind: HSTUKind
+    seqlen_q: Any
+    seqlen_k: Any
+    targets: Any
+    contexts: Any
+    window: Any
+    full: Any
+    group: Any
+
+    @classmethod
+    def of(cls, m: Any, kind: HSTUKind, seqlen_q: Any, seqlen_k: Any, numbers: dict) -> "HSTURanges":
+        """Return the ranges of a sequence. numbers: those of the fields after seqlen_k that the mask has.
+
+        Counts are clamped to what the sequence holds: only the device may know them.
+        """
+        numbers = {**dict.fromkeys(HSTUKind._fields, 0), **numbers}
+        if kind.targets:
+            numbers["targets"] = m.max(m.min(numbers["targets"], seqlen_k), 0)
+        if kind.contexts:
+            numbers["contexts"] = m.max(m.min(numbers["contexts"], seqlen_k - numbers["targets"]), 0)
+        return cls(m, kind, seqlen_q, seqlen_k, **numbers)
+
+    @property
+    def offset(self) -> Any:
+        """The position of query 0."""
+        return self.seqlen_k - self.seqlen_q
+
+    @property
+    def history_end(self) -> Any:
+        return self.seqlen_k - self.targets
+
+    @property
+    def _anchor(self) -> Any:
+        """The index of the last contextual key, whose distances all of them have."""
+        return self.m.max(self.contexts - 1, 0) if self.kind.contexts else 0
+
+    # ---- Entries ----
+
+    def _in_window(self, at: Any) -> Any:
+        """Return the first key in the window of a row at position `at`, at most history_end."""
+        start = self.m.max(at - self.window, self.contexts)
+        return self.m.where(at <= self.window + self._anchor, 0, start)
+
+    def _group_start(self, position: Any) -> Any:
+        """Return where the group of a target begins; history_end for positions before it."""
+        behind = self.m.max(position - self.history_end, 0)
+        if self.kind.group:
+            behind = behind // self.group * self.group
+        return self.history_end + behind
+
+    def _group_end(self, position: Any) -> Any:
+        behind = self.m.max(position - self.history_end, 0)
+        last = behind // self.group * self.group + self.group if self.kind.group else behind + 1
+        return self.m.min(self.history_end + last, self.seqlen_k)
+
+    def of_row(self, position: Any) -> tuple[Range, ...]:
+        """Return the keys that a row sees: of contextual keys and history, and if there may be any, of
+        targets."""
+        m, end = self.m, self.history_end
+        start = 0
+        if self.kind.window:
+            at = m.min(position, end)
+            start = self._in_window(at)
+            if self.kind.full:
+                start = m.where(at >= end - self.full, 0, start)
+        stop = m.min(position + 1, end)
+        if self.kind.contexts:
+            stop = m.where(position < self.contexts, m.where(position < 0, 0, end), stop)
+        if not self.kind.targets:
+            return ((start, stop),)
+        return (start, stop), (self._group_start(position), m.where(position >= end, position + 1, 0))
+
+    def of_key(self, position: Any) -> tuple[Range, ...]:
+        """Return the positions of the rows that see a key. A row behind the sequence may be among them."""
+        m, end, n = self.m, self.history_end, self.seqlen_k
+        in_history = not self.kind.targets or position < end
+        start = m.max(position, self.contexts)
+        stop = self._last_reached(position)
+        ranges = []
+        if self.kind.contexts:
+            ranges.append((0, m.where(in_history, self.contexts, 0)))
+        ranges.append(
+            (
+                m.where(in_history, start, position),
+                m.where(in_history, stop, self._group_end(position) if self.kind.targets else n),
+            )
+        )
+        if self.kind.full:
+            ranges.append((m.max(end - self.full, start), m.where(in_history, n, 0)))
+        return tuple(ranges)
+
+    def _last_reached(self, key: Any) -> Any:
+        """Return the end of the rows whose window reaches a key of the history, or n if that of the targets
+        does."""
+        if not self.kind.window:
+            return self.seqlen_k
+        farthest = self.m.max(key, self._anchor) + self.window
+        return self.m.where(farthest >= self.history_end, self.seqlen_k, farthest + 1)
+
+    def visible(self, position: Any) -> Any:
+        """Return the number of keys that a row sees."""
+        return sum(self.m.max(end - first, 0) for first, end in self.of_row(position))
+
+    # ---- Blocks of keys for a tile of queries ----
+
+    def _key_blocks(self, first: Any, stop: Any, tile_n: int) -> tuple[Range, Range]:
+        """Return the blocks of keys that hold an entry that one of the rows [first, stop) sees: of contextual
+        keys and history, and of targets from there on.
+
+        The windows of successive rows overlap, and so do groups, so no key between is hidden from all.
+        """
+        m, end, contexts = self.m, self.history_end, self.contexts
+        first = m.max(first + self.offset, 0)
+        stop = m.max(m.min(stop + self.offset, self.seqlen_k), 0)
+        start = 0
+        if self.kind.window:
+            start = self._in_window(m.min(first, end))
+            if self.kind.full:
+                start = m.where(stop > end - self.full, 0, start)
+            if self.kind.contexts:
+                start = m.where(first < contexts, 0, start)
+        last = m.min(stop, end)
+        if self.kind.contexts:
+            last = m.where(first < contexts, end, last)
+        history = _blocks(m, start, m.where(first < stop, last, 0), tile_n)
+        if not self.kind.targets:
+            return history, (history[1], history[1])
+        begin, behind = _blocks(m, self._group_start(first), m.where(stop > end, stop, 0), tile_n)
+        begin = m.max(begin, history[1])
+        return history, (begin, m.max(begin, behind))
+
+    def _seen_by_all(self, first: Any, stop: Any) -> Range:
+        """Return contextual keys and history that each of the rows [first, stop) sees."""
+        m, end, contexts = self.m, self.history_end, self.contexts
+        first, stop = first + self.offset, m.min(stop + self.offset, self.seqlen_k)
+        behind_contexts = m.max(first, contexts)
+        start = 0
+        if self.kind.window:
+            # The last row with a window sees least.
+            last = m.min(stop, end - self.full) - 1 if self.kind.full else stop - 1
+            start = m.where(last >= behind_contexts, self._in_window(m.min(last, end)), 0)
+        until = m.where(behind_contexts < m.min(stop, end), behind_contexts + 1, end)
+        return start, m.where(first < 0, 0, until)
+
+    def keys(self, first: Any, stop: Any, tile_n: int) -> Blocks:
+        """Return the blocks of `tile_n` keys that a tile of query rows [first, stop) visits. The ones before
+        `split` need no mask."""
+        m = self.m
+        (begin, end), targets = self._key_blocks(first, stop, tile_n)
+        seen, unseen = self._seen_by_all(first, stop)
+        inner = m.min(m.max((m.max(seen, 0) + (tile_n - 1)) // tile_n, begin), end)
+        outer = m.max(m.min(m.max(unseen, 0) // tile_n, end), inner)
+        ranges = [(inner, outer), (outer, end)]
+        if self.kind.window:  # else the interior begins with the first key
+            ranges.insert(1, (begin, inner))
+        if self.kind.targets:
+            ranges.append(targets)
+        return Blocks(m, tuple(ranges), split_at=1)
+
+    def turn(self, n_block: Any, first: Any, stop: Any, tile_n: int) -> Any:
+        """Return how many blocks of keys before n_block visit the rows [first, stop): when it is the turn of
+        n_block to add to the sums of these rows, if blocks do so in order."""
+        m, turn = self.m, 0
+        for begin, end in self._key_blocks(first, stop, tile_n):
+            turn = turn + m.max(m.min(n_block, end) - begin, 0)
+        return turn
+
+    # ---- Blocks of queries for a tile of keys ----
+
+    def queries(self, first: Any, stop: Any, tile_m: int) -> Blocks:
+        """Return the blocks of `tile_m` query rows that a tile of keys [first, stop) visits. The ones from
+        `split` on need no mask, those behind the last query aside."""
+        m, end, n, contexts = self.m, self.history_end, self.seqlen_k, self.contexts
+        stop = m.min(stop, n)
+        in_history = not self.kind.targets or first < end
+        whole = not self.kind.targets or stop <= end  # the tile has no target
+        start = m.max(first, contexts)
+        seen_from = m.max(stop - 1, contexts)  # the first row behind the contexts that sees all keys
+
+        until = self._last_reached(m.min(stop, end) - 1)
+        if self.kind.targets:
+            start = m.where(in_history, start, first)
+            until = m.where(in_history, until, self._group_end(stop - 1))
+        diagonal = self._query_blocks(start, m.where(first < stop, until, 0), tile_m)
+        inner, outer = self._inside(seen_from, m.where(whole, self._last_reached(first), 0), diagonal, tile_m)
+        masked, interior = [(diagonal[0], inner)], [(inner, outer)]
+        if self.kind.window:  # else every row after the diagonal sees all
+            masked.append((outer, diagonal[1]))
+        if self.kind.contexts:
+            before = self._query_blocks(0, m.where(in_history, contexts, 0), tile_m)
+            masked, interior, diagonal = _behind(m, before[1], masked, interior, diagonal)
+            masked.insert(0, before)
+        if self.kind.full:
+            tail = m.max(end - self.full, m.max(first, contexts))
+            tail_begin, tail_end = self._query_blocks(tail, m.where(in_history, n, 0), tile_m)
+            tail_begin = m.max(tail_begin, diagonal[1])
+            tail_end = m.max(tail_begin, tail_end)
+            from_row = m.max(end - self.full, seen_from)
+            inner, outer = self._inside(from_row, m.where(whole, n, 0), (tail_begin, tail_end), tile_m)
+            masked.append((tail_begin, inner))
+            interior.append((inner, outer))
+        return Blocks(m, (*masked, *interior), split_at=len(masked))
+
+    def _query_blocks(self, first: Any, stop: Any, tile_m: int) -> Range:
+        """Return the blocks of query rows of positions [first, stop); (0, 0) if there are none."""
+        m = self.m
+        return _blocks(m, m.max(first - self.offset, 0), m.min(stop - self.offset, self.seqlen_q), tile_m)
+
+    def _inside(self, first: Any, stop: Any, blocks: Range, tile_m: int) -> Range:
+        """Return the blocks among `blocks` that lie in the positions [first, stop), or none at their end. The
+        last one may reach behind the last query: rows there count for nothing."""
+        m, (begin, end) = self.m, blocks
+        inner = (m.max(first - self.offset, 0) + (tile_m - 1)) // tile_m
+        outer = m.max(stop - self.offset, 0) // tile_m
+        outer = m.min(m.where(stop >= self.seqlen_k, end, outer), end)
+        inner = m.max(inner, begin)
+        inner = m.where(inner < outer, inner, end)
+        return inner, m.max(outer, inner)
+
+
+def _blocks(m: Any, first: Any, stop: Any, tile: int) -> Range:
+    """Return the blocks that hold an index of [first, stop), first >= 0; (0, 0) if there is none."""
+    there = first < stop
+    return (m.where(there, first // tile, 0), m.where(there, (m.max(stop, 0) + (tile - 1)) // tile, 0))
+
+
+def _behind(m: Any, block: Any, *parts: Any) -> tuple:
+    """Cut blocks before `block` off ranges and lists of ranges."""
+    return tuple(
+        [_behind(m, block, x)[0] for x in part]
+        if isinstance(part, list)
+        else (m.max(part[0], block), m.max(part[1], block))
+        for part in parts
+    )
