@@ -10,7 +10,7 @@ export HEAD_DIMS DTYPES PASSES ARCHS NO_SOFTMAX_ONLY
 export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN WIDEN UPGRADE LOCK
 
 .PHONY: help env lock-tools fetch apply status refresh rebase rebase-continue rebase-abort bundle lint toolchain wheel smoke sass-identity compile-check \
-        test test-fast test-unit test-patches test-attention upstream-test test-transformers sanitize bench bench-gpu bench-fa4 bench-host bench-linear bench-decay bench-peers clean distclean
+        test test-fast test-unit test-patches test-attention upstream-test test-transformers sanitize bench bench-gpu bench-fa4 bench-hstu bench-host bench-linear bench-decay bench-peers clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -102,6 +102,9 @@ bench-fa4:  ## measure TFLOP/s of flash-attn-4's kernels without softmax (needs 
 	$(PY) benchmarks/fa4_tflops.py --compile $(JOBS)
 	$(PY) benchmarks/fa4_tflops.py --json docs/results/fa4_tflops.json
 	$(PY) benchmarks/fa4_tables.py
+
+bench-hstu:  ## measure TFLOP/s of HSTU's masks on jagged batches (needs a Hopper GPU and both wheels); goes on where it stopped
+	$(PY) benchmarks/hstu.py --json docs/results/hstu_tflops.json
 
 bench-host: wheel  ## measure what a small call costs the host, for each available backend
 	$(PY) benchmarks/host.py --json docs/results/host.json

@@ -51,6 +51,22 @@ def meta_is_a_gpu(monkeypatch):
     monkeypatch.setattr(serves, "_device_reason", reason)
 
 
+@pytest.mark.parametrize("mask", ["hstu", "intervals"])
+@pytest.mark.parametrize("fields", [
+    {}, {"normalization": "1/visible", "deterministic": True}, {"normalization": "1/n", "activation": "silu"},
+], ids=str)  # fmt: skip
+def test_masks_are_served(mask, fields):
+    """Every score function, in every order; what the kernels lack is refused beside them too."""
+    q, k, v = (x.requires_grad_() for x in tensors())
+    options = checks.options(
+        64, 0, 0, 0.0, None, False, (None, None), 0.0, fields.get("deterministic", False), False,
+        fields.get("activation", "identity"), 0.0, fields.get("normalization"),
+    )._replace(mask=mask)  # fmt: skip
+    assert serves.obstacle(call.Call.of(options, q=q, k=k, v=v)) is None
+    dropping = call.Call.of(options._replace(dropout_p=0.1), q=q, k=k, v=v)
+    assert "dropout_p" in serves.obstacle(dropping)
+
+
 @pytest.mark.parametrize(
     "shape",
     [

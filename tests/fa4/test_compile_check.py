@@ -140,6 +140,9 @@ def test_faults(case, instructions, words):
         ({"head_dim": 64}, 0),
         ({"head_dim": 64, "decay": True}, 4),
         ({"head_dim": 128, "decay": True}, 0),
+        ({"head_dim": 128, "activation": "silu", "hstu": compile_check.TARGETS}, 44),
+        ({"head_dim": 256, "activation": "silu", "hstu": compile_check.EVERY_PART}, 0),
+        ({"head_dim": 128, "intervals": 2}, 152),
     ],
 )
 def test_some_backward_kernels_may_spill(case, most):

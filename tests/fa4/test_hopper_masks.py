@@ -1,5 +1,7 @@
-"""Test flash_attn.masks on the Hopper kernels with several tiles a sequence. tests/attention/test_hstu_masks.py
-runs on them too, with small ones; test_ranges.py has the blocks without a GPU.
+"""Test flash_attn.masks on the Hopper kernels with several tiles a sequence.
+
+tests/attention/test_hstu_masks.py runs on them too, with small ones; test_ranges.py has the blocks without a
+GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from itertools import product
 import flash_attn
 import pytest
 import torch
-from flash_attn.masks import HSTU
+from flash_attn.masks import HSTU, Intervals
+from flash_attn.nosoftmax.intervals import HSTUSequence
 
 from measure import compare, compare_output, compare_results, gradients, integers, packed, qkv, randn
 from oracle import FUNCTIONS
@@ -49,6 +52,37 @@ def hstu(attention, mask: dict, sequence: int | None = None) -> HSTU:
         name: x if isinstance(x, int) else integers(attention, *x) if sequence is None else x[sequence]
         for name, x in mask.items()
     })  # fmt: skip
+
+
+def semi_local(n: int, first: int = 40, local: int = 100) -> tuple:
+    """The first keys and the last ones up to itself: (starts, ends), (n, 2)."""
+    row = torch.arange(n)
+    starts = torch.stack([torch.zeros_like(row), (row - local + 1).clamp(min=first)], 1)
+    return starts, torch.maximum(torch.stack([(row + 1).clamp(max=first), row + 1], 1), starts)
+
+
+def apart(n: int) -> tuple:
+    """Three intervals of any length, of which some are not used; some rows see nothing."""
+    cuts = torch.randint(0, n + 1, (n, 6), generator=torch.Generator().manual_seed(n)).sort(-1).values
+    starts, ends = cuts[:, ::2].clone(), cuts[:, 1::2].clone()
+    ends[::3], ends[1::5, 1] = starts[::3], starts[1::5, 1]
+    return starts, ends
+
+
+def as_hstu(n: int) -> tuple:
+    return HSTUSequence(n, n, n // 3, 8 if n > 90 else 0, 129, 30, 13).intervals()
+
+
+INTERVALS = {"semi-local": semi_local, "apart": apart, "HSTU": as_hstu}
+intervals = pytest.mark.parametrize("rows", INTERVALS.values(), ids=INTERVALS)
+
+
+def written_out(attention, rows, lengths_q=None) -> Intervals:
+    """Return the intervals of packed sequences: of their last rows, if lengths_q says how many."""
+    pairs = [
+        [x[n - q :] for x in rows(n)] for n, q in zip(LENGTHS, LENGTHS if lengths_q is None else lengths_q)
+    ]
+    return Intervals(*(torch.cat(x).int().to(attention.device) for x in zip(*pairs)))
 
 
 def check(attention, tensors, lengths_q, mask, **options) -> None:
@@ -109,7 +143,7 @@ def test_normalizations(attention, head_dim, normalization):
 @pytest.mark.parametrize("nheads_k", [1, 4])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_deterministic(attention, head_dim, nheads_k, mask):
-    """Key tiles add to dq in their order, although each row meets others of them; runs are equal bit for bit."""
+    """Key tiles add to dq in order, although each row meets others of them: runs are equal bit for bit."""
     tensors = packed(attention, LENGTHS, LENGTHS, nheads=4, nheads_k=nheads_k, head_dim=head_dim)
     options = dict(activation="silu", deterministic=True, mask=hstu(attention, mask))
     lengths = dict(lengths_q=LENGTHS, lengths_k=LENGTHS)
@@ -208,3 +242,68 @@ def test_compiled_and_captured(attention):
         counts.copy_(integers(attention, 3, 0, 281, 0))
         graph.replay()
         assert torch.equal(out, attend(q, k, v, counts))
+
+
+# ---- Intervals
+
+
+@intervals
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_intervals(attention, head_dim, rows):
+    tensors = packed(attention, LENGTHS, LENGTHS, nheads=4, nheads_k=2, head_dim=head_dim)
+    mask = written_out(attention, rows)
+    check(attention, tensors, LENGTHS, mask, activation="silu", normalization="1/visible")
+
+
+@intervals
+@pytest.mark.parametrize("activation", FUNCTIONS)
+def test_intervals_of_the_last_rows(attention, activation, rows):
+    lengths_q = [150, 0, 281, 9]
+    tensors = packed(attention, lengths_q, LENGTHS, head_dim=64)
+    mask = written_out(attention, rows, lengths_q)
+    check(attention, tensors, lengths_q, mask, activation=activation, normalization="1/n")
+
+
+@intervals
+def test_intervals_of_a_batch(attention, rows):
+    """Beside a decay too, whose distances are those of indices."""
+    pair = [torch.stack([x, x.flip(0)]) for x in rows(500)]
+    mask = Intervals(*(x.int().to(attention.device) for x in pair))
+    tensors = qkv(attention, 2, 500, 500, nheads=2, head_dim=128)
+    slopes = torch.tensor([0.02, 0.1], device=attention.device)
+    for options in ({}, {"decay_slopes": slopes}):
+        compare(attention, *tensors, mask=mask, activation="silu", **options)
+
+
+@intervals
+@pytest.mark.parametrize("nheads_k", [1, 4])
+def test_intervals_in_order(attention, nheads_k, rows):
+    tensors = packed(attention, LENGTHS, LENGTHS, nheads=4, nheads_k=nheads_k, head_dim=64)
+    options = dict(activation="silu", mask=written_out(attention, rows))
+    check(attention, tensors, LENGTHS, deterministic=True, **options)
+    lengths = dict(lengths_q=LENGTHS, lengths_k=LENGTHS, deterministic=True)
+    runs = [gradients(lambda *x: attention.varlen(*x, **lengths, **options), *tensors) for _ in range(3)]
+    assert all(all(map(torch.equal, runs[0], run)) for run in runs[1:])
+
+
+@intervals
+def test_intervals_over_pages(attention, rows):
+    lengths_q = [70, 0, 281, 1]
+    order = torch.randperm(44, generator=torch.Generator().manual_seed(0))
+    q = randn(sum(lengths_q), 4, 128, seed=0, like=attention)
+    k, v = (randn(44, 64, 2, 128, seed=i, like=attention) for i in (1, 2))
+    compare_output(
+        attention, q, k, v, method="varlen", lengths_q=lengths_q, lengths_k=LENGTHS,
+        seqused_k=integers(attention, *LENGTHS), block_table=integers(attention, *order.tolist()).view(4, 11),
+        mask=written_out(attention, rows, lengths_q), activation="silu",
+    )  # fmt: skip
+
+
+def test_intervals_that_leave_the_sequence_are_cut(attention):
+    """The host does not read them."""
+    tensors = packed(attention, LENGTHS, LENGTHS, head_dim=64)
+    mask = written_out(attention, semi_local)
+    wide = Intervals(mask.starts - 10**6 * (mask.starts == 0), mask.ends)
+    lengths = dict(lengths_q=LENGTHS, lengths_k=LENGTHS, deterministic=True)
+    runs = [gradients(lambda *x: attention.varlen(*x, **lengths, mask=m), *tensors) for m in (mask, wide)]
+    assert all(map(torch.equal, *runs))

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-
 from overlay_package import module
 
 HSTUKind = module("marker").HSTUKind
@@ -106,17 +105,17 @@ def test_tiles_visit_what_they_see(part):
         wanted, hidden = tiled(seen, tile_m, tile_n), tiled(~seen, tile_m, tile_n)
         forward, backward = np.zeros_like(wanted), np.zeros_like(wanted)
         for m in range(len(wanted)):
-            plain, masked = visits(sequence.keys(m * tile_m, (m + 1) * tile_m, tile_n), (case, m))
+            plain, masked = visits(sequence.keys(m, tile_m, tile_n), (case, m))
             assert not hidden[m, plain].any(), (case, m)
             forward[m, plain + masked] = True
             interior += len(plain)
         for n in range(wanted.shape[1]):
-            masked, plain = visits(sequence.queries(n * tile_n, (n + 1) * tile_n, tile_m), (case, n))
+            masked, plain = visits(sequence.queries(n, tile_m, tile_n), (case, n))
             assert not hidden[plain, n].any(), (case, n)
             backward[plain + masked, n] = True
             interior += len(plain)
             for m in plain + masked:
-                turn = sequence.turn(n, m * tile_m, (m + 1) * tile_m, tile_n)
+                turn = sequence.turn(n, m, tile_m, tile_n)
                 assert turn == forward[m, :n].sum(), (case, m, n)
         assert (forward >= wanted).all(), case
         assert (backward >= wanted).all(), case
@@ -132,10 +131,10 @@ def test_blocks_without_a_mask_are_found():
     case = Case(2048, 2048, 20, 0, 0, 0, 1)
     hidden = tiled(~case.visible(), 128, 128)
     for m in range(16):
-        plain, _ = visits(case.sequence.keys(m * 128, (m + 1) * 128, 128), m)
+        plain, _ = visits(case.sequence.keys(m, 128, 128), m)
         assert sorted(plain) == list(np.flatnonzero(~hidden[m])), m
     for n in range(16):
-        _, plain = visits(case.sequence.queries(n * 128, (n + 1) * 128, 128), n)
+        _, plain = visits(case.sequence.queries(n, 128, 128), n)
         assert sorted(plain) == list(np.flatnonzero(~hidden[:, n])), n
 
 
@@ -163,3 +162,110 @@ def test_counts_are_clamped():
     assert (sequence.targets, sequence.contexts) == (50, 0)
     sequence = Case(50, 50, -3, 90, 0, 0, 1).sequence
     assert (sequence.targets, sequence.contexts) == (0, 50)
+
+
+# ---- Intervals
+
+
+def drawn_intervals(seed: int, seqlen_q: int, seqlen_k: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Intervals that ascend and are apart, (seqlen_q, k). Some are not used, and some rows see nothing; in a
+    third of the cases they move along with the rows, as windows do."""
+    draw = np.random.default_rng(seed)
+    if seed % 3:
+        cuts = np.sort(draw.integers(0, seqlen_k + 1, (seqlen_q, 2 * k)), axis=1)
+        starts, ends = cuts[:, ::2].copy(), cuts[:, 1::2].copy()
+    else:
+        row = np.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
+        last = np.clip(row + 1, 0, seqlen_k)
+        width = int(draw.integers(1, seqlen_k + 1))
+        starts = np.concatenate([np.maximum(last - width, 0)] * k, 1)
+        ends = np.concatenate([last] * k, 1)
+        ends[:, :-1] = starts[:, :-1]
+    unused = draw.random(starts.shape) < draw.choice([0.0, 0.1, 0.7])
+    ends[unused] = starts[unused]
+    return starts, ends
+
+
+def interval_ranges(starts: np.ndarray, ends: np.ndarray, seqlen_k: int, tile_m: int, tile_n: int):
+    """What hulls.py finds, in NumPy."""
+    seqlen_q, k = starts.shape
+    far = 2**30
+    found = []
+    for first in range(0, seqlen_q, tile_m):
+        s = np.maximum(starts[first : first + tile_m], 0)
+        e = np.minimum(ends[first : first + tile_m], seqlen_k)
+        used = s < e
+        bounds = zip(
+            np.where(used, s, far).min(0), np.where(used, e, 0).max(0), s.max(0), np.where(used, e, 0).min(0)
+        )
+        found.append([ranges.Hull(*map(int, bound)) for bound in bounds])
+
+    def visits(n_block: int) -> tuple[int, int]:
+        key = n_block * tile_n
+        meets = [
+            m for m, hulls in enumerate(found)
+            if any(max(h.first, key) < min(h.end, key + tile_n) for h in hulls)
+        ]  # fmt: skip
+        return (meets[0], meets[-1] + 1) if meets else (0, 0)
+
+    return ranges.IntervalRanges(
+        ranges.Ints, seqlen_q, seqlen_k,
+        lambda query: [(int(starts[query, i]), int(ends[query, i])) for i in range(k)],
+        lambda m_block: found[m_block], visits,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_tiles_under_intervals(part):
+    visited, needed = 0, 0
+    for seed in range(part, CASES // 2, 2):
+        draw = random.Random(seed)
+        seqlen_q, seqlen_k, k = draw.randint(1, 300), draw.randint(1, 400), draw.randint(1, 3)
+        tile_m, tile_n = TILES[seed // 2 % len(TILES)]
+        starts, ends = drawn_intervals(seed, seqlen_q, seqlen_k, k)
+        key = np.arange(seqlen_k)
+        seen = ((key >= starts[..., None]) & (key < ends[..., None])).any(1)
+        sequence = interval_ranges(starts, ends, seqlen_k, tile_m, tile_n)
+        wanted, hidden = tiled(seen, tile_m, tile_n), tiled(~seen, tile_m, tile_n)
+        forward, backward = np.zeros_like(wanted), np.zeros_like(wanted)
+        for m in range(len(wanted)):
+            plain, masked = visits(sequence.keys(m, tile_m, tile_n), (seed, m))
+            assert not hidden[m, plain].any(), (seed, m)
+            forward[m, plain + masked] = True
+            for n in range(wanted.shape[1]):
+                shown = sequence.shows_all(m, n, tile_n)
+                assert not (shown and hidden[m, n]), (seed, m, n)
+                assert shown or n not in plain
+        for n in range(wanted.shape[1]):
+            masked, plain = visits(sequence.queries(n, tile_m, tile_n), (seed, n))
+            assert not plain
+            backward[masked, n] = True
+        for row in range(seqlen_q):
+            assert sequence.visible(row + sequence.offset) == seen[row].sum()
+        assert (forward >= wanted).all() and (backward >= wanted).all(), seed
+        if seed % 3 == 0:
+            visited, needed = visited + forward.sum() + backward.sum(), needed + 2 * wanted.sum()
+    assert visited < 1.2 * needed, "windows visit few hidden blocks"
+
+
+def test_contents_that_leave_the_sequence_are_clamped():
+    """The host does not read CUDA tensors."""
+    starts, ends = np.array([[-5, 30]]), np.array([[4, 90]])
+    sequence = interval_ranges(starts, ends, 40, 16, 16)
+    assert sequence.of_row(39) == ((0, 4), (30, 40)) and sequence.visible(39) == 14
+    assert visits(sequence.keys(0, 16, 16), "") == ([], [0, 1, 2])
+
+
+def test_packed_sequences_have_room_in_a_table():
+    """Slots of sequences of any lengths are apart and inside."""
+    draw = random.Random(0)
+    for _ in range(2000):
+        tile, before = draw.choice([16, 64, 80, 192]), draw.choice([0, draw.randint(1, 300)])
+        lengths = [draw.choice([0, 1, draw.randint(0, 500)]) for _ in range(draw.randint(1, 6))]
+        taken, offset = [], before
+        for b, n in enumerate(lengths):
+            first = ranges.first_slot(offset, b, n, tile, True)
+            taken += range(first, first + -(-n // tile))
+            offset += n
+        assert len(set(taken)) == len(taken)
+        assert all(slot < ranges.slots(len(lengths), offset, tile, True) for slot in taken)

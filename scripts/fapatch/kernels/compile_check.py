@@ -51,6 +51,9 @@ ALLOWED_SPILLS = {
 # How many more a backward with a factor for each row may have, or with a decay, by head size of the tile.
 SPILLS_BY_ROW = {64: 36, 128: 8}
 SPILLS_WITH_DECAY = {64: 4}
+# And with a mask. Blocks that their rows see whole run without it.
+SPILLS_WITH_HSTU = {64: 84, 96: 4, 128: 44, 192: 6}
+SPILLS_WITH_INTERVALS = {64: 336, 96: 88, 128: 152, 192: 4}
 # Forward kernels that may spill: four registers in a loop of 720 instructions, and biases of the heads of a
 # packed group.
 ALLOWED_FORWARD_SPILLS = {("gelu", 256): 8, ("sigmoid", 96): 12}
@@ -133,6 +136,8 @@ SMALL = _named(
             "hstu": {"targets": "number", "contexts": "number", "window": True},
         },
         {"head_dim": 128, "activation": "sigmoid", "page_size": 64, "hstu": TARGETS},
+        {"head_dim": 128, "activation": "silu", "varlen": True, "normalization": "1/visible", "intervals": 2},
+        {"head_dim": 64, "intervals": 3, "deterministic": True, "group": 2},
     ]
 )
 SMALL_SOFTMAX = _named(
@@ -213,6 +218,12 @@ def full() -> tuple[Cases, Cases]:
         {"head_dim": d, "activation": a, "deterministic": True, "hstu": EVERY_PART}
         for d, a in itertools.product((64, 128, 256), activations)
     ]
+    cases += [
+        {"head_dim": d, "activation": a, "varlen": True, "normalization": n, "intervals": 2}
+        for d, a, n in itertools.product(
+            (64, 96, 128, 192, 256), ("identity", "silu"), ("number", "1/visible")
+        )
+    ]
     softmax = [
         {"softmax": True, "head_dim": d, "causal": c, "varlen": v}
         for d, c, v in itertools.product((64, 96, 128, 192, 256), (False, True), (False, True))
@@ -257,6 +268,10 @@ def allowed_spills(case: Mapping[str, Any], backward: bool) -> int:
         allowed += SPILLS_BY_ROW.get(size, 0)
     if backward and case.get("decay"):
         allowed += SPILLS_WITH_DECAY.get(size, 0)
+    if backward and case.get("hstu"):
+        allowed += SPILLS_WITH_HSTU.get(size, 0)
+    if backward and case.get("intervals"):
+        allowed += SPILLS_WITH_INTERVALS.get(size, 0)
     return allowed
 
 

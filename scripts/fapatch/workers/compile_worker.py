@@ -69,10 +69,11 @@ def compile_case(
     page_size: int = 0,
     decay: bool = False,
     hstu: dict[str, Any] | None = None,
+    intervals: int = 0,
     deterministic: bool = False,
 ) -> None:
     """normalization: as in marker.NoSoftmax: "number", "sequence" and "row" are factors of the caller. bias:
-    "by head" is one for each head. hstu: the parts of a marker.HSTUKind.
+    "by head" is one for each head. hstu: the parts of a marker.HSTUKind. intervals: how many a row has.
     """
     import torch
     from flash_attn.cute import interface
@@ -116,7 +117,10 @@ def compile_case(
 
         parts = None if hstu is None else HSTUKind(**hstu)
         given = [x for x in parts or () if x]
-        mods = of_activation(activation, bias, softcap, normalization, decay, parts)
+        mods = of_activation(activation, bias, softcap, normalization, decay, parts, intervals)
+        shapes = (
+            [(BATCH,)] * given.count("sequence") if parts else [(*tokens, intervals)] * 2 * (intervals > 0)
+        )
         sequences, rows, by_head = (
             tensor(*shape, dtype=torch.float32) for shape in ((BATCH,), tokens, (BATCH, heads))
         )
@@ -128,7 +132,7 @@ def compile_case(
             sigmoid_biases=by_head if bias == "by head" else None,
             decay_slopes=by_head.clone() if decay else None,
             mask_numbers=(3,) * sum(x != "sequence" for x in given),
-            mask_tensors=tuple(tensor(BATCH, dtype=torch.int32) for x in given if x == "sequence"),
+            mask_tensors=tuple(tensor(*shape, dtype=torch.int32) for shape in shapes),
         )  # fmt: skip
         launch.forward(call, q, k, v, page_table=pages)
         if not page_size:

@@ -75,11 +75,13 @@ def normalization(call: Call, of_user: bool) -> Optional[str]:
     return "1/n" if everything else o.normalization
 
 
-def _hstu(call: Call) -> tuple[Optional[HSTUKind], tuple, tuple]:
-    """Return the kind of the mask, its numbers, and its tensors (launch.Call)."""
+def _mask(call: Call) -> tuple[dict, tuple, tuple]:
+    """Return the mask as in marker.NoSoftmax, its numbers, and its tensors (launch.Call)."""
     o = call.options
-    if o.mask != "hstu":
-        return None, (), ()
+    if o.mask is None:
+        return {}, (), ()
+    if o.mask == "intervals":
+        return {"intervals": call.interval_starts.shape[-1]}, (), (call.interval_starts, call.interval_ends)
     tensors = call.target_counts, call.context_counts
     targets, contexts = (
         BY_SEQUENCE if x is not None else BY_NUMBER if count else None
@@ -94,15 +96,15 @@ def _hstu(call: Call) -> tuple[Optional[HSTUKind], tuple, tuple]:
         o.num_targets, o.num_contexts, o.max_attn_len, o.min_full_attn_seq_len, o.target_group_size
     )  # fmt: skip
     numbers = tuple(min(x, _LARGEST) for x, part in zip(numbers, kind) if part in (True, BY_NUMBER))
-    return kind, numbers, tuple(x for x in tensors if x is not None)
+    return {"hstu": kind}, numbers, tuple(x for x in tensors if x is not None)
 
 
 def _launched(call: Call, extras: Extras) -> launch.Call:
     o, window, kind = call.options, _window(call), normalization(call, extras.of_user)
-    hstu, numbers, tensors = _hstu(call)
+    mask, numbers, tensors = _mask(call)
     bias = o.sigmoid_bias if call.sigmoid_biases is None else BY_HEAD
     has_decay = call.decay_slopes is not None
-    mods = extras.mods or of_activation(o.activation, bias, o.softcap, kind, has_decay, hstu)
+    mods = extras.mods or of_activation(o.activation, bias, o.softcap, kind, has_decay, **mask)
     factors = call.row_factors
     if kind == BY_SEQUENCE and factors is None:
         factors = torch.full((call.batch,), o.factor, dtype=torch.float32, device=call.q.device)

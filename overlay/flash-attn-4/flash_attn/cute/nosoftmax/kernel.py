@@ -486,7 +486,9 @@ def masks_any(
 
 def leaves_interior(mark: Optional[NoSoftmax], is_local: bool, mask_mod: Optional[Callable]) -> bool:
     """Whether blocks in which each query sees each key need no mask."""
-    return mark is not None and mark.finite_at_zero and not is_local and mask_mod is None
+    if mark is None or mark.intervals:  # the mask itself passes over such blocks
+        return False
+    return mark.finite_at_zero and not is_local and mask_mod is None
 
 
 def m_block_interior(mask, m_block_min: Int32, m_block_max: Int32, n_block: Int32, is_causal: bool) -> Int32:

@@ -7,13 +7,21 @@ heads for the second and third dimension of a grid is passed on as packed too: u
 batches use these dimensions, and those of packed batches number their tiles in the first, which has 2^31.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
 import torch
 from cutlass import Float32, Int32
-from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd, _tile_size_fwd_sm90
+from flash_attn.cute.interface import (
+    _flash_attn_bwd,
+    _flash_attn_fwd,
+    _tile_size_bwd_sm90,
+    _tile_size_fwd_sm90,
+)
 from flash_attn.cute.nosoftmax import plan
+from flash_attn.cute.nosoftmax.hulls import hulls, visits
+from flash_attn.cute.nosoftmax.kernel import bwd_tile_with
 from flash_attn.cute.nosoftmax.largest import largest_factors
 from flash_attn.cute.nosoftmax.marker import no_softmax_of
 from flash_attn.cute.nosoftmax.masked import hides
@@ -27,10 +35,11 @@ _MOST_BLOCKS = 65535  # in the second and third dimension of a grid
 class Call:
     """The arguments that forward and backward share.
 
-    mask_numbers and mask_tensors: int32 scalars and tensors (batch,) for the kernels' parts of
-    marker.HSTUKind, in its order. The last five are given if mods need them: factor, a factor of every row; sequence_factors, float32
-    (batch,); row_factors, float32 (batch, seqlen_q), packed (total_q,); sigmoid_biases and decay_slopes,
-    float32 (nheads,) or (batch, nheads). At most one kind of factors is given.
+    mask_numbers and mask_tensors: numbers and tensors int32 (batch,) for the parts of a marker.HSTUKind, in
+    its order; or starts and ends of intervals, int32 (batch, seqlen_q, k), packed (total_q, k). The last five
+    are given if mods need them: factor, a factor of every row; sequence_factors, float32 (batch,);
+    row_factors, float32 (batch, seqlen_q), packed (total_q,); sigmoid_biases and decay_slopes, float32
+    (nheads,) or (batch, nheads). At most one kind of factors is given.
     """
 
     mods: ScoreMods
@@ -77,11 +86,16 @@ class Call:
         tensors = self.sequence_factors, rows, self.sigmoid_biases, self.decay_slopes
         return [x.detach().contiguous() for x in tensors if x is not None]
 
-    def arguments(self, given: list[torch.Tensor]) -> dict[str, Any]:
-        """given: factors, biases and slopes in the order that kernel.py and score_mods.py expect. They come
-        after the tensors of the user, who counts from the front, and never are beside a mask.
+    def masks(self, packed: bool) -> list[torch.Tensor]:
+        """Return the tensors of the mask. packed: as in given."""
+        return [x.flatten(0, 1) if packed and x.dim() == 3 else x for x in self.mask_tensors]
+
+    def arguments(self, masks: list[torch.Tensor], given: list[torch.Tensor]) -> dict[str, Any]:
+        """masks, given: tensors of the mask, and factors, biases and slopes, in the order that masked.py,
+        kernel.py and score_mods.py expect. The former come first, never beside tensors of the user, who
+        counts from the front, and the latter last.
         """
-        tensors = [*(self.aux_tensors or ()), *self.mask_tensors, *given]
+        tensors = [*(self.aux_tensors or ()), *masks, *given]
         scalars = (
             *(self.aux_scalars or ()),
             *(Int32(x) for x in self.mask_numbers),
@@ -137,6 +151,34 @@ def _pack_gqa(call: Call, pack_gqa: Optional[bool], q: torch.Tensor, k: torch.Te
     return False if unwritten or one_head else pack_gqa
 
 
+def _tables(
+    call: Call,
+    masks: list[torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lengths: Sequence[Optional[torch.Tensor]],
+    longest: tuple[Optional[int], ...],
+    tile: tuple[int, int],
+    ordered: Optional[bool] = None,
+) -> list[torch.Tensor]:
+    """Return the bounds of blocks under a mask of intervals (hulls.py), and nothing under another.
+
+    masks, q, k: as launched. lengths: cu_seqlens_q, cu_seqlens_k, seqused_k. longest: max_seqlen_q and
+    max_seqlen_k, where packed. ordered: given in the backward, which needs the blocks of keys too.
+    """
+    if not no_softmax_of(call.mods.score_mod).intervals:
+        return []
+    seqlens = tuple(
+        x.shape[1] if offsets is None else x.shape[0] if most is None else most
+        for x, offsets, most in zip((q, k), lengths, longest)
+    )
+    batch = q.shape[0] if lengths[0] is None else lengths[0].shape[0] - 1
+    table = hulls(tuple(masks), lengths, seqlens, batch, tile[0])
+    if ordered is None:
+        return [table]
+    return [table, visits(table, lengths, seqlens, batch, k.shape[0], tile, ordered)]
+
+
 def _tile(call: Call, q: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
     """Choose the tile by head_dim_v if that is larger. Upstream chooses by head_dim, and O would not fit into
     the registers of that tile. With a mask choose the tile of causal, which upstream does not see there.
@@ -182,9 +224,12 @@ def forward(
     if page_table is None:
         pack = exceeds or call.seqused_k is not None
         cu_seqlens_k, max_seqlen_k, (keys, values) = _packed(pack, cu_seqlens_k, max_seqlen_k, k, v)
-    given = call.given(cu_seqlens_q is not None)
+    given, masks = call.given(cu_seqlens_q is not None), call.masks(cu_seqlens_q is not None)
+    tile = _tile(call, q, v) if block_sparse_tensors is None else {}
 
     def launch() -> None:
+        bounds = [cu_seqlens_q, cu_seqlens_k, call.seqused_k], (max_seqlen_q, max_seqlen_k)
+        tables = _tables(call, masks, queries, keys, *bounds, tile["tile_mn"]) if call.hides else []
         _flash_attn_fwd(
             queries,
             keys,
@@ -197,8 +242,8 @@ def forward(
             pack_gqa=_pack_gqa(call, pack_gqa, q, k),
             block_sparse_tensors=block_sparse_tensors,
             out=outputs,
-            **(_tile(call, q, v) if block_sparse_tensors is None else {}),
-            **call.arguments(given),
+            **tile,
+            **call.arguments([*masks, *tables], given),
         )
         if call.cu_seqlens_q is not None and call.seqused_q is None:
             zero_slack(out, call.cu_seqlens_q)
@@ -219,7 +264,7 @@ def forward(
     plan.run(
         call.plans(block_sparse_tensors),
         ("forward", *options),
-        (queries, keys, values, outputs, *lengths, *call.mask_tensors, *given),
+        (queries, keys, values, outputs, *lengths, *masks, *given),
         launch,
     )
     return out
@@ -249,9 +294,17 @@ def backward(
     grads = tuple(
         new(x, memory_format=torch.contiguous_format) for new, x in ((new_q, q), (new_k, k), (new_k, v))
     )
-    given = call.given(cu_seqlens_q is not None)
+    given, masks = call.given(cu_seqlens_q is not None), call.masks(cu_seqlens_q is not None)
 
     def launch() -> None:
+        bounds = [cu_seqlens_q, cu_seqlens_k, call.seqused_k], (max_seqlen_q, max_seqlen_k)
+        tables = []
+        if call.hides:
+            tile = bwd_tile_with(no_softmax_of(call.mods.score_mod), _tile_size_bwd_sm90)(
+                q.shape[-1], v.shape[-1], call.causal, False
+            )
+            tile = tile.m_block_size, tile.n_block_size
+            tables = _tables(call, masks, q, k, *bounds, tile, deterministic)
         # The kernels read neither O nor LSE, but the host code checks their shapes.
         lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
         more = given
@@ -275,7 +328,7 @@ def backward(
             dv=grads[2],
             score_mod_bwd=call.mods.score_mod_bwd,
             block_sparse_tensors=block_sparse_tensors,
-            **call.arguments(more),
+            **call.arguments([*masks, *tables], more),
         )
         zero_slack(
             grads[0],
@@ -297,6 +350,6 @@ def backward(
         call.factor,
         call.mask_numbers,
     )
-    tensors = q, k, v, dout, *grads, *lengths, *call.mask_tensors, *given
+    tensors = q, k, v, dout, *grads, *lengths, *masks, *given
     plan.run(call.plans(block_sparse_tensors), ("backward", *options), tensors, launch)
     return tuple(grad.view(shape) for grad, shape in zip(grads, shapes))

@@ -33,8 +33,8 @@ class HSTUKind(NamedTuple):
 class NoSoftmax:
     """normalization: one of score.NORMALIZATIONS, or BY_NUMBER, BY_SEQUENCE or BY_ROW. finite_at_zero: f and
     f' are finite at a score of 0. has_biases, has_decay: the last of the aux_tensors are sigmoid biases for
-    the heads, or slopes of their decay, or both in this order. hstu: the mask, which the first of the
-    aux_tensors and aux_scalars belong to.
+    the heads, or slopes of their decay, or both in this order. hstu, intervals: the mask, which the first of
+    the aux_tensors and aux_scalars belong to: its parts, or how many intervals a row has, 0 without.
 
     inf_seen_in: where float16 kernels look for an infinite score, "scores", "weights" or None
     (formulas.Formula).
@@ -46,6 +46,7 @@ class NoSoftmax:
     has_biases: bool = False
     has_decay: bool = False
     hstu: Optional[HSTUKind] = None
+    intervals: int = 0
 
     @property
     def by_head(self) -> int:

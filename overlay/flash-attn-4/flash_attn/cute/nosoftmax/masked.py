@@ -1,6 +1,6 @@
-"""Implement flash_attn.masks.HSTU in upstream's Hopper kernels, with the ranges of ranges.py.
+"""Implement flash_attn.masks in upstream's Hopper kernels, with the ranges of ranges.py.
 
-A tile visits the blocks of HSTURanges.keys or .queries. Upstream's loops count an index from 0, which
+A tile visits the blocks of a ranges' keys or queries. Upstream's loops count an index from 0, which
 `BlockInfo` bounds here, and `key_blocks` and `query_block` turn it into the block that is loaded and masked.
 """
 
@@ -13,31 +13,14 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 from flash_attn.cute import block_info, mask, seqlen_info
 from flash_attn.cute.nosoftmax.marker import BY_NUMBER, NoSoftmax
-from flash_attn.cute.nosoftmax.ranges import Blocks, HSTURanges
+from flash_attn.cute.nosoftmax.ranges import Blocks, HSTURanges, Hull, IntervalRanges, first_slot
+from flash_attn.cute.nosoftmax.registers import Registers
 from quack import layout_utils
-
-
-class Registers:
-    """The operations of ranges.py on integers of a kernel."""
-
-    @staticmethod
-    def min(a: Any, b: Any) -> Any:
-        return min(a, b) if isinstance(a, int) and isinstance(b, int) else cutlass.min(a, b)
-
-    @staticmethod
-    def max(a: Any, b: Any) -> Any:
-        return max(a, b) if isinstance(a, int) and isinstance(b, int) else cutlass.max(a, b)
-
-    @staticmethod
-    def where(condition: Any, a: Any, b: Any) -> Any:
-        if isinstance(condition, bool):
-            return a if condition else b
-        return Int32(cutlass.select_(Boolean(condition).ir_value(), Int32(a).ir_value(), Int32(b).ir_value()))
 
 
 def hides(mark: Optional[NoSoftmax]) -> bool:
     """Whether there is a mask beside causal and window_size."""
-    return mark is not None and mark.hstu is not None
+    return mark is not None and (mark.hstu is not None or mark.intervals > 0)
 
 
 # ---- Upstream's classes, with the mask ----
@@ -45,24 +28,56 @@ def hides(mark: Optional[NoSoftmax]) -> bool:
 
 @dataclass(frozen=True)
 class SeqlenInfo(seqlen_info.SeqlenInfoQK):
-    ranges: Optional[HSTURanges] = None
+    ranges: Any = None  # HSTURanges or IntervalRanges
 
 
-def seqlens(mark: Optional[NoSoftmax], create: Callable, aux_data: Any) -> Callable:
-    """Return the function that describes sequence batch_idx: create, or one that adds the ranges of the mask."""
-    return partial(_with_ranges, mark, create, aux_data) if hides(mark) else create
+def seqlens(mark: Optional[NoSoftmax], create: Callable, aux_data: Any, tile: tuple[int, int]) -> Callable:
+    """Return the function that describes sequence batch_idx: create, or one that adds the ranges of the mask.
+    tile: (queries, keys).
+    """
+    return partial(_with_ranges, mark, create, aux_data, tile) if hides(mark) else create
 
 
-def _with_ranges(mark: NoSoftmax, create: Callable, aux_data: Any, batch_idx: Int32) -> SeqlenInfo:
+def _with_ranges(
+    mark: NoSoftmax, create: Callable, aux_data: Any, tile: tuple, batch_idx: Int32
+) -> SeqlenInfo:
     plain = create(batch_idx)
+    ranges = (
+        _intervals(mark.intervals, plain, aux_data.tensors, tile, batch_idx)
+        if mark.hstu is None
+        else _hstu(mark, plain, aux_data, batch_idx)
+    )
+    return SeqlenInfo(**{x.name: getattr(plain, x.name) for x in fields(plain)}, ranges=ranges)
+
+
+def _hstu(mark: NoSoftmax, seqlen: Any, aux_data: Any, batch_idx: Int32) -> HSTURanges:
     tensors, scalars = iter(aux_data.tensors or ()), iter(aux_data.scalars or ())
     numbers = {
         name: Int32(next(scalars) if given in (True, BY_NUMBER) else next(tensors)[batch_idx])
         for name, given in mark.hstu._asdict().items()
         if given
     }
-    ranges = HSTURanges.of(Registers, mark.hstu, plain.seqlen_q, plain.seqlen_k, numbers)
-    return SeqlenInfo(**{x.name: getattr(plain, x.name) for x in fields(plain)}, ranges=ranges)
+    return HSTURanges.of(Registers, mark.hstu, seqlen.seqlen_q, seqlen.seqlen_k, numbers)
+
+
+def _intervals(k: int, seqlen: Any, tensors: Any, tile: tuple, batch_idx: Int32) -> IntervalRanges:
+    """tensors: starts, ends, and of hulls.py the hulls and, in the backward, the visits."""
+    starts, ends = (
+        cute.domain_offset((seqlen.offset_q, 0), x) if seqlen.has_cu_seqlens_q else x[batch_idx, None, None]
+        for x in tensors[:2]
+    )
+    slot_q = first_slot(seqlen.offset_q, batch_idx, seqlen.seqlen_q, tile[0], seqlen.has_cu_seqlens_q)
+    slot_k = first_slot(seqlen.offset_k, batch_idx, seqlen.seqlen_k, tile[1], seqlen.has_cu_seqlens_k)
+    return IntervalRanges(
+        Registers,
+        seqlen.seqlen_q,
+        seqlen.seqlen_k,
+        of_query=lambda query: [(starts[query, i], ends[query, i]) for i in range(k)],
+        hulls=lambda m_block: [
+            Hull(*(tensors[2][slot_q + m_block, i, j] for j in range(len(Hull._fields)))) for i in range(k)
+        ],
+        visits=lambda n_block: tuple(tensors[3][slot_k + n_block, j] for j in range(2)),
+    )
 
 
 @dataclass(frozen=True)
@@ -70,10 +85,10 @@ class BlockInfo(block_info.BlockInfo):
     """Bounds the indices of the blocks that a tile visits, in the place of the blocks themselves."""
 
     def keys(self, seqlen: SeqlenInfo, m_block: Int32) -> Blocks:
-        return seqlen.ranges.keys(m_block * self.tile_m, (m_block + 1) * self.tile_m, self.tile_n)
+        return seqlen.ranges.keys(m_block, self.tile_m, self.tile_n)
 
     def queries(self, seqlen: SeqlenInfo, n_block: Int32) -> Blocks:
-        return seqlen.ranges.queries(n_block * self.tile_n, (n_block + 1) * self.tile_n, self.tile_m)
+        return seqlen.ranges.queries(n_block, self.tile_m, self.tile_n)
 
     def get_n_block_min_max(self, seqlen: SeqlenInfo, m_block: Int32) -> tuple:
         return 0, self.keys(seqlen, m_block).count
@@ -103,6 +118,10 @@ class AttentionMask(mask.AttentionMask):
         keys: it finds what each of them shows, as bits over the other side.
         """
         ranges, swap = self.seqlen_info.ranges, self.swap_AB
+        if swap and isinstance(ranges, IntervalRanges):
+            shown = ranges.shows_all(m_block, n_block, self.tile_n)
+            _hide_transposed(self, acc_S, m_block, n_block, thr_mma, shown)
+            return
         shape = (self.tile_n, self.tile_m) if swap else (self.tile_m, self.tile_n)
         acc, places, constants = (
             layout_utils.reshape_acc_to_mn(x, transpose=swap)
@@ -134,8 +153,45 @@ class AttentionMask(mask.AttentionMask):
 
     def m_block_interior(self, n_block: Int32) -> Int32:
         """Return the index of the first block of queries that needs no mask."""
-        first = n_block * self.tile_n
-        return self.seqlen_info.ranges.queries(first, first + self.tile_n, self.tile_m).split
+        return self.seqlen_info.ranges.queries(n_block, self.tile_m, self.tile_n).split
+
+
+@cute.jit
+def _hide_transposed(
+    mask: AttentionMask,
+    acc_S: cute.Tensor,
+    m_block: Int32,
+    n_block: Int32,
+    thr_mma: cute.ThrMma,
+    shown: Int32,
+):
+    """Do the same for a transposed tile whose queries alone say what they see: each of them for all keys of
+    the thread. shown: not 0 if the tile hides nothing.
+    """
+    if shown == 0:
+        _hide_by_query(mask, acc_S, m_block, n_block, thr_mma)
+
+
+def _hide_by_query(mask: AttentionMask, acc_S: cute.Tensor, m_block, n_block, thr_mma: cute.ThrMma) -> None:
+    ranges = mask.seqlen_info.ranges
+    acc, places = (
+        layout_utils.reshape_acc_to_mn(x, transpose=True)
+        for x in (acc_S, thr_mma.partition_C(cute.make_identity_tensor((mask.tile_n, mask.tile_m))))
+    )
+    for r in range(cute.size(acc.shape[0])):
+        seen = ranges.of_row(places[r, 0][1] + m_block * mask.tile_m + ranges.offset)
+        for c in range(cute.size(acc.shape[1])):
+            key = places[0, c][0] + n_block * mask.tile_n
+            visible = Int32(0)
+            for first, end in seen:
+                visible = Registers.where(key >= first, Registers.where(key < end, 1, visible), visible)
+            acc[r, c] = Float32(
+                cutlass.select_(
+                    Boolean(visible != 0).ir_value(),
+                    acc[r, c].ir_value(),
+                    Float32(mask.mask_value).ir_value(),
+                )
+            )
 
 
 def _shown(bounds: list, chunk: int) -> Any:
@@ -191,8 +247,7 @@ def zero_without_blocks(acc_O: cute.Tensor, count: Int32) -> None:
 
 def turn(seqlen: SeqlenInfo, blocks: BlockInfo, n_block: Int32, m_block: Int32) -> Int32:
     """Return how many key tiles add to dQ of m_block before n_block does, in the deterministic order."""
-    first = m_block * blocks.tile_m
-    return Int32(seqlen.ranges.turn(n_block, first, first + blocks.tile_m, blocks.tile_n))
+    return Int32(seqlen.ranges.turn(n_block, m_block, blocks.tile_m, blocks.tile_n))
 
 
 def visible(seqlen: SeqlenInfo, row: Int32) -> Float32:

@@ -1,23 +1,25 @@
-"""Say which blocks of a sequence a tile visits under flash_attn.masks.HSTU, and which entries it shows.
+"""Say which blocks of a sequence a tile visits under a mask of flash_attn.masks, and which entries it
+shows.
 
-Every bound is a few integer operations on numbers of the sequence, so each warp of a kernel finds its blocks
-by itself: nothing is built per batch. `m` is the machine that computes: `Ints` for Python's numbers, as the
-tests use it, or masked.Registers for those of a kernel. It has ``min``, ``max`` and ``where(condition, a,
-b)``. Divisions are of numbers that are not negative.
-
-A query row r has position i = r + seqlen_k - seqlen_q, and keys are named by their position j. The docstring
-of flash_attn.masks says what a position sees; with C contextual keys, the history up to H, targets after it,
-a window W and F whole rows it is
+Under HSTU every bound is a few integer operations on numbers of the sequence, so each warp of a kernel finds
+its blocks by itself: nothing is built per batch. A query row r has position i = r + seqlen_k - seqlen_q, and
+keys are named by their position j. The docstring of flash_attn.masks says what a position sees; with C
+contextual keys, the history up to H, targets after it, a window W and F whole rows it is
 
     by row     contextual: [0, H);  history: [lo(i), i + 1);  target: [lo(H), H) and its group up to itself
     by key     history: [0, C), [max(j, C), end(j)) and with F [max(H - F, j, C), n);  target: its group from
                itself on
 
 where lo(i) is the first key in the window of i, and end(j) is n if the window of the targets reaches j, else
-where the window of the rows leaves j behind.
+where the window of the rows leaves j behind. Under Intervals the bounds of a tile are those of its rows,
+which hulls.py finds.
+
+`m` is the machine that computes: `Ints` for Python's numbers, as the tests use it, or registers.Registers for
+those of a kernel. It has ``min``, ``max`` and ``where(condition, a, b)``. Divisions are of numbers that are
+not negative.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from .marker import HSTUKind
 
@@ -35,9 +37,9 @@ class Ints:
 
 
 class Blocks(NamedTuple):
-    """The blocks that a tile visits, in the order of an index from 0 to count - 1. The first `masked_first`
-    of them or, with interior first, the ones from `split` on need the mask: `split` is the index between
-    them.
+    """The blocks that a tile visits, in the order of an index from 0 to count - 1. `split` is the index
+    between those that need the mask and those that every row of the tile sees whole; which of them come first
+    is up to the loop.
     """
 
     m: Any
@@ -71,7 +73,9 @@ class Blocks(NamedTuple):
 
 
 class HSTURanges(NamedTuple):
-    """One sequence. kind says, when a kernel is compiled, which parts the mask has; the others are not read."""
+    """One sequence under HSTU. kind says, when a kernel is compiled, which parts the mask has; the others are
+    not read.
+    """
 
     m: Any
     kind: HSTUKind
@@ -218,10 +222,10 @@ class HSTURanges(NamedTuple):
         until = m.where(behind_contexts < m.min(stop, end), behind_contexts + 1, end)
         return start, m.where(first < 0, 0, until)
 
-    def keys(self, first: Any, stop: Any, tile_n: int) -> Blocks:
-        """Return the blocks of `tile_n` keys that a tile of query rows [first, stop) visits. The ones before
+    def keys(self, m_block: Any, tile_m: int, tile_n: int) -> Blocks:
+        """Return the blocks of `tile_n` keys that a block of `tile_m` query rows visits. The ones before
         `split` need no mask."""
-        m = self.m
+        m, first, stop = self.m, m_block * tile_m, (m_block + 1) * tile_m
         (begin, end), targets = self._key_blocks(first, stop, tile_n)
         seen, unseen = self._seen_by_all(first, stop)
         inner = m.min(m.max((m.max(seen, 0) + (tile_n - 1)) // tile_n, begin), end)
@@ -233,21 +237,21 @@ class HSTURanges(NamedTuple):
             ranges.append(targets)
         return Blocks(m, tuple(ranges), split_at=1)
 
-    def turn(self, n_block: Any, first: Any, stop: Any, tile_n: int) -> Any:
-        """Return how many blocks of keys before n_block visit the rows [first, stop): when it is the turn of
-        n_block to add to the sums of these rows, if blocks do so in order."""
+    def turn(self, n_block: Any, m_block: Any, tile_m: int, tile_n: int) -> Any:
+        """Return how many blocks of keys before n_block visit m_block: when it is the turn of n_block to add
+        to the sums of these rows, if blocks do so in order."""
         m, turn = self.m, 0
-        for begin, end in self._key_blocks(first, stop, tile_n):
+        for begin, end in self._key_blocks(m_block * tile_m, (m_block + 1) * tile_m, tile_n):
             turn = turn + m.max(m.min(n_block, end) - begin, 0)
         return turn
 
     # ---- Blocks of queries for a tile of keys ----
 
-    def queries(self, first: Any, stop: Any, tile_m: int) -> Blocks:
-        """Return the blocks of `tile_m` query rows that a tile of keys [first, stop) visits. The ones from
+    def queries(self, n_block: Any, tile_m: int, tile_n: int) -> Blocks:
+        """Return the blocks of `tile_m` query rows that a block of `tile_n` keys visits. The ones from
         `split` on need no mask, those behind the last query aside."""
         m, end, n, contexts = self.m, self.history_end, self.seqlen_k, self.contexts
-        stop = m.min(stop, n)
+        first, stop = n_block * tile_n, m.min((n_block + 1) * tile_n, n)
         in_history = not self.kind.targets or first < end
         whole = not self.kind.targets or stop <= end  # the tile has no target
         start = m.max(first, contexts)
@@ -292,6 +296,106 @@ class HSTURanges(NamedTuple):
         inner = m.max(inner, begin)
         inner = m.where(inner < outer, inner, end)
         return inner, m.max(outer, inner)
+
+
+class Hull(NamedTuple):
+    """Of one of the k intervals of the rows of a block: where the first one begins and the last one ends, of
+    those that are not empty, and what all rows have of it. Within the sequence; empty if end <= first.
+    """
+
+    first: Any
+    end: Any
+    inner_first: Any
+    inner_end: Any
+
+
+class IntervalRanges(NamedTuple):
+    """One sequence under flash_attn.masks.Intervals.
+
+    of_query: query -> its k intervals. hulls: block of queries -> k Hulls. visits: block of keys -> the range
+    of blocks of queries of which any sees any of it.
+    """
+
+    m: Any
+    seqlen_q: Any
+    seqlen_k: Any
+    of_query: Callable
+    hulls: Callable
+    visits: Callable
+
+    @property
+    def offset(self) -> Any:
+        """The position of query 0."""
+        return self.seqlen_k - self.seqlen_q
+
+    def of_row(self, position: Any) -> tuple[Range, ...]:
+        """Return the keys that a row sees. Rows behind the last query see what it does."""
+        m = self.m
+        query = m.max(m.min(position - self.offset, self.seqlen_q - 1), 0)
+        return tuple(clamped(m, first, end, self.seqlen_k) for first, end in self.of_query(query))
+
+    def visible(self, position: Any) -> Any:
+        """Return the number of keys that a row sees."""
+        return sum(self.m.max(end - first, 0) for first, end in self.of_row(position))
+
+    def keys(self, m_block: Any, tile_m: int, tile_n: int) -> Blocks:
+        """Do the same as HSTURanges.keys."""
+        m, hulls = self.m, self.hulls(m_block)
+        masked, interior, before, begin = [], [], 0, None
+        begins = []
+        for hull in reversed(hulls):
+            # An interval of a row may lie before an earlier one of another row: begin where both do.
+            first = m.where(hull.first < hull.end, hull.first, self.seqlen_k)
+            begin = first if begin is None else m.min(begin, first)
+            begins.insert(0, begin)
+        for hull, first in zip(hulls, begins):
+            begin, end = _blocks(m, first, m.where(hull.first < hull.end, hull.end, 0), tile_n)
+            begin, end = m.max(begin, before), m.max(end, before)
+            before = end
+            inner = m.min(m.max((hull.inner_first + (tile_n - 1)) // tile_n, begin), end)
+            outer = m.max(m.min(m.max(hull.inner_end, 0) // tile_n, end), inner)
+            interior.append((inner, outer))
+            masked += [(begin, inner), (outer, end)]
+        return Blocks(m, (*interior, *masked), split_at=len(interior))
+
+    def queries(self, n_block: Any, tile_m: int, tile_n: int) -> Blocks:
+        """Do the same as HSTURanges.queries. All blocks need the mask, which finds the interior ones."""
+        return Blocks(self.m, (self.visits(n_block),), split_at=1)
+
+    def turn(self, n_block: Any, m_block: Any, tile_m: int, tile_n: int) -> Any:
+        """Do the same as HSTURanges.turn: with sums in order every block of keys visits all queries
+        (hulls.py)."""
+        return n_block
+
+    def shows_all(self, m_block: Any, n_block: Any, tile_n: int) -> Any:
+        """Whether every row of m_block sees every key of n_block: 1 or 0."""
+        m, shown = self.m, 0
+        first, stop = n_block * tile_n, m.min((n_block + 1) * tile_n, self.seqlen_k)
+        for hull in self.hulls(m_block):
+            shown = m.where(hull.inner_first <= first, m.where(stop <= hull.inner_end, 1, shown), shown)
+        return shown
+
+
+# ---- Tables of hulls.py ----
+
+
+def first_slot(offset: Any, batch_idx: Any, seqlen: Any, tile: int, packed: bool) -> Any:
+    """Return where the blocks of a sequence begin in a table. Packed sequences have room for one more block
+    each, because no host knows their lengths.
+    """
+    if packed:
+        return (offset + batch_idx * tile) // tile
+    return batch_idx * ((seqlen + (tile - 1)) // tile)
+
+
+def slots(batch: int, seqlen: int, tile: int, packed: bool) -> int:
+    """Return how many blocks a table has room for. seqlen: of each sequence, or of all if packed."""
+    return seqlen // tile + batch + 1 if packed else batch * -(-seqlen // tile)
+
+
+def clamped(m: Any, first: Any, end: Any, seqlen_k: Any) -> Range:
+    """Cut an interval to the keys of its sequence. Only the device may know it."""
+    return m.max(first, 0), m.min(end, seqlen_k)
 
 
 def _blocks(m: Any, first: Any, stop: Any, tile: int) -> Range:

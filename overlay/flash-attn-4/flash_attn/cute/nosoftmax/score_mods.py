@@ -67,8 +67,9 @@ def of_activation(
     normalization: Optional[str],
     has_decay: bool,
     hstu: Optional[HSTUKind] = None,
+    intervals: int = 0,
 ) -> ScoreMods:
-    """normalization, has_decay and hstu: as in NoSoftmax."""
+    """normalization and the arguments after it: as in NoSoftmax."""
     f = formula(activation, sigmoid_bias, softcap)
     has_biases = sigmoid_bias == BY_HEAD
 
@@ -94,7 +95,7 @@ def of_activation(
     score_mod_bwd.__cute_hash__ = f"{name} backward"
     mark = NoSoftmax(
         normalization, finite_at_zero=True, inf_seen_in=f.inf_seen_in, has_biases=has_biases,
-        has_decay=has_decay, hstu=hstu,
+        has_decay=has_decay, hstu=hstu, intervals=intervals,
     )  # fmt: skip
     setattr(score_mod, ATTRIBUTE, mark)
     return ScoreMods(score_mod, score_mod_bwd, f.unit, plans={})

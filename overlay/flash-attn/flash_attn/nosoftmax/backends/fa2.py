@@ -24,7 +24,7 @@ def obstacle(call: Call) -> Optional[str]:
     if reason is not None:
         return reason
     if call.options.mask is not None:
-        return "flash_attn_2_cuda has no kernels for mask: move the tensors to the CPU"
+        return "flash_attn_2_cuda has no kernels for mask: install flash-attn-4 on Hopper, or use the CPU"
     if call.diagonal is not None:
         return "flash_attn_2_cuda aligns the last query with the last key: it has no diagonal"
     if call.options.wide:

@@ -1,0 +1,91 @@
+"""Test which mask of a call reaches the Hopper kernels, with nvidia-cutlass-dsl and without a GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("cutlass", reason="needs nvidia-cutlass-dsl: make toolchain FAMILY=flash-attn-4")
+hopper = pytest.importorskip("flash_attn.cute.nosoftmax.hopper", reason="needs flash-attn-4's wheel")
+from flash_attn.cute.nosoftmax import checks, launch  # noqa: E402
+from flash_attn.cute.nosoftmax.call import Call  # noqa: E402
+from flash_attn.cute.nosoftmax.marker import HSTUKind, no_softmax_of  # noqa: E402
+
+COUNTS = torch.tensor([3, 4], dtype=torch.int32)
+
+
+def call(tensors: dict | None = None, **fields) -> Call:
+    q, k, v = torch.empty(3, 2, 30, 2, 64, dtype=torch.bfloat16, device="meta")
+    options = checks.options(
+        64, 30, 30, 0.0, None, False, (None, None), 0.0, False, False, "silu", 0.0,
+        fields.pop("normalization", None),
+    )  # fmt: skip
+    return Call.of(options._replace(**fields), q=q, k=k, v=v, **(tensors or {}))
+
+
+def launched(asked: Call) -> launch.Call:
+    return hopper._launched(asked, hopper.Extras((None, None)))
+
+
+@pytest.mark.parametrize(
+    "tensors, fields, kind, numbers",
+    [
+        ({}, dict(num_targets=5), HSTUKind("number"), (5,)),
+        ({}, dict(num_targets=5, num_contexts=2), HSTUKind("number", "number"), (5, 2)),
+        ({"target_counts": COUNTS}, {}, HSTUKind("sequence"), ()),
+        (
+            {"target_counts": COUNTS, "context_counts": COUNTS + 1},
+            dict(max_attn_len=7, min_full_attn_seq_len=2, target_group_size=3),
+            HSTUKind("sequence", "sequence", True, True, True), (7, 2, 3),
+        ),
+        # What has no effect compiles nothing: whole rows without a window, groups without targets.
+        (
+            {"context_counts": COUNTS}, dict(min_full_attn_seq_len=2, target_group_size=3),
+            HSTUKind(None, "sequence"), (),
+        ),
+        ({}, dict(num_targets=5, max_attn_len=2**31 - 1), HSTUKind("number", window=True), (5, 2**30)),
+    ],
+)  # fmt: skip
+def test_hstu(tensors, fields, kind, numbers):
+    given = launched(call(tensors, mask="hstu", **fields))
+    mark = no_softmax_of(given.mods.score_mod)
+    assert (mark.hstu, mark.intervals) == (kind, 0)
+    assert given.mask_numbers == numbers
+    assert [x.tolist() for x in given.mask_tensors] == [x.tolist() for x in tensors.values()]
+    assert given.hides and not launched(call()).hides
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_intervals(k):
+    starts, ends = torch.zeros(2, 2, 30, k, dtype=torch.int32)
+    given = launched(call({"interval_starts": starts, "interval_ends": ends}, mask="intervals"))
+    mark = no_softmax_of(given.mods.score_mod)
+    assert (mark.hstu, mark.intervals, given.mask_numbers) == (None, k, ())
+    assert all(a is b for a, b in zip(given.mask_tensors, (starts, ends)))
+    assert [x.shape for x in given.masks(packed=True)] == [(60, k)] * 2
+    assert [x.shape for x in given.masks(packed=False)] == [(2, 30, k)] * 2
+
+
+def test_visible_keys_are_those_of_the_mask():
+    """Without a mask "1/visible" is "1/n" where every query sees every key."""
+    asked = dict(normalization="1/visible")
+    assert no_softmax_of(launched(call(**asked)).mods.score_mod).normalization == "1/n"
+    for mask in (dict(mask="hstu", num_targets=3), dict(mask="hstu", max_attn_len=3, num_contexts=2)):
+        mark = no_softmax_of(launched(call(**mask, **asked)).mods.score_mod)
+        assert mark.normalization == "1/visible"
+
+
+def test_masked_tiles_are_those_of_causal():
+    """Upstream chooses by causal, which it does not see here; and a tile has the rows of one head."""
+    masked, plain = (launched(call(**x)) for x in (dict(mask="hstu", num_targets=3), {}))
+    q, v = torch.empty(2, 2, 30, 4, 96, device="meta")
+    assert launch._tile(masked, q, v)["tile_mn"] == (192, 128)
+    assert launch._tile(plain, q, v) == {}
+    assert launch._pack_gqa(masked, None, q, q[:, :, :2]) is False
+    assert launch._pack_gqa(plain, None, q, q[:, :, :2]) is None
+
+
+def test_rows_before_the_first_position_are_left_out_of_a_batch():
+    """They see nothing under HSTU, and may under intervals."""
+    q, k, v = (torch.empty(2, n, 2, 64, dtype=torch.bfloat16, device="meta") for n in (40, 30, 30))
+    for mask, first in (("hstu", 10), ("intervals", 0)):
+        asked = call(mask=mask, num_targets=3)._replace(q=q, k=k, v=v)
+        assert hopper._first_query(asked, hopper.Extras((None, None))) == first
