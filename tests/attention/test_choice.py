@@ -16,6 +16,7 @@ import flash_attn
 import pytest
 import torch
 from flash_attn import explain, extension, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn.masks import HSTU
 from flash_attn.nosoftmax import REVISION, choice, interface
 from flash_attn.nosoftmax.backends import fa2, fa4
 from flash_attn.nosoftmax.backends.linear import primitive
@@ -171,6 +172,7 @@ AMPERE = dict(capability=(8, 0))
     ("cuda", {}, dict(IDENTITY, alibi_slopes=on_gpu(2)), "fa2", {"linear": "alibi_slopes",
         "fa4": "no alibi_slopes"}),
     ("cuda", {}, dict(IDENTITY, activation="gelu", backend="fa4"), "fa4", {}),
+    ("cuda", {}, dict(SILU, mask=HSTU(3, 2)), "fa4", {"linear": "activation='silu'"}),
     ("cuda", AMPERE, IDENTITY, "fa2", {"linear": "", "fa4": "compute capability 8.0"}),
     ("cuda", NO_FA4, IDENTITY, "fa2", {"linear": "", "fa4": "flash-attn-4 is not installed"}),
     ("cuda", PURE_PYTHON, SILU, "fa4", {"linear": ""}),

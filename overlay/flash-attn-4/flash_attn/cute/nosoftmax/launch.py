@@ -225,9 +225,9 @@ def forward(
         pack = exceeds or call.seqused_k is not None
         cu_seqlens_k, max_seqlen_k, (keys, values) = _packed(pack, cu_seqlens_k, max_seqlen_k, k, v)
     given, masks = call.given(cu_seqlens_q is not None), call.masks(cu_seqlens_q is not None)
-    tile = _tile(call, q, v) if block_sparse_tensors is None else {}
 
     def launch() -> None:
+        tile = _tile(call, q, v) if block_sparse_tensors is None else {}
         bounds = [cu_seqlens_q, cu_seqlens_k, call.seqused_k], (max_seqlen_q, max_seqlen_k)
         tables = _tables(call, masks, queries, keys, *bounds, tile["tile_mn"]) if call.hides else []
         _flash_attn_fwd(
