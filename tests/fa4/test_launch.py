@@ -324,6 +324,56 @@ print(json.dumps(step((2, 5, 2, 8), sequence_factors=linspace(2), aux_tensors=[l
     ) == [[name, [[0, 1, 2], [0, 1]], [4.0, 0.5]] for name in ("forward", "backward")]
 
 
+def test_masks_reach_the_kernels_first(run):
+    """Parts of a mask come before factors; numbers are part of the key of a plan, tensors are not."""
+    found, count = run(
+        GIVEN
+        + """
+found = []
+for parts, top in (((3, 7), 4), ((3, 7), 5), ((3, 8), 5)):
+    counts = offsets(1, top)
+    found.append(step((2, 5, 2, 8), mask_numbers=parts, mask_tensors=(counts,), row_factors=linspace(2, 5,
+        to=9.0), factor=None))
+print(json.dumps([found, len(runs)]))
+"""
+    )
+    rows = [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    for steps, numbers, top in zip(found, ([3, 7], [3, 7], [3, 8]), (4, 5, 5)):
+        assert steps == [
+            ["forward", [[1, top], rows], numbers], ["backward", [[1, top], rows, [4, 9]], numbers]
+        ]  # fmt: skip
+    assert count == 4
+
+
+@pytest.mark.slow
+def test_the_kernels_that_find_the_bounds_of_intervals_compile(run):
+    """And their tables have room for the blocks of every layout."""
+    assert run("""
+import importlib
+from torch._subclasses.fake_tensor import FakeTensorMode
+hulls = importlib.import_module("flash_attn.cute.nosoftmax.hulls")
+shapes = []
+with FakeTensorMode():
+    dense, packed = (torch.empty(*x, 2, dtype=torch.int32, device="cuda") for x in ((3, 150), (450,)))
+    cu, used = (torch.empty(n, dtype=torch.int32, device="cuda") for n in (4, 3))
+    for rows, lengths in (
+        (dense, (None, None, None)), (dense, (None, None, used)), (packed, (cu, cu, None)),
+        (packed, (cu, cu, used)), (packed, (cu, None, used)),
+    ):
+        table = hulls.hulls((rows, rows), lengths, (150, 200), 3, 64)
+        found = [
+            hulls.visits(table, lengths, (150, 200), 3, 600, (64, 128), ordered) for ordered in (True, False)
+        ]
+        shapes.append([list(table.shape), *(list(x.shape) for x in found)])
+print(json.dumps([shapes, len(hulls.hulls.compile_cache.cache), len(hulls.visits.compile_cache.cache)]))
+""") == [
+        [[[9, 2, 4], *[[6, 2]] * 2]] * 2
+        + [[[11, 2, 4], *[[8, 2]] * 2]] * 2
+        + [[[11, 2, 4], *[[6, 2]] * 2]],
+        5, 10,
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_the_kernel_that_finds_the_largest_factors_compiles(run):
     assert run("""
