@@ -104,6 +104,7 @@ bench-fa4:  ## measure TFLOP/s of flash-attn-4's kernels without softmax (needs 
 	$(PY) benchmarks/fa4_tables.py
 
 bench-hstu:  ## measure TFLOP/s of HSTU's masks on jagged batches (needs a Hopper GPU and both wheels); goes on where it stopped
+	$(PY) benchmarks/hstu.py --compile $(JOBS)
 	$(PY) benchmarks/hstu.py --json docs/results/hstu_tflops.json
 
 bench-host: wheel  ## measure what a small call costs the host, for each available backend

@@ -13,13 +13,16 @@ candidates a sequence. Variants, timed in turn on the same tensors:
 
 A row has the operations of the visible scores a second, and those of the tiles that hold one, which is what
 the kernels compute. Rows go to --json as they come, and a run that finds its own rows there goes on after
-them. --quick takes one head size and three shapes. The table is written beside the JSON file.
+them. --quick takes one head size and three shapes. The table is written beside the JSON file. The first call
+of a kernel compiles it; --compile does only that, in several processes at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import shlex
 import sys
 import time
@@ -143,12 +146,15 @@ def measure(gpu: Gpu, args: argparse.Namespace, done: set[tuple]) -> Iterator[di
                 yield from (row for row in _rows(gpu, *case) if tuple(row[name] for name in KEY) not in done)
 
 
-def _rows(gpu: Gpu, head_dim: int, batch: int, seqlen: int, direction: str) -> Iterator[dict]:
+def _calls(
+    head_dim: int, batch: int, seqlen: int, direction: str, variants: tuple[str, ...]
+) -> list[Callable]:
+    """Return the functions to time: forward calls, or the backward passes alone of earlier forward calls."""
     lengths, targets = drawn(batch, seqlen)
     shape = sum(lengths), NHEADS, head_dim
     q, k, v, dout = (torch.randn(shape, dtype=torch.bfloat16, device=DEVICE) for _ in range(4))
     calls = []
-    for variant in VARIANTS:
+    for variant in variants:
         call = _call(variant, lengths, masks(variant, lengths, targets), seqlen)
         if direction == FORWARD:
             calls.append(lambda call=call: call(q, k, v))
@@ -156,7 +162,12 @@ def _rows(gpu: Gpu, head_dim: int, batch: int, seqlen: int, direction: str) -> I
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         out = call(*leaves)
         calls.append(lambda out=out, leaves=leaves: torch.autograd.grad(out, leaves, dout, retain_graph=True))
-    for variant, ms in zip(VARIANTS, gpu.medians(calls)):
+    return calls
+
+
+def _rows(gpu: Gpu, head_dim: int, batch: int, seqlen: int, direction: str) -> Iterator[dict]:
+    lengths, targets = drawn(batch, seqlen)
+    for variant, ms in zip(VARIANTS, gpu.medians(_calls(head_dim, batch, seqlen, direction, VARIANTS))):
         given = lengths, masks(variant, lengths, targets)
         work = [
             flops(scores, head_dim, direction)
@@ -168,6 +179,24 @@ def _rows(gpu: Gpu, head_dim: int, batch: int, seqlen: int, direction: str) -> I
             "tflops": tera_per_second(work[0], ms),
             "tflops_of_tiles": tera_per_second(work[1], ms),
         }
+
+
+def _compile(head_dims: tuple[int, ...], processes: int, part: int) -> None:
+    """Run every kernel of one part of the variants once, on a small batch."""
+    for head_dim, variant in list(itertools.product(head_dims, VARIANTS))[part::processes]:
+        _calls(head_dim, 2, 256, BACKWARD, (variant,))[0]()
+    torch.cuda.synchronize()
+
+
+def compile_all(head_dims: tuple[int, ...], processes: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=_compile, args=(head_dims, processes, part)) for part in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
 
 
 def markdown(record: dict) -> str:
@@ -230,11 +259,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="head size 128 and three shapes")
     parser.add_argument("--budget-ms", type=float, default=200.0, help="time for the variants of one case")
     parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing new after this time")
+    parser.add_argument(
+        "--compile", type=int, default=0, metavar="PROCESSES", help="only compile, in this many processes"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         print("error: this needs a Hopper GPU and a torch with CUDA", file=sys.stderr)
         return 2
+    if args.compile:
+        compile_all(QUICK[0] if args.quick else args.head_dims, args.compile)
+        return 0
     torch.manual_seed(0)
     gpu = Gpu(args.budget_ms)
     record = started(args, sys.argv[1:] if argv is None else argv)

@@ -91,6 +91,7 @@ def visits(blocks, name: str) -> tuple[list[int], list[int]]:
     return order[: blocks.split], order[blocks.split :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_tiles_visit_what_they_see(part):
     """Each tile visits the blocks with an entry that it sees and no other, and blocks without a mask are
@@ -215,6 +216,7 @@ def interval_ranges(starts: np.ndarray, ends: np.ndarray, seqlen_k: int, tile_m:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(2))
 def test_tiles_under_intervals(part):
     visited, needed = 0, 0

@@ -94,6 +94,18 @@ def test_a_stopped_run_goes_on(bench, monkeypatch, tmp_path):
     assert {tuple(row[name] for name in bench.KEY) for row in again["rows"]} == set(rows)
 
 
+def test_every_kernel_is_compiled_once(bench, monkeypatch):
+    on_cpu(bench, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    ran = []
+    monkeypatch.setattr(bench, "_calls", lambda *given: [lambda: ran.append(given)])
+    for part in range(3):
+        bench._compile((64, 128), 3, part)
+    assert sorted((given[0], *given[-1]) for given in ran) == sorted(
+        (head_dim, variant) for head_dim in (64, 128) for variant in bench.VARIANTS
+    )
+
+
 def test_the_page_marks_what_others_published(bench):
     rows = [
         {
