@@ -398,6 +398,10 @@ def normalization(
     """Return the normalization of sequence `batch_idx`, with the factors that launch.py put at the end of
     aux_data.
     """
+    if backward:
+        # Upstream lets the backward begin before the kernel in front of it has written its results: that of
+        # largest.py, or whatever computed the caller's factors, biases and slopes.
+        cute.arch.griddepcontrol_wait()
     given = rows = None
     last = -1 - mark.by_head
     if mark.normalization == BY_NUMBER:

@@ -41,6 +41,8 @@ def seqlens(mark: Optional[NoSoftmax], create: Callable, aux_data: Any, tile: tu
 def _with_ranges(
     mark: NoSoftmax, create: Callable, aux_data: Any, tile: tuple, batch_idx: Int32
 ) -> SeqlenInfo:
+    # As in kernel.normalization; elsewhere than in the backward this waits for nothing.
+    cute.arch.griddepcontrol_wait()
     plain = create(batch_idx)
     ranges = (
         _intervals(mark.intervals, plain, aux_data.tensors, tile, batch_idx)
@@ -62,9 +64,6 @@ def _hstu(mark: NoSoftmax, seqlen: Any, aux_data: Any, batch_idx: Int32) -> HSTU
 
 def _intervals(k: int, seqlen: Any, tensors: Any, tile: tuple, batch_idx: Int32) -> IntervalRanges:
     """tensors: starts, ends, and of hulls.py the hulls and, in the backward, the visits."""
-    # Upstream lets the backward begin before the kernel in front of it, which may be that of hulls.py, has
-    # written its results. Elsewhere this waits for nothing.
-    cute.arch.griddepcontrol_wait()
     starts, ends = (
         cute.domain_offset((seqlen.offset_q, 0), x) if seqlen.has_cu_seqlens_q else x[batch_idx, None, None]
         for x in tensors[:2]
