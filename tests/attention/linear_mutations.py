@@ -57,9 +57,7 @@ def _ungrouped(self, x, span, first):
     return part.to(self.dtype, copy=True).reshape(x.shape[0] * self.heads, -1, x.shape[-1])
 
 
-def _state_of_the_neighbour(
-    q, k, v, form, cu_q=None, cu_k=None, max_q=0, max_k=0, given=None, diagonals=None
-):
+def _state_of_the_neighbour(q, k, v, form, cu_q=None, cu_k=None, max_q=0, max_k=0, given=None):
     """Treat packed sequences as one."""
     return (
         chunked.attend(q[None], k[None], v[None], form)[0][0]

@@ -6,6 +6,7 @@ import os
 from functools import cache
 from itertools import accumulate
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from flash_attn import (
 )
 from flash_attn.distributed import ContextParallel, agreement, exchange
 from flash_attn.distributed.methods import ring
+from flash_attn.distributed.problem import Problem
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -597,3 +599,23 @@ def shard_after_inference(rank: int, world: int) -> None:
     out = call(own, own, own, False, options)
     out.sum().backward()
     assert torch.equal(out, first) and x.grad.abs().max() > 0
+
+
+def blocks_of_a_ring(rank: int, world: int) -> dict:
+    """Return layout -> (window, whether it has a diagonal) of each block that this rank runs, causal."""
+    found = {}
+    for layout in LAYOUTS:
+        blocks: list = []
+
+        def forward(self, block, blocks=blocks, right=Problem.forward):
+            blocks.append(
+                ((block.options.window_left, block.options.window_right), block.diagonal is not None)
+            )
+            return right(self, block)
+
+        qkv, _ = _small(False)
+        cp = plan("ring", layout)
+        with mock.patch.object(Problem, "forward", forward):
+            call(*cut(cp, False, qkv), False, dict(use_softmax=False, causal=True, context_parallel=cp))
+        found[layout] = blocks
+    return found

@@ -57,6 +57,14 @@ def test_sums_in_float32(ranks):
                 assert (x - y).abs().max() <= 2**-9 * y.abs().max(), method
 
 
+def test_only_blocks_on_the_diagonal_are_masked(ranks):
+    """A rank's queries see all of the earlier keys, and such a block is full attention without a diagonal."""
+    for rank, found in enumerate(ranks.run(cases.blocks_of_a_ring)):
+        masked, open_block = ((-1, 0), False), ((-1, -1), False)
+        assert found["contiguous"] == [masked, *[open_block] * rank]
+        assert sorted(found["zigzag"]) == sorted([masked] * 2 + [open_block] * (2 * ranks.world - 1))
+
+
 @pytest.mark.parametrize(
     "kind, offsets, tokens",
     [

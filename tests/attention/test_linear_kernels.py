@@ -60,7 +60,7 @@ def exact(
     q, k, v = (x.double().cpu() for x in (q, k, v))
     given = Given(*[x if x is None else x.cpu() for x in given])
     if lengths_q is None:
-        return chunked.attend(q, k, v, form, given=given)[0]
+        return primitive.attend(q, k, v, form, given=given)
     starts = [cumulative(lengths, "cpu") for lengths in (lengths_q, lengths_k)]
     return primitive.attend(q, k, v, form, *starts, given=given)
 
@@ -88,7 +88,8 @@ def check(kernels, q, k, v, dout, form: Form, lengths_q=None, lengths_k=None, gi
     for name, a, e in zip(NAMES, actual, expected):
         if e.numel():
             error, size = (a.double().cpu() - e).abs().max().item(), e.abs().max().item()
-            assert error <= torch.finfo(a.dtype).eps * size, f"{name} is off by {error:.3g} of {size:.3g}"
+            assert error <= torch.finfo(q.dtype).eps * size, f"{name} is off by {error:.3g} of {size:.3g}"
+        assert a.dtype == form.out_dtype(q.dtype), name
 
 
 @MASKS
@@ -228,6 +229,137 @@ def test_decay_beside_a_normalization(kernels, causal, transposed, kind):
     shape = (2, 200 if transposed else 150)[: 2 if kind == ROW else 1]
     given = Given(None if named else checks.factors(q, *shape), decaying(2).decay_slopes)
     check(kernels, q, k, v, dout, Form(0.25, causal, transposed, decay=(2,), **options), given=given)
+
+
+# Keys that query 0 is aligned with: at and beside both ends of 200 queries and 70 keys, between them, and as
+# far away as they may be.
+DIAGONALS = [0, -130, 33, 69, 70, 71, -199, -200, -201, 2**30, -(2**30)]
+
+
+def aligned(diagonals: list[int], given: Given = NOTHING) -> Given:
+    return given._replace(diagonal=torch.tensor(diagonals, dtype=torch.int32, device=DEVICE))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [None, "decay", "1/visible", ROW])
+def test_diagonal(kernels, transposed, dtype, kind):
+    """Each sequence has its own, also for the transposed form of second derivatives."""
+    batch, lengths = len(DIAGONALS), (70, 200) if transposed else (200, 70)
+    q, dout = (draw(batch, lengths[0], 4, 16, seed=i, dtype=dtype) for i in (0, 1))
+    k, v = (draw(batch, lengths[1], 2, 16, seed=i, dtype=dtype) for i in (2, 3))
+    given = aligned(DIAGONALS, decaying(4) if kind == "decay" else NOTHING)
+    if kind == ROW:
+        given = given._replace(row_factors=checks.factors(q, batch, 200))
+    form = Form(
+        0.2, True, transposed, normalization="1/visible" if kind == "1/visible" else None,
+        row_factors=ROW if kind == ROW else None, decay=(4,) if kind == "decay" else None, diagonal=True,
+    )  # fmt: skip
+    check(kernels, q, k, v, dout, form, given=given)
+
+
+@pytest.mark.parametrize("shape", [(4,), (11, 4)], ids=str)
+def test_diagonal_of_a_full_form_that_decays(kernels, shape):
+    """What lies between the queries and the keys decays too, for small slopes as well as for steep ones."""
+    q, dout = (draw(11, 200, 4, 16, seed=i, dtype=torch.float16) for i in (0, 1))
+    k, v = (draw(11, 70, 2, 16, seed=i, dtype=torch.float16) for i in (2, 3))
+    for diagonals in (DIAGONALS, [100 * x for x in range(-5, 6)]):
+        given = aligned(diagonals, decaying(*shape))
+        given = given._replace(decay_slopes=given.decay_slopes / 100)
+        check(kernels, q, k, v, dout, Form(0.2, False, decay=shape, diagonal=True), given=given)
+
+
+@MASKS
+@pytest.mark.parametrize("wide", [False, True], ids=["", "wide"])
+def test_diagonal_of_packed_sequences(kernels, causal, wide):
+    lengths = checks.PACKED["lengths_q"], checks.PACKED["lengths_k"]
+    q, dout = (draw(sum(lengths[0]), 2, 16, seed=i, dtype=torch.float16) for i in (0, 1))
+    k, v = (draw(sum(lengths[1]), 1, 16, seed=i, dtype=torch.float16) for i in (2, 3))
+    given = aligned([5, -3, 0, 250, -40][: len(lengths[0])], decaying(2))
+    form = Form(0.25, causal, decay=(2,), wide=wide, diagonal=True)
+    check(kernels, q, k, v, dout, form, *lengths, given)
+
+
+@pytest.mark.parametrize("kind", [None, "decay", "1/visible"])
+def test_what_the_diagonal_puts_out_of_sight_is_not_read(kernels, kind):
+    """NaN in queries before all keys, and in keys behind all queries."""
+    decay = (1,) if kind == "decay" else None
+    form = Form(
+        0.25, True, normalization="1/visible" if kind == "1/visible" else None, decay=decay, diagonal=True
+    )
+    for key, rows, keys in ((-100, slice(0, 100), slice(200, 300)), (-400, slice(0, 300), slice(0, 300))):
+        q, k, v, dout = (draw(1, 300, 1, 16, seed=i, dtype=torch.float16) for i in range(4))
+        q[:, rows] = dout[:, rows] = float("nan")
+        k[:, keys] = v[:, keys] = float("nan")
+        given = aligned([key], decaying(1) if decay else NOTHING)
+        out, (dq, dk, dv) = (
+            kernels.attend(q, k, v, form, None, None, 0, 0, given),
+            kernels.gradients(dout, q, k, v, form, None, None, 0, 0, given),
+        )
+        assert all(torch.isfinite(x).all() for x in (out, dq, dk, dv))
+        assert not any(x[:, at].any() for x, at in ((out, rows), (dq, rows), (dk, keys), (dv, keys)))
+
+
+@MASKS
+@pytest.mark.parametrize("decay", [None, (4,), (2, 4)], ids=str)
+def test_wide(kernels, causal, decay):
+    """Results stay in float32: neither rounded, so that parts add up, nor saturated."""
+    q, dout = (draw(2, 150, 4, 16, seed=i, dtype=torch.float16, mean=1.0) for i in (0, 1))
+    k, v = (draw(2, 200, 2, 16, seed=i, dtype=torch.float16, mean=1.0) for i in (2, 3))
+    form, given = Form(0.25, causal, decay=decay, wide=True), NOTHING if decay is None else decaying(*decay)
+    check(kernels, q, k, v, dout, form, given=given)
+    large, lengths = [64.0 * x for x in (q, k, v, dout)], (None, None, 0, 0)
+    wide = results(kernels, large, form, *lengths, given)
+    narrow = results(kernels, large, form._replace(wide=False), *lengths, given)
+    for name, x, y in zip(NAMES, wide, narrow):
+        assert x.abs().max() > 65504, name
+        assert torch.equal((x.clamp(-65504, 65504) if name == "out" else x).half(), y), name
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0)])
+def test_wide_results_of_nothing(kernels, lengths):
+    q, k = (draw(2, length, 2, 16, seed=0, dtype=torch.float16) for length in lengths)
+    for x, y in zip(results(kernels, (q, k, k, q), Form(0.25, True, wide=True)), (q, q, k, k)):
+        assert x.shape == y.shape and x.dtype == torch.float32 and not x.any()
+
+
+@MASKS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("decay", [None, (2, 4)], ids=str)
+@pytest.mark.parametrize("seqlen, kind", [(40, None), (200, SEQUENCE), (200, ROW)])
+def test_pieces(kernels, causal, dtype, decay, kind, seqlen):
+    """A piece starts from the states of what is not there, on both sides, and gives its own to others. Its
+    end is not that of a chunk.
+    """
+    q, dout = (draw(2, seqlen, 4, 16, seed=i, dtype=dtype) for i in (0, 1))
+    k, v = (draw(2, seqlen, 2, 16, seed=i, dtype=dtype) for i in (2, 3))
+    shape = (2, 4 if decay else 2, 16, 16)
+    states = [
+        10 * torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(DEVICE) for i in range(4)
+    ]
+    there, back = states[:2], [states[2], None]
+    factors = None if kind is None else checks.factors(q, *(2, seqlen)[: 2 if kind == ROW else 1])
+    given = Given(factors, None if decay is None else decaying(*decay).decay_slopes)
+    form = Form(0.25, causal, row_factors=kind, decay=decay, wide=True)
+    pair = (lambda x: tuple(x)) if decay and not causal else (lambda x: (x[0],))
+    actual = (
+        kernels.attend(q, k, v, form, None, None, 0, 0, given, *pair(there)),
+        *kernels.gradients(dout, q, k, v, form, None, None, 0, 0, given, pair(there), pair(back)),
+        *(kernels.state_of(q, k, v, form, given, late) for late in (False, True)),
+        *(kernels.state_of(k, q, dout, form.of_dv(), given, late) for late in (False, True)),
+    )
+    q, k, v, dout = (x.double().cpu() for x in (q, k, v, dout))
+    given = Given(*(x if x is None else x.cpu() for x in given))
+    there, back = ([None if x is None else x.double().cpu() for x in pair] for pair in (there, back))
+    expected = (
+        primitive.attend_between(q, k, v, form, given, *there),
+        *primitive.gradients_between(dout, q, k, v, form, given, there, back),
+        *(primitive.state_of(q, k, v, form, given, late) for late in (False, True)),
+        *(primitive.state_of(k, q, dout, form.of_dv(), given, late) for late in (False, True)),
+    )
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        error, size = (a.double().cpu() - e).abs().max().item(), e.abs().max().item()
+        assert a.dtype == torch.float32 and error <= torch.finfo(dtype).eps * size, (i, error, size)
 
 
 @MASKS
@@ -578,7 +710,11 @@ def test_state_with_a_decay(kernels, lengths, shape):
     out, after = kernels.attend_with_state(q, k, v, form, state, starts, given)
     wide = [x.double().cpu() for x in (q, k, v)]
     expected = primitive.attend_with_state(
-        *wide, form, state.cpu(), None if starts is None else starts.cpu(), Given(*(x.cpu() for x in given))
+        *wide,
+        form,
+        state.cpu(),
+        None if starts is None else starts.cpu(),
+        Given(*(x if x is None else x.cpu() for x in given)),
     )
     for a, e in zip((out, after), expected):
         error, size = (a.double().cpu() - e).abs().max().item(), e.abs().max().item()

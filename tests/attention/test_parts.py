@@ -4,14 +4,19 @@ add up to the whole, which the oracle computes.
 
 from __future__ import annotations
 
+import importlib.util
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from flash_attn import flash_attn_func, nosoftmax
+from flash_attn.nosoftmax.backends.linear import primitive
 from torch import Tensor
 
 from oracle import Oracle
+from package import VARIANTS, missing, not_in_this_build
 
 F64 = torch.float64
 OPTIONS = {
@@ -28,13 +33,102 @@ MORE = {
     "decay": dict(decay_slopes=torch.tensor([0.01, 0.2, 0.0, 3.0])),
     "softcap": dict(softcap=2.0),
 }
-ALGORITHMS = ["quadratic", "linear"]
 
 
-def sample(seqlen_q: int, seqlen_k: int, batch: int = 1) -> list[Tensor]:
-    torch.manual_seed(seqlen_q)
-    shapes = (seqlen_q, 4, 8), (seqlen_k, 2, 8), (seqlen_k, 2, 6), (seqlen_q, 4, 6)
-    return [torch.randn(batch, *shape, dtype=F64) for shape in shapes]
+@dataclass(frozen=True)
+class Runner:
+    """A backend on one device, with tensors of one dtype and heads of one size.
+
+    forced: the argument that chooses it. slack: of float32 results, in units of 16-bit rounding.
+    """
+
+    device: str
+    forced: tuple[str, str]
+    dtype: torch.dtype
+    head_dim: int
+    head_dim_v: int
+    slack: float = 2.0
+
+    @property
+    def linear(self) -> bool:
+        return self.forced[1] == "linear"
+
+    @property
+    def exact(self) -> bool:
+        return self.dtype == F64
+
+    @property
+    def cuts(self) -> tuple:
+        """Where parts of the queries and of the keys begin: few for the interpreter, which is slow."""
+        interpreted = self.device == "cpu" and not self.exact
+        return ((0, 100), (0, 61)) if interpreted else ((0, 3, 100), (0, 60, 61, 140))
+
+    def sample(self, seqlen_q: int, seqlen_k: int, batch: int = 1) -> list[Tensor]:
+        """q, k, v and dout, of numbers that the dtype holds, in float64 on the CPU."""
+        torch.manual_seed(seqlen_q)
+        d, d_v = self.head_dim, self.head_dim_v
+        shapes = (seqlen_q, 4, d), (seqlen_k, 2, d), (seqlen_k, 2, d_v), (seqlen_q, 4, d_v)
+        return [torch.randn(batch, *shape, dtype=F64).to(self.dtype).double() for shape in shapes]
+
+    def taken(self, options: dict) -> dict:
+        """Skip the test if the backend does not take these options, else return them for it."""
+        if self.linear and options.keys() & {"activation", "alibi_slopes", "softcap", "window_size"}:
+            pytest.skip("linear time is not exact with these options")
+        on_device = {k: x.to(self.device) if isinstance(x, Tensor) else x for k, x in options.items()}
+        return {**on_device, self.forced[0]: self.forced[1]}
+
+    def both(self, q, k, v, dout, **options) -> tuple[Tensor, ...]:
+        """The output and the gradients of a part, in float64 on the CPU."""
+        options = self.taken(options)
+        q, k, v, dout = (x.to(self.device, self.dtype) for x in (q, k, v, dout))
+        try:
+            found = nosoftmax.forward(q, k, v, **options)[0], *nosoftmax.backward(dout, q, k, v, **options)
+        except (ValueError, RuntimeError) as error:
+            if not_in_this_build(error):
+                pytest.skip(str(error).splitlines()[0])
+            raise
+        return tuple(x.double().cpu() for x in found)
+
+    def both_wide(self, q, k, v, dout, **options) -> tuple[Tensor, ...]:
+        """The same of parts that are added up."""
+        wide = F64 if self.exact else torch.float32
+        return self.both(q, k, v, dout, out_dtype=wide, **options)
+
+    def close(self, found, expected) -> None:
+        for x, y in zip(found, expected, strict=True):
+            largest = y.abs().max().item() if y.numel() else 0.0
+            atol = 1e-10 if self.exact else self.slack * torch.finfo(self.dtype).eps * max(largest, 1.0)
+            torch.testing.assert_close(x, y, rtol=0, atol=atol)
+
+
+RUNNERS = {
+    "quadratic": Runner("cpu", ("algorithm", "quadratic"), F64, 8, 6),
+    "linear": Runner("cpu", ("algorithm", "linear"), F64, 8, 6),
+    "linear kernels": Runner("cpu", ("algorithm", "linear"), torch.float16, 16, 16),
+}
+# Heads of 64 fill a tile of the extension, and heads of 40 do not.
+for name, variant in (("fa2", "quadratic"), ("linear", "linear")):
+    for dtype, head_dim in ((torch.bfloat16, 64), (torch.float16, 40)):
+        (forced,) = VARIANTS["cuda", variant].items()
+        label = f"{name} {str(dtype).removeprefix('torch.')}"
+        RUNNERS[label] = Runner("cuda", forced, dtype, head_dim, head_dim, slack=4.0)
+
+
+@pytest.fixture(params=RUNNERS)
+def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    """Each backend that takes the options; the Triton kernels are interpreted where there is no GPU."""
+    runner = RUNNERS[request.param]
+    if runner.device == "cuda":
+        if why := missing("cuda", "linear" if runner.linear else "quadratic"):
+            pytest.skip(why)
+    elif not runner.exact:
+        if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
+            pytest.skip("needs triton, and a machine without a GPU, where it interprets kernels")
+        monkeypatch.setattr(primitive, "has_kernels", lambda x: x.dtype == torch.float16)
+        kernels = primitive.kernels()
+        monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 64)
+        monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 12)
+    return runner
 
 
 def whole(q, k, v, dout, **options) -> tuple[Tensor, ...]:
@@ -44,115 +138,128 @@ def whole(q, k, v, dout, **options) -> tuple[Tensor, ...]:
     return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
 
-def both(q, k, v, dout, **options) -> tuple[Tensor, ...]:
-    return nosoftmax.forward(q, k, v, **options)[0], *nosoftmax.backward(dout, q, k, v, **options)
-
-
-def exact(options: dict) -> bool:
-    """Whether linear time is exact."""
-    return not options.keys() & {"activation", "alibi_slopes", "softcap", "window_size"}
-
-
-def close(found, expected) -> None:
-    for x, y in zip(found, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("more", MORE)
 @pytest.mark.parametrize("mask", OPTIONS)
-def test_parts_add_up(mask, more, algorithm):
-    options = {**OPTIONS[mask], **MORE[more]}
-    if algorithm == "linear" and not exact(options):
-        pytest.skip("linear time is not exact with these options")
+def test_parts_add_up(mask, more, runner):
+    options: dict[str, Any] = {**OPTIONS[mask], **MORE[more]}
+    runner.taken(options)
     for seqlen_q, seqlen_k in ((150, 180), (180, 150)):
-        given = sample(seqlen_q, seqlen_k)
+        given = runner.sample(seqlen_q, seqlen_k)
         q, k, v, dout = given
         out, dq, dk, dv = (torch.zeros_like(x) for x in (dout, q, k, v))
-        for start_q, stop_q in pairwise((0, 3, 100, seqlen_q)):
-            for start_k, stop_k in pairwise((0, 60, 61, 140, seqlen_k)):
+        for start_q, stop_q in pairwise((*runner.cuts[0], seqlen_q)):
+            for start_k, stop_k in pairwise((*runner.cuts[1], seqlen_k)):
                 rows, keys = slice(start_q, stop_q), slice(start_k, stop_k)
-                part = both(
-                    q[:, rows], k[:, keys], v[:, keys], dout[:, rows], algorithm=algorithm, **options,
+                part = runner.both_wide(
+                    q[:, rows], k[:, keys], v[:, keys], dout[:, rows], **options,
                     diagonal=start_q + seqlen_k - seqlen_q - start_k,
                 )  # fmt: skip
                 for total, at, x in zip((out, dq, dk, dv), (rows, rows, keys, keys), part):
                     total[:, at] += x
-        close((out, dq, dk, dv), whole(*given, **options))
+        runner.close((out, dq, dk, dv), whole(*given, **options))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("more", ["identity", "silu"])
 @pytest.mark.parametrize("normalization", ["1/visible", "1/n"])
-def test_rows_count_the_keys_that_they_see(normalization, algorithm):
-    given = sample(90, 70)
+def test_rows_count_the_keys_that_they_see(normalization, more, runner):
+    given = runner.sample(90, 70)
     q, k, v, dout = given
-    for mask in OPTIONS if algorithm == "quadratic" else ("full", "causal"):
-        options = dict(normalization=normalization, **OPTIONS[mask])
+    for mask in ("full", "causal") if runner.linear else OPTIONS:
+        options: dict[str, Any] = dict(normalization=normalization, **OPTIONS[mask], **MORE[more])
         out, dq, _, _ = whole(*given, **options)
         for rows in (slice(0, 15), slice(15, 89), slice(89, 90)):
-            part = both(
-                q[:, rows], k, v, dout[:, rows], algorithm=algorithm, diagonal=rows.start - 20, **options
-            )
-            close(part[:2], (out[:, rows], dq[:, rows]))
+            part = runner.both(q[:, rows], k, v, dout[:, rows], diagonal=rows.start - 20, **options)
+            runner.close(part[:2], (out[:, rows], dq[:, rows]))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_rows_behind_the_keys_count_all_of_them(algorithm):
-    q, k, v, dout = sample(40, 16)
-    options = dict(causal=True, diagonal=3, algorithm=algorithm)
-    found = both(q, k, v, dout, normalization="1/visible", **options)
+def test_rows_behind_the_keys_count_all_of_them(runner):
+    q, k, v, dout = runner.sample(40, 16)
+    options: dict[str, Any] = dict(causal=True, diagonal=3)
+    found = runner.both(q, k, v, dout, normalization="1/visible", **options)
     seen = torch.arange(4, 44).clamp(max=16)[:, None, None]
-    out, _, dk, dv = both(q, k, v, dout / seen, **options)
-    close((found[0], *found[2:]), (out / seen, dk, dv))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    hidden = torch.arange(16) > torch.arange(3, 43)[:, None]
+    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * runner.head_dim**-0.5
+    weights = scores.masked_fill(hidden, 0.0)
+    out = torch.einsum("bhij,bjhd->bihd", weights, v.repeat_interleave(2, 2)) / seen
+    runner.close(found, (out.detach(), *torch.autograd.grad(out, (q, k, v), dout)))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_each_sequence_has_its_own(algorithm):
+def test_each_sequence_has_its_own(runner):
     """Dense and packed, as a tensor; far beyond both ends of the keys too."""
     diagonals = [40, -7, 0, 3000, -3000]
-    options = dict(causal=True, decay_slopes=torch.tensor([0.01, 0.2, 0.0, 0.001]), algorithm=algorithm)
-    given = sample(20, 30, batch=len(diagonals))
-    alone = [both(*(x[b : b + 1] for x in given), diagonal=key, **options) for b, key in enumerate(diagonals)]
+    options: dict[str, Any] = dict(causal=True, decay_slopes=torch.tensor([0.01, 0.2, 0.0, 0.001]))
+    given = runner.sample(20, 30, batch=len(diagonals))
+    alone = [
+        runner.both(*(x[b : b + 1] for x in given), diagonal=key, **options)
+        for b, key in enumerate(diagonals)
+    ]
     expected = [torch.cat(parts) for parts in zip(*alone)]
     diagonal = torch.tensor(diagonals, dtype=torch.int32)
-    close(both(*given, diagonal=diagonal, **options), expected)
+    runner.close(runner.both(*given, diagonal=diagonal, **options), expected)
     offsets = torch.arange(len(diagonals) + 1, dtype=torch.int32)
     packed = dict(cu_seqlens_q=20 * offsets, cu_seqlens_k=30 * offsets, max_seqlen_q=20, max_seqlen_k=30)
-    found = both(*(x.flatten(0, 1) for x in given), diagonal=diagonal.long(), **packed, **options)
-    close(found, [x.flatten(0, 1) for x in expected])
+    found = runner.both(*(x.flatten(0, 1) for x in given), diagonal=diagonal.long(), **packed, **options)
+    runner.close(found, [x.flatten(0, 1) for x in expected])
     assert expected[0][3].abs().max() > 0 and not expected[0][4].any()  # sees all keys, and none
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_what_is_out_of_sight_is_not_read(algorithm):
+def test_rows_of_no_sequence_are_zero(runner):
+    """Before the first packed sequence and behind the last one, wide or not."""
+    given = [x[0] for x in runner.sample(40, 50)]
+    lengths = dict(
+        cu_seqlens_q=torch.tensor([3, 20, 35], dtype=torch.int32),
+        cu_seqlens_k=torch.tensor([2, 9, 44], dtype=torch.int32), max_seqlen_q=17, max_seqlen_k=35,
+    )  # fmt: skip
+    for both in (runner.both, runner.both_wide):
+        for x, outside in zip(
+            both(*given, causal=True, diagonal=torch.tensor([2, 10], dtype=torch.int32), **lengths),
+            ([0, 2, 35, 39], [0, 2, 35, 39], [0, 1, 44, 49], [0, 1, 44, 49]),
+        ):
+            assert not x[outside].any() and x.any()
+
+
+def test_what_is_out_of_sight_is_not_read(runner):
     """NaN in queries before and behind all keys that they may see, and in keys that no query sees."""
-    window = dict(causal=True, **({"window_size": (5, 0)} if algorithm == "quadratic" else {}))
+    window: dict[str, Any] = dict(causal=True, **({} if runner.linear else {"window_size": (5, 0)}))
     for diagonal, rows, keys in ((10, slice(25, 30), slice(0, 5)), (-10, slice(0, 10), slice(20, 30))):
-        given = sample(30, 30)
+        given = runner.sample(30, 30)
         hidden = [(1, keys), (2, keys)]
-        if diagonal < 0 or algorithm == "quadratic":
+        if diagonal < 0 or not runner.linear:
             hidden += [(0, rows), (3, rows)]
-        if diagonal > 0 and algorithm == "linear":
+        if diagonal > 0 and runner.linear:
             hidden = []  # each query sees keys, and each key is seen
         for i, at in hidden:
             given[i][:, at] = torch.nan
-        found = both(*given, diagonal=diagonal, algorithm=algorithm, **window)
+        found = runner.both(*given, diagonal=diagonal, **window)
         assert all(torch.isfinite(x).all() for x in found)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("causal", [False, True])
-def test_wide_results_are_neither_rounded_nor_saturated(causal, algorithm):
-    given = [200 * x.half() for x in sample(150, 150)]
-    options = dict(causal=causal, softmax_scale=2.0**-4, algorithm=algorithm)
-    found = both(*given, out_dtype=torch.float32, **options)
-    narrow = both(*given, **options)
-    expected = whole(*(x.double() for x in given), causal=causal, softmax_scale=2.0**-4)
+@pytest.mark.parametrize("more", ["identity", "relu"])
+def test_wide_results_are_neither_rounded_nor_saturated(causal, more, runner):
+    """The weights saturate, in either dtype of the results, and so they stay small here."""
+    dtype = torch.float16 if runner.exact else runner.dtype
+    given = [16 * x.to(dtype).double() for x in runner.sample(150, 150)]
+    options: dict[str, Any] = dict(causal=causal, softmax_scale=2.0**-2)
+    if more != "identity":
+        options["activation"] = more
+    as_16_bit = replace(runner, dtype=dtype)
+    found = as_16_bit.both(*given, out_dtype=torch.float32, **options)
+    narrow = as_16_bit.both(*given, **options)
+    expected = whole(*given, **options)
+    as_16_bit.close(found, expected)
     for x, y, z in zip(found, narrow, expected, strict=True):
-        assert (x.dtype, y.dtype) == (torch.float32, torch.float16)
         assert z.abs().max() > 65504
-        torch.testing.assert_close(x.double(), z, rtol=1e-4, atol=1e-4 * z.abs().max().item())
-    assert torch.equal(found[0].clamp(-65504, 65504).half(), narrow[0])
+        assert (x.to(dtype).double() != x).any()
+        if dtype == torch.bfloat16 or x is not found[0]:
+            assert torch.equal(x.to(dtype).double(), y)
+    if dtype == torch.float16:
+        assert torch.equal(found[0].clamp(-65504, 65504).half().double(), narrow[0])
+
+
+def results(q, k, v, dout, **options) -> tuple[Tensor, ...]:
+    return nosoftmax.forward(q, k, v, **options)[0], *nosoftmax.backward(dout, q, k, v, **options)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +267,8 @@ def test_wide_results_are_neither_rounded_nor_saturated(causal, algorithm):
     [(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.bfloat16)],
 )
 def test_the_own_dtype_may_be_named(dtype, out_dtype):
-    given = [x.to(dtype) for x in sample(5, 5)]
-    for x, y in zip(both(*given, out_dtype=out_dtype), both(*given)):
+    given = [x.to(dtype) for x in RUNNERS["quadratic"].sample(5, 5)]
+    for x, y in zip(results(*given, out_dtype=out_dtype), results(*given)):
         assert torch.equal(x, y) and x.dtype == y.dtype
 
 
@@ -182,7 +289,7 @@ def test_the_own_dtype_may_be_named(dtype, out_dtype):
     ],
 )
 def test_wrong_use(options, error, words):
-    q, k, v, dout = sample(5, 5)
+    q, k, v, dout = RUNNERS["quadratic"].sample(5, 5)
     with pytest.raises(error, match=words):
         nosoftmax.forward(q, k, v, **options)
     with pytest.raises(error, match=words):
@@ -190,7 +297,7 @@ def test_wrong_use(options, error, words):
 
 
 def test_the_public_functions_do_not_have_them():
-    q, k, v, _ = sample(5, 5)
+    q, k, v, _ = RUNNERS["quadratic"].sample(5, 5)
     for name, value in (("diagonal", 0), ("out_dtype", F64)):
         with pytest.raises(TypeError, match=name):
             flash_attn_func(q, k, v, use_softmax=False, **{name: value})

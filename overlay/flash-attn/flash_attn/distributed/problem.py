@@ -54,13 +54,7 @@ class Problem:
         options = call.options._replace(max_seqlen_q=longest, max_seqlen_k=longest)
         self.whole = call._replace(options=options)
         self.call = _counted(self.whole, cp)
-        o = options
-        self.positional = (
-            o.window_left >= 0
-            or o.window_right >= 0
-            or call.alibi_slopes is not None
-            or call.decay_slopes is not None
-        )
+        self.distances = call.alibi_slopes is not None or call.decay_slopes is not None
 
     def replaced(self, q: Optional[torch.Tensor], k: Optional[torch.Tensor], v: Optional[torch.Tensor]):
         """The same problem with other tensors, so that autograd alone keeps those of a call."""
@@ -93,6 +87,18 @@ class Problem:
                 return True
         return False
 
+    def window(self, part: Part, keys: Keys) -> tuple[int, int]:
+        """The window of a block, whose sides are open if they hide no key: such a block has the fastest
+        kernels, and needs no diagonal.
+        """
+        left, right = self.call.options.window_left, self.call.options.window_right
+        hides = [False, False]
+        for first_q, count_q, first_k, count_k in zip(part.starts, part.lengths, keys.starts, keys.lengths):
+            if count_q and count_k:
+                hides[0] |= 0 <= left and first_k < first_q + count_q - 1 - left
+                hides[1] |= 0 <= right and first_k + count_k - 1 > first_q + right
+        return left if hides[0] else -1, right if hides[1] else -1
+
     def block(self, part: Part, keys: Keys, q: torch.Tensor, wide: bool) -> Call:
         """The call of the part's queries against the keys. q: all of this rank's queries."""
         call, cp = self.call, self.cp
@@ -104,13 +110,15 @@ class Problem:
             cu_q, cu_k = (cp.on(q.device, "cumulative", x) for x in (part.lengths, keys.lengths))
         offsets = tuple(x - y for x, y in zip(part.starts, keys.starts))
         ends = tuple(y - x for x, y in zip(part.lengths, keys.lengths))
-        if self.positional and offsets != ends:
+        left, right = self.window(part, keys)
+        if (self.distances or left >= 0 or right >= 0) and offsets != ends:
             if self.dim == 1:
                 offsets = offsets * q.shape[0]
             diagonal = cp.on(q.device, "numbers", offsets)
         options = call.options._replace(
-            max_seqlen_q=max(part.lengths, default=0), max_seqlen_k=max(keys.lengths, default=0), wide=wide
-        )
+            max_seqlen_q=max(part.lengths, default=0), max_seqlen_k=max(keys.lengths, default=0), wide=wide,
+            window_left=left, window_right=right,
+        )  # fmt: skip
         return call._replace(
             q=self.cut(q, part.rows), k=keys.k, v=keys.v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k,
             row_factors=factors, diagonal=diagonal, options=options,

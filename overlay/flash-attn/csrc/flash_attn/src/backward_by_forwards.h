@@ -36,10 +36,10 @@ FwdParams forward_params(const BwdParams &params, Operand q, Operand k, Operand 
                                 const bool is_transposed, const bool is_dv) {
     FwdParams fwd{params, params.score};
     fwd.score.saturates = is_dv ? Saturates::products : Saturates::nothing;
-    fwd.score.n_counts_queries = is_transposed;
+    fwd.score.is_transposed = is_transposed;
     // If both sequences are walked backwards, the transposed causal mask is the causal mask, which has faster kernels.
     const bool is_backwards = is_transposed && params.is_causal && params.cu_seqlens_q == nullptr
-        && params.seqlen_q == params.seqlen_k;
+        && params.seqlen_q == params.seqlen_k && params.score.diagonals == nullptr;
     if (is_backwards) {
         for (Operand *x : {&q, &k, &v, &o}) {
             x->ptr = static_cast<Element *>(x->ptr) + (params.seqlen_q - 1) * x->row_stride;

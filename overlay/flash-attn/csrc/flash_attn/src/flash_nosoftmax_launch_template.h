@@ -1,6 +1,6 @@
 // Launches the kernels without softmax, fewer than upstream has with softmax. Special kernels run calls with a head
-// size that fills the tile, at most one of ALiBi, softcap and dropout, no decay, and an ordinary scale. General kernels run all
-// others: in them ALiBi is a run-time choice and causal masking is a window.
+// size that fills the tile, at most one of ALiBi, softcap and dropout, no decay and no diagonal, and an ordinary scale. General
+// kernels run all others: in them ALiBi is a run-time choice and causal masking is a window.
 
 #pragma once
 
@@ -72,7 +72,7 @@ template <int Headdim, typename Params>
 bool is_special(const Params &params) {
     const int features = (params.alibi_slopes_ptr != nullptr) + (params.softcap > 0.f) + (params.p_dropout < 1.f);
     return params.d == Headdim && features <= 1 && params.score.decay_slopes == nullptr
-        && (params.is_bf16 || params.scale_softmax >= kLeastScale);
+        && params.score.diagonals == nullptr && (params.is_bf16 || params.scale_softmax >= kLeastScale);
 }
 
 template <typename Kernel, typename Params>
@@ -271,9 +271,15 @@ __global__ void flash_nosoftmax_combine_kernel(const FwdParams params) {
     const float factor = row_factors.of_sequence() * (params.score.by_row() ? row_factors.of_row(row_of_head) : 1.f);
     #pragma unroll
     for (int i = 0; i < 4; ++i) { sum(i) *= factor; }
-    Tensor out = FLASH_NAMESPACE::convert_finite_saturating<Element>(sum);
-    Element *o_ptr = reinterpret_cast<Element *>(params.o_ptr) + binfo.q_offset(params.o_batch_stride, params.o_row_stride, bidb)
+    const int64_t offset = binfo.q_offset(params.o_batch_stride, params.o_row_stride, bidb)
         + bidh * params.o_head_stride + row_of_head * params.o_row_stride + col;
+    if (params.score.is_wide) {
+        #pragma unroll
+        for (int i = 0; i < 4; ++i) { reinterpret_cast<float *>(params.o_ptr)[offset + i] = sum(i); }
+        return;
+    }
+    Tensor out = FLASH_NAMESPACE::convert_finite_saturating<Element>(sum);
+    Element *o_ptr = reinterpret_cast<Element *>(params.o_ptr) + offset;
     // One by one: the strides of the caller's output need not keep 8 bytes of alignment.
     #pragma unroll
     for (int i = 0; i < 4; ++i) { o_ptr[i] = out(i); }

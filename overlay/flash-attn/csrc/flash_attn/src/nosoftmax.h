@@ -146,6 +146,31 @@ __forceinline__ __device__ void in_rounds(Visit visit, Tensor0 &x, Tensors &...o
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
+// The window of a sequence. Only general kernels run calls with a diagonal.
+template <typename Kernel_traits, typename Params, typename Block_info>
+__forceinline__ __device__ Window window_of(const Params &params, const Block_info &binfo, const int bidb) {
+    if constexpr (!kUseSoftmax<Kernel_traits>) {
+        if constexpr (Kernel_traits::kIsGeneral) { return window_of_sequence(params, binfo, bidb); }
+    }
+    return {params.window_size_left, params.window_size_right};
+}
+
+// The keys that some query of a sequence sees. Without a window the beginning means nothing.
+struct SeenKeys { int begin, end; };
+
+template <typename Kernel_traits, bool Is_local, typename Params, typename Block_info>
+__forceinline__ __device__ SeenKeys seen_keys(const Params &params, const Block_info &binfo, const int bidb) {
+    const Window window = window_of<Kernel_traits>(params, binfo, bidb);
+    const int begin = binfo.actual_seqlen_k - binfo.actual_seqlen_q - window.left;
+    if constexpr (!kUseSoftmax<Kernel_traits> && Is_local) {
+        // Only a diagonal leaves keys behind the last one that the last query sees.
+        if constexpr (Kernel_traits::kIsGeneral) { return {begin, binfo.actual_seqlen_k + std::min(window.right, 0)}; }
+    }
+    return {begin, binfo.actual_seqlen_k};
+}
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+
 // Turns scores into attention weights P = M ⊙ decay ⊙ f(scale · qk - slope · |distance|), and applies what was left for
 // the end to the accumulators.
 template <typename Kernel_traits, bool Is_causal, bool Is_local, bool Has_alibi, typename Params, typename Block_info>
@@ -156,7 +181,8 @@ struct ScoreWeights {
     const float bias;  // of the sigmoid
     const int seqlen_k;
     const int diagonal;  // the key that query 0 is aligned with
-    const int window_size_left, window_size_right;
+    const int counted_diagonal;  // the key from which the sides of the window count there
+    const Window window;
     const float scale, alibi_slope;
     const float decay_rate;  // decay = 2^(decay_rate · |distance|), at most 0
     const int first_row;  // of the block of queries, in the forward kernels
@@ -343,11 +369,11 @@ private:
         }
     }
 
-    __forceinline__ __device__ int begin_of_row(const int row) const { return row + diagonal - window_size_left; }
+    __forceinline__ __device__ int begin_of_row(const int row) const { return row + counted_diagonal - window.left; }
 
     __forceinline__ __device__ int end_of_row(const int row) const {
         if constexpr (!Is_causal && !Is_local) { return seqlen_k; }
-        return std::min(seqlen_k, row + 1 + diagonal + (Is_causal ? 0 : window_size_right));
+        return std::min(seqlen_k, row + 1 + counted_diagonal + (Is_causal ? 0 : window.right));
     }
 };
 
@@ -381,11 +407,13 @@ __forceinline__ __device__ auto make_mask(const Params &params, const Block_info
         return Mask<Is_causal, Is_local, Has_alibi>(binfo.actual_seqlen_k, binfo.actual_seqlen_q,
                                                     params.window_size_left, params.window_size_right, alibi_slope);
     } else {
-        const auto row_factors = row_factors_of(params, binfo, bidb);
+        const Window window = window_of<Kernel_traits>(params, binfo, bidb);
+        const auto row_factors = row_factors_of(params, binfo, bidb, window);
+        const int counted_diagonal = binfo.actual_seqlen_k - binfo.actual_seqlen_q;
+        const int shift = Kernel_traits::kIsGeneral ? diagonal_shift(params.score, binfo, bidb) : 0;
         return ScoreWeights<Kernel_traits, Is_causal, Is_local, Has_alibi, Params, Block_info>{
             params, row_factors, sigmoid_bias(params, row_factors, bidb, bidh),
-            binfo.actual_seqlen_k, binfo.actual_seqlen_k - binfo.actual_seqlen_q,
-            params.window_size_left, params.window_size_right, params.scale_softmax, alibi_slope,
+            binfo.actual_seqlen_k, counted_diagonal + shift, counted_diagonal, window, params.scale_softmax, alibi_slope,
             decay_rate(params.score, bidb, bidh), first_row};
     }
 }
@@ -426,6 +454,30 @@ template <typename Kernel_traits, typename Params>
 __forceinline__ __device__ bool saturates_output(const Params &params) {
     if constexpr (kUseSoftmax<Kernel_traits>) { return false; }
     else { return params.score.saturates == Saturates::products_and_output; }
+}
+
+// Whether the results of a launch are float32. They are zero at first, so that a block without work leaves them alone.
+template <typename Kernel_traits, typename Params>
+__forceinline__ __device__ bool is_wide(const Params &params) {
+    if constexpr (kUseSoftmax<Kernel_traits>) { return false; }
+    else { return params.score.is_wide; }
+}
+
+// Writes an accumulator of a tile as it is, from its registers. offset, row_stride: of the tile's rows in the result;
+// rows, cols: those of the tile that it holds.
+template <int kRows, int kCols, typename Thr_mma, typename Engine, typename Layout, typename Index>
+__forceinline__ __device__ void store_wide(const Thr_mma &thr_mma, Tensor<Engine, Layout> const &acc, void *ptr,
+                                           const Index offset, const Index row_stride, const int rows, const int cols) {
+    Tensor places = thr_mma.partition_C(make_identity_tensor(Shape<Int<kRows>, Int<kCols>>{}));
+    static_assert(decltype(size(acc) == size(places))::value);
+    float *tile = reinterpret_cast<float *>(ptr) + offset;
+    #pragma unroll
+    for (int i = 0; i < size(acc); i += 2) {  // Two neighbours in a row.
+        const int row = get<0>(places(i)), col = get<1>(places(i));
+        if (row < rows && col < cols) {
+            *reinterpret_cast<float2 *>(tile + row * row_stride + col) = make_float2(acc(i), acc(i + 1));
+        }
+    }
 }
 
 // convert_type (or convert_type_relu) for P, chosen by the kernel's traits. ScoreWeights has already turned infinities

@@ -4,8 +4,27 @@
 
 #include "namespace_config.h"
 #include "score_params.h"
+#include "window.h"
 
 namespace FLASH_NAMESPACE {
+
+// How far a sequence's diagonal lies from the one that aligns the last query with the last key.
+template <typename Block_info>
+__forceinline__ __device__ int diagonal_shift(const Score &score, const Block_info &binfo, const int bidb) {
+    if (score.diagonals == nullptr) { return 0; }
+    const int diagonal = score.is_transposed ? -score.diagonals[bidb] : score.diagonals[bidb];
+    return diagonal - (binfo.actual_seqlen_k - binfo.actual_seqlen_q);
+}
+
+// The sides of a sequence's window, counted from the key that aligns the last query with the last key: window.h.
+struct Window { int left, right; };
+
+template <typename Params, typename Block_info>
+__forceinline__ __device__ Window window_of_sequence(const Params &params, const Block_info &binfo, const int bidb) {
+    if (params.score.diagonals == nullptr) { return {params.window_size_left, params.window_size_right}; }
+    const int shift = diagonal_shift(params.score, binfo, bidb);
+    return {shifted_side(params.window_size_left, -shift), shifted_side(params.window_size_right, shift)};
+}
 
 // `row` counts the rows of a tile's tensor in the sequence.
 template <typename Params, typename Block_info>
@@ -14,9 +33,10 @@ struct RowFactors {
     const Params &params;
     const Block_info &binfo;
     const int bidb;
+    const Window window;
 
     __forceinline__ __device__ float number_of_keys() const {
-        return float(max(params.score.n_counts_queries ? binfo.actual_seqlen_q : binfo.actual_seqlen_k, 1));
+        return float(max(params.score.is_transposed ? binfo.actual_seqlen_q : binfo.actual_seqlen_k, 1));
     }
 
     // The factor that all rows share.
@@ -58,15 +78,21 @@ private:
 
     __forceinline__ __device__ float number_of_visible_keys(const int row) const {
         const int aligned = row + binfo.actual_seqlen_k - binfo.actual_seqlen_q;
-        const int end = min(binfo.actual_seqlen_k, aligned + 1 + params.window_size_right);
-        return float(max(end - max(aligned - params.window_size_left, 0), 1));
+        const int end = min(binfo.actual_seqlen_k, aligned + 1 + window.right);
+        return float(max(end - max(aligned - window.left, 0), 1));
     }
 };
 
 template <typename Params, typename Block_info>
 __forceinline__ __device__ RowFactors<Params, Block_info> row_factors_of(const Params &params, const Block_info &binfo,
+                                                                         const int bidb, const Window window) {
+    return {params, binfo, bidb, window};
+}
+
+template <typename Params, typename Block_info>
+__forceinline__ __device__ RowFactors<Params, Block_info> row_factors_of(const Params &params, const Block_info &binfo,
                                                                          const int bidb) {
-    return {params, binfo, bidb};
+    return row_factors_of(params, binfo, bidb, window_of_sequence(params, binfo, bidb));
 }
 
 }  // namespace FLASH_NAMESPACE

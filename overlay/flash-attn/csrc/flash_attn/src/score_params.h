@@ -24,7 +24,7 @@ struct Score {
     Normalization normalization = Normalization::none;
     Saturates saturates = Saturates::products_and_output;
     bool bias_is_minus_log_n = false;
-    bool n_counts_queries = false;  // in a pass that takes keys as queries
+    bool is_transposed = false;  // a pass takes keys as queries: n counts queries, and the diagonals are of the keys
     float factor = 1.f;             // on every row of O
     float sigmoid_bias = 0.f;
     const float *sigmoid_biases = nullptr;  // (h) or (b, h), in place of sigmoid_bias
@@ -35,6 +35,8 @@ struct Score {
     const float *sequence_factors = nullptr;
     const float *row_factors = nullptr;
     const float *largest_row_factors = nullptr;
+    const int *diagonals = nullptr;  // (b): the key that query 0 is aligned with; none is seqlen_k - seqlen_q
+    bool is_wide = false;            // the results are float32, and zero at first
     int rows_of_query = 1;  // Heads that became rows of q, because a group of them shares its keys.
     int q_group_size = 1;   // Heads that share a head of q; not 1 only where a backward pass transposes GQA.
 

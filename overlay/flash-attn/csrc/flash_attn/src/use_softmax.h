@@ -46,11 +46,11 @@ inline at::Tensor empty_unless(const bool exists, const at::IntArrayRef shape, c
 }
 
 // The results of a forward function where no query sees a key.
-inline std::vector<at::Tensor> output_of_nothing(const at::Tensor &q, std::optional<at::Tensor> &out,
+inline std::vector<at::Tensor> output_of_nothing(const at::Tensor &q, const bool is_wide, std::optional<at::Tensor> &out,
                                                  const bool return_mask, const int64_t batch_size,
                                                  const int64_t seqlen_q, const int64_t seqlen_k) {
     const auto rounded = [](const int64_t n) { return (n + 127) / 128 * 128; };
-    return {out.has_value() ? out.value().zero_() : torch::zeros_like(q),
+    return {out.has_value() ? out.value().zero_() : torch::zeros_like(q, is_wide ? at::kFloat : q.scalar_type()),
             torch::empty({0}, q.options().dtype(at::kFloat)),
             return_mask ? torch::zeros({batch_size, q.size(-2), rounded(seqlen_q), rounded(seqlen_k)}, q.options())
                         : torch::empty({0}, q.options()),
@@ -75,10 +75,11 @@ inline void zero_slack(const std::initializer_list<std::pair<at::Tensor, const i
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
 // The activation, the bias of the sigmoid (none is -log n) and its tensor; the normalization, its number, and its tensor
-// for sequences and for rows; the slopes of the decay. The tensors are contiguous float32. Without a score: the identity,
-// without normalization.
+// for sequences and for rows; the slopes of the decay; the diagonals, and whether the results are float32. The tensors are
+// contiguous, float32 but int32 for the diagonals. Without a score: the identity, without normalization.
 using ScoreArguments = std::tuple<std::string, std::optional<float>, std::optional<at::Tensor>, std::optional<std::string>,
-                                  float, std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>>;
+                                  float, std::optional<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>,
+                                  std::optional<at::Tensor>, bool>;
 
 inline constexpr std::array kNormalizationNames{"", "1/n", "1/sqrt(n)", "1/visible"};  // in the order of the enum
 
@@ -97,6 +98,13 @@ inline const float *floats(const std::optional<at::Tensor> &tensor) {
     return tensor->data_ptr<float>();
 }
 
+// Fits the window of a call, or opens its sides if the call has a diagonal.
+inline void fit_window(int &left, int &right, const int max_seqlen_q, const int max_seqlen_k,
+                       const std::optional<ScoreArguments> &arguments) {
+    if (arguments.has_value() && std::get<8>(*arguments).has_value()) { return open_sides(left, right); }
+    fit_window(left, right, max_seqlen_q, max_seqlen_k);
+}
+
 // The stride between sequences of a tensor (h) or (b, h).
 inline int batch_stride(const std::optional<at::Tensor> &by_head) {
     return by_head.has_value() && by_head->dim() == 2 ? by_head->size(1) : 0;
@@ -109,7 +117,8 @@ struct HostScore : public Score {
 
     HostScore(const std::optional<ScoreArguments> &arguments, const bool is_windowed) {
         if (!arguments.has_value()) { return; }
-        const auto &[activation_name, bias, biases, normalization_name, number, of_sequences, of_rows, slopes] = *arguments;
+        const auto &[activation_name, bias, biases, normalization_name, number, of_sequences, of_rows, slopes, of_queries, wide]
+            = *arguments;
         activation = value_of<Activation>(activation_name, kActivationNames);
         normalization = value_of<Normalization>(normalization_name.value_or(""), kNormalizationNames);
         // If every query sees every key, the two are the same.
@@ -123,6 +132,34 @@ struct HostScore : public Score {
         factor = number;
         sequence_factors = floats(of_sequences);
         row_factors = floats(of_rows);
+        if (of_queries.has_value()) {
+            TORCH_CHECK(of_queries->is_cuda() && of_queries->is_contiguous() && of_queries->scalar_type() == at::kInt,
+                        "diagonals must be a contiguous int32 CUDA tensor");
+            diagonals = of_queries->data_ptr<int>();
+        }
+        is_wide = wide;
+    }
+
+    // Makes a result, or a part of one: float32 ones are zero at first.
+    at::Tensor empty(const at::IntArrayRef shape, const at::TensorOptions &options) const {
+        return is_wide ? torch::zeros(shape, options.dtype(at::kFloat)) : torch::empty(shape, options);
+    }
+
+    at::Tensor empty_like(const at::Tensor &x) const { return is_wide ? empty(x.sizes(), x.options()) : torch::empty_like(x); }
+
+    // Checks the results that the caller gave.
+    void check_given(const std::initializer_list<std::optional<at::Tensor>> results) const {
+        for (const auto &result : results) {
+            TORCH_CHECK(!is_wide || !result.has_value(), "float32 results do not go into given tensors: leave them out");
+        }
+    }
+
+    void refuse_pages_if_wide(const bool is_paged) const {
+        TORCH_CHECK(!is_paged || !is_wide, "a call with pages has no float32 result");
+    }
+
+    void refuse_part() const {
+        TORCH_CHECK(!is_wide && diagonals == nullptr, "a call with a cache has neither diagonals nor a float32 result");
     }
 
     // Whether it differs between heads. They can't become rows then.
@@ -130,6 +167,7 @@ struct HostScore : public Score {
 
     void set(Flash_fwd_params &params, const bool use_softmax, const bool heads_are_rows = false) {
         params.use_softmax = use_softmax;
+        TORCH_CHECK(!use_softmax || (!is_wide && diagonals == nullptr), "diagonals and float32 results need use_softmax=False");
         if (use_softmax) { return; }
         rows_of_query = heads_are_rows ? params.seqlen_q : 1;
         params.softmax_lse_ptr = static_cast<Score *>(this);

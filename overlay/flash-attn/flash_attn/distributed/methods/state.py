@@ -14,7 +14,7 @@ from typing import Optional
 import torch
 
 from ...nosoftmax.backends import linear
-from ...nosoftmax.backends.linear import chunked
+from ...nosoftmax.backends.linear import chunked, primitive
 from ...nosoftmax.backends.linear.form import ROW, SEQUENCE, Form, Given
 from ..exchange import gather
 from ..layout import Piece
@@ -48,13 +48,8 @@ def forward(problem: Problem) -> tuple:
     out, kept = q.new_zeros(*q.shape[:-1], v.shape[-1]), []
     for piece in own:
         before, behind = states.around(piece)
-        factors = problem.call.row_factors
-        if form.row_factors == ROW:
-            factors = _take(problem, factors, piece)
-        result, _ = chunked.attend(
-            *(_take(problem, x, piece) for x in (q, k, v)), form, before,
-            Given(factors, _slopes(problem, piece)), behind=behind,
-        )  # fmt: skip
+        here = (_take(problem, x, piece) for x in (q, k, v))
+        result = primitive.attend_between(*here, form, _given(problem, form, piece), before, behind)
         _put(problem, out, piece, result)
         kept += [before, behind]
     return out, kept
@@ -62,33 +57,20 @@ def forward(problem: Problem) -> tuple:
 
 def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
     q, k, v = problem.call.tensors[:3]
-    form = _form(problem)._replace(row_factors=None, wide=True)
-    dout = _weighed(problem, dout)
+    form = _form(problem)._replace(wide=True)
     own = problem.cp.plan.pieces(problem.cp.rank)
     states = _States(
         problem, True, lambda piece, late: _state(problem, form.of_dv(), piece, k, q, dout, late)
     )
     grads = tuple(torch.zeros_like(x) for x in (q, k, v))
     for i, piece in enumerate(own):
-        q_own, k_own, v_own, dout_own = (_take(problem, x, piece) for x in (q, k, v, dout))
-        given = Given(None, _slopes(problem, piece))
-        before, behind = states.around(piece)
-        results = (
-            _attend(dout_own, v_own, k_own, form.of_dq(), given, *map(_transposed, kept[2 * i : 2 * i + 2])),
-            _attend(v_own, dout_own, q_own, form.of_dk(), given, _transposed(before), _transposed(behind)),
-            _attend(k_own, q_own, dout_own, form.of_dv(), given, before, behind),
+        here = (_take(problem, x, piece) for x in (dout, q, k, v))
+        results = primitive.gradients_between(
+            *here, form, _given(problem, form, piece), kept[2 * i : 2 * i + 2], states.around(piece)
         )
         for grad, result in zip(grads, results):
             _put(problem, grad, piece, result)
     return grads
-
-
-def _attend(q, k, v, form: Form, given: Given, before, behind) -> torch.Tensor:
-    return chunked.attend(q, k, v, form, before, given, behind=behind)[0]
-
-
-def _transposed(state: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-    return None if state is None else state.mT.contiguous()
 
 
 # ---- One piece ----
@@ -121,25 +103,19 @@ def _slopes(problem: Problem, piece: Piece) -> Optional[torch.Tensor]:
     return slopes[piece.sequence : piece.sequence + 1]
 
 
-def _weighed(problem: Problem, dout: torch.Tensor) -> torch.Tensor:
-    """Multiply the rows of dout by their factors, in the dtype of sums."""
+def _given(problem: Problem, form: Form, piece: Piece) -> Given:
     factors = problem.call.row_factors
-    if factors is None:
-        return dout
-    if problem.dim == 1 and factors.dim() == 1:
-        factors = factors[:, None]
-    return dout.to(problem.wide) * factors.to(problem.wide)[..., None, None]
+    return Given(
+        _take(problem, factors, piece) if form.row_factors == ROW else factors, _slopes(problem, piece)
+    )
 
 
 def _state(problem: Problem, form: Form, piece: Piece, rows, keys, values, late: bool) -> torch.Tensor:
     """Return the sum of keys^T values over a piece, decayed to its last token if late, else to its first.
-    rows: a tensor with the heads of the rows, of which none is read.
+    rows: a tensor with the heads of the rows.
     """
-    rows, keys, values = (_take(problem, x, piece) for x in (rows, keys, values))
-    given = Given(None, _slopes(problem, piece))
-    form = form._replace(causal=True, transposed=not late, row_factors=None)
-    # Without rows, a causal walk takes all keys, and an anticausal one those from the diagonal on.
-    return chunked.attend(rows[:, :0], keys, values, form, given=given, diagonal=None if late else 0)[1]
+    here = (_take(problem, x, piece) for x in (rows, keys, values))
+    return primitive.state_of(*here, form, _given(problem, form, piece), late)
 
 
 # ---- The states of all pieces ----

@@ -25,10 +25,8 @@ def obstacle(call: Call) -> Optional[str]:
         return reason
     if call.options.mask is not None:
         return "flash_attn_2_cuda has no kernels for mask: install flash-attn-4 on Hopper, or use the CPU"
-    if call.diagonal is not None:
-        return "flash_attn_2_cuda aligns the last query with the last key: it has no diagonal"
-    if call.options.wide:
-        return "flash_attn_2_cuda returns the dtype of q: it has no out_dtype=torch.float32"
+    if call.options.wide and call.block_table is not None:
+        return "block_table with out_dtype=torch.float32: flash_attn_2_cuda returns the dtype of q"
     if call.q.dtype not in _DTYPES:
         return f"q has dtype {call.q.dtype}, flash_attn_2_cuda takes float16 and bfloat16"
     if call.v.shape[-1] != call.q.shape[-1]:
@@ -45,24 +43,33 @@ def obstacle(call: Call) -> Optional[str]:
 
 def _score(call: Call) -> Optional[tuple]:
     """Return the extension's argument `score` (ScoreArguments in csrc/flash_attn/src/use_softmax.h)."""
-    o, factors = call.options, call.row_factors
+    o, factors, diagonal = call.options, call.row_factors, _diagonal(call)
     if (
         factors is None
         and call.decay_slopes is None
+        and diagonal is None
+        and not o.wide
         and (o.activation, o.normalization, o.factor) == ("identity", None, 1.0)
     ):
         return None
     by_row = factors is not None and (
         factors.dim() == 2 or (call.varlen and factors.shape[0] == call.q.shape[0])
     )
-    factors, biases, slopes = (
+    factors, biases, slopes, diagonal = (
         x if x is None or x.is_contiguous() else x.contiguous()
-        for x in (factors, call.sigmoid_biases, call.decay_slopes)
+        for x in (factors, call.sigmoid_biases, call.decay_slopes, diagonal)
     )
     return (
         o.activation, o.sigmoid_bias, biases, o.normalization, o.factor,
-        None if by_row else factors, factors if by_row else None, slopes,
+        None if by_row else factors, factors if by_row else None, slopes, diagonal, o.wide,
     )  # fmt: skip
+
+
+def _diagonal(call: Call) -> Optional[torch.Tensor]:
+    """Return the diagonal of a call, or None if no position counts and the faster kernels may run it."""
+    o = call.options
+    unlimited = o.window_left < 0 and o.window_right < 0
+    return None if unlimited and call.alibi_slopes is None and call.decay_slopes is None else call.diagonal
 
 
 def disadvantage(call: Call) -> Optional[str]:
@@ -111,9 +118,11 @@ def _contiguous(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
 
 def _window(call: Call) -> tuple:
     """Return causal, left and right. If causal, the extension sets the right side itself, and takes its
-    faster causal kernels if left is unlimited.
+    faster causal kernels if left is unlimited. With a diagonal causal is a window as any other.
     """
     o = call.options
+    if _diagonal(call) is not None:
+        return False, o.window_left, o.window_right
     return o.causal, o.window_left, -1 if o.causal else o.window_right
 
 

@@ -44,9 +44,6 @@ def obstacle(call: Call) -> Optional[str]:
     option = _inexact(call)
     if option is not None:
         return f"{option} has no exact algorithm in linear time"
-    if primitive.has_kernels(call.q) and (call.diagonal is not None or call.options.wide):
-        name = "diagonal" if call.diagonal is not None else "out_dtype=torch.float32"
-        return f"its kernels have no {name} yet"
     if primitive.has_kernels(call.q) and max(call.q.shape[-1], call.v.shape[-1]) > _MAX_HEAD_DIM:
         return (
             f"head_dim={call.q.shape[-1]}, head_dim_v={call.v.shape[-1]}: the kernels go up to "
@@ -119,11 +116,13 @@ def _causal(call: Call) -> bool:
 
 
 def _form(call: Call) -> Form:
-    o, slopes = call.options, call.decay_slopes
+    o, slopes, causal = call.options, call.decay_slopes, _causal(call)
     return Form(
-        o.softmax_scale, _causal(call), normalization=o.normalization, factor=o.factor,
+        o.softmax_scale, causal, normalization=o.normalization, factor=o.factor,
         row_factors=kind_of_factors(call), decay=None if slopes is None else tuple(slopes.shape),
         wide=o.wide,
+        # Where every query sees every key alike, no position counts.
+        diagonal=call.diagonal is not None and (causal or slopes is not None),
     )  # fmt: skip
 
 
@@ -135,8 +134,7 @@ def _more(call: Call) -> tuple:
         call.cu_seqlens_k,
         o.max_seqlen_q,
         o.max_seqlen_k,
-        Given(call.row_factors, call.decay_slopes),
-        None if call.diagonal is None else call.diagonal.tolist(),
+        Given(call.row_factors, call.decay_slopes, call.diagonal),
     )
 
 

@@ -16,25 +16,28 @@ class Given(NamedTuple):
 
     row_factors: float32, a factor for each sequence, (batch,), or for each query, (batch, seqlen) of the
     queries, packed (total,). Form.row_factors says which. decay_slopes: float32, not negative, (heads,) or
-    (batch, heads), a decay for each state.
+    (batch, heads), a decay for each state. diagonal: int32 (batch,), the key of the attention that query 0 of
+    a sequence is aligned with.
     """
 
     row_factors: Optional[torch.Tensor] = None
     decay_slopes: Optional[torch.Tensor] = None
+    diagonal: Optional[torch.Tensor] = None
 
     def of_sequence(self, form: "Form", b: int, queries: slice) -> "Given":
         """The tensors of one packed sequence, for a dense call with batch 1. queries: their place."""
-        factors, slopes = self
-        if factors is not None:
-            factors = factors[None, queries] if form.row_factors == ROW else factors[b : b + 1]
-        return Given(factors, slopes if slopes is None or slopes.dim() == 1 else slopes[b : b + 1])
+        given = self.of_entry(b)
+        if self.row_factors is not None and form.row_factors == ROW:
+            given = given._replace(row_factors=self.row_factors[None, queries])
+        return given
 
     def of_entry(self, b: int) -> "Given":
         """The tensors of one entry of a dense batch."""
-        factors, slopes = self
+        factors, slopes, diagonal = self
         return Given(
             None if factors is None else factors[b : b + 1],
             slopes if slopes is None or slopes.dim() == 1 else slopes[b : b + 1],
+            None if diagonal is None else diagonal[b : b + 1],
         )
 
 
@@ -54,8 +57,8 @@ class Form(NamedTuple):  # not a dataclass, which takes several times as long to
     """out_i = norm * scale * sum over the visible j of (q_i . k_j) v_j, or its transpose.
 
     Rows are the positions of the output (i), keys the positions summed over (j). Both are aligned at their
-    end: with T = max(rows, keys), row i has position i + T - rows and key j has position j + T - keys. A
-    diagonal aligns them elsewhere: query i of the attention with its key i + diagonal.
+    end: with T = max(rows, keys), row i has position i + T - rows and key j has position j + T - keys.
+    ``diagonal`` aligns them elsewhere: query i of the attention with its key i + Given.diagonal.
     Causal: a row sees the keys at its own position and before it. ``transposed``, for the gradients of k and
     v: the rows are the keys of the attention, and the keys its queries. A causal mask is then anticausal (its
     own position and after it), and the normalization belongs to the keys.
@@ -84,6 +87,7 @@ class Form(NamedTuple):  # not a dataclass, which takes several times as long to
     weights_saturate: bool = True
     output_saturates: bool = True
     wide: bool = False
+    diagonal: bool = False
 
     def out_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of the result for tensors of this dtype."""

@@ -20,8 +20,12 @@ has a state, and dk and dv of a key head are sums over its query heads in float3
 A float32 state enters the 16-bit matrix units as the sum of two 16-bit numbers, hi + lo, which loses no more
 than the products of the quadratic kernel. In float16 the state is first scaled by a power of two to fit.
 
+A diagonal moves rows and keys against each other, up to where the ones end and the others begin. What lies
+between them beyond that is no position: all products pass over it, so one factor of the decay covers it.
+
 The host reads no GPU tensor: grids and buffers follow from shapes and max_seqlen, so calls can be captured in
-CUDA graphs.
+CUDA graphs. With a diagonal, there are segments for rows and keys behind one another, and those that a
+sequence does not have return at once.
 """
 
 from copy import copy
@@ -47,14 +51,26 @@ _LARGEST_HALF = tl.constexpr(65504.0)
 
 
 @triton.jit
-def _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN: tl.constexpr):
-    """Return start and length of the rows and of the keys of sequence b, and its number of positions."""
+def _sequence(cu_rows, cu_keys, diagonals, b, rows, keys, DIAGONAL: tl.constexpr, VARLEN: tl.constexpr):
+    """Return of sequence b the start and the length of the rows and of the keys, the positions of the first
+    row and of the first key, the number of positions, and how far apart rows and keys lie beyond that.
+
+    diagonals: for each sequence the query's key, of which DIAGONAL says the sign: 1, or -1 where queries are
+    keys. DIAGONAL = 0: both end at the last position.
+    """
     start_row = tl.full((), 0, tl.int32)
     start_key = start_row
     if VARLEN:
         start_row, start_key = tl.load(cu_rows + b), tl.load(cu_keys + b)
         rows, keys = tl.load(cu_rows + b + 1) - start_row, tl.load(cu_keys + b + 1) - start_key
-    return start_row, rows, start_key, keys, tl.maximum(rows, keys)
+    near, gap = keys - rows, tl.full((), 0, tl.int32)
+    if DIAGONAL != 0:
+        wanted = tl.load(diagonals + b) * DIAGONAL
+        near = tl.minimum(tl.maximum(wanted, -rows), keys)
+        gap = tl.abs(wanted - near)
+    first_row, first_key = tl.maximum(near, 0), tl.maximum(-near, 0)
+    total = tl.maximum(first_row + rows, first_key + keys)
+    return start_row, rows, start_key, keys, first_row, first_key, total, gap
 
 
 @triton.jit
@@ -139,11 +155,14 @@ def _hi_lo(state, dtype: tl.constexpr):
 
 
 @triton.jit
-def _visible(position, first_counted):
+def _visible(position, first_counted, most, DIAGONAL: tl.constexpr):
     """Return the number of keys that the query at each position sees, at least 1, in float32. first_counted:
-    the position of the first key.
+    the position of the first key. most: the number of keys, which only a diagonal lets a position exceed.
     """
-    return tl.maximum(position - first_counted + 1, 1).to(tl.float32)
+    count = position - first_counted + 1
+    if DIAGONAL != 0:
+        count = tl.minimum(count, most)
+    return tl.maximum(count, 1).to(tl.float32)
 
 
 @triton.jit
@@ -194,11 +213,12 @@ def _unit_of(weights):
 
 @triton.jit(do_not_specialize=["heads"])  # compiled once for all values
 def _sum_segments(
-    k, v, sums, factors, slopes, cu_rows, cu_keys, rows, keys, segments, segment_length, heads, stride_s,
-    stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    k, v, sums, factors, slopes, diagonals, cu_rows, cu_keys, rows, keys, segments, segment_length, heads,
+    stride_s, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, MASK: tl.constexpr, WEIGHED: tl.constexpr, ROW_WEIGHED: tl.constexpr,
-    SHARED: tl.constexpr, DECAY: tl.constexpr, VARLEN: tl.constexpr, ALL: tl.constexpr, FLAT: tl.constexpr,
+    SHARED: tl.constexpr, DECAY: tl.constexpr, DIAGONAL: tl.constexpr, VARLEN: tl.constexpr,
+    ALL: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
     """sums[slot of the segment, head] = sum of k^T v over the segment's keys and the head's group.
 
@@ -212,7 +232,9 @@ def _sum_segments(
     tiles: tl.constexpr = tiles_v * ((D + BLOCK_D - 1) // BLOCK_D)
     part, head, b = _place(segments * tiles, heads, FLAT)
     segment, tile = part // tiles, part % tiles
-    start_row, rows, start_key, keys, total = _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN)
+    start_row, rows, start_key, keys, first_row, first_key, total, gap = _sequence(
+        cu_rows, cu_keys, diagonals, b, rows, keys, DIAGONAL, VARLEN
+    )
     begin, end = segment * segment_length, tl.minimum((segment + 1) * segment_length, total)
     if begin >= total:
         return
@@ -221,9 +243,11 @@ def _sum_segments(
             return
         if MASK == _ANTICAUSAL and segment == 0:
             return
-    first_key = total - keys
-    # No row sees a key before `seen`, so it is not read.
-    seen = tl.maximum(first_key, total - rows) if MASK == _ANTICAUSAL else first_key
+    # No row sees a key before `seen` or from the index `count` on, so it is not read.
+    seen = tl.maximum(first_key, first_row) if MASK == _ANTICAUSAL else first_key
+    count = keys
+    if DIAGONAL != 0 and MASK == _CAUSAL:
+        count = tl.minimum(keys, first_row + rows - first_key)
     channels = (tile // tiles_v) * BLOCK_D + tl.arange(0, BLOCK_D)
     channels_v = (tile % tiles_v) * BLOCK_V + tl.arange(0, BLOCK_V)
     acc = tl.zeros((BLOCK_D, BLOCK_V), dtype=tl.float32)
@@ -238,7 +262,7 @@ def _sum_segments(
         if DECAY and MASK == _ANTICAUSAL:  # from the last chunk on
             chunk = begin + (skipped + tl.cdiv(end - begin, CHUNK) - 1 - step) * CHUNK
         index = chunk + tl.arange(0, CHUNK) - first_key
-        valid = (index >= seen - first_key) & (index < keys)
+        valid = (index >= seen - first_key) & (index < count)
         if SHARED == 1:
             key_head = (head * GROUP + step % GROUP).to(tl.int64)
         else:
@@ -250,9 +274,9 @@ def _sum_segments(
         k_columns = tl.trans(k_chunk)
         if WEIGHED:
             if k.dtype.element_ty == tl.float16:
-                before, unit = unit, _power_of_two_below(_visible(chunk, total - rows))
+                before, unit = unit, _power_of_two_below(_visible(chunk, first_row, rows, DIAGONAL))
                 acc *= unit / before
-            weights = _reciprocal(_visible(first_key + index, total - rows)) * unit
+            weights = _reciprocal(_visible(first_key + index, first_row, rows, DIAGONAL)) * unit
         if ROW_WEIGHED:
             weights = tl.load(
                 factors + _first_factor(start_key, keys, b, VARLEN) + index, mask=valid, other=0.0
@@ -284,9 +308,10 @@ def _sum_segments(
 
 @triton.jit(do_not_specialize=["heads"])
 def _scan(
-    sums, initial, final, slopes, cu_rows, cu_keys, rows, keys, segments, segment_length, heads, stride_s,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, DECAY: tl.constexpr, VARLEN: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, FLAT: tl.constexpr,
+    sums, initial, final, slopes, diagonals, cu_rows, cu_keys, rows, keys, segments, segment_length, heads,
+    stride_s, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr, DECAY: tl.constexpr,
+    DIAGONAL: tl.constexpr, VARLEN: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    FLAT: tl.constexpr,
 ):  # fmt: skip
     """Replace the sum of each segment in place by the sum of the segments before it (causal) or after it
     (anticausal). With the full mask, replace the sum of the first segment by the sum of all.
@@ -297,7 +322,9 @@ def _scan(
     part, head, b = _place((SIZE + BLOCK - 1) // BLOCK, heads, FLAT)
     offsets = part * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < SIZE
-    start_row, rows, start_key, keys, total = _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN)
+    start_row, rows, start_key, keys, first_row, first_key, total, gap = _sequence(
+        cu_rows, cu_keys, diagonals, b, rows, keys, DIAGONAL, VARLEN
+    )
     count = tl.cdiv(total, segment_length)
     first = _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN)
     here = sums + head.to(tl.int64) * SIZE + offsets
@@ -326,16 +353,16 @@ def _scan(
 
 @triton.jit(do_not_specialize=["batch", "heads", "all_rows"])
 def _walk(
-    q, k, v, out, states, factors, slopes, partial, cu_rows, cu_keys, rows, keys, segments, segment_length,
-    batch, heads, all_rows, softmax_scale, row_factor, stride_s,
+    q, k, v, out, states, factors, slopes, diagonals, partial, cu_rows, cu_keys, rows, keys, segments,
+    segment_length, batch, heads, all_rows, softmax_scale, row_factor, stride_s,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt,
     stride_vh, stride_ob, stride_ot, stride_oh, stride_sd, stride_sv,
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     GROUP_Q: tl.constexpr, GROUP_K: tl.constexpr, SHARED_Q: tl.constexpr, SHARED_K: tl.constexpr,
     MASK: tl.constexpr, STRICT: tl.constexpr, DECAY: tl.constexpr, HAS_PARTIAL: tl.constexpr,
-    TRANSPOSED: tl.constexpr, NORMALIZATION: tl.constexpr, ROW_FACTORS: tl.constexpr, VARLEN: tl.constexpr,
-    HAS_STATES: tl.constexpr, HAS_INITIAL: tl.constexpr, FLAT: tl.constexpr,
-    WEIGHTS_SATURATE: tl.constexpr, OUTPUT_SATURATES: tl.constexpr,
+    TRANSPOSED: tl.constexpr, NORMALIZATION: tl.constexpr, ROW_FACTORS: tl.constexpr,
+    DIAGONAL: tl.constexpr, VARLEN: tl.constexpr, HAS_STATES: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    FLAT: tl.constexpr, WEIGHTS_SATURATE: tl.constexpr, OUTPUT_SATURATES: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_V columns of the output of one segment and one head.
 
@@ -367,15 +394,21 @@ def _walk(
             base = out + head.to(tl.int64) * stride_oh + columns
             _clear(base, stride_ot, 0, tl.load(cu_rows), share, shares, inside, BLOCK_V, CHUNK)
             _clear(base, stride_ot, tl.load(cu_rows + batch), all_rows, share, shares, inside, BLOCK_V, CHUNK)
-    start_row, rows, start_key, keys, total = _sequence(cu_rows, cu_keys, b, rows, keys, VARLEN)
+    start_row, rows, start_key, keys, first_row, first_key, total, gap = _sequence(
+        cu_rows, cu_keys, diagonals, b, rows, keys, DIAGONAL, VARLEN
+    )
     begin, end = segment * segment_length, tl.minimum((segment + 1) * segment_length, total)
-    first_row, first_key = total - rows, total - keys
-    if end <= first_row or begin >= total:
+    if end <= first_row or begin >= first_row + rows:
         return
-    # A row before `seeing` sees no key, and its output is 0 whatever q holds. No row sees a key before
-    # `seen`, so it is not read.
-    seeing = first_key if MASK == _CAUSAL else tl.where(keys > 0, 0, total)
+    # A row before `seeing` or from `stops_seeing` on sees no key, and its output is 0 whatever q holds. No
+    # row sees a key before `seen` or from the index `seen_keys` on, so it is not read.
+    seeing = tl.where(keys > 0, first_key if MASK == _CAUSAL else 0, total)
     seen = tl.maximum(first_key, first_row) if MASK == _ANTICAUSAL else first_key
+    stops_seeing, seen_keys = total, keys
+    if DIAGONAL != 0 and MASK == _CAUSAL:
+        seen_keys = tl.minimum(keys, first_row + rows - first_key)
+    if DIAGONAL != 0 and MASK == _ANTICAUSAL:
+        stops_seeing = first_key + keys
     factor = row_factor * softmax_scale if late else row_factor
     if NORMALIZATION == _PER_N or NORMALIZATION == _PER_ROOT_N:
         n = tl.maximum(rows if TRANSPOSED else keys, 1).to(tl.float32)
@@ -426,7 +459,9 @@ def _walk(
         slope = tl.load(slopes + b.to(tl.int64) * stride_s + head // GROUP_Q)
         from_state = _decay(slope, at + 1 if MASK == _CAUSAL else CHUNK - at)
         to_state = _decay(slope, CHUNK - 1 - at if MASK == _CAUSAL else at)
-    first_counted = first_row if TRANSPOSED else first_key
+        if DIAGONAL != 0:
+            factor *= _decay(slope, gap)
+    first_counted, most = (first_row, rows) if TRANSPOSED else (first_key, keys)
     unit = 1.0
     for i in range(chunks):
         chunk = begin + (chunks - 1 - i if MASK == _ANTICAUSAL else i) * CHUNK
@@ -435,12 +470,12 @@ def _walk(
         valid = (row >= 0) & (row < rows)
         q_columns = tl.trans(_load(q_base, stride_qt, row, valid, channels, D))
         if per_visible:
-            count = _visible(position, first_counted)
+            count = _visible(position, first_counted, most, DIAGONAL)
         if weighed and not late:
-            before, unit = unit, _power_of_two_below(_visible(chunk, first_counted))
+            before, unit = unit, _power_of_two_below(_visible(chunk, first_counted, most, DIAGONAL))
             state *= unit / before
         if row_weighed:
-            weights = tl.load(factors + key, mask=(position >= seen) & (key < keys), other=0.0)
+            weights = tl.load(factors + key, mask=(position >= seen) & (key < seen_keys), other=0.0)
             if not late:
                 before, unit = unit, _unit_of(weights)
                 state *= unit / before
@@ -453,10 +488,15 @@ def _walk(
         elif not late:
             acc *= down * softmax_scale
         if DECAY:
-            acc *= from_state[None, :]
-            state = _decayed(state, -slope * CHUNK)
+            if MASK == _ANTICAUSAL and HAS_INITIAL:  # the last chunk may end before CHUNK positions
+                stop = tl.minimum(chunk + CHUNK, end)
+                acc *= _decay(slope, stop - position)[None, :]
+                state = _decayed(state, -slope * (stop - chunk).to(tl.float32))
+            else:
+                acc *= from_state[None, :]
+                state = _decayed(state, -slope * CHUNK)
         if MASK != _FULL:
-            key_valid = (position >= seen) & (key < keys)
+            key_valid = (position >= seen) & (key < seen_keys)
             visible = at[:, None] <= at[None, :] if MASK == _CAUSAL else at[:, None] >= at[None, :]
             if STRICT:
                 visible = visible & (at[:, None] != at[None, :])
@@ -490,7 +530,10 @@ def _walk(
             acc *= 1.0 / unit
         if ROW_FACTORS == _OF_ROW and not TRANSPOSED:
             acc *= tl.load(factors + row, mask=valid, other=0.0)[None, :]
-        acc = tl.where((position >= seeing)[None, :], acc, 0.0)
+        sees = position >= seeing
+        if DIAGONAL != 0:
+            sees = sees & (position < stops_seeing)
+        acc = tl.where(sees[None, :], acc, 0.0)
         if HAS_PARTIAL:
             summed = partial + b.to(tl.int64) * stride_ob + start_row.to(tl.int64) * stride_ot
             summed += head_q * stride_oh
@@ -691,6 +734,7 @@ class _Segments:
             sequences.packed is not None,
         )
         self.mask, self.decays = form.mask, form.decay is not None
+        self.diagonal = (-1 if form.transposed else 1) if form.diagonal else 0
         self.heads = form.decay[-1] if self.decays else min(q.shape[-2], k.shape[-2])
         self.stride_of_slopes = self.heads if self.decays and len(form.decay) == 2 else 0
         self.batch = sequences.packed if self.packed else q.shape[0]
@@ -701,7 +745,7 @@ class _Segments:
         wanted = max(_WAVES * _multiprocessors(self.device) // max(q.shape[-2], self.heads), 1)
         length = max(_ceil_div(max(all_rows, all_keys), wanted), _SHORTEST_SEGMENT)
         length = _ceil_div(length, _SEGMENT_UNIT) * _SEGMENT_UNIT
-        self.count = _ceil_div(max(rows, keys), length)
+        self.count = _ceil_div(rows + keys if form.diagonal else max(rows, keys), length)
         self.slots = (all_rows + all_keys) // length + self.batch if self.packed else self.batch * self.count
         self.all_rows = all_rows
         self.numbers = (rows, keys, self.count, length)
@@ -737,7 +781,7 @@ class _States:
         self, segments: _Segments, k: _Layout, v: _Layout, initial: bool = False, final: bool = False
     ) -> None:
         mask, decays = segments.mask, segments.decays
-        self.initial, self.needed = initial, segments.count > 1 or mask == FULL or final
+        self.initial, self.needed = initial, segments.count > 1 or mask == FULL or final or initial
         if not self.needed:
             return
         d, d_v, numbers, packed = k.shape[-1], v.shape[-1], segments.numbers, segments.packed
@@ -752,16 +796,17 @@ class _States:
             (d, d_v, block_d, block_v, _SUM.chunk, max(k.shape[-2] // segments.heads, 1), _MASKS[mask],
              segments.form.weighs_positions and segments.form.transposed,
              segments.form.row_factors == ROW and segments.form.transposed,
-             max(segments.heads // k.shape[-2], 1), decays, packed, final, flat),
+             max(segments.heads // k.shape[-2], 1), decays, segments.diagonal, packed, final, flat),
             _SUM.num_warps if block_d * block_v > 4096 else 4, _SUM.num_stages,
         )  # fmt: skip
         self._scan = None
-        if segments.count > 1 or final:
+        if segments.count > 1 or final or initial:
             block = min(_block(d * d_v), 512)
             grid, flat = segments.grid(_ceil_div(d * d_v, block), segments.heads)
             self._scan = _Launch(
                 _scan, grid, (*numbers, segments.heads, segments.stride_of_slopes),
-                (d * d_v, block, _MASKS[mask], decays, packed, initial, final, flat), num_warps=4,
+                (d * d_v, block, _MASKS[mask], decays, segments.diagonal, packed, initial, final, flat),
+                num_warps=4,
             )  # fmt: skip
 
     def __call__(
@@ -774,7 +819,7 @@ class _States:
         sums = k.new_empty(self._shape, dtype=torch.float32)
         self._sum(k, v, sums, *given, *starts)
         if self._scan is not None:
-            self._scan(sums, initial, final, given.decay_slopes, *starts)
+            self._scan(sums, initial, final, given.decay_slopes, given.diagonal, *starts)
         return sums
 
 
@@ -784,13 +829,17 @@ _WALKS = (CAUSAL, ANTICAUSAL)  # of the full form with a decay
 class _TwoStates:
     """The states of a full form that decays: from the first segment on, and from the last one on."""
 
-    def __init__(self, segments: _Segments, k: _Layout, v: _Layout) -> None:
-        self.parts = tuple(_States(segments.masked(mask), k, v) for mask in _WALKS)
+    def __init__(self, segments: _Segments, k: _Layout, v: _Layout, initial: bool = False) -> None:
+        self.parts = tuple(_States(segments.masked(mask), k, v, initial) for mask in _WALKS)
 
     def __call__(
-        self, k: torch.Tensor, v: torch.Tensor, starts: _Starts, given: Given
-    ) -> tuple[Optional[torch.Tensor], ...]:
-        return tuple(part(k, v, starts, given) for part in self.parts)
+        self, k: torch.Tensor, v: torch.Tensor, starts: _Starts, given: Given,
+        *initial: Optional[torch.Tensor],
+    ) -> tuple[Optional[torch.Tensor], ...]:  # fmt: skip
+        """initial: the states before the first segment and behind the last one."""
+        return tuple(
+            part(k, v, starts, given, start) for part, start in zip(self.parts, initial or (None, None))
+        )
 
 
 class _Walk:
@@ -815,8 +864,9 @@ class _Walk:
         shared_q, shared_k = (max(segments.heads // x.shape[-2], 1) for x in (q, k))
         # A head of rows that serves several states has a place in the result for each.
         self._summed = 1 if first else shared_q
-        self._dtype = torch.float32 if first or shared_q > 1 else segments.dtype
-        self._saturates = form.output_saturates
+        self._to = form.out_dtype(segments.dtype)
+        self._dtype = torch.float32 if first or shared_q > 1 else self._to
+        self._saturates = form.output_saturates and not form.wide
         nheads *= shared_q
         self._shape, tuning = (*q.shape[:-2], nheads, d_v), _walk_tuning(segments.device, d, d_v)
         out_strides = (0 if segments.packed else q.shape[1] * nheads * d_v, nheads * d_v, d_v)
@@ -833,7 +883,7 @@ class _Walk:
                 d, d_v, _block(d), tuning.block_v, tuning.chunk, nheads // segments.heads,
                 max(k.shape[-2] // segments.heads, 1), shared_q, shared_k, _MASKS[segments.mask], second,
                 segments.decays, second, form.transposed, _normalization(form),
-                _ROW_FACTORS[form.row_factors], segments.packed,
+                _ROW_FACTORS[form.row_factors], segments.diagonal, segments.packed,
                 states.needed, states.initial, flat,
                 # bfloat16 never saturates: share one kernel.
                 half and form.weights_saturate,
@@ -851,7 +901,7 @@ class _Walk:
         if self._summed == 1:
             return out
         out = out.unflatten(-2, (-1, self._summed)).sum(-2)
-        return (saturate_(out, q.dtype) if self._saturates else out).to(q.dtype)
+        return (saturate_(out, q.dtype) if self._saturates else out).to(self._to)
 
 
 class _TwoWalks:
@@ -917,13 +967,19 @@ def _forward_plan(
     if segments.empty:
         return None
     find_states, walk = _steps(segments)
-    states = find_states(segments, k, v, initial, final) if final else find_states(segments, k, v)
+    states = find_states(segments, k, v, initial, *([final] if final else []))
     return states, walk(segments, form, q, k, v, states)
 
 
 @lru_cache(_MOST_PLANS)
 def _backward_plan(
-    sequences: _Sequences, form: Form, dout: _Layout, q: _Layout, k: _Layout, v: _Layout
+    sequences: _Sequences,
+    form: Form,
+    dout: _Layout,
+    q: _Layout,
+    k: _Layout,
+    v: _Layout,
+    initial: bool = False,
 ) -> Optional[tuple[_States, _Walk, _States, _Walk, _Walk]]:
     """dk and dv use the same states, transposed for dk. dq uses the states of the output, transposed."""
     there = _Segments(sequences, form, q, k)
@@ -931,7 +987,7 @@ def _backward_plan(
         return None
     back = _Segments(sequences.transpose(), form.of_dk(), k, q)
     find_states, walk = _steps(there)
-    states, back_states = find_states(there, k, v), find_states(back, q, dout)
+    states, back_states = find_states(there, k, v, initial), find_states(back, q, dout, initial)
     dq = walk(there, form.of_dq(), dout, v, k, states, swapped=True)
     dk = walk(back, form.of_dk(), v, dout, q, back_states, swapped=True)
     return states, dq, back_states, dk, walk(back, form.of_dv(), k, q, dout, back_states)
@@ -947,16 +1003,52 @@ def _contiguous(given: Given) -> Given:
     return Given(*[x if x is None or x.is_contiguous() else x.contiguous() for x in given])
 
 
-def attend(q, k, v, form, cu_rows, cu_keys, max_rows, max_keys, given=NOTHING) -> torch.Tensor:
-    """See primitive.attend."""
+def _starting(initial: tuple) -> tuple[bool, tuple]:
+    """Return whether a state is given, and the states as the kernels take them. initial: the states before
+    and behind the positions, either None for zeros; empty without any.
+    """
+    there = [x for x in initial if x is not None]
+    if not there:
+        return False, ()
+    return True, tuple(torch.zeros_like(there[0]) if x is None else x.contiguous() for x in initial)
+
+
+def attend(
+    q, k, v, form, cu_rows, cu_keys, max_rows, max_keys, given=NOTHING, *initial: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """See primitive.attend and primitive.attend_between."""
     (q, like_q), (k, like_k), (v, like_v) = _laid_out(q), _laid_out(k), _laid_out(v)
-    plan = _forward_plan(_sequences(q, cu_rows, max_rows, max_keys), form, like_q, like_k, like_v)
+    starting, initial = _starting(initial)
+    sequences = _sequences(q, cu_rows, max_rows, max_keys)
+    plan = _forward_plan(sequences, form, like_q, like_k, like_v, starting)
     if plan is None:
-        return q.new_zeros(*q.shape[:-1], v.shape[-1])
+        return q.new_zeros(*q.shape[:-1], v.shape[-1], dtype=form.out_dtype(q.dtype))
     find_states, walk = plan
     starts, given = (cu_rows, cu_keys), _contiguous(given)
     with torch.cuda.device_of(q):
-        return walk(q, k, v, find_states(k, v, starts, given), starts, given)
+        return walk(q, k, v, find_states(k, v, starts, given, *initial), starts, given)
+
+
+@lru_cache(_MOST_PLANS)
+def _state_plan(
+    sequences: _Sequences, form: Form, q: _Layout, k: _Layout, v: _Layout, late: bool
+) -> Optional[_States]:
+    segments = _Segments(sequences, form, q, k).masked(CAUSAL if late else ANTICAUSAL)
+    return None if segments.empty else _States(segments, k, v, final=True)
+
+
+def state_of(q, k, v, form, given, late) -> torch.Tensor:
+    """See primitive.state_of."""
+    (k, like_k), (v, like_v), (_, like_q) = _laid_out(k), _laid_out(v), _laid_out(q)
+    plan = _state_plan(_sequences(k, None, 0, 0), form, like_q, like_k, like_v, late)
+    heads = form.decay[-1] if form.decay is not None else min(q.shape[-2], k.shape[-2])
+    shape = (k.shape[0], heads, k.shape[-1], v.shape[-1])
+    if plan is None:
+        return k.new_zeros(shape, dtype=torch.float32)
+    final = k.new_empty(shape, dtype=torch.float32)
+    with torch.cuda.device_of(k):
+        plan(k, v, (None, None), _contiguous(given), None, final)
+    return final
 
 
 def attend_with_state(
@@ -981,30 +1073,37 @@ def attend_with_state(
 
 
 def gradients(
-    dout, q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given=NOTHING
-) -> tuple:
-    """See primitive.gradients."""
+    dout, q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given=NOTHING, there=(),
+    back=(),
+) -> tuple:  # fmt: skip
+    """See primitive.gradients and primitive.gradients_between."""
     (dout, like_dout), (q, like_q), (k, like_k), (v, like_v) = (
         _laid_out(dout),
         _laid_out(q),
         _laid_out(k),
         _laid_out(v),
     )
+    (starts_there, there), (starts_back, back) = _starting(there), _starting(back)
+    if starts_there != starts_back:  # one plan for both
+        like = (there or back)[0]
+        zeros = tuple(torch.zeros_like(like) for _ in there or back)
+        there, back = (there, zeros) if starts_there else (zeros, back)
     plan = _backward_plan(
-        _sequences(q, cu_seqlens_q, max_seqlen_q, max_seqlen_k), form, like_dout, like_q, like_k, like_v
-    )
+        _sequences(q, cu_seqlens_q, max_seqlen_q, max_seqlen_k), form, like_dout, like_q, like_k, like_v,
+        starts_there or starts_back,
+    )  # fmt: skip
     if plan is None:
-        return tuple(torch.zeros_like(x) for x in (q, k, v))
+        return tuple(torch.zeros_like(x, dtype=form.out_dtype(x.dtype)) for x in (q, k, v))
     find_states, find_dq, find_back_states, find_dk, find_dv = plan
-    starts, back = (cu_seqlens_q, cu_seqlens_k), (cu_seqlens_k, cu_seqlens_q)
+    starts, swapped = (cu_seqlens_q, cu_seqlens_k), (cu_seqlens_k, cu_seqlens_q)
     given = _contiguous(given)
     with torch.cuda.device_of(q):
-        states = find_states(k, v, starts, given)
+        states = find_states(k, v, starts, given, *there)
         dq = find_dq(dout, v, k, states, starts, given)
         del states
-        states = find_back_states(q, dout, back, given)
-        dk = find_dk(v, dout, q, states, back, given)
-        return dq, dk, find_dv(k, q, dout, states, back, given)
+        states = find_back_states(q, dout, swapped, given, *back)
+        dk = find_dk(v, dout, q, states, swapped, given)
+        return dq, dk, find_dv(k, q, dout, states, swapped, given)
 
 
 _INCREMENT_VERSION = getattr(torch.autograd.graph, "increment_version", None)  # not in every torch
@@ -1043,7 +1142,7 @@ def step(q, k, v, state, scale, given=NOTHING, slots=None) -> torch.Tensor:
         like_q, like_k, like_v, state.stride(), scale, given.row_factors is not None, decay, slots is not None
     )
     with torch.cuda.device_of(q):
-        launch(q, k, v, state, out, *given, slots)
+        launch(q, k, v, state, out, given.row_factors, given.decay_slopes, slots)
     if _INCREMENT_VERSION is not None:  # as an operator in place does, so that autograd notices the change
         _INCREMENT_VERSION(state)
     return out

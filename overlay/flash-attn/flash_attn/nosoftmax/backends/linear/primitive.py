@@ -36,34 +36,30 @@ def attend(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
     given: Given = NOTHING,
-    diagonals: Optional[list] = None,
 ) -> torch.Tensor:
     """Compute one form of linear attention (see Form and chunked.attend). With cu_seqlens, q, k and v are
-    packed: (total, heads, d). given: the tensors that the form mentions. diagonals: for each sequence the key
-    of the attention that query 0 is aligned with, not with the Triton kernels.
+    packed: (total, heads, d). given: the tensors that the form mentions.
 
-    Returns out, as q with v's last dimension. Rows of out that belong to no sequence are 0.
+    Returns out, as q with v's last dimension, in the form's dtype. Rows that belong to no sequence are 0.
     """
     if has_kernels(q):
         return kernels().attend(q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given)
     if cu_seqlens_q is None:
-        return _dense(q, k, v, form, given, diagonals)
+        return _dense(q, k, v, form, given)
     out = q.new_zeros(*q.shape[:-1], v.shape[-1], dtype=form.out_dtype(q.dtype))
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for b in range(len(starts_q) - 1):
         rows, keys = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
         own = given.of_sequence(form, b, keys if form.transposed else rows)
-        diagonal = None if diagonals is None else diagonals[b : b + 1]
-        out[rows] = _dense(q[None, rows], k[None, keys], v[None, keys], form, own, diagonal)[0]
+        out[rows] = _dense(q[None, rows], k[None, keys], v[None, keys], form, own)[0]
     return out
 
 
-def _dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, given: Given, diagonals: Optional[list]
-) -> torch.Tensor:
+def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, form: Form, given: Given) -> torch.Tensor:
     """Compute a form in PyTorch over dense sequences, at once if they have one diagonal."""
-    if diagonals is None or len(set(diagonals)) == 1:
-        diagonal = None if diagonals is None else diagonals[0]
+    diagonals = given.diagonal.tolist() if form.diagonal else []
+    if len(set(diagonals)) <= 1:
+        diagonal = diagonals[0] if diagonals else None
         return chunked.attend(q, k, v, form, given=given, diagonal=diagonal)[0]
     out = q.new_zeros(*q.shape[:-1], v.shape[-1], dtype=form.out_dtype(q.dtype))
     for b, diagonal in enumerate(diagonals):
@@ -111,7 +107,6 @@ def gradients(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
     given: Given = NOTHING,
-    diagonals: Optional[list] = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute dq, dk and dv of `attend`, as the forms F(dO, V, K; M), F(V, dO, Q; Mt) and F(K, Q, dO; Mt)."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -119,7 +114,76 @@ def gradients(
         return kernels().gradients(dout, q, k, v, form, *lengths, given)
     swapped = (cu_seqlens_k, cu_seqlens_q, max_seqlen_k, max_seqlen_q)
     return (
-        attend(dout, v, k, form.of_dq(), *lengths, given, diagonals),
-        attend(v, dout, q, form.of_dk(), *swapped, given, diagonals),
-        attend(k, q, dout, form.of_dv(), *swapped, given, diagonals),
+        attend(dout, v, k, form.of_dq(), *lengths, given),
+        attend(v, dout, q, form.of_dk(), *swapped, given),
+        attend(k, q, dout, form.of_dv(), *swapped, given),
     )
+
+
+# ---- Pieces of sequences on several devices ----
+
+
+def attend_between(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    form: Form,
+    given: Given,
+    before: Optional[torch.Tensor],
+    behind: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """Compute a form over a dense piece of each sequence, as many rows as keys, with the states of what is
+    not here: see `state` and `behind` of chunked.attend.
+    """
+    if has_kernels(q):
+        return kernels().attend(q, k, v, form, None, None, 0, 0, given, *_states(form, before, behind))
+    return chunked.attend(q, k, v, form, before, given, behind=behind)[0]
+
+
+def gradients_between(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    form: Form,
+    given: Given,
+    there: tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
+    back: tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute dq, dk and dv of `attend_between`. there: its states before and behind. back: those of q and
+    dout, for the transposed form.
+    """
+    if has_kernels(q):
+        states = _states(form, *there), _states(form, *back)
+        return kernels().gradients(dout, q, k, v, form, None, None, 0, 0, given, *states)
+    turned = tuple(None if x is None else x.mT.contiguous() for x in (*there, *back))
+    return (
+        attend_between(dout, v, k, form.of_dq(), given, *turned[:2]),
+        attend_between(v, dout, q, form.of_dk(), given, *turned[2:]),
+        attend_between(k, q, dout, form.of_dv(), given, *back),
+    )
+
+
+def _states(form: Form, before: Optional[torch.Tensor], behind: Optional[torch.Tensor]) -> tuple:
+    """The states that the kernels start from: a full form that decays has two walks, any other one."""
+    return (before, behind) if not form.causal and form.decay is not None else (before,)
+
+
+def state_of(
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, form: Form, given: Given, late: bool
+) -> torch.Tensor:
+    """Return the sum of keys^T values over a dense piece of each sequence, decayed to its last position if
+    late, else to its first. rows: a tensor with the heads of the rows and as many tokens, of which none is
+    read. Factors of the form count if it is transposed, and the keys are its queries.
+    """
+    if not form.transposed:
+        form, given = form._replace(row_factors=None), given._replace(row_factors=None)
+    if has_kernels(keys):
+        return kernels().state_of(rows, keys, values, form, given, late)
+    # Without rows, a causal walk takes all keys, and an anticausal one those from the diagonal on.
+    if not late:
+        form = form._replace(causal=True, transposed=True)
+    else:  # the first walk of a full form is a causal one
+        form = form._replace(causal=not form.transposed)
+    diagonal = None if late else 0
+    return chunked.attend(rows[:, :0], keys, values, form, given=given, diagonal=diagonal)[1]

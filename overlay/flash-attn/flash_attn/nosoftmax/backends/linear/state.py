@@ -179,7 +179,7 @@ def _across(
     """Return what the outputs of dense pieces get from the state before them, in the compute dtype (None
     without one), and the state after them.
     """
-    wide, (factors, slopes) = torch.promote_types(q.dtype, torch.float32), given
+    wide, (factors, slopes, _) = torch.promote_types(q.dtype, torch.float32), given
     keys, from_state, before = k.to(wide), 1.0, None
     if slopes is not None:
         slopes = slopes.to(wide)[..., None, :, None]
