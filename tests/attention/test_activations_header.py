@@ -86,6 +86,13 @@ def test_values_and_derivatives(library, activation, scale, bias):
         assert (error <= 2.0**-13 * e.abs() + floor).all(), f"{name} is off by {error.max():.3g}"
 
 
+def test_identity(library):
+    """The identity is the only one that never applies the scale: kernels do so before, or at the end."""
+    x = torch.tensor([-3.0, 0.0, 2.5, torch.inf])
+    value, both, derivative = evaluate(library, "identity", x, scale=0.125)
+    assert torch.equal(value, x) and torch.equal(both, x) and torch.equal(derivative, torch.ones(4))
+
+
 @pytest.mark.parametrize("activation", ["sigmoid", "gelu", "softplus"])
 def test_tails(library, activation):
     """Small weights keep their digits, as many keys add them up."""

@@ -51,6 +51,18 @@ inline constexpr float kMinBiasForTanh = -2.f;
 // scores is not worth its size. NaN gives NaN in both. An infinite score gives
 // Inf or NaN, unless f maps it to a finite number.
 
+// Without a scale, which the caller has applied or left for the end.
+struct Identity {
+    static constexpr bool kIsLong = false;
+
+    NOSOFTMAX_DEVICE float value(const float x) const { return x; }
+
+    NOSOFTMAX_DEVICE float value(const float x, float &derivative) const {
+        derivative = 1.f;
+        return x;
+    }
+};
+
 // For scale = 1, or where a positive scale is left for the end.
 struct PlainRelu {
     static constexpr bool kIsLong = false;
@@ -207,8 +219,8 @@ NOSOFTMAX_DEVICE bool scales_at_end(const Activation activation, const float sca
     return activation == Activation::identity || (activation == Activation::relu && scale > 0.f);
 }
 
-// Calls visit with the functor of an activation other than the identity. A choice at run time, the same for all threads.
-// With At_end, the functor leaves the scale out wherever scales_at_end.
+// Calls visit with the functor of an activation. A choice at run time, the same for all threads. With At_end, the functor
+// leaves the scale out wherever scales_at_end. Without, the scale has to be 1 for the identity.
 template <bool At_end, typename Visit>
 NOSOFTMAX_DEVICE void with_activation(const Activation activation, const float scale, const float bias, Visit visit) {
     switch (activation) {
@@ -222,7 +234,7 @@ NOSOFTMAX_DEVICE void with_activation(const Activation activation, const float s
         case Activation::sigmoid:
             if (bias >= kMinBiasForTanh) { return visit(SigmoidByTanh{0.5f * scale, 0.5f * bias}); }
             return visit(SigmoidByExp2{-kLog2E * scale, -kLog2E * bias});
-        case Activation::identity: return;
+        case Activation::identity: return visit(Identity{});
     }
 }
 

@@ -259,31 +259,51 @@ struct ScoreWeights {
         }
     }
 
-    // Turns scores into weights and sets their derivatives by the scaled score. Both include the decay, and the factors of
-    // the rows, divided by the largest of their sequence.
-    template <typename Engine0, typename Layout0, typename Engine1, typename Layout1>
-    __forceinline__ __device__ void differentiate(Tensor<Engine0, Layout0> &scores,
-                                                  Tensor<Engine1, Layout1> &derivatives, const int col0,
-                                                  const int row0, const int row_stride) const {
+    // Turns scores, an accumulator of a tile, into the derivatives of the weights by the scaled score, and returns the
+    // weights in 16 bits. Both include the decay, and the factors of the rows, divided by the largest of their sequence.
+    template <typename Engine, typename Layout>
+    __forceinline__ __device__ auto differentiate(Tensor<Engine, Layout> &acc_s, const int col0, const int row0,
+                                                  const int row_stride) const {
+        using Element = typename Kernel_traits::Element;
+        Tensor scores = make_tensor(acc_s.data(), FLASH_NAMESPACE::convert_layout_acc_rowcol(acc_s.layout()));
         prepare(scores, col0, row0, row_stride);
-        #pragma unroll
-        for (int i = 0; i < size(derivatives); ++i) { derivatives(i) = 1.f; }
-        visit_activation([&](const auto f) {
-            in_rounds<f.kIsLong>([&](const int i) { scores(i) = f.value(scores(i), derivatives(i)); }, scores,
-                                 derivatives);
-        });
-        decay(col0, row0, row_stride, scores, derivatives);
-        if (params.score.by_row()) {
+        const bool by_row = params.score.by_row();
+        Tensor factors = make_tensor<float>(size<0>(scores));
+        if (by_row) {
             const float largest = row_factors.largest_of_rows();
             for_each_row(scores, row0, row_stride, [&](const int mi, const int row) {
-                const float factor = row_factors.of_row(row, largest);
-                #pragma unroll
-                for (int ni = 0; ni < size<1>(scores); ++ni) {
-                    scores(mi, ni) *= factor;
-                    derivatives(mi, ni) *= factor;
-                }
+                factors(mi) = row_factors.of_row(row, largest);
             });
         }
+        // In two halves of the columns: registers hold the derivatives and half of the weights in fp32, not all of both.
+        constexpr int kCols = decltype(size<2>(acc_s))::value / 2, kSize = decltype(size(acc_s))::value / 2;
+        const auto half_layout = make_layout(make_shape(shape<0>(acc_s), shape<1>(acc_s), Int<kCols>{}));
+        static_assert(kCols * 2 == decltype(size<2>(acc_s))::value);
+        Tensor packed = make_tensor<Element>(acc_s.layout());
+        #pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            Tensor weights = make_tensor<float>(FLASH_NAMESPACE::convert_layout_acc_rowcol(half_layout));
+            Tensor derivatives = make_tensor(acc_s.data() + half * kSize, weights.layout());
+            visit_activation([&](const auto f) {
+                in_rounds<f.kIsLong>([&](const int i) { weights(i) = f.value(derivatives(i), derivatives(i)); },
+                                     weights, derivatives);
+            });
+            decay(col0 + half * kCols * 8, row0, row_stride, weights, derivatives);
+            if (by_row) {
+                #pragma unroll
+                for (int mi = 0; mi < size<0>(weights); ++mi) {
+                    #pragma unroll
+                    for (int ni = 0; ni < size<1>(weights); ++ni) {
+                        weights(mi, ni) *= factors(mi);
+                        derivatives(mi, ni) *= factors(mi);
+                    }
+                }
+            }
+            Tensor flat_weights = make_tensor(weights.data(), half_layout);
+            Tensor packed_half = make_tensor(packed.data() + half * kSize, half_layout);
+            FLASH_NAMESPACE::convert_saturating(flat_weights, packed_half);
+        }
+        return packed;
     }
 
     // Multiplies O by everything that was left for the end. With splits, their sum gets the factors of the rows.
@@ -331,13 +351,14 @@ struct ScoreWeights {
             && (!Is_local || tile_col >= begin_of_row(tile_row + Kernel_traits::kBlockM - 1));
     }
 
-    // Sets scores outside the window to 0. By assignment, after f: f(0) need not be 0, and a product with 0 would keep
-    // the NaN that unwritten shared memory or an unused cache slot may hold.
+    // Sets scores, in fp32 or packed, outside the window to 0. By assignment, after f: f(0) need not be 0, and a product
+    // with 0 would keep the NaN that unwritten shared memory or an unused cache slot may hold.
     template <typename Engine, typename Layout>
     __forceinline__ __device__ void hide(Tensor<Engine, Layout> &scores, const int col0, const int row0,
                                          const int row_stride) const {
-        for_each_score(scores, col0, row0, row_stride, [&](float &score, const int row, const int col) {
-            if (col >= end_of_row(row) || (Is_local && col < begin_of_row(row))) { score = 0.f; }
+        using T = typename Engine::value_type;
+        for_each_score(scores, col0, row0, row_stride, [&](T &score, const int row, const int col) {
+            if (col >= end_of_row(row) || (Is_local && col < begin_of_row(row))) { score = T(0.f); }
         });
     }
 
@@ -493,6 +514,13 @@ __forceinline__ __device__ auto convert_products(Tensor<Engine, Layout> const &t
     }
 }
 
+// The same in the backward kernels. Without softmax, ScoreWeights::differentiate has packed P.
+template <typename Kernel_traits, bool Relu, typename Packed, typename Engine, typename Layout>
+__forceinline__ __device__ auto packed_or_converted(Packed const &packed, Tensor<Engine, Layout> const &acc_s) {
+    if constexpr (!kUseSoftmax<Kernel_traits>) { return packed; }
+    else { return convert_products<Kernel_traits, typename Kernel_traits::Element, Relu>(acc_s); }
+}
+
 // convert_type for O, which is float if it is a part of a sum.
 template <typename Kernel_traits, typename To_type, typename Engine, typename Layout>
 __forceinline__ __device__ auto convert_output(Tensor<Engine, Layout> &tensor, const bool saturates=true) {
@@ -501,6 +529,40 @@ __forceinline__ __device__ auto convert_output(Tensor<Engine, Layout> &tensor, c
     } else {
         return FLASH_NAMESPACE::convert_finite_saturating<To_type>(tensor, saturates);
     }
+}
+
+////////////////////////////////////////////////////////////////////////////////////////////////////
+
+// Whether thread blocks add their parts of dQ by vectors of 4 floats, a quarter of the instructions. This needs sm_90, and
+// PTX ISA 8.1.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 \
+    && (__CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 1))
+#define NOSOFTMAX_ADDS_VECTORS 1
+#else
+#define NOSOFTMAX_ADDS_VECTORS 0
+#endif
+
+template <typename Kernel_traits>
+inline constexpr bool kAddsVectors = NOSOFTMAX_ADDS_VECTORS && !kUseSoftmax<Kernel_traits>;
+
+// The place in dq_accum of each element of a thread's accumulator of dQ. Any will do, if the kernel that adds and the one
+// that converts have the same.
+template <typename Kernel_traits>
+using dQaccumAtomicAdd = std::conditional_t<kAddsVectors<Kernel_traits>, typename Kernel_traits::GmemTiledCopydQaccum,
+                                            typename Kernel_traits::GmemTiledCopydQaccumAtomicAdd>;
+
+// Adds an accumulator of dQ to its places.
+template <typename Engine0, typename Layout0, typename Engine1, typename Layout1>
+__forceinline__ __device__ void add_vectors(Tensor<Engine0, Layout0> const &acc_dq, Tensor<Engine1, Layout1> &places) {
+#if NOSOFTMAX_ADDS_VECTORS
+    static_assert(decltype(size<0>(places))::value == 4 && decltype(stride<0, 1>(places))::value == 1);
+    #pragma unroll
+    for (int i = 0; i < size(acc_dq); i += 4) {
+        asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n"
+                     :: "l"(__cvta_generic_to_global(&places(i))), "f"(acc_dq(i)), "f"(acc_dq(i + 1)), "f"(acc_dq(i + 2)),
+                        "f"(acc_dq(i + 3)) : "memory");
+    }
+#endif
 }
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////

@@ -61,6 +61,20 @@ __forceinline__ __device__ auto convert_to_half(Tensor<Engine, Layout> const &te
     return out;
 }
 
+// Converts to 16 bits, saturating in fp16, into a tensor with the same layout in registers.
+template <typename Engine0, typename Layout0, typename Engine1, typename Layout1>
+__forceinline__ __device__ void convert_saturating(Tensor<Engine0, Layout0> const &tensor, Tensor<Engine1, Layout1> &out) {
+    using To_type = typename Engine1::value_type;
+    constexpr int kSize = decltype(size(tensor))::value;
+    if constexpr (std::is_same_v<To_type, cutlass::half_t>) {
+        cute::copy(FLASH_NAMESPACE::convert_to_half<To_type>(tensor, /*saturates=*/true), out);
+    } else {
+        cutlass::NumericArrayConverter<To_type, float, kSize> convert;
+        *reinterpret_cast<cutlass::Array<To_type, kSize> *>(out.data()) =
+            convert(*reinterpret_cast<const cutlass::Array<float, kSize> *>(tensor.data()));
+    }
+}
+
 // convert_type for numbers that saturate in fp16 if they are finite, while infinities become NaN.
 template <typename To_type, typename Engine, typename Layout>
 __forceinline__ __device__ auto convert_finite_saturating(Tensor<Engine, Layout> &tensor, const bool saturates=true) {

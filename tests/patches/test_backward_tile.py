@@ -1,0 +1,105 @@
+"""Test the arithmetic of a tile of the CUDA backward kernel, and where it adds dQ, compiled for the CPU.
+
+The code is the kernel's (``ScoreWeights::differentiate``), for every tile that is launched. The threads of a
+block run in turn. Left out are the conversions to fp16, which are PTX, and all that needs more than one
+thread at a time: matrix products and the sums of dQ.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fapatch.base.project import Project
+from fapatch.source import fetch
+from oracle import FUNCTIONS
+
+pytestmark = [pytest.mark.source, pytest.mark.slow]
+REAL = Project.open(family="flash-attn", version="")
+PROGRAM = Path(__file__).parent / "on_host" / "backward_tile.cpp"
+NUM_TILES = 9
+SEQLEN_Q, SEQLEN_K = 700, 650
+SCALE, BIAS, SLOPE = 0.25, -0.5, 0.03
+
+
+@pytest.fixture(scope="module")
+def library(make, tmp_path_factory) -> ctypes.CDLL:
+    nvcc = next((n for path in sys.path for n in Path(path).glob("nvidia/*/bin/nvcc")), None)
+    if nvcc is None or shutil.which("g++") is None:
+        pytest.skip("needs g++, and the package cuda-toolkit[cccl,nvcc] of CUDA 13 or newer")
+    made = make(REAL.family.default)
+    folder = tmp_path_factory.mktemp("tile")
+    fetch.export_cutlass(made.project, folder / "cutlass")
+    generator = folder / "ATen" / "cuda" / "CUDAGeneratorImpl.h"  # of torch, and needed by its name only
+    generator.parent.mkdir(parents=True)
+    generator.write_text("#pragma once\nnamespace at { struct PhiloxCudaState {}; }\n")
+    cuda = nvcc.parents[1] / "include"
+    source = made.built.folder / "csrc/flash_attn/src"
+    headers = [folder, source, folder / "cutlass/include", cuda, cuda / "cccl"]
+    subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *(f"-I{path}" for path in headers), PROGRAM,
+         "-o", folder / "tile.so"],
+        check=True,
+    )  # fmt: skip
+    loaded = ctypes.CDLL(str(folder / "tile.so"))
+    loaded.count_added.restype = ctypes.c_bool
+    assert loaded.number_of_tiles() == NUM_TILES
+    return loaded
+
+
+def shape_of(library: ctypes.CDLL, tile: int) -> tuple[int, int, int]:
+    """The queries and keys of a tile, and its head size."""
+    sizes = (ctypes.c_int * 3)()
+    library.shape_of_tile(tile, sizes)
+    return tuple(sizes)
+
+
+@pytest.mark.parametrize("per_visible", [False, True], ids=["", "per_visible"])
+@pytest.mark.parametrize("kernel", ["special", "general"])
+@pytest.mark.parametrize("activation", FUNCTIONS)
+@pytest.mark.parametrize("tile", range(NUM_TILES))
+def test_weights_and_derivatives(library, tile, activation, kernel, per_visible):
+    """P and f' of a tile, with a decay in a general kernel, and factors of rows relative to the largest."""
+    torch.manual_seed(0)
+    rows, cols, _ = shape_of(library, tile)
+    row = torch.arange(256, 256 + rows)[:, None]
+    col = torch.arange(192, 192 + cols)
+    last_key = row + SEQLEN_K - SEQLEN_Q  # that a query sees, in or before the tile's columns
+    raw = torch.randn(rows, cols) * 8
+    p, derivatives = torch.full_like(raw, torch.nan), torch.full_like(raw, torch.nan)
+    library.differentiate(
+        tile, kernel == "general", list(FUNCTIONS).index(activation),
+        *map(ctypes.c_float, (SCALE, BIAS, SLOPE)), per_visible, SEQLEN_Q, SEQLEN_K, int(row[0]), int(col[0]),
+        *(ctypes.c_void_p(x.data_ptr()) for x in (raw, p, derivatives)),
+    )  # fmt: skip
+
+    s = (raw.double() * SCALE).requires_grad_()
+    value = FUNCTIONS[activation](s, BIAS)
+    (slope,) = torch.autograd.grad(value.sum(), s)
+    weight = torch.ones_like(s)
+    if kernel == "general":
+        weight = weight * torch.exp(-SLOPE * (last_key - col).abs())
+    elif activation in ("identity", "relu"):
+        value = value / SCALE  # waits for the end
+    if per_visible:  # the query that sees the fewest keys sees one, or counts as one
+        weight = weight / (last_key + 1)
+    expected = torch.where(col <= last_key, value * weight, 0.0).detach()
+    error = (p.double() - expected).abs()
+    assert (error <= 2.0**-8 * expected.abs() + 1e-6).all(), f"P is off by {error.max():.3g}"
+    error = (derivatives.double() - slope * weight).abs()
+    assert (error <= 2.0**-12 * weight).all(), f"f' is off by {error.max():.3g}"
+
+
+@pytest.mark.parametrize("tile", range(NUM_TILES))
+def test_vectors_of_dq_cover_the_tile(library, tile):
+    """The threads' vectors are whole, aligned, and meet each element of dQ once."""
+    rows, _, head_dim = shape_of(library, tile)
+    counts = torch.zeros(rows, head_dim, dtype=torch.int32)
+    assert library.count_added(tile, ctypes.c_void_p(counts.data_ptr()))
+    assert (counts == 1).all()
