@@ -60,8 +60,9 @@ def shape_of(library: ctypes.CDLL, tile: int) -> tuple[int, int, int]:
     return tuple(sizes)
 
 
-@pytest.mark.parametrize("per_visible", [False, True], ids=["", "per_visible"])
-@pytest.mark.parametrize("kernel", ["special", "general"])
+@pytest.mark.parametrize(
+    "kernel, per_visible", [("special", False), ("general", False), ("general", True)], ids=str
+)
 @pytest.mark.parametrize("activation", FUNCTIONS)
 @pytest.mark.parametrize("tile", range(NUM_TILES))
 def test_weights_and_derivatives(library, tile, activation, kernel, per_visible):

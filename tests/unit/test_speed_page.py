@@ -18,7 +18,12 @@ SECTIONS = {
     "linear_vs_quadratic_h100": "linear_tables",
     "cpu_vs_sdpa": "plot_cpu",
 }
-PAGES = {**SECTIONS, "linear_vs_quadratic_cpu": "linear_tables", "hstu_movielens": "movielens_page"}
+PAGES = {
+    **SECTIONS,
+    "linear_vs_quadratic_cpu": "linear_tables",
+    "hstu_movielens": "movielens_page",
+    "hstu_tflops": "hstu",
+}
 
 
 def record(name: str) -> dict:

@@ -81,7 +81,7 @@ extern "C" void shape_of_tile(const int tile, int *sizes) {
 }
 
 // Sets P under a causal mask, and the derivatives without it, for a tile of raw scores at (first_row, first_col).
-// General kernels take a decay. The others leave a scale for the end: P is then without it.
+// General kernels take a decay and factors of rows. The others leave a scale for the end: P is then without it.
 extern "C" void differentiate(const int tile, const bool is_general, const int activation, const float scale,
                               const float bias, const float decay_slope, const bool per_visible, const int seqlen_q,
                               const int seqlen_k, const int first_row, const int first_col, const float *scores,

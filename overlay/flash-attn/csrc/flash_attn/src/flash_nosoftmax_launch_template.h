@@ -345,8 +345,8 @@ void run_bwd(const BwdParams &params, cudaStream_t stream) {
     using Traits = NoSoftmaxTraits<Upstream_traits>;
     constexpr int Headdim = Traits::kHeadDim;
     const bool is_special_call = is_special<Headdim>(params) && params.alibi_slopes_ptr == nullptr
-        && (params.is_causal || !is_windowed(params));
-    // A special call with a window is a causal one.
+        && !params.score.by_row() && (params.is_causal || !is_windowed(params));
+    // A special call with a window is a causal one, and its weights have no factors of rows.
     BOOL_SWITCH(is_windowed(params), Is_local, [&] {
         DROPOUT_SWITCH(params.p_dropout < 1.f, Is_dropout, [&] {
             SOFTCAP_SWITCH(params.softcap > 0.f, Is_softcap, [&] {

@@ -119,7 +119,7 @@ __forceinline__ __device__ void turn(Tensor<Engine, Layout> &x) {
     constexpr int kSize = decltype(size(x))::value;
     #pragma unroll
     for (int i = 0; i < kRound; ++i) {  // In this order, one register more is enough.
-        const float first = x(i);
+        const auto first = x(i);
         #pragma unroll
         for (int j = i; j < kSize - kRound; j += kRound) { x(j) = x(j + kRound); }
         x(kSize - kRound + i) = first;
@@ -264,44 +264,37 @@ struct ScoreWeights {
     template <typename Engine, typename Layout>
     __forceinline__ __device__ auto differentiate(Tensor<Engine, Layout> &acc_s, const int col0, const int row0,
                                                   const int row_stride) const {
-        using Element = typename Kernel_traits::Element;
         Tensor scores = make_tensor(acc_s.data(), FLASH_NAMESPACE::convert_layout_acc_rowcol(acc_s.layout()));
         prepare(scores, col0, row0, row_stride);
-        const bool by_row = params.score.by_row();
-        Tensor factors = make_tensor<float>(size<0>(scores));
-        if (by_row) {
-            const float largest = row_factors.largest_of_rows();
-            for_each_row(scores, row0, row_stride, [&](const int mi, const int row) {
-                factors(mi) = row_factors.of_row(row, largest);
-            });
-        }
-        // In two halves of the columns: registers hold the derivatives and half of the weights in fp32, not all of both.
-        constexpr int kCols = decltype(size<2>(acc_s))::value / 2, kSize = decltype(size(acc_s))::value / 2;
-        const auto half_layout = make_layout(make_shape(shape<0>(acc_s), shape<1>(acc_s), Int<kCols>{}));
-        static_assert(kCols * 2 == decltype(size<2>(acc_s))::value);
-        Tensor packed = make_tensor<Element>(acc_s.layout());
-        #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            Tensor weights = make_tensor<float>(FLASH_NAMESPACE::convert_layout_acc_rowcol(half_layout));
-            Tensor derivatives = make_tensor(acc_s.data() + half * kSize, weights.layout());
+        Tensor packed = make_tensor<typename Kernel_traits::Element>(acc_s.layout());
+        if constexpr (!Kernel_traits::kIsGeneral) {
+            // Without decay and factors of rows, weights are rounded at once: registers hold no tile of them in fp32.
+            float first;
             visit_activation([&](const auto f) {
-                in_rounds<f.kIsLong>([&](const int i) { weights(i) = f.value(derivatives(i), derivatives(i)); },
-                                     weights, derivatives);
+                in_rounds<f.kIsLong>([&](const int i) {
+                    const float weight = f.value(acc_s(i), acc_s(i));
+                    if (i % 2 == 0) { first = weight; } else { set_pair(packed, i - 1, first, weight); }
+                }, acc_s, packed);
             });
-            decay(col0 + half * kCols * 8, row0, row_stride, weights, derivatives);
-            if (by_row) {
-                #pragma unroll
-                for (int mi = 0; mi < size<0>(weights); ++mi) {
+        } else {
+            Tensor weights = make_tensor<float>(scores.layout());
+            visit_activation([&](const auto f) {
+                in_rounds<f.kIsLong>([&](const int i) { weights(i) = f.value(scores(i), scores(i)); }, weights, scores);
+            });
+            decay(col0, row0, row_stride, weights, scores);
+            if (params.score.by_row()) {
+                const float largest = row_factors.largest_of_rows();
+                for_each_row(scores, row0, row_stride, [&](const int mi, const int row) {
+                    const float factor = row_factors.of_row(row, largest);
                     #pragma unroll
-                    for (int ni = 0; ni < size<1>(weights); ++ni) {
-                        weights(mi, ni) *= factors(mi);
-                        derivatives(mi, ni) *= factors(mi);
+                    for (int ni = 0; ni < size<1>(scores); ++ni) {
+                        weights(mi, ni) *= factor;
+                        scores(mi, ni) *= factor;
                     }
-                }
+                });
             }
-            Tensor flat_weights = make_tensor(weights.data(), half_layout);
-            Tensor packed_half = make_tensor(packed.data() + half * kSize, half_layout);
-            FLASH_NAMESPACE::convert_saturating(flat_weights, packed_half);
+            Tensor flat = make_tensor(weights.data(), acc_s.layout());
+            FLASH_NAMESPACE::convert_saturating(flat, packed);
         }
         return packed;
     }
@@ -366,6 +359,17 @@ private:
 
     // Whether `prepare` scales scores, and the activation does not.
     static constexpr bool kPrepares = !kScaleAtEnd<Kernel_traits, Has_alibi>;
+
+    // Rounds two weights to 16 bits with one instruction. `packed` is compact.
+    template <typename Engine, typename Layout>
+    static __forceinline__ __device__ void set_pair(Tensor<Engine, Layout> &packed, const int i, const float first,
+                                                    const float second) {
+        Tensor pair = make_tensor<float>(Int<2>{});
+        pair(0) = first;
+        pair(1) = second;
+        Tensor places = make_tensor(packed.data() + i, make_layout(Int<2>{}));
+        FLASH_NAMESPACE::convert_saturating(pair, places);
+    }
 
     template <typename Engine, typename Layout, typename Visit>
     static __forceinline__ __device__ void for_each_row(Tensor<Engine, Layout> &rows, const int row0,
