@@ -4,8 +4,10 @@ extension, those that look for it don't find it.
 Each check is the client's own, shortened. docs/clients.md says what the user of each client sees.
 """
 
+import gc
 import importlib
 import sys
+import weakref
 from importlib import metadata, util
 from types import SimpleNamespace
 
@@ -85,3 +87,23 @@ def test_what_clients_find_is_called_as_the_extension_is(compiled):
 def test_the_interface_has_no_other_name_by_accident():
     with pytest.raises(AttributeError, match="flash_attn_interface' has no attribute 'no_such_name'"):
         flash_attn_interface.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("compiled", [False], indirect=True)
+def test_a_missing_extension_keeps_nothing_of_the_first_call(compiled):
+    """The remembered ImportError has no traceback, whose frames would keep the tensors of the call."""
+
+    class Tensor:
+        pass
+
+    def first_call():
+        q = Tensor()
+        with pytest.raises(ImportError):
+            extension.load()
+        return weakref.ref(q)
+
+    gc.disable()
+    try:
+        assert first_call()() is None
+    finally:
+        gc.enable()

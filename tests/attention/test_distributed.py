@@ -250,3 +250,28 @@ def test_the_table_in_the_docs():
     table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
     assert f"<!-- written by benchmarks/distributed_tables.py -->\n{table}<!-- end -->" in page
+
+
+@pytest.mark.slow
+def test_nothing_keeps_the_plan_of_the_first_call(tmp_path):
+    """A group that lives until the process ends has threads then, which gloo may not survive."""
+    program = f"""
+import gc, weakref, torch, torch.distributed as dist
+from flash_attn import explain, flash_attn_func
+from flash_attn.distributed import ContextParallel
+gc.disable()
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+
+def first_call():
+    cp = ContextParallel(dist.group.WORLD, seqlen=8)
+    q = torch.zeros(1, 8, 1, 8, requires_grad=True)
+    options = dict(causal=True, use_softmax=False, context_parallel=cp)
+    explain(flash_attn_func, q, q, q, **options)
+    flash_attn_func(q, q, q, **options).sum().backward()
+    return weakref.ref(cp)
+
+assert first_call()() is None
+dist.destroy_process_group()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -607,7 +607,7 @@ def test_no_argument_says_that_there_is_no_softmax(cuda_call):
         stands_for_extension.fwd(*cuda_call, False)
 
 
-PLAIN = ("identity", 0.0, None, None, 1.0, None, None, None)
+PLAIN = ("identity", 0.0, None, None, 1.0, None, None, None, None, False)
 
 
 @pytest.mark.parametrize("options, tensors, score", [
@@ -617,9 +617,13 @@ PLAIN = ("identity", 0.0, None, None, 1.0, None, None, None)
     (dict(activation="sigmoid"), dict(sigmoid_biases=(4,)), ("sigmoid", 0.0, (4,), *PLAIN[3:])),
     (dict(normalization="1/visible"), dict(), (*PLAIN[:3], "1/visible", *PLAIN[4:])),
     (dict(factor=1 / 64), dict(), (*PLAIN[:4], 1 / 64, *PLAIN[5:])),
-    (dict(), dict(row_factors=(2,)), (*PLAIN[:5], (2,), None, None)),
-    (dict(), dict(row_factors=(2, 3)), (*PLAIN[:6], (2, 3), None)),
-    (dict(), dict(decay_slopes=(2, 4)), (*PLAIN[:7], (2, 4))),
+    (dict(), dict(row_factors=(2,)), (*PLAIN[:5], (2,), *PLAIN[6:])),
+    (dict(), dict(row_factors=(2, 3)), (*PLAIN[:6], (2, 3), *PLAIN[7:])),
+    (dict(), dict(decay_slopes=(2, 4)), (*PLAIN[:7], (2, 4), *PLAIN[8:])),
+    (dict(), dict(decay_slopes=(2, 4), diagonal=(2,)), (*PLAIN[:7], (2, 4), (2,), False)),
+    (dict(window_left=3), dict(diagonal=(2,)), (*PLAIN[:8], (2,), False)),
+    (dict(), dict(diagonal=(2,)), None),  # no position counts
+    (dict(wide=True), dict(), (*PLAIN[:9], True)),
 ], ids=str)  # fmt: skip
 def test_extension_is_told_of_the_score_function(extension, options, tensors, score):
     """Forward and backward, as its last argument."""

@@ -4,8 +4,8 @@ blocks are loaded, in which order, where the mask is applied, and what is writte
 
 import pytest
 import torch
+from drawn_masks import drawn, drawn_intervals, interval_ranges
 from overlay_package import module
-from test_ranges import drawn, drawn_intervals, interval_ranges
 
 ranges = module("ranges")
 NAN = float("nan")

@@ -73,7 +73,8 @@ def _found() -> tuple[Any, Optional[ImportError]]:
             return interface_fa, None
         import flash_attn_2_cuda
     except ImportError as error:
-        return None, error
+        # Its traceback would keep the first call's frames, and so its tensors and groups, for ever.
+        return None, error.with_traceback(None)
     return flash_attn_2_cuda, None
 
 

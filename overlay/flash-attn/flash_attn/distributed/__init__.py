@@ -13,6 +13,8 @@
 docs/distributed.md has the design. Imports torch.distributed, so nothing of flash_attn imports it by itself.
 """
 
+# Here and not at the first call: an import below it keeps the frames of its importers, with their groups.
+from . import attention as attention
 from .plan import ContextParallel
 
 try:  # torch 2.5
