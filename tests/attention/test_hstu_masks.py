@@ -213,12 +213,14 @@ def test_pages(attention, seqlen_q):
 @pytest.mark.parametrize("mask", [
     HSTU(300, 20, 150, 40), HSTU(700, 20, 150), HSTU(33, 3, 0), HSTU(600, 0, 60, target_group_size=200),
 ], ids=str)  # fmt: skip
+@pytest.mark.slow
 def test_long(attention, mask):
     """Several blocks of rows and of keys."""
     tensors = qkv(attention, 1, 1300, 1300, nheads=1, head_dim=8)
     compare(attention, *tensors, activation="silu", normalization="1/n", mask=mask)
 
 
+@pytest.mark.slow
 def test_long_intervals(attention):
     mask = random_intervals(attention, 1, 600, seqlen_k=2200)
     compare(attention, *qkv(attention, 1, 600, 2200, nheads=1), activation="silu", mask=mask)
@@ -327,6 +329,7 @@ def test_poison_in_what_is_hidden(attention, mask, seqlen_q, activation, value):
     (HSTU(num_targets=1024), 1.2), (HSTU(3072, max_attn_len=256), 2.5), (HSTU(256, max_attn_len=256), 2.2),
     (HSTU(64, 16, max_attn_len=256), 3.0),
 ], ids=str)  # fmt: skip
+@pytest.mark.slow
 def test_hidden_blocks_are_not_computed(monkeypatch, mask, most):
     """The CPU's loops form few more scores than the visible ones; candidates by candidates cost nothing."""
     formed = []

@@ -154,6 +154,7 @@ def test_many_queries_over_few_keys(attention, window_size, seqlen_q, seqlen_k):
     compare(attention, *qkv(attention, 1, seqlen_q, seqlen_k, nheads=1, head_dim=32), window_size=window_size)
 
 
+@pytest.mark.slow
 @reuse
 @given(data=st.data())
 def test_any_window_over_any_lengths(attention, data):

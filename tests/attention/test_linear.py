@@ -121,6 +121,7 @@ def test_decay_equals_the_recurrence(linear, causal, lengths):
 
 @MASKS
 @pytest.mark.parametrize("slope", [1e-7, 1e-5, 1e-2, 5.0])
+@pytest.mark.slow
 def test_decay_of_many_tokens(linear, causal, slope, dtype):
     """A decay of any size loses no precision and overflows nowhere, over as many chunks as there may be."""
     checks.check_decay_of_many_tokens(linear, causal, slope, dtype)

@@ -19,9 +19,13 @@ import linear_checks as checks
 from measure import NAMES
 from package import cumulative
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed"
-)
+# Triton's interpreter takes seconds a test.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed"
+    ),
+]
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float16, *[torch.bfloat16] * ON_GPU]

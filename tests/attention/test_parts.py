@@ -101,10 +101,11 @@ class Runner:
             torch.testing.assert_close(x, y, rtol=0, atol=atol)
 
 
+INTERPRETED = "linear kernels"  # takes seconds a test
 RUNNERS = {
     "quadratic": Runner("cpu", ("algorithm", "quadratic"), F64, 8, 6),
     "linear": Runner("cpu", ("algorithm", "linear"), F64, 8, 6),
-    "linear kernels": Runner("cpu", ("algorithm", "linear"), torch.float16, 16, 16),
+    INTERPRETED: Runner("cpu", ("algorithm", "linear"), torch.float16, 16, 16),
 }
 # Heads of 64 fill a tile of the extension, and heads of 40 do not.
 for name, variant in (("fa2", "quadratic"), ("linear", "linear")):
@@ -114,7 +115,7 @@ for name, variant in (("fa2", "quadratic"), ("linear", "linear")):
         RUNNERS[label] = Runner("cuda", forced, dtype, head_dim, head_dim, slack=4.0)
 
 
-@pytest.fixture(params=RUNNERS)
+@pytest.fixture(params=[pytest.param(x, marks=pytest.mark.slow) if x == INTERPRETED else x for x in RUNNERS])
 def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Runner:
     """Each backend that takes the options; the Triton kernels are interpreted where there is no GPU."""
     runner = RUNNERS[request.param]

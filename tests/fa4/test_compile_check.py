@@ -61,6 +61,7 @@ print(json.dumps([len(keys), len(set(keys))]))
 
 
 @pytest.mark.source
+@pytest.mark.slow
 def test_cache_is_on_by_default(compiler, trees, tmp_path):
     program = (
         "import json; from flash_attn.cute.cache_utils import CUTE_DSL_CACHE_ENABLED as on; "
