@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from distributed_tables import size
 from flash_attn import explain, flash_attn_func
 from flash_attn.distributed import ContextParallel
 from torch.profiler import ProfilerActivity, profile
@@ -183,14 +184,8 @@ def measure(case: Case, args: argparse.Namespace, device: torch.device) -> dict:
 # ---- The page ----
 
 
-def size(number: float | None) -> str:
-    if number is None:
-        return "–"
-    for unit in ("B", "KB", "MB", "GB"):
-        if number < 1000:
-            break
-        number /= 1000
-    return f"{number:.3g} {unit}"
+def said(number: float | None) -> str:
+    return "–" if number is None else size(number)
 
 
 def page(record: dict) -> str:
@@ -215,7 +210,7 @@ def page(record: dict) -> str:
             faster = f" ({base / ms:.2f} ×)" if base and row["method"] != ALONE else ""
             times.append(f"{ms:.3g} ms{faster}")
         moved = [
-            f"{size(row['received'].get(name))} ({size(row['computed'][name])})" if row["computed"] else "–"
+            f"{said(row['received'].get(name))} ({size(row['computed'][name])})" if row["computed"] else "–"
             for name in DIRECTIONS
         ]
         method = f"{row['method']}, {row['layout']}" if row["layout"] else "one GPU"

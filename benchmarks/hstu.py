@@ -21,16 +21,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
-from importlib import metadata
-from pathlib import Path
 
+import resumed
 import torch
 from flash_attn import flash_attn_varlen_func
 from flash_attn.masks import HSTU
@@ -57,6 +53,7 @@ PUBLISHED = {
     (256, FORWARD): ("193–351", "353–486", "511–580", "579–642", "617–632", "637–651"),
     (256, BACKWARD): ("149–185", "238–271", "321–326", "356–363", "375–382", "385–391"),
 }
+PACKAGES = ("flash-attn-4", "nvidia-cutlass-dsl")
 KEY = ("head_dim", "batch", "seqlen", "direction", "variant")
 
 
@@ -200,9 +197,10 @@ def compile_all(head_dims: tuple[int, ...], processes: int) -> None:
 
 
 def markdown(record: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record["packages"].items())
     text = f"""# HSTU's masks on {record["device"]}
 
-{record["date"]}, torch {record["torch"]}, flash-attn-4 {record["flash_attn_4"]}, nvidia-cutlass-dsl {record["dsl"]}:
+{record["date"]}, torch {record["torch"]}, {versions}:
 
     {record["command"]}
 
@@ -234,35 +232,14 @@ recsys-examples for FBGEMM's CUTLASS kernels on an H100, at batches of 16 to 512
     return text
 
 
-def started(args: argparse.Namespace, argv: list[str]) -> dict:
-    """Return the record in --json if it is of this device and these versions, else a new one."""
-    record = {
-        "date": date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/hstu.py", *argv]),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "flash_attn_4": metadata.version("flash-attn-4"),
-        "dsl": metadata.version("nvidia-cutlass-dsl"),
-    }
-    if args.json is not None and args.json.is_file():
-        earlier = json.loads(args.json.read_text(encoding="utf-8"))
-        if all(earlier[name] == record[name] for name in ("device", "torch", "flash_attn_4", "dsl")):
-            return earlier
-    return {**record, "rows": []}
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = resumed.options(__doc__)
     parser.add_argument("--head-dims", type=int, nargs="+", default=list(HEAD_DIMS), choices=HEAD_DIMS)
     parser.add_argument("--quick", action="store_true", help="head size 128 and three shapes")
     parser.add_argument("--budget-ms", type=float, default=200.0, help="time for the variants of one case")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="start nothing new after this time")
     parser.add_argument(
         "--compile", type=int, default=0, metavar="PROCESSES", help="only compile, in this many processes"
     )
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         print("error: this needs a Hopper GPU and a torch with CUDA", file=sys.stderr)
@@ -272,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     torch.manual_seed(0)
     gpu = Gpu(args.budget_ms)
-    record = started(args, sys.argv[1:] if argv is None else argv)
+    record = resumed.started(args.json, PACKAGES)
     record.setdefault("matmul_tflops", gpu.matmul_tflops(torch.bfloat16))
     done = {tuple(row[name] for name in KEY) for row in record["rows"]}
     for row in measure(gpu, args, done):
@@ -282,9 +259,7 @@ def main(argv: list[str] | None = None) -> int:
             f"visible, {row['tflops_of_tiles']:.0f} in tiles",
             flush=True,
         )
-        if args.json is not None:
-            args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            args.json.with_suffix(".md").write_text(markdown(record), encoding="utf-8")
+        resumed.write(record, args.json, markdown)
     return 0
 
 

@@ -80,6 +80,11 @@ def collect(
             torch.cuda.empty_cache()
         record["rows"].append({**case, **found})
         print(*case.values(), found, flush=True)
-        if args.json is not None:
-            args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            args.json.with_suffix(".md").write_text(page(record), encoding="utf-8")
+        write(record, args.json, page)
+
+
+def write(record: dict, path: Path | None, page: Callable[[dict], str]) -> None:
+    """Write the record and its page, if there is a path."""
+    if path is not None:
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(page(record), encoding="utf-8")

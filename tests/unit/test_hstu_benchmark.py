@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("flash_attn.masks", reason="needs the installed flash_attn: run `make wheel`")
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = ("hstu", "gpu_record", "gpu_device", "gpu_tables")
+NAMES = ("hstu", "gpu_record", "gpu_device", "gpu_tables", "resumed")
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def on_cpu(bench, monkeypatch, **times):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A Device")
-    monkeypatch.setattr(bench.metadata, "version", lambda name: "1.0")
+    monkeypatch.setattr(bench.resumed.metadata, "version", lambda name: "1.0")
     called = []
 
     def medians(functions):
@@ -114,8 +114,8 @@ def test_the_page_marks_what_others_published(bench):
         }
         for variant in bench.VARIANTS
     ]  # fmt: skip
-    names = ("date", "command", "device", "torch", "flash_attn_4", "dsl")
-    text = bench.markdown({**dict.fromkeys(names, "said"), "matmul_tflops": 700.0, "rows": rows})
+    said = dict.fromkeys(("date", "command", "device", "torch"), "said")
+    text = bench.markdown({**said, "packages": {"flash-attn-4": "4"}, "matmul_tflops": 700.0, "rows": rows})
     lines = text.splitlines()
     assert "| variant | N = 512 |" in lines and "| window | 300 (402) |" in lines
     assert "| published, FBGEMM | 163–287 |" in lines
