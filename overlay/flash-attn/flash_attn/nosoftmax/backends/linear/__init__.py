@@ -13,14 +13,15 @@ design.
     state.py      prefill, continue and step with a recurrent state
 """
 
+from functools import lru_cache
 from typing import Optional
 
 import torch
 
-from ...call import Call
+from ...call import Call, Options
 from .. import Result
 from . import primitive
-from .form import Form, Given, kind_of_factors
+from .form import NOTHING, Form, Given, kind_of_factors
 
 # (slope, offset) for each mask: both algorithms take the same time, forward and backward together, at
 # seqlen_q = seqlen_k = slope * head_dim + offset. From benchmarks/linear_vs_quadratic.py: rounded up for
@@ -115,27 +116,29 @@ def _causal(call: Call) -> bool:
     return call.options.window_right == 0 and (call.options.max_seqlen_q > 1 or call.diagonal is not None)
 
 
-def _form(call: Call) -> Form:
-    o, slopes, causal = call.options, call.decay_slopes, _causal(call)
+@lru_cache(512)  # a form takes longer to make than its calls take to compare
+def _form_of(
+    o: Options, causal: bool, factors: Optional[str], decay: Optional[tuple[int, ...]], aligned: bool
+) -> Form:
     return Form(
-        o.softmax_scale, causal, normalization=o.normalization, factor=o.factor,
-        row_factors=kind_of_factors(call), decay=None if slopes is None else tuple(slopes.shape),
-        wide=o.wide,
+        o.softmax_scale, causal, normalization=o.normalization, factor=o.factor, row_factors=factors,
+        decay=decay, wide=o.wide,
         # Where every query sees every key alike, no position counts.
-        diagonal=call.diagonal is not None and (causal or slopes is not None),
+        diagonal=not aligned and (causal or decay is not None),
     )  # fmt: skip
+
+
+def _form(call: Call) -> Form:
+    slopes = call.decay_slopes
+    decay = None if slopes is None else tuple(slopes.shape)
+    return _form_of(call.options, _causal(call), kind_of_factors(call), decay, call.diagonal is None)
 
 
 def _more(call: Call) -> tuple:
     """Return the arguments of the primitive after the form."""
-    o = call.options
-    return (
-        call.cu_seqlens_q,
-        call.cu_seqlens_k,
-        o.max_seqlen_q,
-        o.max_seqlen_k,
-        Given(call.row_factors, call.decay_slopes, call.diagonal),
-    )
+    o, given = call.options, (call.row_factors, call.decay_slopes, call.diagonal)
+    given = Given(*given) if any(x is not None for x in given) else NOTHING
+    return call.cu_seqlens_q, call.cu_seqlens_k, o.max_seqlen_q, o.max_seqlen_k, given
 
 
 def forward(call: Call) -> Result:

@@ -1000,7 +1000,9 @@ def _sequences(q: torch.Tensor, cu_rows: Optional[torch.Tensor], max_rows: int, 
 
 
 def _contiguous(given: Given) -> Given:
-    return Given(*[x if x is None or x.is_contiguous() else x.contiguous() for x in given])
+    if given is NOTHING:
+        return given
+    return Given(*[x if x is None else x.contiguous() for x in given])
 
 
 def _starting(initial: tuple) -> tuple[bool, tuple]:
