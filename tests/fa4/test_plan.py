@@ -204,6 +204,35 @@ def test_memory_in_a_list_is_new_at_each_launch():
     assert len(runs) == 1 and len(plans) == 1
 
 
+@pytest.mark.parametrize("size, is_kept", [(8, True), (2**15, False)])
+def test_memory_that_no_launch_uses_is_kept_if_it_is_small(size, is_kept):
+    plans, seen = {}, []
+
+    def kernel(out, x, unused):
+        seen.append(unused)
+        out.copy_(x)
+
+    def launch_on(x):
+        out = torch.full_like(x, float("nan"))
+
+        def launch():
+            unused = torch.empty(size, 4)
+            plan.not_used(unused)
+            plan.recorded(kernel)(out, x, unused)
+
+        plan.run(plans, (), (out, x), launch)
+        return out
+
+    for x in numbers(4, 8):
+        assert torch.equal(launch_on(x), x)
+    first, again = seen
+    assert again.shape == first.shape and (again is first) == is_kept
+    gone = weakref.ref(first)
+    del seen[:], first, again
+    gc.collect()
+    assert (gone() is None) != is_kept
+
+
 def test_an_error_ends_the_recording():
     def fails(*args):
         raise ValueError("no")

@@ -552,6 +552,6 @@ def _bwd_tile(
 
 def zero_dq_accum(out, dout, dpsum, lse, lse_log2, dq_accum, *args, fake_mode: bool, **kwargs) -> None:
     """Replaces _bwd_preprocess, of which the kernels need only the zeroed dq_accum."""
-    plan.not_read(dpsum, lse_log2)
+    plan.not_used(dpsum, lse_log2)
     if not fake_mode:
         dq_accum.zero_()

@@ -15,11 +15,13 @@ import torch
 
 _ALIGNMENT = 16  # bytes; upstream copies a less aligned tensor before the launch
 _MOST_PLANS = 512
+_MOST_KEPT = 2**16  # bytes
 
 
 class _Recording(threading.local):
     launches: Optional[list[tuple[Callable, tuple]]] = None
     not_read: Optional[list[torch.Tensor]] = None
+    not_used: Optional[list[torch.Tensor]] = None
 
 
 _recording = _Recording()
@@ -48,9 +50,17 @@ def not_read(*memory: torch.Tensor) -> Any:
     return memory[0]
 
 
+def not_used(*memory: torch.Tensor) -> None:
+    """Declare that no launch reads or writes these tensors, which are arguments of a kernel all the same. A
+    plan keeps small ones, because making one takes the host about as long as a launch.
+    """
+    if _recording.not_used is not None:
+        _recording.not_used.extend(memory)
+
+
 class _Plan:
     """The launches of one call. Their tensor arguments are the call's own, or other memory that is zero or
-    never read.
+    never read before it is written.
     """
 
     def __init__(
@@ -58,6 +68,7 @@ class _Plan:
         launches: list[tuple[Callable, tuple]],
         tensors: tuple[torch.Tensor, ...],
         not_read: list[torch.Tensor],
+        not_used: list[torch.Tensor],
     ) -> None:
         memory = list(tensors)  # the call's tensors, then others in the order of the launches
         slots = {x.data_ptr(): i for i, x in enumerate(memory)}
@@ -81,21 +92,29 @@ class _Plan:
             ]
             used.update(slot for _, slot in places)
             used.update(slot for _, _, some in lists for slot in some)
-            kept = list(args)  # without tensors, whose memory a plan must not keep
+            kept = list(args)  # without tensors: a plan must not keep the memory of a call
             for i, *_ in (*places, *lists):
                 kept[i] = None
             self._launches.append((kernel, kept, places, lists))
         # Incomplete if upstream launched nothing or launched on a copy, or if two tensors share memory.
         self.complete &= used.issuperset(range(len(tensors)))
-        unread = {x.data_ptr() for x in not_read}
-        more = memory[len(tensors) :]
+        unused = {x.data_ptr() for x in not_used}
+        unread = unused | {x.data_ptr() for x in not_read}
         self._more = [
-            (torch.empty if x.data_ptr() in unread else torch.zeros, x.shape, x.dtype) for x in more
+            x
+            if x.data_ptr() in unused and x.nbytes <= _MOST_KEPT
+            else (torch.empty if x.data_ptr() in unread else torch.zeros, x.shape, x.dtype)
+            for x in memory[len(tensors) :]
         ]
 
     def __call__(self, tensors: tuple[torch.Tensor, ...]) -> None:
         device = tensors[0].device
-        memory = (*tensors, *(new(shape, dtype=dtype, device=device) for new, shape, dtype in self._more))
+        memory = [*tensors]
+        for x in self._more:
+            if type(x) is tuple:
+                new, shape, dtype = x
+                x = new(shape, dtype=dtype, device=device)
+            memory.append(x)
         for kernel, args, places, lists in self._launches:
             args = args.copy()
             for i, slot in places:
@@ -120,12 +139,13 @@ def run(
     if plan := plans.get(key):
         plan(tensors)
         return
-    _recording.launches, _recording.not_read = launches, unread = [], []
+    _recording.launches, _recording.not_read, _recording.not_used = recorded = [], [], []
     try:
         launch()
     finally:
-        _recording.launches = _recording.not_read = None
-    plan = _Plan(launches, tensors, unread)
+        _recording.launches = _recording.not_read = _recording.not_used = None
+    launches, *declared = recorded
+    plan = _Plan(launches, tensors, *declared)
     if plan.complete:
         if len(plans) >= _MOST_PLANS:
             plans.clear()
