@@ -11,13 +11,12 @@ it.
 
 from __future__ import annotations
 
-import json
 import math
 
 import torch
 import torch.nn.functional as F
-from language_model import LanguageModel, batches, text
-from train_lm import RESULTS, machine, options
+from language_model import LanguageModel, batches, source_of, text
+from train_lm import options, record_of
 
 SETTINGS = {
     "cpu": dict(layers=2, width=64, heads=4, tokens=512, batch=4, steps=60, rate=3e-3),
@@ -55,16 +54,13 @@ def main() -> None:
     args = options(__doc__, SETTINGS, COMPARED).parse_args()
     s, device = dict(SETTINGS[args.setting]), "cuda" if args.setting == "gpu" else "cpu"
     s["steps"] = args.steps or s["steps"]
-    found: dict = {"setting": s, "machine": machine(device), "forms": {}}
-    for form in args.forms:
-        seen = found["forms"][form] = watched(form, s, device)
-        half = sorted(seen["norms"][len(seen["norms"]) // 2 :]) or [math.nan]
+    record = record_of("stability", args, s, "bf16" if device == "cuda" else "fp32", text=source_of(*text()))
+    wanted = [dict(form=form) for form in args.forms]
+    for row in record.fill(wanted, args, lambda form: watched(form, s, device)):
+        half = sorted(row["norms"][len(row["norms"]) // 2 :]) or [math.nan]
         spread = f"median {half[len(half) // 2]:.3f}, largest {half[-1]:.3f}"
-        print(
-            f"{form:<28} gradient norm of the second half: {spread}; last loss {seen['losses'][-1]}",
-            flush=True,
-        )
-    (RESULTS / f"stability_{args.setting}.json").write_text(json.dumps(found, indent=1) + "\n")
+        last = row["losses"][-1] if row["losses"] else math.nan
+        print(f"{row['form']:<26} gradient norm of the second half: {spread}; last loss {last}", flush=True)
 
 
 if __name__ == "__main__":

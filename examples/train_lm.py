@@ -2,16 +2,19 @@
 
     python examples/train_lm.py --setting cpu      # minutes on two cores
     python examples/train_lm.py --setting gpu      # one GPU: 6 layers, width 384, 1,024 tokens, three seeds
+    python examples/train_lm.py --setting gpu --dtype fp16 --seeds 1    # with GradScaler
 
 Writes bits per character of the validation text, after steps and after seconds, into
-docs/results/train_lm_*.json. `python examples/figures.py` makes the plot and the table of docs/recipes.md
-from it.
+docs/results/train_lm_*.json, after each model: a run that was ended goes on there. With two GPUs:
+
+    for i in 1 2; do CUDA_VISIBLE_DEVICES=$((i - 1)) python examples/train_lm.py --share $i/2 & done; wait
+
+`python examples/figures.py` makes the plot and the table of docs/recipes.md from it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import time
@@ -19,7 +22,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from language_model import FORMS, LanguageModel, batches, text
+from language_model import FORMS, LanguageModel, batches, has_softmax, source_of, text
+from record import Record, add_options
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 SETTINGS = {
@@ -32,14 +36,15 @@ EVALUATIONS = 12
 
 def train(form: str, seed: int, s: dict, device: str, dtype: torch.dtype) -> dict:
     """Train one model; returns its curve: steps, seconds of training (of a CPU, its own) and bits per
-    character."""
+    character, and how many steps the scaler of fp16 skipped.
+    """
     torch.manual_seed(seed)
     model = LanguageModel(form, s["layers"], s["width"], s["heads"]).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s["rate"], betas=(0.9, 0.95), weight_decay=0.1)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     training, validation = text()
     given = batches(training, s["batch"], s["tokens"], seed, device)
-    curve: dict = {"steps": [], "seconds": [], "bits": [], "skipped": 0}
+    curve: dict = {"steps": [], "seconds": [], "bits": []}
     clock = time.perf_counter if device == "cuda" else time.process_time  # other programs don't count
     seconds, began = 0.0, clock()
     for step in range(1, s["steps"] + 1):
@@ -54,10 +59,8 @@ def train(form: str, seed: int, s: dict, device: str, dtype: torch.dtype) -> dic
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        before = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        curve["skipped"] += scaler.get_scale() < before
         if step % max(1, s["steps"] // EVALUATIONS) == 0 or step == s["steps"]:
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -66,7 +69,8 @@ def train(form: str, seed: int, s: dict, device: str, dtype: torch.dtype) -> dic
             curve["seconds"].append(round(seconds, 2))
             curve["bits"].append(round(bits(model, validation, s, device, dtype), 4))
             began = clock()
-    return curve
+    done = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+    return {**curve, "skipped": s["steps"] - done}
 
 
 @torch.no_grad()
@@ -87,32 +91,48 @@ def options(doc: str, settings: dict, forms: list) -> argparse.ArgumentParser:
     parser.add_argument("--setting", choices=settings, default="gpu" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=forms)
     parser.add_argument("--steps", type=int)
+    add_options(parser)
     return parser
 
 
-def machine(device: str) -> str:
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    return f"{name}, torch {torch.__version__}"
+def record_of(name: str, args: argparse.Namespace, setting: dict, dtype: str, **more: object) -> Record:
+    """Return the record of an example: docs/results/<name>_<setting>.json, or --json."""
+    cuda = args.setting == "gpu"
+    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
+    head = torch.empty(
+        0, setting["width"] // setting["heads"], dtype=DTYPES[dtype], device="cuda" if cuda else "cpu"
+    )
+    about = {
+        "setting": setting,
+        "dtype": dtype,
+        "machine": f"{device}, torch {torch.__version__}",
+        "softmax": "flash_attn" if has_softmax(head) else "torch",
+        **more,
+    }
+    return Record(args.json or RESULTS / f"{name}_{args.setting}.json", about, args.fresh)
 
 
 def main() -> None:
     parser = options(__doc__, SETTINGS, list(FORMS))
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--seeds", type=int, help="how many; default: as the setting")
     args = parser.parse_args()
-    chosen = {name: x for name, x in (("steps", args.steps), ("seeds", args.seeds)) if x}
-    s, device = {**SETTINGS[args.setting], **chosen}, "cuda" if args.setting == "gpu" else "cpu"
-    dtype = args.dtype or ("fp32" if device == "cpu" else "bf16")
-    found: dict = {"setting": s, "dtype": dtype, "machine": machine(device), "curves": {}}
-    out = RESULTS / f"train_lm_{args.setting}{'_fp16' if dtype == 'fp16' else ''}.json"
-    for form in args.forms:
-        found["curves"][form] = [train(form, seed, s, device, DTYPES[dtype]) for seed in range(s["seeds"])]
-        last = [curve["bits"][-1] for curve in found["curves"][form]]
-        if not all(map(math.isfinite, last)):
-            raise RuntimeError(f"{form}: bits per character are {last}")
-        seconds = sum(curve["seconds"][-1] for curve in found["curves"][form]) / s["seeds"]
-        print(f"{form:<28} {sum(last) / len(last):.3f} bits per character, {seconds:.0f} s", flush=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    s, device = dict(SETTINGS[args.setting]), "cuda" if args.setting == "gpu" else "cpu"
+    seeds, dtype = args.seeds or s.pop("seeds"), args.dtype or ("fp32" if device == "cpu" else "bf16")
+    s.pop("seeds", None)
+    s["steps"] = args.steps or s["steps"]
+    name = f"train_lm{'_fp16' if dtype == 'fp16' else ''}"
+    record = record_of(name, args, s, dtype, text=source_of(*text()))
+    wanted = [dict(form=form, seed=seed) for seed in range(seeds) for form in args.forms]
+    for row in record.fill(wanted, args, lambda form, seed: train(form, seed, s, device, DTYPES[dtype])):
+        print(
+            f"{row['form']:<26} seed {row['seed']}  {row['bits'][-1]:.3f} bits per character, "
+            f"{row['seconds'][-1]:.0f} s, {row['skipped']} skipped",
+            flush=True,
+        )
+    bad = [row["form"] for row in record.rows() if not all(map(math.isfinite, row["bits"]))]
+    if bad:
+        raise RuntimeError(f"bits per character are not finite: {', '.join(bad)}")
 
 
 if __name__ == "__main__":
