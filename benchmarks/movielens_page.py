@@ -1,5 +1,5 @@
 """Write docs/results/hstu_movielens.md and docs/hstu_movielens.png from the record beside the page, which
-examples/hstu_movielens.py writes.
+examples/hstu_movielens.py writes; --json docs/results/hstu_movielens_gpu.json those of a GPU.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ MEASURES = {"hr": "HR@10", "ndcg": "NDCG@10"}
 
 
 def attentions(record: dict) -> list[str]:
-    return list(dict.fromkeys(run["attention"] for run in record["runs"]))
+    return list(dict.fromkeys(run["attention"] for run in record["rows"]))
 
 
 def of(record: dict, attention: str, measure: str) -> list[float]:
     """The test's measure of each seed."""
-    return [run[measure] for run in record["runs"] if run["attention"] == attention]
+    return [run[measure] for run in record["rows"] if run["attention"] == attention]
 
 
 def spread(numbers: list[float]) -> str:
@@ -33,7 +33,10 @@ def spread(numbers: list[float]) -> str:
 
 
 def markdown(record: dict) -> str:
-    seeds = len({run["seed"] for run in record["runs"]})
+    seeds = len({run["seed"] for run in record["rows"]})
+    # Older records have the time of the whole run alone.
+    seconds = record.get("seconds") or sum(run["seconds"] for run in record["rows"])
+    name = f"{NAME}_gpu" if record["device"].startswith("cuda") else NAME
     settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
     head = f"| attention | {' | '.join(MEASURES.values())} |\n|---|{'---|' * len(MEASURES)}\n"
     table = head + "".join(
@@ -42,11 +45,11 @@ def markdown(record: dict) -> str:
     )
     each = f"| seed | {' | '.join(f'{m}, {a}' for a in attentions(record) for m in MEASURES.values())} |\n"
     each += f"|---|{'---|' * len(MEASURES) * len(attentions(record))}\n"
-    for seed in sorted({run["seed"] for run in record["runs"]}):
+    for seed in sorted({run["seed"] for run in record["rows"]}):
         cells = [
             f"{run[measure]:.4f}"
             for name in attentions(record)
-            for run in record["runs"]
+            for run in record["rows"]
             if (run["seed"], run["attention"]) == (seed, name)
             for measure in MEASURES
         ]
@@ -59,10 +62,10 @@ def markdown(record: dict) -> str:
         "leave-one-out, all items ranked that the user has not\nrated before. "
         f"Settings: {settings}.\n"
         f"{record['device']}, threads {record['threads']}, torch {record['torch']}, {record['date']}, "
-        f"{record['seconds']} s in all.\n\n"
+        f"{seconds:.0f} s in all.\n\n"
         f"Mean and standard deviation of {seeds} seeds, of the epoch with the best NDCG@10 of the "
         f"validation:\n\n{table}\n{each}\n"
-        f"![NDCG@10 of the validation by epoch](../{NAME}.png)\n"
+        f"![NDCG@10 of the validation by epoch](../{name}.png)\n"
     )
 
 
@@ -76,7 +79,7 @@ def draw(record: dict, target: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name in attentions(record):
         curves = [
-            [epoch["ndcg"] for epoch in run["curve"]] for run in record["runs"] if run["attention"] == name
+            [epoch["ndcg"] for epoch in run["curve"]] for run in record["rows"] if run["attention"] == name
         ]
         by_epoch = list(zip(*curves))
         epochs = range(1, len(by_epoch) + 1)

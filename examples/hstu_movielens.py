@@ -14,31 +14,38 @@ The block is that of HSTU (Zhai et al., arXiv 2402.17152) without its relative b
     U, V, Q, K = SiLU(Linear(LayerNorm(x)));  x + Linear(LayerNorm(attention(Q, K, V)) * U)
 
 Both networks have the same parameters. Only attention differs: silu of the scores divided by the longest
-length, or softmax of them. Writes what it finds to --json, from which benchmarks/movielens_page.py makes a
-page and a plot.
+length, or softmax of them. Writes what it finds to --json after each network, and goes on there if it was
+ended. benchmarks/movielens_page.py makes a page and a plot of it. On a GPU, which has time for several
+processes:
+
+    for i in 1 2 3 4 5; do python examples/hstu_movielens.py recbole-*.whl --device cuda --share $i/5 \\
+        --json docs/results/hstu_movielens_gpu.json & done; wait
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import time
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from flash_attn import flash_attn_func
 from flash_attn.masks import HSTU
+from language_model import causal_softmax
+from record import Record, add_options
 from torch import Tensor, nn
 
 RATINGS = "ml-100k.inter"
 PADDING = 0
 TOP = 10
 ATTENTION = ("silu", "softmax")
+AUTOCAST = {"cuda": torch.bfloat16}  # device type -> dtype; float32 elsewhere
 
 
 class Settings(NamedTuple):
@@ -101,7 +108,7 @@ class Block(nn.Module):
         u, v, q, k = nn.functional.silu(self.into(self.before(x))).chunk(4, dim=-1)
         v, q, k = (part.unflatten(-1, (self.heads, -1)) for part in (v, q, k))
         if self.attention == "softmax":
-            seen = flash_attn_func(q, k, v, causal=True)
+            seen = causal_softmax(q, k, v)
         else:
             seen = flash_attn_func(
                 q, k, v, use_softmax=False, activation="silu", normalization=1.0 / self.longest, mask=HSTU()
@@ -141,6 +148,11 @@ def batches(rows: list[list[int]], settings: Settings, order: Tensor) -> Iterato
         yield [rows[i] for i in chosen[first : first + settings.users_at_once]]
 
 
+def autocast(device: torch.device) -> torch.autocast:
+    """Return autocast for one pass. It keeps the cast weights while it lasts, so no step may lie in it."""
+    return torch.autocast(device.type, AUTOCAST.get(device.type), enabled=device.type in AUTOCAST)
+
+
 def train(
     network: Recommender, rows: list[list[int]], settings: Settings, optimizer: torch.optim.Optimizer
 ) -> float:
@@ -151,12 +163,14 @@ def train(
         given = padded(users, settings.longest + 1, device)
         known, following = given[:, :-1], given[:, 1:]
         real = following != PADDING
-        loss = nn.functional.cross_entropy(network.scores(network(known)[real]), following[real])
+        with autocast(device):
+            scores = network.scores(network(known)[real])
+        loss = nn.functional.cross_entropy(scores.float(), following[real])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return sum(losses) / len(losses)
+        losses.append(loss.detach())
+    return torch.stack(losses).mean().item()
 
 
 def ranks(scores: Tensor, seen: list[list[int]], right: Tensor) -> Tensor:
@@ -166,8 +180,9 @@ def ranks(scores: Tensor, seen: list[list[int]], right: Tensor) -> Tensor:
     """
     scores = scores.clone()
     scores[:, PADDING] = -math.inf
-    for row, items in zip(scores, seen):
-        row[items] = -math.inf
+    users = [i for i, items in enumerate(seen) for _ in items]
+    rated = torch.tensor([users, sum(seen, [])], device=scores.device)
+    scores[rated[0], rated[1]] = -math.inf
     own = scores.gather(1, right[:, None])
     return (scores >= own).sum(1)
 
@@ -179,10 +194,12 @@ def evaluate(network: Recommender, rows: list[list[int]], settings: Settings) ->
     device, found = network.items.weight.device, []
     for users in batches(rows, settings, torch.arange(len(rows))):
         known = [row[:-1] for row in users]
-        vectors = network(padded(known, settings.longest, device))
+        with autocast(device):
+            vectors = network(padded(known, settings.longest, device))
         last = torch.tensor([min(len(row), settings.longest) - 1 for row in known], device=device)
         right = torch.tensor([row[-1] for row in users], device=device)
-        scores = network.scores(vectors[torch.arange(len(users), device=device), last])
+        with autocast(device):
+            scores = network.scores(vectors[torch.arange(len(users), device=device), last])
         found.append(ranks(scores.float(), known, right).cpu())
     rank = torch.cat(found).double()
     hit = rank <= TOP
@@ -191,22 +208,22 @@ def evaluate(network: Recommender, rows: list[list[int]], settings: Settings) ->
 
 def run(rows: list[list[int]], attention: str, seed: int, settings: Settings, device: torch.device) -> dict:
     """Train one network, and test it as it was in the epoch with the best NDCG@10 of the validation."""
+    started = time.monotonic()
     torch.manual_seed(seed)
     network = Recommender(max(map(max, rows)), settings, attention).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
     curve, best, test = [], -1.0, (0.0, 0.0)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
-    with autocast:
-        for _ in range(settings.epochs):
-            loss = train(network, [row[:-2] for row in rows], settings, optimizer)
-            _, ndcg = evaluate(network, [row[:-1] for row in rows], settings)
-            curve.append({"loss": loss, "ndcg": ndcg})
-            if ndcg > best:
-                best, test = ndcg, evaluate(network, rows, settings)
-    return {"attention": attention, "seed": seed, "hr": test[0], "ndcg": test[1], "curve": curve}
+    for _ in range(settings.epochs):
+        loss = train(network, [row[:-2] for row in rows], settings, optimizer)
+        _, ndcg = evaluate(network, [row[:-1] for row in rows], settings)
+        curve.append({"loss": loss, "ndcg": ndcg})
+        if ndcg > best:
+            best, test = ndcg, evaluate(network, rows, settings)
+    seconds = round(time.monotonic() - started, 1)
+    return {"hr": test[0], "ndcg": test[1], "seconds": seconds, "curve": curve}
 
 
-def about(args: argparse.Namespace, settings: Settings, rows: list[list[int]], seconds: int) -> dict:
+def about(args: argparse.Namespace, settings: Settings, rows: list[list[int]]) -> dict:
     """Return what a reader of the record must know beside the runs."""
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.machine()
     return {
@@ -219,7 +236,6 @@ def about(args: argparse.Namespace, settings: Settings, rows: list[list[int]], s
         "device": f"{args.device.type}, {device}",
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
-        "seconds": seconds,
     }
 
 
@@ -228,23 +244,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("wheel", type=Path, help="of recbole: pip download --no-deps recbole")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--seeds", type=int, nargs="+", default=range(5))
-    parser.add_argument("--json", type=Path, help="where to write the record")
+    add_options(parser)
     for name, value in Settings()._asdict().items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     args = parser.parse_args(argv)
     settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
-    rows, runs, started = sequences(args.wheel), [], time.monotonic()
-    for seed in args.seeds:
-        for attention in ATTENTION:
-            runs.append(run(rows, attention, seed, settings, args.device))
-            print(
-                f"{time.monotonic() - started:6.0f} s  seed {seed}  {attention:8}"
-                f"HR@{TOP} {runs[-1]['hr']:.4f}  NDCG@{TOP} {runs[-1]['ndcg']:.4f}",
-                flush=True,
-            )
-            if args.json:
-                record = about(args, settings, rows, round(time.monotonic() - started))
-                args.json.write_text(json.dumps({**record, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+    rows = sequences(args.wheel)
+    path = args.json or Path("hstu_movielens.json")
+    record = Record(path, about(args, settings, rows), args.fresh)
+    wanted = [dict(attention=attention, seed=seed) for seed in args.seeds for attention in ATTENTION]
+    for row in record.fill(wanted, args, partial(run, rows, settings=settings, device=args.device)):
+        print(
+            f"seed {row['seed']}  {row['attention']:8} "
+            f"HR@{TOP} {row['hr']:.4f}  NDCG@{TOP} {row['ndcg']:.4f}",
+            flush=True,
+        )
     return 0
 
 

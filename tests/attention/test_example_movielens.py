@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+import json
 import math
 import zipfile
 from pathlib import Path
@@ -78,3 +80,43 @@ def test_it_learns(example, attention):
     assert len(result["curve"]) == settings.epochs
     assert result["curve"][-1]["loss"] < 0.2 * math.log(12)
     assert result["hr"] == 1.0 and result["ndcg"] > 0.9
+
+
+def test_autocast_keeps_no_weights_from_before_a_step(example, monkeypatch):
+    """As on a GPU: the network computes as a copy of it does, whose weights were never cast."""
+    monkeypatch.setattr(example, "AUTOCAST", {"cpu": torch.bfloat16})
+    given, seen = torch.tensor([[1, 2, 3, 4]]), []
+
+    def evaluate(network, rows, settings):
+        network.eval()
+        with torch.no_grad(), example.autocast(torch.device("cpu")):
+            seen.append(torch.equal(network(given), copy.deepcopy(network)(given)))
+        return 0.0, 0.0
+
+    monkeypatch.setattr(example, "evaluate", evaluate)
+    settings = example.Settings(**{**SMALL, "epochs": 3})
+    example.run([[1, 2, 3, 4, 5, 6]] * 4, "silu", 0, settings, torch.device("cpu"))
+    assert seen == [True] * 4  # three validations and a test
+
+
+def test_an_ended_run_goes_on(example, tmp_path, monkeypatch, capsys):
+    """Two processes may share the work, and a record of other settings is refused."""
+    wheel, target = tmp_path / "x.whl", tmp_path / "record.json"
+    lines = ["head", *(f"{user}\t{(user + i) % 5}\t1\t{i}" for user in range(4) for i in range(5))]
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("recbole/dataset_example/ml-100k/ml-100k.inter", "\n".join(lines))
+    command = [str(wheel), "--epochs", "1", "--width", "8", "--longest", "4", "--json", str(target)]
+    assert example.main([*command, "--seeds", "0", "1", "--share", "2/2"]) == 0
+    assert [row["attention"] for row in json.loads(target.read_text())["rows"]] == ["softmax"] * 2
+    assert example.main([*command, "--seeds", "0", "1"]) == 0
+    rows = json.loads(target.read_text())["rows"]
+    assert sorted((row["attention"], row["seed"]) for row in rows) == [
+        ("silu", 0), ("silu", 1), ("softmax", 0), ("softmax", 1),
+    ]  # fmt: skip
+    assert "1/2  seed 0  silu" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="record.json is of another run: settings .*'epochs': 1"):
+        example.main([*command, "--epochs", "2"])
+    importlib.invalidate_caches()
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+    page = pytest.importorskip("movielens_page").markdown(json.loads(target.read_text()))
+    assert "mean and standard deviation of 2 seeds" in page.lower()
