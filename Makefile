@@ -10,7 +10,7 @@ export HEAD_DIMS DTYPES PASSES ARCHS NO_SOFTMAX_ONLY
 export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN WIDEN UPGRADE LOCK
 
 .PHONY: help env lock-tools fetch apply status refresh rebase rebase-continue rebase-abort bundle lint toolchain wheel smoke sass-identity compile-check \
-        test test-fast test-unit test-patches test-attention upstream-test test-transformers sanitize bench bench-gpu bench-fa4 bench-hstu bench-host bench-linear bench-decay bench-peers bench-context-parallel clean distclean
+        test test-fast test-unit test-patches test-attention upstream-test test-transformers sanitize bench bench-gpu bench-fa4 bench-hstu bench-host bench-linear bench-decay bench-peers bench-train-step bench-context-parallel clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
@@ -119,6 +119,9 @@ bench-decay:  ## time a decay in linear time, and a step of decoding, beside fla
 
 bench-peers:  ## time relu and sigmoid beside FlexAttention and triton-sigmoid, on a GPU (pip install triton-sigmoid first)
 	$(PY) benchmarks/peers.py --json docs/results/peers.json
+
+bench-train-step:  ## time training steps with softmax and without it (needs a Hopper GPU); goes on where it stopped
+	$(PY) benchmarks/train_step.py --json docs/results/train_step.json
 
 bench-context-parallel:  ## time a sequence over several GPUs against one (RANKS=2; needs both wheels or the extension)
 	$(PY) -m torch.distributed.run --standalone --nproc-per-node $(or $(RANKS),2) benchmarks/context_parallel.py --json docs/results/context_parallel.json
