@@ -13,6 +13,7 @@ import flash_attn
 import pytest
 import torch
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn.linear import linear_attention_prefill, linear_attention_step
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -104,6 +105,66 @@ def test_flops_without_memory(name):
     assert counter.get_total_flops() == sdpa_flop_count(shape, shape, shape)
 
 
+def piece(device: str, packed: bool) -> tuple:
+    """Return q, k, v, state and options of pieces with 4 heads for 2, 8 channels and 24 of v."""
+    lengths = LENGTHS if packed else [9, 9]
+    shape = (sum(LENGTHS),) if packed else (2, 9)
+    q, k, v = (sample(device, *shape, h, d) for h, d in ((4, 8), (2, 8), (2, 24)))
+    state = torch.randn(len(lengths), 2, 8, 24, device=device)
+    return (q, k, v), state, {"cu_seqlens": cumulative(LENGTHS, device)} if packed else {}, lengths
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_flops_of_a_piece(device, packed, graph, before):
+    """A call of the piece by itself, and the products with states, with gradients and without."""
+    tensors, state, options, lengths = piece(device, packed)
+    tensors = [x.requires_grad_(graph) for x in tensors]
+    with FlopCounterMode(display=False) as counter:
+        linear_attention_prefill(*tensors, state if before else None, **options)
+    pairs, tokens = sum(n * n for n in lengths), sum(lengths)
+    products = 2 * tokens * 8 * 24 * (2 + 4 * before)
+    assert counter.get_total_flops() == 2 * pairs * 4 * (8 + 24) + products
+
+
+def test_flops_of_a_step(device):
+    q, k, v = (sample(device, 3, h, d) for h, d in ((4, 8), (2, 8), (2, 24)))
+    state = torch.zeros(3, 2, 8, 24, device=device)
+    with FlopCounterMode(display=False) as counter:
+        linear_attention_step(q, k, v, state)
+    assert counter.get_total_flops() == 2 * 3 * (4 + 2) * 8 * 24
+
+
+def test_a_state_looks_as_it_should(device):
+    """Under fake tensors as without them, and a dispatch mode changes no result."""
+    tensors, state, options, _ = piece(device, packed=True)
+    slots, indices = (
+        torch.randn(5, 2, 8, 24, device=device),
+        torch.tensor([3, 0, 2], device=device)[: len(state)],
+    )
+    expected = linear_attention_prefill(*tensors, state, **options)
+    with Caught():
+        found = linear_attention_prefill(*tensors, state, **options)
+        inplace = slots.clone()
+        linear_attention_prefill(*tensors, inplace, state_indices=indices, **options)
+        token = [x[: len(state)] for x in tensors]
+        stepped = linear_attention_step(*token, inplace, state_indices=indices)
+    other = slots.clone()
+    linear_attention_prefill(*tensors, other, state_indices=indices, **options)
+    step_out = linear_attention_step(*token, other, state_indices=indices)
+    for a, e in zip((*found, inplace, *stepped), (*expected, other, *step_out)):
+        assert torch.equal(a, e)
+    assert stepped[1] is inplace
+    tensors, state, _, _ = piece(device, packed=False)
+    expected = linear_attention_prefill(*tensors, state)
+    with FakeTensorMode() as mode:
+        results = linear_attention_prefill(*(mode.from_tensor(x) for x in (*tensors, state)))
+    assert [(x.shape, x.dtype, x.stride()) for x in results] == [
+        (x.shape, x.dtype, x.stride()) for x in expected
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["flash_attn", "torch.utils.flop_counter"])
 def test_flops_in_either_order_of_imports(first):
@@ -168,7 +229,13 @@ def check_operators(calls: list, expected: set) -> None:
     assert {str(function) for function, _ in calls} == {f"flash_attn_nosoftmax.{x}.default" for x in expected}
     for function, args in calls:
         # dout, q, k and v, or q, k and v. The gradients of a backward pass exist for the identity alone.
-        count = 0 if "kvcache" in str(function) else 4 if "backward" in str(function) else 3
+        count = (
+            0
+            if "kvcache" in str(function) or "linear_" in str(function)
+            else 4
+            if "backward" in str(function)
+            else 3
+        )
         if "backward" in str(function) and not {"silu", 0.25}.isdisjoint(
             x for x in args if isinstance(x, (str, float))
         ):
@@ -198,6 +265,16 @@ def test_opcheck_of_a_cache(device):
     with Caught() as caught, torch.no_grad():
         step(*cached(device), causal=True)
     check_operators(caught.calls, {"kvcache"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck_of_a_state(device, packed):
+    tensors, state, options, _ = piece(device, packed)
+    with Caught() as caught, torch.no_grad():
+        linear_attention_prefill(*tensors, state, decay_slopes=torch.rand(2, device=device), **options)
+        linear_attention_step(*(x.flatten(0, -3)[: len(state)] for x in tensors), state)
+    check_operators(caught.calls, {"linear_prefill", "linear_step"})
 
 
 # ---- Compiled ----
@@ -291,8 +368,8 @@ def test_every_line_of_the_page_is_kept_by_a_test():
     rows = re.findall(r"^\| (?!what|---).+\|$", page, re.MULTILINE)
     assert len(rows) >= 14
     for row in rows:
-        kept = re.findall(r"`(test_\w+)\.py::(test_\w+)`", row)
+        kept = re.findall(r"`(?:(\w+)/)?(test_\w+)\.py::(test_\w+)`", row)
         assert kept, f"no test keeps: {row}"
-        for file, name in kept:
-            text = (ROOT / "tests" / "attention" / f"{file}.py").read_text()
+        for folder, file, name in kept:
+            text = (ROOT / "tests" / (folder or "attention") / f"{file}.py").read_text()
             assert re.search(rf"^def {name}\(", text, re.MULTILINE), f"{file}.py has no {name}"

@@ -2,7 +2,10 @@
 
 The count is that of scaled_dot_product_attention in torch.utils.flop_counter, so that the two compare: matrix
 products over all pairs of a query and a key of a sequence, whatever a mask or a window hides and whichever
-algorithm runs. A product over a pair costs 2 * head_dim.
+algorithm runs. A product over a pair costs 2 * head_dim. A recurrent state adds its own products: a query
+with the state before it, and a key with its value.
+
+Both wheels have a copy of this module, so it imports only torch and its sibling modules.
 
 The module of FlopCounterMode imports Triton, which takes half a second, so this one waits until a program
 imports it.
@@ -21,25 +24,42 @@ from .call import Call
 _COUNTER = "torch.utils.flop_counter"
 
 
-def of_forward(call: Call) -> int:
-    """Count two products: scores and output."""
-    return 2 * _pairs(call) * call.q.shape[-2] * (call.q.shape[-1] + call.v.shape[-1])
+def of_forward(call: Call, seqused_q: Optional[torch.Tensor] = None) -> int:
+    """Count two products: scores and output. seqused_q: int32 (batch,) or None, the queries that count."""
+    return 2 * _pairs(call, seqused_q) * call.q.shape[-2] * (call.q.shape[-1] + call.v.shape[-1])
 
 
-def of_backward(call: Call) -> int:
+def of_backward(call: Call, seqused_q: Optional[torch.Tensor] = None) -> int:
     """Count five products: scores once more, dP, dV, dQ and dK."""
-    return 2 * _pairs(call) * call.q.shape[-2] * (3 * call.q.shape[-1] + 2 * call.v.shape[-1])
+    return 2 * _pairs(call, seqused_q) * call.q.shape[-2] * (3 * call.q.shape[-1] + 2 * call.v.shape[-1])
 
 
-def _pairs(call: Call) -> int:
+def of_piece(call: Call, has_state: bool) -> int:
+    """Count the forward pass of a piece by itself, its queries with the state before it, and its keys with
+    its values.
+    """
+    tokens = call.q.shape[0] if call.varlen else call.q.shape[0] * call.q.shape[1]
+    heads = call.k.shape[-2] + (call.q.shape[-2] if has_state else 0)
+    return of_forward(call) + of_state(tokens, heads, call.q.shape[-1], call.v.shape[-1])
+
+
+def of_state(tokens: int, heads: int, head_dim: int, head_dim_v: int) -> int:
+    """Count one product of each token and head with a state, or into one."""
+    return 2 * tokens * heads * head_dim * head_dim_v
+
+
+def _pairs(call: Call, seqused_q: Optional[torch.Tensor]) -> int:
     """Count the pairs of a query and a key of the same sequence."""
-    q, o = call.q, call.options
+    q, k, o = call.q, call.k, call.options
     if call.varlen:
-        of_q = _lengths(call.cu_seqlens_q, o.max_seqlen_q)
-        of_k = _lengths(call.cu_seqlens_k, o.max_seqlen_k)
+        of_q = _lengths(call.cu_seqlens_q, o.max_seqlen_q or q.shape[0])
     else:
-        of_q, of_k = [q.shape[1]] * q.shape[0], [o.max_seqlen_k] * q.shape[0]
-    of_k = _read(call.seqused_k) or of_k
+        of_q = [q.shape[1]] * q.shape[0]
+    if call.cu_seqlens_k is not None:
+        of_k = _lengths(call.cu_seqlens_k, o.max_seqlen_k or k.shape[0])
+    else:  # dense, or pages, of which only seqused_k says how many keys count
+        of_k = [k.shape[1] * (1 if call.block_table is None else call.block_table.shape[1])] * len(of_q)
+    of_q, of_k = _read(seqused_q) or of_q, _read(call.seqused_k) or of_k
     if call.cache is not None:
         new = 0 if call.cache.k is None else call.cache.k.shape[1]
         filled = _read(call.cache.cache_seqlens)

@@ -21,7 +21,7 @@ from .call import TENSORS, Cache, Call, Options, declared, needs_grad
 from .choice import MODULES, choose, wanted
 
 _NAMESPACE = "flash_attn_nosoftmax"
-_CAN_DEFINE = hasattr(torch.library, "register_autograd")  # torch 2.4
+CAN_DEFINE = hasattr(torch.library, "register_autograd")  # torch 2.4
 # Tensors of other types have their own dispatch. Symbolic numbers occur only with a compiler or a mode.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
@@ -77,7 +77,7 @@ def followed(call: Call) -> bool:
         or not _PLAIN.issuperset(map(type, call.tensors))
         or call.q.is_meta
         or torch._C._get_tracing_state() is not None
-    ) and _CAN_DEFINE
+    ) and CAN_DEFINE
 
 
 def attend(call: Call, backend: str, as_operator: Optional[bool] = None) -> Result:
@@ -380,22 +380,26 @@ _TENSORS, _OPTIONS = declared(Call, Call._fields[:TENSORS]), declared(Options)
 _CACHE_TENSORS = Cache._fields[:6]
 
 
-def _operator(name: str, schema: str) -> Any:
-    """Define an operator. torch.library.custom_op would do the same, but add unneeded work to each call."""
+def operator(name: str, schema: str) -> Any:
+    """Define an operator, if this PyTorch can, and return it in place of the function.
+    torch.library.custom_op would do the same, but add unneeded work to each call.
+    """
 
     def define(function):
-        if _CAN_DEFINE:
-            qualified = f"{_NAMESPACE}::{name}"
-            torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-            torch.library.impl(qualified, ("cpu", "cuda"), function)
-            setattr(_Operators, name, getattr(getattr(torch.ops, _NAMESPACE), name).default)
-        return function
+        if not CAN_DEFINE:
+            return function
+        qualified = f"{_NAMESPACE}::{name}"
+        torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(qualified, ("cpu", "cuda"), function)
+        setattr(_Operators, name, getattr(getattr(torch.ops, _NAMESPACE), name).default)
+        return getattr(_Operators, name)
 
     return define
 
 
-def _fake(name: str) -> Any:
-    return torch.library.register_fake(f"{_NAMESPACE}::{name}") if _CAN_DEFINE else lambda function: function
+def fake(name: str) -> Any:
+    """Register the function that runs the operator of that name on fake and meta tensors."""
+    return torch.library.register_fake(f"{_NAMESPACE}::{name}") if CAN_DEFINE else lambda function: function
 
 
 def _split(arguments: tuple) -> tuple[Call, str]:
@@ -409,7 +413,7 @@ def _after_dout(arguments: tuple) -> tuple[Call, str]:
     return _split((*arguments[:TENSORS], *arguments[TENSORS + 1 :]))
 
 
-@_operator("forward", f"({_TENSORS}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)")
+@operator("forward", f"({_TENSORS}, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)")
 def _forward(*arguments):
     """Return out, rng_state and S_dmask of a Result, as empty tensors where absent."""
     call, backend = _split(arguments)
@@ -422,7 +426,7 @@ def _round128(length: int) -> int:
     return (length + 127) // 128 * 128
 
 
-@_fake("forward")
+@fake("forward")
 def _(*arguments):
     call, _ = _split(arguments)
     q, o = call.q, call.options
@@ -433,7 +437,7 @@ def _(*arguments):
     return q.new_empty(*q.shape[:-1], call.v.shape[-1], dtype=call.out_dtype), rng_state, s_dmask
 
 
-@_operator(
+@operator(
     "backward",
     f"(Tensor dout, {_TENSORS}, Tensor? rng_state, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor)",
 )
@@ -442,7 +446,7 @@ def _backward(dout, *arguments):
     return tuple(grad.contiguous() for grad in run_backward(call, backend, dout, arguments[TENSORS]))
 
 
-@_fake("backward")
+@fake("backward")
 def _(dout, *arguments):
     call, _ = _split((*arguments[:TENSORS], *arguments[TENSORS + 1 :]))
     return tuple(x.new_empty(x.shape, dtype=call.out_dtype) for x in call.tensors[:3])
@@ -472,7 +476,7 @@ def _derive_again(ctx, *cotangents):
     return *_second(Call(*tensors, ctx.options), ctx.backend, dout, cotangents), *(None,) * (ctx.count - 4)
 
 
-if _CAN_DEFINE:
+if CAN_DEFINE:
     torch.library.register_autograd(f"{_NAMESPACE}::forward", _derive, setup_context=_keep_for_backward)
     torch.library.register_autograd(f"{_NAMESPACE}::backward", _derive_again, setup_context=_keep_for_second)
 
@@ -522,7 +526,7 @@ def attend_cached(call: Call, backend: str) -> torch.Tensor:
 _KEPT = declared(Call, Call._fields[6:TENSORS])  # leftpad_k and the tensors after it
 
 
-@_operator(
+@operator(
     "kvcache",
     f"(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, {declared(Cache, _CACHE_TENSORS)}, {_KEPT}, "
     f"{declared(Cache, Cache._fields[6:])}, {_OPTIONS}, str backend) -> Tensor",
@@ -531,7 +535,7 @@ def _kvcache(q, k_cache, v_cache, *arguments):
     return run(_call_with_cache(q, k_cache, v_cache, *arguments), arguments[-1]).out.contiguous()
 
 
-@_fake("kvcache")
+@fake("kvcache")
 def _(q, k_cache, v_cache, *arguments):
     return q.new_empty(*q.shape[:-1], v_cache.shape[-1])
 
@@ -544,7 +548,7 @@ def _call_with_cache(q, k_cache, v_cache, *arguments) -> Call:
     return Call(q, k_cache, v_cache, None, None, None, *tensors, Options(*options), Cache(*given, *numbers))
 
 
-if _CAN_DEFINE:
+if CAN_DEFINE:
     flops.register(
         {
             _OPERATORS.forward: lambda *arguments: flops.of_forward(_split(arguments)[0]),

@@ -1,7 +1,7 @@
 """Attention without softmax for the CuTe-DSL kernels on Hopper.
 
-    score.py, call.py, checks.py, revision.py  shared with flash_attn/nosoftmax of the other wheel; score.py
-                                               states the contract
+    score.py, call.py, checks.py, flops.py, revision.py  shared with flash_attn/nosoftmax of the other wheel;
+                                                         score.py states the contract
     public.py      flash_attn_func and flash_attn_varlen_func with use_softmax=False
     serves.py      says which calls these kernels take, and why not the others, before any launch
     ops.py         a call with its derivative, as autograd.Function and as operators for torch.compile

@@ -1,14 +1,15 @@
 """Run a call of flash_attn.cute's own functions with its derivative: as an autograd.Function, and as
 operators for torch.compile.
 
-An operator costs the host several times as much per call as the call itself, so eager calls avoid operators.
-An operator takes no score_mod or mask_mod of the user: these calls always use the autograd.Function.
+An operator costs the host several times as much per call as the call itself, so eager calls avoid operators,
+but where a dispatch mode such as FlopCounterMode watches. An operator takes no score_mod or mask_mod of the
+user: these calls always use the autograd.Function.
 """
 
 from collections.abc import Callable
 
 import torch
-from flash_attn.cute.nosoftmax import hopper
+from flash_attn.cute.nosoftmax import flops, hopper
 from flash_attn.cute.nosoftmax.call import TENSORS, Call, Options, declared
 from torch.autograd.function import once_differentiable
 
@@ -29,6 +30,21 @@ class Attention(torch.autograd.Function):
         *tensors, _ = ctx.saved_tensors
         grads = hopper.backward(Call(*tensors, ctx.options), dout, ctx.extras)
         return *grads, *(None,) * (TENSORS - 1)
+
+
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
+
+def followed(extras: hopper.Extras) -> bool:
+    """Whether a compiler or a dispatch mode must see the call as an operator, and can. Under fake tensors
+    alone a call compiles its kernels.
+    """
+    if extras.of_user:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    modes = torch._C._len_torch_dispatch_stack()
+    return modes > 0 and modes > (torch._C._get_dispatch_mode(_FAKE) is not None)
 
 
 def arguments(call: Call, extras: hopper.Extras) -> tuple:
@@ -94,3 +110,16 @@ def _backward(ctx, dout):
 
 
 torch.library.register_autograd(forward, _backward, setup_context=_setup_context)
+
+
+def _forward_flops(*inputs):
+    call, extras = _split(inputs)
+    return flops.of_forward(call, extras.seqused_q)
+
+
+def _backward_flops(dout, *inputs):
+    call, extras = _split(inputs)
+    return flops.of_backward(call, extras.seqused_q)
+
+
+flops.register({forward: _forward_flops, backward: _backward_flops})

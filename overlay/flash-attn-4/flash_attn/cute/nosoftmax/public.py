@@ -109,7 +109,7 @@ def _without_softmax(
         longest, _mods(score_mod, score_mod_bwd, call), seqused_q, pack_gqa, mask_mod, aux_tensors,
         aux_scalars, block_sparse_tensors, block_sparse_tensors_bwd,
     )  # fmt: skip
-    if torch.compiler.is_compiling() and not extras.of_user:
+    if ops.followed(extras):
         out = ops.forward(*ops.arguments(call, extras))
     else:
         out = ops.Attention.apply(*call.tensors, options, extras)

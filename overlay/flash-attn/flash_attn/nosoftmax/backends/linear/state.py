@@ -8,15 +8,16 @@ kept per key head, because the query heads of a group share it, and without soft
 which belong to the query.
 
 Where a gradient is asked for, the piece by itself goes through the operators of nosoftmax/ops.py, and PyTorch
-adds what the state contributes: autograd derives both, to any order.
+adds what the state contributes: autograd derives both, to any order. Without gradients a dispatch mode, such
+as FlopCounterMode, sees the operators at the end of this file. A compiler traces into the functions.
 """
 
 from typing import Any, Optional
 
 import torch
 
-from ... import checks, ops
-from ...call import Call
+from ... import checks, flops, ops
+from ...call import TENSORS, Call, Options, declared
 from ...score import saturate_
 from . import primitive
 from .chunked import decay_of
@@ -71,10 +72,12 @@ def linear_attention_prefill(
     if _wants_gradient(q, k, v, state):
         _no_gradient_in_place(state_indices)
         return _derivable_piece(call, state)
-    form, given = _form(call), Given(call.row_factors, call.decay_slopes)
     with torch.no_grad():
         before = state if state_indices is None else state.index_select(0, state_indices)
-        out, after = primitive.attend_with_state(q, k, v, form, before, call.cu_seqlens_q, given)
+        if _watched():
+            out, after = _piece_operator(*call.tensors, before, *call.options)
+        else:
+            out, after = _piece(call, before)
         return out, after if state_indices is None else state.index_copy_(0, state_indices.long(), after)
 
 
@@ -105,28 +108,58 @@ def linear_attention_step(
     derived = _wants_gradient(q, k, v, state)
     if derived:
         _no_gradient_in_place(state_indices)
+    arguments = (q, k, v, state, call.row_factors, decay_slopes, state_indices)
+    scale = call.options.softmax_scale * call.options.factor
     with torch.set_grad_enabled(derived), torch.autocast(q.device.type, enabled=False):
-        scale = call.options.softmax_scale * call.options.factor
-        if not derived and primitive.has_kernels(q):
-            given = Given(call.row_factors, decay_slopes)
-            return primitive.kernels().step(q, k, v, state, scale, given, state_indices), state
-        # Elementwise, so that no product rounds to TF32.
-        token = k.float()[..., :, None] * v.float()[..., None, :]
-        own = state if state_indices is None else state.index_select(0, state_indices)
         if derived:
-            state = own = _decayed(own, decay_slopes, 1) + token
-        else:
-            if decay_slopes is not None:
-                factor, loss = decay_of(-decay_slopes[..., None, None])
-                own.mul_(factor).addcmul_(own, loss)
-            own.add_(token)
-            if state_indices is not None:
-                state.index_copy_(0, state_indices.long(), own)
-        queries = q.float().unflatten(1, (k.shape[1], -1))
-        out = ((queries[..., None] * own[:, :, None]).sum(-2) * scale).flatten(1, 2)
-        if call.row_factors is not None:
-            out = out * call.row_factors[:, None, None]
-        return _rounded(out, q.dtype), state
+            state = _decayed(state, decay_slopes, 1) + _product(k, v)
+            return _read(q, k, state, scale, call.row_factors), state
+        return (_step_operator if _watched() else _step)(*arguments, scale), state
+
+
+def _piece(call: Call, state: Optional[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    given = Given(call.row_factors, call.decay_slopes)
+    return primitive.attend_with_state(*call.tensors[:3], _form(call), state, call.cu_seqlens_q, given)
+
+
+def _step(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    state: torch.Tensor,
+    row_factors: Optional[torch.Tensor],
+    decay_slopes: Optional[torch.Tensor],
+    state_indices: Optional[torch.Tensor],
+    scale: float,
+) -> torch.Tensor:
+    """Return the output, and write the state in place."""
+    if primitive.has_kernels(q):
+        given = Given(row_factors, decay_slopes)
+        return primitive.kernels().step(q, k, v, state, scale, given, state_indices)
+    own = state if state_indices is None else state.index_select(0, state_indices)
+    if decay_slopes is not None:
+        factor, loss = decay_of(-decay_slopes[..., None, None])
+        own.mul_(factor).addcmul_(own, loss)
+    own.add_(_product(k, v))
+    if state_indices is not None:
+        state.index_copy_(0, state_indices.long(), own)
+    return _read(q, k, own, scale, row_factors)
+
+
+def _product(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Return what a token adds to the state: elementwise, so that no product rounds to TF32."""
+    return k.float()[..., :, None] * v.float()[..., None, :]
+
+
+def _read(
+    q: torch.Tensor, k: torch.Tensor, state: torch.Tensor, scale: float, row_factors: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """Return the output of a token after the state, elementwise too."""
+    queries = q.float().unflatten(1, (k.shape[1], -1))
+    out = ((queries[..., None] * state[:, :, None]).sum(-2) * scale).flatten(1, 2)
+    if row_factors is not None:
+        out = out * row_factors[:, None, None]
+    return _rounded(out, q.dtype)
 
 
 def _wants_gradient(*tensors: Optional[torch.Tensor]) -> bool:
@@ -223,3 +256,62 @@ def _checked(q: torch.Tensor, *arguments: Any) -> Call:
     if q.device.type == "cuda" and not primitive.has_kernels(q):
         raise TypeError(f"q has dtype {q.dtype}: on CUDA give float16 or bfloat16, with triton installed")
     return call
+
+
+# ---- As operators ----
+
+
+def _watched() -> bool:
+    """Whether a dispatch mode must see a call without gradients as an operator."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+_TENSORS, _OPTIONS = declared(Call, Call._fields[:TENSORS]), declared(Options)
+
+
+def _call_and_state(arguments: tuple) -> tuple[Call, Optional[torch.Tensor]]:
+    """Return the arguments of the operator linear_prefill."""
+    *tensors, state = arguments[: TENSORS + 1]
+    return Call(*tensors, Options(*arguments[TENSORS + 1 :])), state
+
+
+@ops.operator("linear_prefill", f"({_TENSORS}, Tensor? state, {_OPTIONS}) -> (Tensor, Tensor)")
+def _piece_operator(*arguments):
+    call, state = _call_and_state(arguments)
+    out, after = _piece(call, state)
+    return out.contiguous(), after.clone() if after is state else after.contiguous()
+
+
+@ops.fake("linear_prefill")
+def _(*arguments):
+    call, _ = _call_and_state(arguments)
+    q, k, v = call.tensors[:3]
+    after = q.new_empty(call.batch, k.shape[-2], q.shape[-1], v.shape[-1], dtype=torch.float32)
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), after
+
+
+@ops.operator(
+    "linear_step",
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor? row_factors, Tensor? decay_slopes, "
+    "Tensor? state_indices, float scale) -> Tensor",
+)
+def _step_operator(*arguments):
+    return _step(*arguments).contiguous()
+
+
+@ops.fake("linear_step")
+def _(q, k, v, *arguments):
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+def _piece_flops(*arguments):
+    call, state = _call_and_state(arguments)
+    return flops.of_piece(call, state is not None)
+
+
+def _step_flops(q, k, v, *arguments):
+    return flops.of_state(q.shape[0], q.shape[1] + k.shape[1], q.shape[2], v.shape[2])
+
+
+if ops.CAN_DEFINE:
+    flops.register({_piece_operator: _piece_flops, _step_operator: _step_flops})
