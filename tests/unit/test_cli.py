@@ -83,14 +83,17 @@ def test_killed_half_way(toy, tmp_path):
 
 
 def test_second_run_waits_for_the_first(fresh, tmp_path):
-    """Both runs start from an empty store, and the tree is made once."""
-    runs = [start(fresh, "apply") for _ in range(3)]
+    """Three runs start from an empty store at one moment, when the lock of this test ends. One makes the tree
+    while the others wait for it."""
+    with locking.exclusive(fresh.project(), "test"):
+        runs = [start(fresh, "apply") for _ in range(3)]
+        waiting = [run.stderr.readline() for run in runs]
     said = [run.communicate(timeout=120) for run in runs]
+    assert waiting == [f"waiting for process {os.getpid()} (test)\n"] * 3
     assert [run.returncode for run in runs] == [0, 0, 0], said
     assert (
         sum("is ready" in out for out, _ in said) == 1 and sum("Nothing to do" in out for out, _ in said) == 2
     )
-    assert sum("waiting for process" in err for _, err in said) == 2
 
 
 def test_waiting_ends_with_the_number_of_the_process(toy, monkeypatch):
