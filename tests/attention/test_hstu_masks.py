@@ -104,6 +104,20 @@ def test_bounds_of_a_block():
         assert list(sequence.seen_by_all(rows)) == common, f"{mask}, {rows}"
 
 
+def test_some_of_the_rows():
+    """With a diagonal, rows anywhere see what they see among all rows, and so do their blocks."""
+    choose = random.Random(2)
+    for seqlen_q, n, mask in random_masks(3000):
+        whole, first = HSTUSequence(seqlen_q, n, *mask), choose.randrange(seqlen_q)
+        rows = range(first, choose.randint(first + 1, seqlen_q))
+        part, offset = range(len(rows)), first + n - seqlen_q
+        some = HSTUSequence(len(rows), n, *mask, diagonal=offset)
+        for a, b in zip(some.intervals(), whole.intervals()):
+            assert torch.equal(a, b[rows.start : rows.stop]), f"{mask}, {rows}"
+        assert some.seen_by_any(part) == whole.seen_by_any(rows), f"{mask}, {rows}"
+        assert some.seen_by_all(part) == whole.seen_by_all(rows), f"{mask}, {rows}"
+
+
 def test_a_mask_written_out():
     """n = 7: two contextual keys, three of history, two candidates, max_attn_len 2."""
     see = visibility(7, 7, Options(mask=HSTU(2, 2, 2))).int().tolist()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from flash_attn import flash_attn_func, nosoftmax
+from flash_attn.masks import HSTU, Intervals
 from flash_attn.nosoftmax.backends.linear import primitive
 from torch import Tensor
 
@@ -32,6 +33,13 @@ MORE = {
     "alibi": dict(alibi_slopes=torch.tensor([0.1, 0.5, 0.0, 0.02]), activation="sigmoid", sigmoid_bias=-1.0),
     "decay": dict(decay_slopes=torch.tensor([0.01, 0.2, 0.0, 3.0])),
     "softcap": dict(softcap=2.0),
+}
+MASKS = {
+    "targets": HSTU(num_targets=40),
+    "contexts": HSTU(num_targets=40, num_contexts=12),
+    "window": HSTU(torch.tensor([40]), torch.tensor([12]), max_attn_len=30),
+    "rows that see all": HSTU(40, 12, max_attn_len=30, min_full_attn_seq_len=20),
+    "groups": HSTU(40, 12, max_attn_len=30, target_group_size=7),
 }
 
 
@@ -72,10 +80,19 @@ class Runner:
 
     def taken(self, options: dict) -> dict:
         """Skip the test if the backend does not take these options, else return them for it."""
-        if self.linear and options.keys() & {"activation", "alibi_slopes", "softcap", "window_size"}:
+        if self.linear and options.keys() & {"activation", "alibi_slopes", "softcap", "window_size", "mask"}:
             pytest.skip("linear time is not exact with these options")
-        on_device = {k: x.to(self.device) if isinstance(x, Tensor) else x for k, x in options.items()}
-        return {**on_device, self.forced[0]: self.forced[1]}
+        if "mask" in options and (self.device, self.linear) != ("cpu", False):
+            pytest.skip("the extension has no kernels for masks")
+
+        def on_device(x):
+            return x.to(self.device) if isinstance(x, Tensor) else x
+
+        options = {
+            name: type(x)(*map(on_device, x)) if isinstance(x, (HSTU, Intervals)) else on_device(x)
+            for name, x in options.items()
+        }
+        return {**options, self.forced[0]: self.forced[1]}
 
     def both(self, q, k, v, dout, **options) -> tuple[Tensor, ...]:
         """The output and the gradients of a part, in float64 on the CPU."""
@@ -205,6 +222,77 @@ def test_each_sequence_has_its_own(runner):
     assert expected[0][3].abs().max() > 0 and not expected[0][4].any()  # sees all keys, and none
 
 
+def intervals(seqlen_q: int, seqlen_k: int) -> Intervals:
+    """Three intervals of any keys for each row of one sequence; every fifth row sees nothing."""
+    generator = torch.Generator().manual_seed(seqlen_q)
+    cuts = torch.randint(0, seqlen_k + 1, (1, seqlen_q, 6), generator=generator, dtype=torch.int32)
+    cuts = cuts.sort(-1).values
+    starts, ends = cuts[..., ::2], cuts[..., 1::2].clone()
+    ends[:, ::5] = starts[:, ::5]
+    return Intervals(starts, ends)
+
+
+def of_rows(mask: Any, rows: slice) -> Any:
+    """The mask of some rows: intervals are listed, and HSTU follows from the diagonal."""
+    return Intervals(*(x[:, rows] for x in mask)) if isinstance(mask, Intervals) else mask
+
+
+SCORES_UNDER_A_MASK = {
+    "silu": dict(activation="silu", normalization="1/n"),
+    "1/visible": dict(activation="sigmoid", sigmoid_bias="-log n", normalization="1/visible"),
+}
+LISTED = {**SCORES_UNDER_A_MASK, "alibi": MORE["alibi"], "decay": MORE["decay"]}
+
+
+@pytest.mark.parametrize("seqlen_q", [180, 100, 210])
+@pytest.mark.parametrize(
+    "mask, score",
+    [*((mask, score) for mask in MASKS for score in SCORES_UNDER_A_MASK), *(("", score) for score in LISTED)],
+)
+def test_rows_under_a_mask(mask, score, seqlen_q, runner):
+    """Parts of the rows see what they see in the whole, be it all rows, the last ones, or some before 0."""
+    seqlen_k = 180
+    of_all = MASKS[mask] if mask else intervals(seqlen_q, seqlen_k)
+    options: dict[str, Any] = {"mask": of_all, **LISTED[score]}
+    runner.taken(options)
+    for as_dtype in (runner, replace(runner, dtype=torch.bfloat16)):
+        given = as_dtype.sample(seqlen_q, seqlen_k)
+        q, k, v, dout = given
+        out, dq, dk, dv = (torch.zeros_like(x) for x in (dout, q, k, v))
+        for start, stop in pairwise((0, 3, 60, 77, 95, seqlen_q)):
+            rows = slice(start, stop)
+            part = as_dtype.both_wide(
+                q[:, rows], k, v, dout[:, rows], diagonal=start + seqlen_k - seqlen_q,
+                **{**options, "mask": of_rows(of_all, rows)},
+            )  # fmt: skip
+            for total, at, x in zip((out, dq, dk, dv), (rows, rows, slice(None), slice(None)), part):
+                total[:, at] += x
+        as_dtype.close((out, dq, dk, dv), whole(*given, **options))
+
+
+def test_rows_of_each_sequence_under_a_mask(runner):
+    """Packed: each sequence has its own length, counts and diagonal, and one has no rows or no keys."""
+    lengths, rows = (30, 0, 44, 17), (slice(5, 25), slice(0, 0), slice(40, 44), slice(0, 0))
+    counts = torch.tensor([9, 0, 20, 3]), torch.tensor([4, 0, 11, 0])
+    options: dict[str, Any] = dict(activation="silu", normalization="1/visible")
+    alone, parts = [], []
+    for n, at, targets, contexts in zip(lengths, rows, *(x.tolist() for x in counts)):
+        parts.append([x[0] for x in runner.sample(n, n)])
+        q, k, v, dout = parts[-1]
+        mask = HSTU(targets, contexts, max_attn_len=8, target_group_size=4)
+        more = {**options, "mask": mask, "diagonal": at.start}
+        alone.append([x[0] for x in runner.both(q[None, at], k[None], v[None], dout[None, at], **more)])
+    q, k, v, dout = (torch.cat(x) for x in zip(*parts))
+    at = torch.cat([torch.arange(at.start, at.stop) + first for at, first in zip(rows, (0, 30, 30, 74))])
+    packed = dict(
+        cu_seqlens_q=torch.tensor([0, 20, 20, 24, 24]), cu_seqlens_k=torch.tensor([0, 30, 30, 74, 91]),
+        max_seqlen_q=20, max_seqlen_k=44, diagonal=torch.tensor([at.start for at in rows]),
+    )  # fmt: skip
+    mask = HSTU(*counts, max_attn_len=8, target_group_size=4)
+    found = runner.both(q[at], k, v, dout[at], mask=mask, **packed, **options)
+    runner.close(found, [torch.cat(x) for x in zip(*alone)])
+
+
 def test_rows_of_no_sequence_are_zero(runner):
     """Before the first packed sequence and behind the last one, wide or not."""
     given = [x[0] for x in runner.sample(40, 50)]
@@ -234,6 +322,15 @@ def test_what_is_out_of_sight_is_not_read(runner):
             given[i][:, at] = torch.nan
         found = runner.both(*given, diagonal=diagonal, **window)
         assert all(torch.isfinite(x).all() for x in found)
+
+
+def test_what_is_out_of_sight_of_a_mask_is_not_read(runner):
+    """NaN in rows before position 0, and in keys that the rows given do not see."""
+    given = runner.sample(30, 30)
+    for i, at in ((0, slice(10)), (3, slice(10)), (1, slice(20, 30)), (2, slice(20, 30))):
+        given[i][:, at] = torch.nan
+    found = runner.both(*given, mask=HSTU(num_targets=4, max_attn_len=25), diagonal=-10)
+    assert all(torch.isfinite(x).all() for x in found)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -284,6 +381,11 @@ def test_the_own_dtype_may_be_named(dtype, out_dtype):
             dict(diagonal=torch.tensor([-(2**31)], dtype=torch.int32)),
             ValueError,
             r"diagonal\[0\]=-2147483648",
+        ),
+        (
+            dict(mask=HSTU(2), diagonal=1),
+            ValueError,
+            r"diagonal\[0\]=1: query 4 of sequence 0 would have position 5, but HSTU is a mask of its 5 keys",
         ),
         (dict(out_dtype=torch.float16), ValueError, "out_dtype=torch.float16: with q in torch.float64 give"),
         (dict(out_dtype=torch.float32), ValueError, "out_dtype=torch.float32: with q in torch.float64 give"),

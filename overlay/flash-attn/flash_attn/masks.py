@@ -5,6 +5,7 @@ A sequence has n keys at positions 0 to n - 1: num_contexts contextual keys firs
 at the end num_targets candidates (T). H = n - T is where the history ends. The seqlen_q queries are the last
 of these positions, aligned at the bottom right: query i has position i + seqlen_k - seqlen_q, and with fewer
 queries than keys a call computes the last rows alone (delta-q). A query before position 0 sees nothing.
+nosoftmax.forward and backward take other rows: with ``diagonal`` query i has position i + diagonal.
 
 Both masks are values: tuples of numbers and tensors, which torch.compile, torch.export and torch.func take as
 arguments. Neither builds anything of size seqlen_q * seqlen_k.
@@ -65,7 +66,8 @@ class Intervals(NamedTuple):
 
     starts, ends: integer tensors (batch, seqlen_q, k), packed (total_q, k), with k from 1 to 3; int32 (int64
     is converted). Columns count from the start of the own sequence. The intervals of a row ascend and do not
-    overlap; start = end is an interval that is not used, wherever it lies.
+    overlap; start = end is an interval that is not used, wherever it lies. With context_parallel the rows are
+    those of this rank's queries, and columns count from the start of the whole sequence.
 
     It is the general form: FBGEMM's func tensor with [0, F0), [F1, F2), ... is starts = (0, F1, ...), ends =
     (F0, F2, ...).

@@ -132,6 +132,11 @@ class Call(NamedTuple):
 
 
 TENSORS = Call._fields.index("options")
+# The public arguments that become tensors of a call, by field, where the names differ.
+ARGUMENTS = {
+    "row_factors": "normalization", "sigmoid_biases": "sigmoid_bias", "target_counts": "num_targets",
+    "context_counts": "num_contexts", "interval_starts": "starts", "interval_ends": "ends",
+}  # fmt: skip
 _IN_A_SCHEMA = {
     torch.Tensor: "Tensor", Optional[torch.Tensor]: "Tensor?", int: "SymInt", float: "float",
     Optional[float]: "float?", bool: "bool", str: "str", Optional[str]: "str?",

@@ -10,7 +10,7 @@ import torch
 
 from .. import extension
 from . import checks, masking, ops
-from .call import Cache, Call, Options
+from .call import ARGUMENTS, Cache, Call, Options
 from .choice import Choice, Wanted, choice_of_environment, choose, wanted
 
 _DOC = """\
@@ -36,7 +36,8 @@ _DOC = """\
             flash_attn.explain says which would run, and why.
         context_parallel: None, or a flash_attn.distributed.ContextParallel. q, k and v then hold this rank's
             tokens of sequences that are cut over the ranks of a group, and so does the output. All options
-            are those of the whole sequences, and so are cu_seqlens and max_seqlen.
+            are those of the whole sequences, and so are cu_seqlens and max_seqlen; but a tensor with an entry
+            for each query, of normalization or of Intervals, is cut as q is.
             Without softmax softmax_lse is empty, and S_dmask is 1 where dropout kept and -1 where it dropped.
             head_dim_v may differ from head_dim. q, k and v may be nested tensors of the jagged layout where
             the function is not a packed one.
@@ -212,7 +213,9 @@ def forward(
 
     Two options are for parts of a sequence. diagonal: the key that query 0 of a sequence is aligned with, an
     int or int32 (batch,), counted from key 0 of the call, which may lie before or behind all keys; None is
-    seqlen_k - seqlen_q. Masks, ALiBi, decay and "1/visible" count from there. out_dtype: None for q's dtype,
+    seqlen_k - seqlen_q. Causal masks, windows, ALiBi, decay and "1/visible" count from there. Under mask=HSTU
+    query r has position r + diagonal, and the call has all keys of the sequence: a query behind them raises
+    on the CPU. Intervals are those of the queries given, wherever these lie. out_dtype: None for q's dtype,
     or torch.float32 (torch.float64 for float64 tensors) for results that are neither rounded to 16 bit nor
     saturated, and can be added up.
 
@@ -320,14 +323,9 @@ class _Known(NamedTuple):
 
 _known: dict[tuple, _Known] = {}
 _SCORE = ("use_softmax", "activation", "sigmoid_bias", "normalization", "decay_slopes")
-# Argument names, by field.
-_NAMES = {
-    "row_factors": "normalization", "sigmoid_biases": "sigmoid_bias", "target_counts": "num_targets",
-    "context_counts": "num_contexts", "interval_starts": "starts", "interval_ends": "ends",
-}  # fmt: skip
 # The arguments that a call keeps as tensors, in whatever form, and not as numbers.
 _OF_TENSORS = frozenset((
-    *Call._fields, *Cache._fields, *_NAMES.values(), "qkv", "kv", "k_cache", "v_cache", "cu_seqlens",
+    *Call._fields, *Cache._fields, *ARGUMENTS.values(), "qkv", "kv", "k_cache", "v_cache", "cu_seqlens",
     "cache_leftpad",
 ))  # fmt: skip
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
@@ -392,7 +390,7 @@ def _place(field: str, x: Optional[torch.Tensor], names: tuple, values: tuple) -
     """Return the index of the call's tensor x among the named values; -1 if x is none of them."""
     if x is None:
         return None
-    name = _NAMES.get(field, field)
+    name = ARGUMENTS.get(field, field)
     return names.index(name) if name in names and values[names.index(name)] is x else -1
 
 
@@ -503,10 +501,6 @@ def _call_of(a: dict, score: tuple, mask: Any) -> Call:
 
 def _of_a_part(call: Call, diagonal: Any, out_dtype: Any) -> Call:
     """Add the options of `forward` and `backward` that are for a part of a sequence."""
-    if diagonal is not None and call.options.mask is not None:
-        raise ValueError(
-            f"diagonal={diagonal!r} with a mask, which says itself where its queries lie: leave diagonal out"
-        )
     diagonal = _int32("diagonal", checks.diagonal(diagonal, call.batch, call.q.device))
     options = call.options._replace(wide=checks.wide(out_dtype, call.q))
     return call._replace(diagonal=diagonal, options=options)

@@ -6,14 +6,14 @@ candidates. The bounds of a block of queries follow from its first and last quer
 operations, so that hidden blocks of keys are skipped and blocks that all its queries see need no mask.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 
 
 class HSTUSequence(NamedTuple):
-    """One sequence under the mask. Query i has position i + seqlen_k - seqlen_q. The numbers are those of
-    flash_attn.masks.HSTU, checked.
+    """One sequence under the mask. Query i has position i + offset; diagonal: the offset, None for seqlen_k -
+    seqlen_q. The numbers before it are those of flash_attn.masks.HSTU, checked.
     """
 
     seqlen_q: int
@@ -23,6 +23,11 @@ class HSTUSequence(NamedTuple):
     max_attn_len: int
     min_full_attn_seq_len: int
     target_group_size: int
+    diagonal: Optional[int] = None
+
+    @property
+    def offset(self) -> int:
+        return self.seqlen_k - self.seqlen_q if self.diagonal is None else self.diagonal
 
     @property
     def history_end(self) -> int:
@@ -30,7 +35,7 @@ class HSTUSequence(NamedTuple):
 
     def intervals(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (starts, ends), int32 (seqlen_q, 2) on the CPU. An interval that is not used is [0, 0)."""
-        row = torch.arange(self.seqlen_k - self.seqlen_q, self.seqlen_k, dtype=torch.int32, device="cpu")
+        row = torch.arange(self.seqlen_q, dtype=torch.int32, device="cpu") + self.offset
         end, group = self.history_end, self.target_group_size
         is_contextual, is_target, exists = row < self.num_contexts, row >= end, row >= 0
         starts = torch.zeros(self.seqlen_q, 2, dtype=torch.int32, device="cpu")
@@ -71,8 +76,7 @@ class HSTUSequence(NamedTuple):
 
     def _positions(self, rows: range) -> tuple[int, int]:
         """Return the positions of the first query and of the one after the last; none is below 0."""
-        offset = self.seqlen_k - self.seqlen_q
-        return max(rows.start + offset, 0), max(rows.stop + offset, 0)
+        return max(rows.start + self.offset, 0), max(rows.stop + self.offset, 0)
 
     def seen_by_any(self, rows: range) -> list[range]:
         """Return the keys that at least one of the queries sees, as at most two ranges, ascending and apart:
@@ -97,7 +101,7 @@ class HSTUSequence(NamedTuple):
         hidden. Candidates are not in it, but for those that end a row of the history.
         """
         first, stop = self._positions(rows)
-        if rows.start + self.seqlen_k - self.seqlen_q < 0 or first >= stop:
+        if rows.start + self.offset < 0 or first >= stop:
             return range(0)
         last_windowed = min(stop, self._whole_from) - 1
         start = self._first(last_windowed) if last_windowed >= max(first, self.num_contexts) else 0

@@ -1,5 +1,6 @@
 """Take a mask of flash_attn.masks into a call, and check it."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -159,11 +160,19 @@ def values(call: Call) -> None:
     if o.mask == "intervals":
         _interval_values(call, lengths)
         return
-    counts = [
+    counts(call, lengths)
+    if call.diagonal is not None:
+        _positions(call, lengths)
+
+
+def counts(call: Call, lengths: Sequence[int]) -> None:
+    """Check the counts of an HSTU mask. lengths: the number of keys of each sequence."""
+    o = call.options
+    of_each = [
         [count if length else 0 for length in lengths] if given is None else given.tolist()
         for given, count in ((call.target_counts, o.num_targets), (call.context_counts, o.num_contexts))
     ]
-    for i, (targets, contexts, length) in enumerate(zip(*counts, lengths)):
+    for i, (targets, contexts, length) in enumerate(zip(*of_each, lengths)):
         for name, count in (("num_targets", targets), ("num_contexts", contexts)):
             if count < 0:
                 raise ValueError(f"{name}[{i}]={count}: give a number of keys, at least 0")
@@ -171,6 +180,17 @@ def values(call: Call) -> None:
             raise ValueError(
                 f"num_targets[{i}]={targets} and num_contexts[{i}]={contexts}, but sequence {i} has {length} "
                 "keys: give at most as many"
+            )
+
+
+def _positions(call: Call, lengths: Sequence[int]) -> None:
+    """Check that no query lies behind the keys of its sequence."""
+    rows = call.cu_seqlens_q.diff().tolist() if call.varlen else [call.q.shape[1]] * call.batch
+    for i, (first, count, length) in enumerate(zip(call.diagonal.tolist(), rows, lengths)):
+        if count and first + count > length:
+            raise ValueError(
+                f"diagonal[{i}]={first}: query {count - 1} of sequence {i} would have position "
+                f"{first + count - 1}, but HSTU is a mask of its {length} keys: give all keys of the sequence"
             )
 
 
@@ -184,22 +204,26 @@ def _lengths(call: Call) -> list[int]:
 
 def _interval_values(call: Call, lengths: list[int]) -> None:
     starts, ends = call.interval_starts, call.interval_ends
-    longest = torch.tensor(lengths, dtype=torch.int32, device="cpu")
-    first = 0
-    if call.varlen:
-        # Rows outside of all sequences may hold anything.
-        first, last = call.cu_seqlens_q[0].item(), call.cu_seqlens_q[-1].item()
-        starts, ends = starts[first:last], ends[first:last]
-        longest = longest.repeat_interleave(call.cu_seqlens_q.diff())[:, None]
-    else:
-        longest = longest[:, None, None]
+    keys = torch.tensor(lengths, dtype=torch.int32, device="cpu")
+    if not call.varlen:
+        intervals(starts, ends, keys[:, None])
+        return
+    # Rows outside of all sequences may hold anything.
+    first, last = call.cu_seqlens_q[0].item(), call.cu_seqlens_q[-1].item()
+    intervals(starts[first:last], ends[first:last], keys.repeat_interleave(call.cu_seqlens_q.diff()), first)
+
+
+def intervals(starts: torch.Tensor, ends: torch.Tensor, keys: torch.Tensor, first: int = 0) -> None:
+    """Check intervals (..., k). keys: the number of keys of each row's sequence, broadcastable to (...,).
+    first: the number of the first row, for the message.
+    """
     used = starts < ends
     before = torch.where(used, ends, 0).cummax(-1).values
     before = torch.cat([torch.zeros_like(before[..., :1]), before[..., :-1]], dim=-1)
     for wrong, why in (
         (starts > ends, "the interval descends: give start <= end"),
         (used & (starts < 0), "columns count from 0"),
-        (used & (ends > longest), "its sequence has fewer keys: give at most their number"),
+        (used & (ends > keys[..., None]), "its sequence has fewer keys: give at most their number"),
         (used & (starts < before), "it begins before an earlier interval of the row ends: give them apart"),
     ):
         if wrong.any():

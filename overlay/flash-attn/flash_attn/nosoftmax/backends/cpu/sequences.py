@@ -112,20 +112,21 @@ def _visibility(call: Call, batch: range, seqlens: tuple[int, int], rows: Option
     """Return what the queries see. A mask is that of one sequence."""
     o = call.options
     window = Window.of(o.window_left, o.window_right)
+    diagonal = None if call.diagonal is None else int(call.diagonal[batch.start])
     if o.mask is None:
-        diagonal = None if call.diagonal is None else int(call.diagonal[batch.start])
         return Visibility(*seqlens, window, diagonal)
     if o.mask == "intervals":
         of_rows = batch.start if rows is None else rows
-        return Intervals(*seqlens, window, None, call.interval_starts[of_rows], call.interval_ends[of_rows])
+        listed = call.interval_starts[of_rows], call.interval_ends[of_rows]
+        return Intervals(*seqlens, window, diagonal, *listed)
     targets, contexts = (
         count if given is None else given[batch.start].item()
         for given, count in ((call.target_counts, o.num_targets), (call.context_counts, o.num_contexts))
     )
     sequence = HSTUSequence(
-        *seqlens, targets, contexts, o.max_attn_len, o.min_full_attn_seq_len, o.target_group_size
+        *seqlens, targets, contexts, o.max_attn_len, o.min_full_attn_seq_len, o.target_group_size, diagonal
     )
-    return HSTU(*seqlens, window, None, *sequence.intervals(), sequence)
+    return HSTU(*seqlens, window, diagonal, *sequence.intervals(), sequence)
 
 
 @dataclass(frozen=True)
