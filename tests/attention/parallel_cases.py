@@ -23,6 +23,7 @@ from flash_attn import (
 from flash_attn.distributed import ContextParallel, agreement, exchange
 from flash_attn.distributed.methods import ring
 from flash_attn.distributed.problem import Problem
+from flash_attn.masks import HSTU, Intervals
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -33,12 +34,23 @@ F64 = torch.float64
 TOKENS, LENGTHS = 45, (6, 0, 1, 23, 15)  # not multiples of the ranks; sequences begin and end anywhere
 HEADS, HEADS_K, DIM, DIM_V = 8, 4, 6, 5
 METHODS, LAYOUTS = ("state", "ulysses", "allgather", "ring"), ("contiguous", "zigzag")
+TAKE_MASKS = "ulysses", "allgather"
 MASKS = {
     "causal": (False, dict(causal=True)),
     "full": (False, dict()),
     "packed": (True, dict(causal=True)),
     "packed full": (True, dict()),
 }
+# Masks of recommenders: counts as numbers and of each sequence, a window, rows that see all, groups.
+HSTUS = {
+    "hstu": (False, dict(mask=HSTU(7, 3, 9, target_group_size=3))),
+    "hstu of each": (False, dict(mask=HSTU(torch.tensor([4, 0]), torch.tensor([0, 9]), 8, 5))),
+    "packed hstu": (True, dict(mask=HSTU(num_targets=1))),
+    "packed hstu of each": (
+        True, dict(mask=HSTU(torch.tensor([2, 0, 1, 7, 3]), torch.tensor([1, 0, 0, 4, 5]), 6, 2, 2)),
+    ),
+}  # fmt: skip
+LISTED = {"intervals": (False, dict(mask="intervals")), "packed intervals": (True, dict(mask="intervals"))}
 _SLOPES = torch.linspace(0.0, 1.0, HEADS) ** 2
 SCORES = {
     "identity": dict(),
@@ -50,14 +62,23 @@ SCORES = {
     "window": dict(window_size=(9, 3)),
     # Tensors with the batch as an axis, and factors of rows.
     "by sequence": dict(decay_slopes="batch, heads", normalization="rows"),
+    "n of each": dict(normalization="batch"),
+    "all counted": dict(activation="sigmoid", sigmoid_bias="-log n", normalization="1/visible"),
 }
+LINEAR = "identity", "decay", "1/visible", "by sequence", "n of each"
+COUNTED = "silu", "sigmoid", "1/visible", "n of each", "all counted"
+CASES = [
+    *((mask, score) for mask in MASKS for score in SCORES),
+    *((mask, score) for mask in HSTUS for score in COUNTED),
+    *((mask, score) for mask in LISTED for score in (*COUNTED, "alibi", "by sequence")),
+]
 
 
 @cache
 def problem(mask: str, score: str) -> tuple:
     """Return (packed, offsets, [q, k, v], dout, options, [out, dq, dk, dv]) of the whole batch. Rank 0
     computes the results on one device."""
-    packed, options = MASKS[mask]
+    packed, options = {**MASKS, **HSTUS, **LISTED}[mask]
     options = {"use_softmax": False, **options, **SCORES[score]}
     torch.manual_seed(len(mask) + len(score))
     tokens = (sum(LENGTHS),) if packed else (2, TOKENS)
@@ -66,6 +87,10 @@ def problem(mask: str, score: str) -> tuple:
     *qkv, dout = (torch.randn(*tokens, *shape, dtype=F64) for shape in shapes)
     if score == "by sequence":
         options |= dict(decay_slopes=torch.rand(batch, HEADS), normalization=torch.rand(tokens))
+    elif score == "n of each":
+        options |= dict(normalization=1 / torch.arange(40.0, 40.0 + batch))
+    if mask in LISTED:
+        options |= dict(mask=intervals(packed))
     expected = [torch.empty_like(x) for x in (dout, *qkv)]
     if dist.get_rank() == 0:
         expected = results(qkv, dout, packed, options)
@@ -76,6 +101,15 @@ def problem(mask: str, score: str) -> tuple:
 
 def offsets() -> Tensor:
     return torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32)
+
+
+def intervals(packed: bool) -> Intervals:
+    """Two intervals of any keys for each row; every fourth row sees nothing."""
+    keys = torch.cat([torch.full((n,), n) for n in LENGTHS]) if packed else torch.full((2, TOKENS), TOKENS)
+    cuts = torch.rand(*keys.shape, 4).mul(keys[..., None] + 1).int().sort(-1).values
+    starts, ends = cuts[..., ::2], cuts[..., 1::2].clone()
+    ends[..., ::4, :] = starts[..., ::4, :]
+    return Intervals(starts, ends)
 
 
 def call(q, k, v, packed: bool, options: dict) -> Tensor:
@@ -105,8 +139,11 @@ def parallel(method: str, layout: str, mask: str, score: str) -> tuple:
     does not apply."""
     packed, qkv, dout, options, expected = problem(mask, score)
     cp = plan(method, layout, packed)
-    if isinstance(rows := options["normalization"] if score == "by sequence" else None, Tensor):
-        options = {**options, "normalization": cut(cp, packed, [rows])[0]}
+    options = dict(options)
+    if score == "by sequence":
+        (options["normalization"],) = cut(cp, packed, [options["normalization"]])
+    if mask in LISTED:
+        options["mask"] = Intervals(*cut(cp, packed, options["mask"]))
     try:
         found = results(
             cut(cp, packed, qkv), *cut(cp, packed, [dout]), packed, {**options, "context_parallel": cp}
@@ -121,10 +158,9 @@ def parallel(method: str, layout: str, mask: str, score: str) -> tuple:
 def largest_errors(rank: int, world: int, method: str, layout: str) -> dict:
     """Return (mask, score) -> the largest error of out, dq, dk and dv; the reason where it does not apply."""
     found = {}
-    for mask in MASKS:
-        for score in SCORES:
-            got, expected = parallel(method, layout, mask, score)
-            found[mask, score] = expected if got is None else [difference(*x) for x in zip(got, expected)]
+    for mask, score in CASES:
+        got, expected = parallel(method, layout, mask, score)
+        found[mask, score] = expected if got is None else [difference(*x) for x in zip(got, expected)]
     return found
 
 
@@ -271,6 +307,26 @@ def differing(rank: int, world: int, name: str) -> None:
     elif name == "gradient":
         with torch.set_grad_enabled(not odd):
             attend(plan("auto", "zigzag"))
+    elif name == "mask":
+        attend(plan("auto", "zigzag"), mask=None if odd else HSTU(3))
+    elif name == "window of the mask":
+        attend(plan("auto", "zigzag"), mask=HSTU(3, max_attn_len=9 if odd else 8))
+    elif name == "counts of the mask":
+        attend(plan("auto", "zigzag"), mask=HSTU(torch.tensor([3, 4 * odd])))
+    elif name == "targets beyond the length":
+        attend(plan("auto", "zigzag"), mask=HSTU(torch.tensor([45, 46])))
+    elif name == "mask beyond the length":
+        attend(plan("auto", "zigzag"), mask=HSTU(40, 6))
+    elif name == "mask in a ring":
+        attend(plan("ring", "zigzag"), mask=HSTU(3))
+    elif name == "mask in linear time":
+        attend(plan("state", "zigzag"), mask=HSTU(3))
+    elif name in ("intervals not sharded", "intervals beyond the keys"):
+        cp, whole = plan("auto", "zigzag"), intervals(False)
+        if odd and name == "intervals beyond the keys":
+            whole.ends[1, cp.indices[2], 1] = TOKENS + 1
+        own = whole if odd and name == "intervals not sharded" else Intervals(*cut(cp, False, whole))
+        attend(cp, mask=own)
     elif name == "not sharded":
         attend(plan("auto", "zigzag"), tokens=TOKENS if odd else None)
     elif name == "wrong options":
@@ -346,10 +402,10 @@ def methods_of_auto(rank: int, world: int) -> dict:
     few = k[:, :, :1]
     long = ContextParallel(None, seqlen=64)
     found = {}
-    silu = dict(activation="silu")
+    silu, mask = dict(activation="silu"), dict(mask=HSTU(3, 2))
     for name, kv, options in (
         ("identity", k, dict()), ("silu", k, silu), ("one head", few, silu),
-        ("quadratic", few, dict(algorithm="quadratic")),
+        ("quadratic", few, dict(algorithm="quadratic")), ("mask", few, mask),
     ):  # fmt: skip
         method = explain(flash_attn_func, q, kv, kv, use_softmax=False, context_parallel=long, **options)
         found[name] = method.name, method.forward_bytes, method.backward_bytes, str(method)
@@ -357,8 +413,8 @@ def methods_of_auto(rank: int, world: int) -> dict:
 
 
 def bytes_received(rank: int, world: int) -> dict:
-    """Return (method, layout) -> the bytes that this rank received from others, forward and backward, and
-    those that explain names."""
+    """Return (method, mask, layout) -> the bytes that this rank received from others, forward and backward,
+    and those that explain names."""
     counts: list[int] = []
     right = exchange._all_gather, dist.all_to_all_single, dist.batch_isend_irecv
 
@@ -377,7 +433,7 @@ def bytes_received(rank: int, world: int) -> dict:
     exchange._all_gather, dist.all_to_all_single, dist.batch_isend_irecv = all_gather, all_to_all, in_ring
     found = {}
     try:
-        for method in METHODS:
+        for method, mask in (*((method, None) for method in METHODS), *((x, "listed") for x in TAKE_MASKS)):
             for layout in LAYOUTS:
                 cp = plan(method, layout, seqlen=16 * world, check=False)
                 q, k, v = (
@@ -385,12 +441,16 @@ def bytes_received(rank: int, world: int) -> dict:
                     for heads in (HEADS, HEADS_K, HEADS_K)
                 )
                 options = dict(use_softmax=False, causal=True, context_parallel=cp)
+                if mask is not None:  # three intervals, and a factor of each row
+                    zeros = torch.zeros(2, cp.tokens, 3, dtype=torch.int32)
+                    rows = torch.ones(2, cp.tokens)
+                    options |= dict(causal=False, mask=Intervals(zeros, zeros), normalization=rows)
                 told = explain(flash_attn_func, q, k, v, **options)
                 counts[:] = [0]
                 out = flash_attn_func(q, k, v, **options)
                 counts.append(0)
                 out.sum().backward()
-                found[method, layout] = tuple(counts), (told.forward_bytes, told.backward_bytes)
+                found[method, mask, layout] = tuple(counts), (told.forward_bytes, told.backward_bytes)
     finally:
         exchange._all_gather, dist.all_to_all_single, dist.batch_isend_irecv = right
     return found
@@ -556,11 +616,20 @@ def compiled(rank: int, world: int) -> None:
 def of_dtensors(rank: int, world: int) -> None:
     """Each sharding of q and of k and v keeps its place, and gives what one device gives."""
     mesh = init_device_mesh("cpu", (world,))
+
+    def everywhere(x):
+        return distribute_tensor(x, mesh, [whole]) if isinstance(x, Tensor) else x
+
     batch, tokens, heads, whole, part = Shard(0), Shard(1), Shard(2), Replicate(), Partial("sum")
     silu, slopes = dict(activation="silu"), dict(causal=True, alibi_slopes=torch.linspace(0.0, 1.0, 8))
     each = dict(decay_slopes=torch.rand(4, 8, generator=torch.Generator().manual_seed(2)), causal=True)
     rows = dict(normalization=torch.rand(4, 13, generator=torch.Generator().manual_seed(3)))
     torch.manual_seed(0)
+    hstu = dict(mask=HSTU(torch.tensor([2, 0, 13, 5]), 0, 4), normalization="1/visible")
+    keys = torch.randint(0, 13, (2, 4, 13, 1), dtype=torch.int32).sort(0).values
+    for x in keys:
+        dist.broadcast(x, 0)
+    listed = dict(mask=Intervals(*keys), normalization="1/visible")
     shapes = (4, 13, 8, 6), (4, 13, 4, 6), (4, 13, 4, 6), (4, 13, 8, 6)
     for places, results_, options in (
         ((batch, batch), (batch, batch, batch), each),
@@ -572,13 +641,18 @@ def of_dtensors(rank: int, world: int) -> None:
         ((tokens, whole), (tokens, tokens, part), rows),
         ((whole, tokens), (whole, whole, whole), {**silu, "normalization": "1/n"}),  # n is the whole's
         ((tokens, tokens), (whole, whole, whole), dict(causal=True)),
+        ((batch, batch), (batch, batch, batch), hstu),
+        ((batch, batch), (batch, batch, batch), listed),
+        ((heads, heads), (heads, heads, heads), listed),
+        ((tokens, whole), (whole, whole, whole), hstu),
+        ((whole, tokens), (whole, whole, whole), dict(mask=listed["mask"])),
     ):
         *qkv, dout = (torch.randn(shape, dtype=F64) for shape in shapes)
         for x in (*qkv, dout):
             dist.broadcast(x, 0)
         expected = results(qkv, dout, False, {"use_softmax": False, **options})
         own = {
-            name: distribute_tensor(x, mesh, [whole]) if isinstance(x, Tensor) else x
+            name: type(x)(*map(everywhere, x)) if isinstance(x, (HSTU, Intervals)) else everywhere(x)
             for name, x in options.items()
         }
         given = [distribute_tensor(x, mesh, [places[i > 0]]) for i, x in enumerate(qkv)]

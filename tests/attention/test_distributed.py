@@ -37,12 +37,14 @@ def test_as_on_one_device(ranks, method, layout):
     compared = set()
     for errors in found:
         for case, error in errors.items():
-            if isinstance(error, str):  # why the method does not apply
-                assert method == "state" and case[1] in ("silu", "sigmoid", "alibi", "window")
-            else:
+            if not isinstance(error, str):  # the reason why the method does not apply
                 assert max(error) < 1e-10, (case, error)
                 compared.add(case)
-    assert len(compared) == len(cases.MASKS) * (4 if method == "state" else len(cases.SCORES))
+    takes = {
+        "state": lambda mask, score: mask in cases.MASKS and score in cases.LINEAR,
+        "ring": lambda mask, score: mask in cases.MASKS,
+    }.get(method, lambda mask, score: True)
+    assert compared == {case for case in cases.CASES if takes(*case)}
 
 
 def test_same_bits(ranks):
@@ -136,6 +138,9 @@ def test_auto_takes_the_fewest_bytes(ranks):
         assert found["one head"][:3] == ("allgather", keys, 2 * keys)
         assert "not ulysses: 1 heads of k do not divide by" in found["one head"][3]
         assert 'not state: algorithm="quadratic" excludes linear time' in found["quadratic"][3]
+        assert found["mask"][:3] == ("allgather", keys, 2 * keys)
+        assert "not state: mask has no exact algorithm in linear time" in found["mask"][3]
+        assert "not ring: mask names keys of the whole sequence" in found["mask"][3]
 
 
 def test_the_bytes_are_those_of_the_formulas(ranks):
@@ -153,6 +158,13 @@ WRONG = {
     "method": (ValueError, DIFFERENT + "method is 'allgather' on rank 0"),
     "lengths": (ValueError, DIFFERENT + ".*the lengths of the sequences is "),
     "dtype": (ValueError, DIFFERENT + "dtype of k is torch.float32 on rank 0"),
+    "mask": (ValueError, DIFFERENT + "mask is 'hstu' on rank 0.*None"),
+    "window of the mask": (ValueError, DIFFERENT + "max_attn_len is 8 on rank 0"),
+    "counts of the mask": (ValueError, DIFFERENT + r"num_targets is \[3, 0\] on rank 0"),
+    "targets beyond the length": (ValueError, r"num_targets\[1\]=46 .* sequence 1 has 45 keys"),
+    "mask beyond the length": (ValueError, "num_targets=40 and num_contexts=6, but the longest .* 45 keys"),
+    "mask in a ring": (ValueError, 'method="ring" is not possible: mask names keys of the whole sequence'),
+    "mask in linear time": (ValueError, 'method="state" is not possible: mask has no exact algorithm'),
     "gradient": (ValueError, DIFFERENT + "whether q, k or v needs a gradient is True on rank 0"),
     "dropout": (ValueError, "dropout_p=0.1 is not there with context_parallel"),
     "return_attn_probs": (ValueError, "return_attn_probs=True is not there with context_parallel"),
@@ -170,6 +182,8 @@ WRONG = {
 }
 WRONG_ON_ONE = {
     "not sharded": (ValueError, "q has shape .*, with 45 tokens, but the plan gives rank"),
+    "intervals not sharded": (ValueError, r"starts has shape \(2, 45, 2\), expected \(2, "),
+    "intervals beyond the keys": (ValueError, r"starts\[1, 2, 1\]=.*, ends\[1, 2, 1\]=46: its sequence has"),
     "ambiguous factors": (ValueError, r"normalization has shape \(2,\), and this rank has as many rows"),
     "wrong options": (TypeError, r"window_size=\(1, 2, 3\)"),
 }

@@ -5,8 +5,8 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 from torch.autograd import forward_ad
 
-from ..nosoftmax import checks, ops
-from ..nosoftmax.call import Call, needs_grad
+from ..nosoftmax import checks, masking, ops
+from ..nosoftmax.call import ARGUMENTS, Call, needs_grad
 from ..nosoftmax.choice import Choice, choose, wanted
 from . import decode
 from .agreement import agree
@@ -89,6 +89,8 @@ def _prepared(call: Call, cp: ContextParallel, algorithm: str, backend: str) -> 
     if call.cache is not None:
         return decode.prepared(call, cp, algorithm, backend)
     _check(call, cp)
+    call = _of_whole(call, cp)
+    _check_mask(call, cp)
     problem = Problem(call, cp, algorithm, backend)
     method = _chosen(problem)
     return (problem, method), _facts(problem, method.name)
@@ -153,6 +155,26 @@ def _check_offsets(call: Call, cp: ContextParallel) -> None:
             raise ValueError(f"{name}={given}, but a sequence of the whole batch has {longest} tokens")
 
 
+def _of_whole(call: Call, cp: ContextParallel) -> Call:
+    """The call with the lengths of the whole sequences as options."""
+    longest = max(cp.plan.lengths, default=0)
+    return call._replace(options=call.options._replace(max_seqlen_q=longest, max_seqlen_k=longest))
+
+
+def _check_mask(call: Call, cp: ContextParallel) -> None:
+    """Check a mask against the whole sequences: counts are of these, and intervals of this rank's rows."""
+    masking.check(call)
+    lengths = cp.plan.lengths if call.varlen else cp.plan.lengths * call.batch
+    if not call.q.is_cpu:
+        return
+    if call.options.mask == "hstu":
+        masking.counts(call, lengths)
+    elif call.options.mask == "intervals":
+        keys = cp.on(call.q.device, "numbers", cp.plan.lengths)
+        keys = keys[cp.on(call.q.device, "sequences")] if call.varlen else keys
+        masking.intervals(call.interval_starts, call.interval_ends, keys)
+
+
 def _chosen(problem: Problem) -> Method:
     cp, grad = problem.cp, needs_grad(problem.call)
     if cp.world == 1:
@@ -193,11 +215,14 @@ def _facts(problem: Problem, method: str) -> dict:
         "whether q, k or v needs a gradient": needs_grad(call),
         **{name: getattr(o, name) for name in o._fields},
     }
-    for name, x in zip(call._fields, call.tensors):
+    of_rows = {"q", "k", "v", "interval_starts", "interval_ends"}
+    if call.row_factors is not None and call.row_factors.shape != (call.batch,):
+        of_rows.add("row_factors")
+    for field, x in zip(call._fields, call.tensors):
         if x is None:
             continue
-        shape = tuple(x.shape)
-        if name in ("q", "k", "v") or (name == "row_factors" and shape != (call.batch,)):
+        shape, name = tuple(x.shape), ARGUMENTS.get(field, field)
+        if field in of_rows:
             shape = shape[1:] if call.varlen else (shape[0], *shape[2:])
             facts[f"shape of {name} but for the tokens"] = shape
         else:

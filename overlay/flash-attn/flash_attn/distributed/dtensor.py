@@ -17,7 +17,9 @@ from ..nosoftmax.call import TENSORS, Call, Options
 from .problem import unknown
 
 _BY_HEAD = ("alibi_slopes", "sigmoid_biases", "decay_slopes")
-_BY_SEQUENCE = ("row_factors", "diagonal")
+_BY_SEQUENCE = (
+    "row_factors", "diagonal", "target_counts", "context_counts", "interval_starts", "interval_ends",
+)  # fmt: skip
 _SUMMABLE = (torch.float32, torch.float64)  # 16-bit parts would be rounded before they are added
 
 
@@ -40,7 +42,8 @@ def _shardings(call: Call) -> list:
     of_batch = {name: batch for name in _BY_HEAD if name in given and given[name].ndim == 2}
     of_batch |= {name: batch for name in _BY_SEQUENCE if name in given}
     found.append((batch, batch, batch, batch, of_batch))
-    positional = o.window_left >= 0 or o.window_right >= 0 or {"alibi_slopes", "decay_slopes"} & given.keys()
+    limited = o.mask is not None or o.window_left >= 0 or o.window_right >= 0
+    positional = limited or {"alibi_slopes", "decay_slopes"} & given.keys()
     if positional or q.tensor_meta.dtype not in _SUMMABLE:
         return found
     rows = {"row_factors": tokens} if "row_factors" in given and given["row_factors"].ndim == 2 else {}

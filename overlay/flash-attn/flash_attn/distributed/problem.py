@@ -20,11 +20,12 @@ from .plan import ContextParallel
 # What the methods know of a call. Another tensor or option is refused, rather than ignored.
 _TENSORS = frozenset((
     "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "row_factors", "sigmoid_biases",
-    "decay_slopes",
+    "decay_slopes", "target_counts", "context_counts", "interval_starts", "interval_ends",
 ))  # fmt: skip
 _OPTIONS = frozenset((
     "max_seqlen_q", "max_seqlen_k", "softmax_scale", "window_left", "window_right", "softcap",
-    "deterministic", "activation", "sigmoid_bias", "normalization", "factor", "wide",
+    "deterministic", "activation", "sigmoid_bias", "normalization", "factor", "wide", "mask", "num_targets",
+    "num_contexts", "max_attn_len", "min_full_attn_seq_len", "target_group_size",
 ))  # fmt: skip
 _OFF = {"dropout_p": 0.0, "return_attn_probs": False}
 
@@ -42,19 +43,19 @@ class Problem:
     """A checked call with this rank's q, k and v, and the plan.
 
     whole: the call with the lengths of the whole sequences and the options as they were given. call: the same
-    with numbers and tensors in the places of the names that count keys, which holds for any part of the call.
-    dim: the axis of the tokens.
+    with numbers and tensors in the places of the names that count keys, which holds for any part of the call;
+    under a mask for any rows against all keys. dim: the axis of the tokens. positional: whether a block must
+    know where its queries lie.
     """
 
-    def __init__(self, call: Call, cp: ContextParallel, algorithm: str, backend: str) -> None:
-        self.cp, self.dim = cp, 0 if call.varlen else 1
+    def __init__(self, whole: Call, cp: ContextParallel, algorithm: str, backend: str) -> None:
+        self.cp, self.dim = cp, 0 if whole.varlen else 1
         self.among = wanted(algorithm, backend)
         self.algorithm, self.backend = algorithm, backend
-        longest = max(cp.plan.lengths, default=0)
-        options = call.options._replace(max_seqlen_q=longest, max_seqlen_k=longest)
-        self.whole = call._replace(options=options)
-        self.call = _counted(self.whole, cp)
-        self.distances = call.alibi_slopes is not None or call.decay_slopes is not None
+        self.whole, self.call = whole, _counted(whole, cp)
+        self.positional = (
+            whole.alibi_slopes is not None or whole.decay_slopes is not None or whole.options.mask == "hstu"
+        )
 
     def replaced(self, q: Optional[torch.Tensor], k: Optional[torch.Tensor], v: Optional[torch.Tensor]):
         """The same problem with other tensors, so that autograd alone keeps those of a call."""
@@ -71,9 +72,19 @@ class Problem:
     def parts(self) -> tuple:
         return self.cp.plan.parts[self.cp.rank]
 
-    def cut(self, x: Optional[torch.Tensor], rows: slice) -> Optional[torch.Tensor]:
+    @property
+    def by_row(self) -> dict:
+        """The tensors beside q, by field, that have an entry for each of this rank's queries."""
+        factors = self.call.row_factors
+        has_rows = factors is not None and (self.dim == 0 or factors.dim() == 2)
+        given = {"row_factors": factors} if has_rows else {}
+        if self.call.options.mask == "intervals":
+            given |= {name: getattr(self.call, name) for name in ("interval_starts", "interval_ends")}
+        return given
+
+    def cut(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
         """Some of the tokens of x, as a view."""
-        return x if x is None else x[rows] if self.dim == 0 else x[:, rows]
+        return x[rows] if self.dim == 0 else x[:, rows]
 
     def sees(self, part: Part, starts: tuple, lengths: tuple) -> bool:
         """Whether a query of the part may see one of the keys."""
@@ -102,16 +113,14 @@ class Problem:
     def block(self, part: Part, keys: Keys, q: torch.Tensor, wide: bool) -> Call:
         """The call of the part's queries against the keys. q: all of this rank's queries."""
         call, cp = self.call, self.cp
-        factors = call.row_factors
-        if factors is not None and (self.dim == 0 or factors.dim() == 2):
-            factors = self.cut(factors, part.rows)
+        of_rows = {name: self.cut(x, part.rows).contiguous() for name, x in self.by_row.items()}
         cu_q = cu_k = diagonal = None
         if self.dim == 0:
             cu_q, cu_k = (cp.on(q.device, "cumulative", x) for x in (part.lengths, keys.lengths))
         offsets = tuple(x - y for x, y in zip(part.starts, keys.starts))
         ends = tuple(y - x for x, y in zip(part.lengths, keys.lengths))
         left, right = self.window(part, keys)
-        if (self.distances or left >= 0 or right >= 0) and offsets != ends:
+        if (self.positional or left >= 0 or right >= 0) and offsets != ends:
             if self.dim == 1:
                 offsets = offsets * q.shape[0]
             diagonal = cp.on(q.device, "numbers", offsets)
@@ -121,7 +130,7 @@ class Problem:
         )  # fmt: skip
         return call._replace(
             q=self.cut(q, part.rows), k=keys.k, v=keys.v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k,
-            row_factors=factors, diagonal=diagonal, options=options,
+            diagonal=diagonal, options=options, **of_rows,
         )  # fmt: skip
 
     def forward(self, block: Call) -> torch.Tensor:
@@ -160,6 +169,8 @@ def _counted(call: Call, cp: ContextParallel) -> Call:
     wide = torch.promote_types(q.dtype, torch.float32)
     factors, biases, factor, bias = call.row_factors, call.sigmoid_biases, o.factor, o.sigmoid_bias
     norm = NORMALIZATIONS[o.normalization]
+    if norm.by_row and o.mask is not None:
+        return call  # blocks under a mask have all keys of their sequences, and count those that it leaves
     if norm.by_row:
         counts = _visible(call, cp)
         rows = norm.factor(None, counts.clamp(min=1).to(wide))

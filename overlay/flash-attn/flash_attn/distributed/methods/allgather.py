@@ -1,8 +1,8 @@
 """Gather the keys and values of all ranks, and add up their gradients.
 
 Each rank runs its queries against the keys that they may see: one call for a contiguous layout, two for a
-zigzag one. So no output is a sum of parts, and each dq is complete. dk and dv are sums over the ranks, in
-float32.
+zigzag one. So no output is a sum of parts, each dq is complete, and a mask finds all keys that it names. dk
+and dv are sums over the ranks, in float32.
 """
 
 from typing import Optional

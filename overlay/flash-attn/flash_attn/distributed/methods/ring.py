@@ -17,6 +17,8 @@ _KEYS, _GRADIENTS = 1, 2  # tags
 
 
 def obstacle(problem: Problem) -> Optional[str]:
+    if problem.call.options.mask is not None:
+        return "mask names keys of the whole sequence, of which only a part is here at a time"
     return None
 
 

@@ -1,7 +1,8 @@
 """Exchange tokens for heads: each rank gets all tokens of some heads, and runs them as on one device.
 
-No sum is cut, so nothing but the heads' share of q, k, v and the output moves, in their own dtype. Needs as
-many key heads as a multiple of the ranks (DeepSpeed Ulysses, arXiv 2309.14509).
+No sum is cut, so nothing but the heads' share of q, k, v and the output moves, in their own dtype, and what
+the call has for each row, a factor or the intervals of a mask. Needs as many key heads as a multiple of the
+ranks (DeepSpeed Ulysses, arXiv 2309.14509).
 """
 
 from typing import Optional
@@ -23,48 +24,63 @@ def obstacle(problem: Problem) -> Optional[str]:
 def moved(problem: Problem, backward: bool) -> int:
     q, k, v = problem.call.tensors[:3]
     channels = q.shape[-2] * (q.shape[-1] + v.shape[-1]) + k.shape[-2] * (k.shape[-1] + v.shape[-1])
-    batch, tokens = 1 if problem.dim == 0 else q.shape[0], max(problem.cp.plan.sizes)
-    return batch * tokens * channels * q.element_size() * (problem.cp.world - 1) // problem.cp.world
+    batch, others = 1 if problem.dim == 0 else q.shape[0], problem.cp.world - 1
+    rows = batch * max(problem.cp.plan.sizes)
+    moved = rows * channels * q.element_size() * others // problem.cp.world
+    if not backward:
+        for x in _by_row(problem).values():
+            moved += others * rows * x.shape[problem.dim + 1 :].numel() * x.element_size()
+    return moved
 
 
 def blocks(problem: Problem) -> list:
+    dim, total = problem.dim, problem.cp.plan.total
     q, k, v = (
-        x.new_empty(1).expand(*x.shape[: problem.dim], problem.cp.plan.total, x.shape[-2] // problem.cp.world,
-                              x.shape[-1])
+        x.new_empty(1).expand(*x.shape[:dim], total, x.shape[-2] // problem.cp.world, x.shape[-1])
         for x in problem.call.tensors[:3]
-    )  # fmt: skip
+    )
     if problem.call.q.requires_grad:
         q = q.detach().requires_grad_()
-    return [_share(problem, q, k, v, None)]
+    rows = {
+        name: x.new_empty(1).expand(*x.shape[:dim], total, *x.shape[dim + 1 :])
+        for name, x in _by_row(problem).items()
+    }
+    return [_share(problem, q, k, v, rows)]
 
 
 def forward(problem: Problem) -> tuple:
     q, k, v = _to_heads(problem, problem.call.tensors[:3])
-    factors = problem.whole.row_factors
-    if factors is not None and (problem.dim == 0 or factors.dim() == 2):
-        factors = problem.call.row_factors  # by row, for packed calls
-        (factors,) = problem.cp.gathered([factors], problem.dim)
-    out = problem.forward(_share(problem, q, k, v, factors))
+    rows = {name: problem.cp.gathered([x], problem.dim)[0] for name, x in _by_row(problem).items()}
+    out = problem.forward(_share(problem, q, k, v, rows))
     (out,) = _to_tokens(problem, [out])
-    return out, (q, k, v, factors)
+    return out, (q, k, v, *rows.values())
 
 
 def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
-    q, k, v, factors = kept
+    q, k, v, *rows = kept
     (dout,) = _to_heads(problem, [dout])
-    return tuple(_to_tokens(problem, problem.backward(_share(problem, q, k, v, factors), dout)))
+    share = _share(problem, q, k, v, dict(zip(_by_row(problem), rows)))
+    return tuple(_to_tokens(problem, problem.backward(share, dout)))
 
 
-def _share(problem: Problem, q, k, v, factors: Optional[torch.Tensor]) -> Call:
-    """The call of this rank's heads."""
+def _by_row(problem: Problem) -> dict:
+    """This rank's part of what the whole call has for each row, by field."""
+    given = problem.by_row
+    if problem.whole.row_factors is None:
+        given.pop("row_factors", None)  # they stand for a name, which the whole call still has
+    return given
+
+
+def _share(problem: Problem, q, k, v, rows: dict) -> Call:
+    """The call of this rank's heads. rows: the tensors of _by_row for all rows."""
     call, rank, world = problem.whole, problem.cp.rank, problem.cp.world
 
     def of_heads(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
         return x if x is None else x.chunk(world, -1)[rank].contiguous()
 
     return call._replace(
-        q=q, k=k, v=v, row_factors=factors, alibi_slopes=of_heads(call.alibi_slopes),
-        sigmoid_biases=of_heads(call.sigmoid_biases), decay_slopes=of_heads(call.decay_slopes),
+        q=q, k=k, v=v, alibi_slopes=of_heads(call.alibi_slopes), decay_slopes=of_heads(call.decay_slopes),
+        sigmoid_biases=of_heads(call.sigmoid_biases), **rows,
     )  # fmt: skip
 
 
