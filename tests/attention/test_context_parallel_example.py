@@ -30,8 +30,8 @@ def test_the_example():
 @pytest.mark.slow
 def test_the_comparison_with_one_device():
     script = "tests/gpu/context_parallel_nccl.py"
-    out = run(script, "--tokens", "101", "--head-dim", "8", "--scores", "decay", "rows", "window")
-    assert "0 beyond the bound" in out and out.count("does not apply") == 2
+    out = run(script, "--tokens", "101", "--head-dim", "8", "--scores", "rows", "window", "hstu", "intervals")
+    assert "0 beyond the bound" in out and out.count("does not apply") == 2 + 2 * 4
 
 
 @pytest.mark.slow

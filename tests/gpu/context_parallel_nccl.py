@@ -19,10 +19,12 @@ import torch
 import torch.distributed as dist
 from flash_attn import flash_attn_func, flash_attn_varlen_func
 from flash_attn.distributed import ContextParallel
+from flash_attn.masks import HSTU, Intervals
 from torch import Tensor
 
 METHODS, LAYOUTS = ("state", "ulysses", "allgather", "ring"), ("contiguous", "zigzag")
-SCORES = ("identity", "decay", "silu", "sigmoid", "1/visible", "alibi", "window", "rows")
+SCORES = ("identity", "decay", "silu", "sigmoid", "1/visible", "alibi", "window", "rows", "hstu", "intervals")
+NOT_CAUSAL = "window", "hstu", "intervals"  # they say themselves what is visible
 # Lengths that no tile divides; packed sequences begin and end anywhere, and some lie on several ranks.
 TOKENS, LENGTHS = 1001, (130, 0, 1, 500, 370)
 HEADS, HEADS_K = 8, 4
@@ -42,7 +44,22 @@ def options_of(score: str, tokens: int, device: torch.device) -> dict:
         "alibi": dict(alibi_slopes=slopes, activation="softplus", normalization=1 / 64),
         "window": dict(window_size=(90, 30), activation="relu", normalization=1 / 64),
         "rows": dict(normalization="rows"),
+        "hstu": dict(activation="silu", normalization="1/visible"),
+        "intervals": dict(activation="silu", normalization=1 / 64),
     }[score]
+
+
+def hstu(packed: bool, tokens: int, device: torch.device) -> HSTU:
+    targets, contexts = ((30, 0, 1, 100, 40), (8, 0, 0, 3, 0)) if packed else ((tokens // 10, 0), (8, 3))
+    return HSTU(*(torch.tensor(x, device=device) for x in (targets, contexts)), max_attn_len=60)
+
+
+def intervals(lengths: tuple, device: torch.device) -> Intervals:
+    """The first 16 and the last 90 keys before each row."""
+    row = torch.cat([torch.arange(n, device=device) for n in lengths])
+    starts = torch.stack([torch.zeros_like(row), (row - 89).clamp(min=16)], -1)
+    ends = torch.stack([(row + 1).clamp(max=16), row + 1], -1)
+    return Intervals(starts, torch.maximum(starts, ends))
 
 
 def call(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor | None, options: dict) -> Tensor:
@@ -67,7 +84,7 @@ def worst(method: str, layout: str, score: str, packed: bool, causal: bool, dtyp
     q, k, v, dout = (
         torch.randn(*tokens, n, args.head_dim, generator=generator).to(device, dtype) for n in heads
     )
-    options = {"causal": causal and score != "window", **options_of(score, tokens[-1], device)}
+    options = {"causal": causal and score not in NOT_CAUSAL, **options_of(score, tokens[-1], device)}
     dim = 0 if packed else 1
     cp = ContextParallel(
         None, layout, method=method, **(dict(cu_seqlens=offsets) if packed else dict(seqlen=args.tokens))
@@ -76,11 +93,17 @@ def worst(method: str, layout: str, score: str, packed: bool, causal: bool, dtyp
     if score == "rows":
         options["normalization"] = torch.rand(tokens, generator=generator).to(device) / 64
         own["normalization"] = cp.shard(options["normalization"], dim)
+    elif score == "hstu":
+        options["mask"] = own["mask"] = hstu(packed, args.tokens, device)
+    elif score == "intervals":
+        mask = intervals(LENGTHS if packed else (args.tokens,), device)
+        mask = mask if packed else Intervals(*(x.expand(2, *x.shape) for x in mask))
+        options["mask"], own["mask"] = mask, Intervals(*(cp.shard(x, dim) for x in mask))
     given = [cp.shard(x, dim) for x in (q, k, v)]
     try:
         found = results(given, cp.shard(dout, dim), offsets, {**own, "context_parallel": cp})
-    except ValueError as error:
-        if not str(error).startswith(f'method="{method}" is not possible'):
+    except (ValueError, NotImplementedError) as error:
+        if not str(error).startswith((f'method="{method}" is not possible', "no backend can run")):
             raise
         return None
     expected = results([q, k, v], dout, offsets, options)
