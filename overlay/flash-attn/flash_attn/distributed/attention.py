@@ -164,11 +164,10 @@ def _of_whole(call: Call, cp: ContextParallel) -> Call:
 def _check_mask(call: Call, cp: ContextParallel) -> None:
     """Check a mask against the whole sequences: counts are of these, and intervals of this rank's rows."""
     masking.check(call)
-    lengths = cp.plan.lengths if call.varlen else cp.plan.lengths * call.batch
     if not call.q.is_cpu:
         return
     if call.options.mask == "hstu":
-        masking.counts(call, lengths)
+        masking.counts(call, cp.plan.lengths if call.varlen else cp.plan.lengths * call.batch)
     elif call.options.mask == "intervals":
         keys = cp.on(call.q.device, "numbers", cp.plan.lengths)
         keys = keys[cp.on(call.q.device, "sequences")] if call.varlen else keys
