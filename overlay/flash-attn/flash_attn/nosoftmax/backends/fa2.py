@@ -41,9 +41,9 @@ def obstacle(call: Call) -> Optional[str]:
     return None
 
 
-def _score(call: Call) -> Optional[tuple]:
+def _score(call: Call, diagonal: Optional[torch.Tensor]) -> Optional[tuple]:
     """Return the extension's argument `score` (ScoreArguments in csrc/flash_attn/src/use_softmax.h)."""
-    o, factors, diagonal = call.options, call.row_factors, _diagonal(call)
+    o, factors = call.options, call.row_factors
     if (
         factors is None
         and call.decay_slopes is None
@@ -116,12 +116,12 @@ def _contiguous(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def _window(call: Call) -> tuple:
+def _window(call: Call, diagonal: Optional[torch.Tensor]) -> tuple:
     """Return causal, left and right. If causal, the extension sets the right side itself, and takes its
     faster causal kernels if left is unlimited. With a diagonal causal is a window as any other.
     """
     o = call.options
-    if _diagonal(call) is not None:
+    if diagonal is not None:
         return False, o.window_left, o.window_right
     return o.causal, o.window_left, -1 if o.causal else o.window_right
 
@@ -129,8 +129,9 @@ def _window(call: Call) -> tuple:
 def forward(call: Call) -> Result:
     if call.cache is not None:
         return _with_cache(call)
-    (q, k, v), o, score = _taken(call.q, call.k, call.v), call.options, _score(call)
-    window, s_dmask = _window(call), o.return_attn_probs and o.dropout_p > 0.0
+    (q, k, v), o, diagonal = _taken(call.q, call.k, call.v), call.options, _diagonal(call)
+    window, score = _window(call, diagonal), _score(call, diagonal)
+    s_dmask = o.return_attn_probs and o.dropout_p > 0.0
     if not call.varlen:
         out, _, mask, rng_state = extension.load().fwd(
             q,
@@ -161,8 +162,8 @@ def forward(call: Call) -> Result:
 
 
 def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
-    (dout, q, k, v), o = _taken(dout, call.q, call.k, call.v), call.options
-    window, score = _window(call), _score(call)
+    (dout, q, k, v), o, diagonal = _taken(dout, call.q, call.k, call.v), call.options, _diagonal(call)
+    window, score = _window(call, diagonal), _score(call, diagonal)
     # Without softmax the extension reads neither `out` nor the log-sum-exp, but checks them: q has the shape
     # of `out`, and any tensor passes as the log-sum-exp.
     if not call.varlen:
@@ -192,7 +193,7 @@ def _with_cache(call: Call) -> Result:
     out, _ = extension.load().fwd_kvcache(
         q, call.k, call.v, _contiguous(given.k), _contiguous(given.v), seqlens, given.rotary_cos,
         given.rotary_sin, given.cache_batch_idx, call.leftpad_k, call.block_table, call.alibi_slopes, None,
-        o.softmax_scale, *_window(call), o.softcap, given.rotary_interleaved, given.num_splits, False,
-        _score(call),
+        o.softmax_scale, *_window(call, None), o.softcap, given.rotary_interleaved, given.num_splits, False,
+        _score(call, None),
     )  # fmt: skip
     return Result(out)
