@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ..nosoftmax import checks, ops
 from ..nosoftmax.backends.cpu.rotary import apply_rotary
-from ..nosoftmax.call import Call
+from ..nosoftmax.call import Call, compute_dtype
 from ..nosoftmax.choice import choose, wanted
 from ..nosoftmax.score import NORMALIZATIONS, saturate_
 from .plan import ContextParallel
@@ -76,7 +76,7 @@ def _sums(call: Call, cp: ContextParallel) -> torch.Tensor:
     filled = [cp.plan.total] * batch if given.cache_seqlens is None else given.cache_seqlens.tolist()
     rows = range(batch) if given.cache_batch_idx is None else given.cache_batch_idx.tolist()
     skipped = [0] * batch if call.leftpad_k is None else call.leftpad_k.tolist()
-    out = q.new_zeros(*q.shape[:-1], call.v.shape[-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    out = q.new_zeros(*q.shape[:-1], call.v.shape[-1], dtype=compute_dtype(q.dtype))
     for b, row in enumerate(rows):
         q_b = _turned(call, q[b], torch.arange(seqlen_q) * int(given.steps) + filled[b])
         if seqlen_new:
@@ -119,7 +119,7 @@ def _append(cp: ContextParallel, caches: tuple, new: tuple, filled: int) -> None
 def _of_sequence(call: Call, b: int, q: torch.Tensor, used: int, skipped: int) -> Call:
     """The call of one sequence, without its keys. used, skipped: where its keys end and begin."""
     o, n = call.options, max(used - skipped, 1)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = compute_dtype(q.dtype)
     norm, factor, factors = NORMALIZATIONS[o.normalization], o.factor, call.row_factors
     if norm.by_row:
         at = torch.arange(q.shape[0]) + used - q.shape[0]

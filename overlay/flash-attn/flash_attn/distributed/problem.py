@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 import torch
 
 from ..nosoftmax import ops
-from ..nosoftmax.call import TENSORS, Call
+from ..nosoftmax.call import TENSORS, Call, compute_dtype
 from ..nosoftmax.choice import choose, wanted
 from ..nosoftmax.score import NORMALIZATIONS
 from .layout import Part
@@ -66,7 +66,7 @@ class Problem:
     @property
     def wide(self) -> torch.dtype:
         """The dtype of sums."""
-        return torch.promote_types(self.call.q.dtype, torch.float32)
+        return compute_dtype(self.call.q.dtype)
 
     @property
     def parts(self) -> tuple:
@@ -166,7 +166,7 @@ def _counted(call: Call, cp: ContextParallel) -> Call:
     """Replace the names that count keys by numbers for dense calls, and by tensors where sequences or rows
     differ. Tensors have the dtype of sums, so that float64 calls lose nothing."""
     o, q = call.options, call.q
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = compute_dtype(q.dtype)
     factors, biases, factor, bias = call.row_factors, call.sigmoid_biases, o.factor, o.sigmoid_bias
     norm = NORMALIZATIONS[o.normalization]
     if norm.by_row and o.mask is not None:

@@ -9,6 +9,13 @@ from typing import Any, NamedTuple, Optional, get_type_hints
 import torch
 
 
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which calls with tensors of `dtype` are computed, and results are added up: float32 for 16
+    bit, otherwise their own.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
 class Options(NamedTuple):
     """The checked options of a call, with all defaults filled in. Hashable.
 
@@ -123,7 +130,7 @@ class Call(NamedTuple):
     @property
     def out_dtype(self) -> torch.dtype:
         """The dtype of the output and of the gradients: q's, or if wide that of the computation."""
-        return torch.promote_types(self.q.dtype, torch.float32) if self.options.wide else self.q.dtype
+        return compute_dtype(self.q.dtype) if self.options.wide else self.q.dtype
 
     @property
     def tensors(self) -> tuple:

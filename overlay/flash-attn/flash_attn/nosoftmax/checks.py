@@ -13,7 +13,7 @@ from typing import Any, Optional, Sequence
 
 import torch
 
-from .call import Call, Options
+from .call import Call, Options, compute_dtype
 from .score import ACTIVATIONS, resolve
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -171,7 +171,7 @@ _options_again = lru_cache(4096, typed=True)(_options)
 
 def wide(out_dtype: Any, q: torch.Tensor) -> bool:
     """Return whether results stay in the dtype of the computation. out_dtype: None, q's dtype or that one."""
-    compute = torch.promote_types(q.dtype, torch.float32)
+    compute = compute_dtype(q.dtype)
     if out_dtype is None or out_dtype == q.dtype != compute:
         return False
     if out_dtype != compute:

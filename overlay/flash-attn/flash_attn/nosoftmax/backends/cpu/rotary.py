@@ -2,6 +2,7 @@
 
 import torch
 
+from ...call import compute_dtype
 from ...score import saturate_
 
 
@@ -21,7 +22,7 @@ def apply_rotary(
     `saturate`, numbers beyond float16's range become its largest.
     """
     half = cos.shape[1]
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = compute_dtype(x.dtype)
     cos, sin = (table[positions].to(wide).unsqueeze(-2) for table in (cos, sin))
     turned = x[..., : 2 * half].to(wide)
     first, second = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)

@@ -7,7 +7,7 @@ from typing import Optional
 
 import torch
 
-from ...call import Call, Options
+from ...call import Call, Options, compute_dtype
 from ...intervals import HSTUSequence
 from ...score import ACTIVATIONS, NORMALIZATIONS, Activation, Bias
 from .dropout import Dropout
@@ -48,7 +48,7 @@ class Sequences:
         rows: the queries of a packed sequence.
         """
         o, nheads, nheads_k = call.options, call.q.shape[-2], call.k.shape[-2]
-        dtype = torch.promote_types(call.q.dtype, torch.float32)
+        dtype = compute_dtype(call.q.dtype)
 
         def by_head(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
             if x is None:
@@ -71,8 +71,7 @@ class Sequences:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """float32 for 16-bit tensors, otherwise their own dtype."""
-        return torch.promote_types(self.dtype, torch.float32)
+        return compute_dtype(self.dtype)
 
     @property
     def f(self) -> Activation:

@@ -13,6 +13,7 @@ from typing import Callable, Optional
 
 import torch
 
+from ...call import compute_dtype
 from ...score import saturate_
 from .form import ANTICAUSAL, CAUSAL, FULL, NOTHING, ROW, Form, Given
 
@@ -111,7 +112,7 @@ class _Chunks:
         given: Given = NOTHING,
         diagonal: Optional[int] = None,
     ) -> None:
-        self.form, self.dtype = form, torch.promote_types(q.dtype, torch.float32)
+        self.form, self.dtype = form, compute_dtype(q.dtype)
         self._row_factors = None if given.row_factors is None else given.row_factors.to(self.dtype)
         slopes, self.heads = given.decay_slopes, min(q.shape[2], k.shape[2])
         self.decays = slopes is not None

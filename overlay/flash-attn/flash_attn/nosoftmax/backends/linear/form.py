@@ -5,7 +5,7 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from ...call import Call
+from ...call import Call, compute_dtype
 
 FULL, CAUSAL, ANTICAUSAL = "full", "causal", "anticausal"
 SEQUENCE, ROW = "sequence", "row"
@@ -91,7 +91,7 @@ class Form(NamedTuple):  # not a dataclass, which takes several times as long to
 
     def out_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of the result for tensors of this dtype."""
-        return torch.promote_types(dtype, torch.float32) if self.wide else dtype
+        return compute_dtype(dtype) if self.wide else dtype
 
     @property
     def mask(self) -> str:

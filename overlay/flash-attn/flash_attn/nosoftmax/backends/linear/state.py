@@ -17,7 +17,7 @@ from typing import Any, Optional
 import torch
 
 from ... import checks, flops, ops
-from ...call import TENSORS, Call, Options, declared
+from ...call import TENSORS, Call, Options, compute_dtype, declared
 from ...score import saturate_
 from . import primitive
 from .chunked import decay_of
@@ -212,7 +212,7 @@ def _across(
     """Return what the outputs of dense pieces get from the state before them, in the compute dtype (None
     without one), and the state after them.
     """
-    wide, (factors, slopes, _) = torch.promote_types(q.dtype, torch.float32), given
+    wide, (factors, slopes, _) = compute_dtype(q.dtype), given
     keys, from_state, before = k.to(wide), 1.0, None
     if slopes is not None:
         slopes = slopes.to(wide)[..., None, :, None]
