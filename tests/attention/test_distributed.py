@@ -207,6 +207,11 @@ def test_the_others_hear_of_an_error(ranks, name):
         assert error[1].startswith(f"no rank has begun: rank {ranks.world - 1} raised {kind.__name__}: ")
 
 
+def test_an_error_keeps_no_plan(ranks):
+    """A group that lives until the process ends has threads then, which gloo may not survive."""
+    assert ranks.run(cases.let_go_after_an_error) == [True] * ranks.world
+
+
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_a_cache_over_the_ranks(ranks, layout):
     ranks.run(cases.decoded, layout)

@@ -33,7 +33,10 @@ def agree(group: dist.ProcessGroup, check: bool, prepare: Callable) -> object:
     text = None if error is None else f"{type(error).__name__}: {error}"
     dist.all_gather_object(told, (text, facts), group=group)
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # else it keeps this frame, and the frame keeps it and the group
     failed = [f"rank {rank} raised {text}" for rank, (text, _) in enumerate(told) if text is not None]
     if failed:
         raise RuntimeError("no rank has begun: " + "; ".join(failed))
