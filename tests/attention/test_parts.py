@@ -62,6 +62,10 @@ class Runner:
         return self.forced[1] == "linear"
 
     @property
+    def hopper(self) -> bool:
+        return self.forced == ("backend", "fa4")
+
+    @property
     def exact(self) -> bool:
         return self.dtype == F64
 
@@ -82,7 +86,9 @@ class Runner:
         """Skip the test if the backend does not take these options, else return them for it."""
         if self.linear and options.keys() & {"activation", "alibi_slopes", "softcap", "window_size", "mask"}:
             pytest.skip("linear time is not exact with these options")
-        if "mask" in options and (self.device, self.linear) != ("cpu", False):
+        if self.hopper and "alibi_slopes" in options:
+            pytest.skip("FA4 has no alibi_slopes")
+        if "mask" in options and self.device != "cpu" and not self.hopper:
             pytest.skip("the extension has no kernels for masks")
 
         def on_device(x):
@@ -124,8 +130,8 @@ RUNNERS = {
     "linear": Runner("cpu", ("algorithm", "linear"), F64, 8, 6),
     INTERPRETED: Runner("cpu", ("algorithm", "linear"), torch.float16, 16, 16),
 }
-# Heads of 64 fill a tile of the extension, and heads of 40 do not.
-for name, variant in (("fa2", "quadratic"), ("linear", "linear")):
+# Heads of 64 fill a tile, and heads of 40 do not.
+for name, variant in (("fa2", "quadratic"), ("linear", "linear"), ("fa4", "fa4")):
     for dtype, head_dim in ((torch.bfloat16, 64), (torch.float16, 40)):
         (forced,) = VARIANTS["cuda", variant].items()
         label = f"{name} {str(dtype).removeprefix('torch.')}"
@@ -137,7 +143,7 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> R
     """Each backend that takes the options; the Triton kernels are interpreted where there is no GPU."""
     runner = RUNNERS[request.param]
     if runner.device == "cuda":
-        if why := missing("cuda", "linear" if runner.linear else "quadratic"):
+        if why := missing("cuda", "linear" if runner.linear else "fa4" if runner.hopper else "quadratic"):
             pytest.skip(why)
     elif not runner.exact:
         if importlib.util.find_spec("triton") is None or torch.cuda.is_available():
@@ -310,6 +316,8 @@ def test_rows_of_no_sequence_are_zero(runner):
 
 def test_what_is_out_of_sight_is_not_read(runner):
     """NaN in queries before and behind all keys that they may see, and in keys that no query sees."""
+    if runner.hopper:
+        pytest.skip("a tile of FA4 has keys that no query sees beside others: docs/fa4.md, Limits")
     window: dict[str, Any] = dict(causal=True, **({} if runner.linear else {"window_size": (5, 0)}))
     for diagonal, rows, keys in ((10, slice(25, 30), slice(0, 5)), (-10, slice(0, 10), slice(20, 30))):
         given = runner.sample(30, 30)

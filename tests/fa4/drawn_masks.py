@@ -1,4 +1,5 @@
-"""Draw masks of flash_attn.masks for the tests of ranges.py and of the tile loops, with their definition.
+"""Draw masks of flash_attn.masks, and windows with a diagonal, for the tests of ranges.py and of the tile
+loops, with their definition.
 
 The reference is the definition by comparison of positions, of generative-recommenders with groups.
 """
@@ -21,6 +22,7 @@ class Case(NamedTuple):
     window: int
     full: int
     group: int
+    diagonal: int | None = None
 
     @property
     def kind(self) -> tuple:
@@ -34,8 +36,9 @@ class Case(NamedTuple):
 
     @property
     def sequence(self):
-        numbers = dict(zip(HSTUKind._fields, self[2:]))
-        return ranges.HSTURanges.of(ranges.Ints, self.kind, self.seqlen_q, self.seqlen_k, numbers)
+        numbers = dict(zip(HSTUKind._fields, self[2:-1]))
+        lengths = self.seqlen_q, self.seqlen_k
+        return ranges.HSTURanges.of(ranges.Ints, self.kind, *lengths, numbers, self.diagonal)
 
     def visible(self) -> np.ndarray:
         """(seqlen_q, seqlen_k)"""
@@ -53,10 +56,34 @@ class Case(NamedTuple):
         among = is_target[:, None] & is_target
         seen = np.where(among, (group[:, None] == group) & (i[:, None] >= i), seen)
         out = np.zeros((self.seqlen_q, n), bool)
-        rows = min(self.seqlen_q, n)
-        if rows:
-            out[self.seqlen_q - rows :] = seen[n - rows :]
+        first = n - self.seqlen_q if self.diagonal is None else self.diagonal
+        before = min(max(-first, 0), self.seqlen_q)  # rows before position 0 see nothing
+        out[before:] = seen[first + before :][: self.seqlen_q - before]
         return out
+
+
+class Window(NamedTuple):
+    """A window of `left` and `right` keys, None without limit."""
+
+    seqlen_q: int
+    seqlen_k: int
+    diagonal: int
+    left: int | None
+    right: int | None
+
+    @property
+    def sequence(self):
+        return ranges.WindowRanges(ranges.Ints, *self)
+
+    def visible(self) -> np.ndarray:
+        """(seqlen_q, seqlen_k)"""
+        distance = np.arange(self.seqlen_k) - (np.arange(self.seqlen_q)[:, None] + self.diagonal)
+        seen = np.ones_like(distance, bool)
+        if self.left is not None:
+            seen &= distance >= -self.left
+        if self.right is not None:
+            seen &= distance <= self.right
+        return seen
 
 
 def drawn(seed: int, most: int = 700) -> Case:
@@ -69,6 +96,25 @@ def drawn(seed: int, most: int = 700) -> Case:
     queries = draw.choice([n, n, draw.randint(1, max(n, 1)), n + draw.randint(0, 40)])
     group = draw.choice([1, draw.randint(2, 9), draw.randint(10, 200)])
     return Case(queries, n, targets, contexts, window, full, group)
+
+
+def drawn_part(seed: int, most: int = 700) -> Case:
+    """A mask with a diagonal: some of its rows, or rows before position 0."""
+    case, draw = drawn(seed, most), random.Random(-seed)
+    queries = draw.choice([case.seqlen_q, draw.randint(0, case.seqlen_k)])
+    diagonal = draw.randint(-draw.choice([0, 30]), max(case.seqlen_k - queries, 0))
+    return case._replace(seqlen_q=min(queries, case.seqlen_k - diagonal), diagonal=diagonal)
+
+
+def drawn_window(seed: int, most: int = 700) -> Window:
+    """A window whose queries lie before, among or behind the keys, or far away."""
+    draw = random.Random(seed)
+    seqlen_q, seqlen_k = (draw.choice([draw.randint(0, 40), draw.randint(1, most)]) for _ in "qk")
+    diagonal = draw.choice([
+        draw.randint(-seqlen_q - 20, seqlen_k + 20), seqlen_k - seqlen_q, -(2**30), 2**30,
+    ])  # fmt: skip
+    sides = (draw.choice([None, 0, draw.randint(0, 30), draw.randint(0, most), 2**30]) for _ in "lr")
+    return Window(seqlen_q, seqlen_k, diagonal, *sides)
 
 
 def drawn_intervals(seed: int, seqlen_q: int, seqlen_k: int, k: int) -> tuple[np.ndarray, np.ndarray]:

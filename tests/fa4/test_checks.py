@@ -114,7 +114,6 @@ def test_given_factors_and_biases_are_served(options):
         ({}, {"dropout_p": 0.1}, "dropout_p"),
         ({}, {"alibi_slopes": torch.ones(4, device="meta")}, "alibi_slopes"),
         ({}, {"leftpad_k": torch.ones(2, dtype=torch.int32, device="meta")}, "leftpad_k"),
-        ({}, {"diagonal": torch.zeros(2, dtype=torch.int32, device="meta")}, "diagonal"),
         ({}, {"learnable_sink": torch.ones(4)}, "learnable_sink"),
         ({}, {"qv": torch.ones(4)}, "qv"),
         ({}, {"num_splits": 2}, "num_splits must be 1, got 2"),

@@ -54,6 +54,8 @@ keys += [hash_callable(of_activation(a, b, c, None, False).score_mod)
              0.0), ("sigmoid", "by head", 0.0))]
 keys += [hash_callable(of_activation("silu", 0.0, 0.0, n, decays).score_mod)
          for n in ("1/n", "number", "sequence", "row") for decays in (False, True)]
+keys += [hash_callable(of_activation("silu", 0.0, 0.0, None, False, has_diagonal=True, window=w).score_mod)
+         for w in ((False, False), (False, True), (True, False), (True, True), None)]
 print(json.dumps([len(keys), len(set(keys))]))
 """
     total, different = said(compiler[0], trees[1], program)

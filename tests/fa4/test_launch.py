@@ -325,7 +325,8 @@ print(json.dumps(step((2, 5, 2, 8), sequence_factors=linspace(2), aux_tensors=[l
 
 
 def test_masks_reach_the_kernels_first(run):
-    """Parts of a mask come before factors; numbers are part of the key of a plan, tensors are not."""
+    """A diagonal comes before the parts of a mask, and these before factors; numbers are part of the key of a
+    plan, tensors are not."""
     found, count = run(
         GIVEN
         + """
@@ -333,14 +334,15 @@ found = []
 for parts, top in (((3, 7), 4), ((3, 7), 5), ((3, 8), 5)):
     counts = offsets(1, top)
     found.append(step((2, 5, 2, 8), mask_numbers=parts, mask_tensors=(counts,), row_factors=linspace(2, 5,
-        to=9.0), factor=None))
+        to=9.0), factor=None, diagonal=offsets(-top, top)))
 print(json.dumps([found, len(runs)]))
 """
     )
     rows = [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     for steps, numbers, top in zip(found, ([3, 7], [3, 7], [3, 8]), (4, 5, 5)):
         assert steps == [
-            ["forward", [[1, top], rows], numbers], ["backward", [[1, top], rows, [4, 9]], numbers]
+            ["forward", [[-top, top], [1, top], rows], numbers],
+            ["backward", [[-top, top], [1, top], rows, [4, 9]], numbers],
         ]  # fmt: skip
     assert count == 4
 

@@ -89,3 +89,44 @@ def test_rows_before_the_first_position_are_left_out_of_a_batch():
     for mask, first in (("hstu", 10), ("intervals", 0)):
         asked = call(mask=mask, num_targets=3)._replace(q=q, k=k, v=v)
         assert hopper._first_query(asked, hopper.Extras((None, None))) == first
+
+
+SLOPES = {"decay_slopes": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    "tensors, fields, window, numbers",
+    [
+        ({}, dict(window_right=0), (False, True), (0,)),
+        ({}, dict(window_left=2**31 - 1, window_right=3), (True, True), (2**30, 3)),
+        ({}, dict(window_left=7), (True, False), (7,)),
+        (SLOPES, {}, (False, False), ()),
+        ({"target_counts": COUNTS}, dict(mask="hstu"), None, ()),
+        (
+            {**SLOPES, **dict.fromkeys(("interval_starts", "interval_ends"), torch.zeros(2, 30, 3))},
+            dict(mask="intervals"), None, (),
+        ),
+    ],
+)  # fmt: skip
+def test_a_diagonal_makes_a_mask_of_the_window(tensors, fields, window, numbers):
+    diagonal = torch.tensor([5, -3], dtype=torch.int32)
+    asked = call({**tensors, "diagonal": diagonal}, **fields)
+    given = launched(asked)
+    mark = no_softmax_of(given.mods.score_mod)
+    assert mark.has_diagonal and mark.window == window
+    assert (given.mask_numbers, given.causal, given.window) == (numbers, False, (None, None))
+    assert given.hides and given.masks(packed=True)[0].tolist() == [5, -3]
+    assert hopper._indexed(asked, hopper.Extras((None, None)))
+
+
+def test_a_diagonal_counts_where_a_position_does():
+    diagonal = torch.tensor([5, -3], dtype=torch.int32)
+    asked = (
+        call({"diagonal": diagonal}),
+        call(
+            {"diagonal": diagonal, "interval_starts": COUNTS[:, None, None], "interval_ends": COUNTS},
+            mask="intervals",
+        ),
+    )
+    for given in map(launched, asked):
+        assert given.diagonal is None and not no_softmax_of(given.mods.score_mod).has_diagonal

@@ -1,12 +1,13 @@
-"""The blocks that tiles visit under flash_attn.masks.HSTU, in Python's integers: the kernels run the same
-functions of ranges.py.
+"""The blocks that tiles visit under flash_attn.masks.HSTU and in a window with a diagonal, in Python's
+integers: the kernels run the same functions of ranges.py.
 """
 
 import random
+from itertools import product
 
 import numpy as np
 import pytest
-from drawn_masks import Case, drawn, drawn_intervals, interval_ranges
+from drawn_masks import Case, Window, drawn, drawn_intervals, drawn_part, drawn_window, interval_ranges
 from overlay_package import module
 
 ranges = module("ranges")
@@ -30,9 +31,13 @@ def visits(blocks, name: str) -> tuple[list[int], list[int]]:
     return order[: blocks.split], order[blocks.split :]
 
 
+drawing = pytest.mark.parametrize("drawn", [drawn, drawn_part, drawn_window])
+
+
 @pytest.mark.slow
+@drawing
 @pytest.mark.parametrize("part", range(4))
-def test_tiles_visit_what_they_see(part):
+def test_tiles_visit_what_they_see(part, drawn):
     """Each tile visits the blocks with an entry that it sees and no other, and blocks without a mask are
     wholly visible. Forward and backward visit the same, which the deterministic order of dQ relies on."""
     extra = interior = 0
@@ -78,8 +83,9 @@ def test_blocks_without_a_mask_are_found():
         assert sorted(plain) == list(np.flatnonzero(~hidden[:, n])), n
 
 
+@drawing
 @pytest.mark.parametrize("part", range(2))
-def test_entries(part):
+def test_entries(part, drawn):
     """The intervals of a row and those of a key are the mask, and rows count their keys."""
     for seed in range(part, CASES // 4, 2):
         case = drawn(10_000 + seed, most=120)
@@ -94,6 +100,43 @@ def test_entries(part):
                 by_key[max(first - sequence.offset, 0) : max(end - sequence.offset, 0), key] = True
         assert (by_row == seen).all(), case
         assert (by_key == seen).all(), case
+
+
+@pytest.mark.parametrize("left, right", [(None, None), (None, 0), (100, 0), (0, None), (70, 300)])
+def test_blocks_in_a_window_without_a_mask_are_found(left, right):
+    """Every block that is wholly visible, of rows that lie among the keys, before them and behind them."""
+    for diagonal in (-300, 0, 128, 500, 900):
+        case = Window(640, 768, diagonal, left, right)
+        hidden = tiled(~case.visible(), 128, 64)
+        for m in range(5):
+            plain, _ = visits(case.sequence.keys(m, 128, 64), m)
+            assert sorted(plain) == list(np.flatnonzero(~hidden[m])), (case, m)
+        for n in range(12):
+            _, plain = visits(case.sequence.queries(n, 128, 64), n)
+            assert sorted(plain) == list(np.flatnonzero(~hidden[:, n])), (case, n)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (5, 2**29 - 1), (2**29 - 1, 5), (2**29 - 1, 2**29 - 1)])
+@pytest.mark.parametrize("diagonal", [-(2**30), -(2**29), 0, 2**29 - 6, 2**30])
+def test_sums_of_a_window_stay_in_32_bits(diagonal, lengths):
+    sides = None, *map(np.int32, (0, 1, 2**30))
+    for left, right in product(sides, sides):
+        case = Window(*map(np.int32, (*lengths, diagonal)), left, right)
+        wide = Window(*(x if x is None else int(x) for x in case)).sequence
+        m_blocks, n_blocks = ({0, length // 512, (length - 1) // 128} for length in lengths)
+        with np.errstate(over="raise"):
+            for m, n in product(m_blocks, n_blocks):
+                for name, block in (("keys", m), ("queries", n)):
+                    found = getattr(case.sequence, name)(np.int32(block), 128, 128)
+                    expected = getattr(wide, name)(block, 128, 128)
+                    assert found.ranges == expected.ranges, (case, name, block)
+                assert case.sequence.turn(np.int32(n), np.int32(m), 128, 128) == wide.turn(n, m, 128, 128)
+                row, key = np.int32(m * 128 + 127), np.int32(n * 128)
+                for seen, first in (
+                    (case.sequence.of_row(row + case.diagonal), key),
+                    (case.sequence.of_key(key), row - np.int32(127) + case.diagonal),
+                ):
+                    [x - first for x in seen[0]]  # the bits that the mask counts
 
 
 def test_counts_are_clamped():

@@ -1,10 +1,11 @@
-"""Run the loops of the Hopper kernels under a mask in PyTorch, tile by tile, against the masked matrix: which
-blocks are loaded, in which order, where the mask is applied, and what is written where nothing is visited.
+"""Run the loops of the Hopper kernels under a mask, or in a window with a diagonal, in PyTorch, tile by tile,
+against the masked matrix: which blocks are loaded, in which order, where the mask is applied, and what is
+written where nothing is visited.
 """
 
 import pytest
 import torch
-from drawn_masks import drawn, drawn_intervals, interval_ranges
+from drawn_masks import drawn, drawn_intervals, drawn_part, drawn_window, interval_ranges
 from overlay_package import module
 
 ranges = module("ranges")
@@ -105,13 +106,14 @@ def check(sequence, seen: torch.Tensor, tile_m: int, tile_n: int, seed: int, by_
         torch.testing.assert_close(forward(sequence, q, *bad, tile_m, tile_n)[0][rows], out[rows])
 
 
-CASES = [
-    case for case in (drawn(seed, most=90) for seed in range(90)) if 0 < min(case[:2]) <= max(case[:2]) < 120
-]
+def cases(drawn) -> list:
+    """Return 40 cases with queries and keys, which are not many."""
+    some = (drawn(seed, most=90) for seed in range(200))
+    return [case for case in some if 0 < min(case[:2]) <= max(case[:2]) < 120][:40]
 
 
-@pytest.mark.parametrize("case", CASES[:40], ids=str)
-def test_hstu(case):
+@pytest.mark.parametrize("case", cases(drawn) + cases(drawn_part) + cases(drawn_window), ids=str)
+def test_hstu_and_windows(case):
     for seed, (tile_m, tile_n) in enumerate(((16, 16), (16, 24), (32, 16))):
         check(case.sequence, torch.from_numpy(case.visible()), tile_m, tile_n, seed, by_key=True)
 

@@ -71,9 +71,11 @@ def compile_case(
     hstu: dict[str, Any] | None = None,
     intervals: int = 0,
     deterministic: bool = False,
+    diagonal: bool = False,
 ) -> None:
     """normalization: as in marker.NoSoftmax: "number", "sequence" and "row" are factors of the caller. bias:
     "by head" is one for each head. hstu: the parts of a marker.HSTUKind. intervals: how many a row has.
+    diagonal: whether the call gives one, beside causal and window or another mask.
     """
     import torch
     from flash_attn.cute import interface
@@ -112,12 +114,18 @@ def compile_case(
                 interface._flash_attn_bwd(q, k, v, out, dout, lse, **given)
             return
         from flash_attn.cute.nosoftmax import launch
-        from flash_attn.cute.nosoftmax.marker import HSTUKind
+        from flash_attn.cute.nosoftmax.marker import HSTUKind, WindowKind
         from flash_attn.cute.nosoftmax.score_mods import of_activation
 
         parts = None if hstu is None else HSTUKind(**hstu)
-        given = [x for x in parts or () if x]
-        mods = of_activation(activation, bias, softcap, normalization, decay, parts, intervals)
+        sides = None
+        if diagonal and parts is None and not intervals:
+            sides = WindowKind(window[0] is not None, causal or window[1] is not None)
+            causal, window = False, (None, None)
+        given = [x for x in parts or sides or () if x]
+        mods = of_activation(
+            activation, bias, softcap, normalization, decay, parts, intervals, diagonal, sides
+        )
         shapes = (
             [(BATCH,)] * given.count("sequence") if parts else [(*tokens, intervals)] * 2 * (intervals > 0)
         )
@@ -133,6 +141,7 @@ def compile_case(
             decay_slopes=by_head.clone() if decay else None,
             mask_numbers=(3,) * sum(x != "sequence" for x in given),
             mask_tensors=tuple(tensor(*shape, dtype=torch.int32) for shape in shapes),
+            diagonal=tensor(BATCH, dtype=torch.int32) if diagonal else None,
         )  # fmt: skip
         launch.forward(call, q, k, v, page_table=pages)
         if not page_size:

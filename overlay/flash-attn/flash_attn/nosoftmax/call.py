@@ -133,6 +133,16 @@ class Call(NamedTuple):
         return compute_dtype(self.q.dtype) if self.options.wide else self.q.dtype
 
     @property
+    def counted_diagonal(self) -> Optional[torch.Tensor]:
+        """diagonal, or None if no position counts, so that kernels without one may run the call."""
+        if self.diagonal is None:
+            return None
+        o = self.options
+        limited = o.window_left >= 0 or o.window_right >= 0 or o.mask == "hstu"
+        slopes = self.alibi_slopes is not None or self.decay_slopes is not None
+        return self.diagonal if limited or slopes else None
+
+    @property
     def tensors(self) -> tuple:
         """The tensor fields in order, None where a tensor is absent."""
         return self[:TENSORS]

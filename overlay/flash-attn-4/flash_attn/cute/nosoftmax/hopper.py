@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from flash_attn.cute.nosoftmax import launch
 from flash_attn.cute.nosoftmax.call import Call
 from flash_attn.cute.nosoftmax.formulas import BY_HEAD
-from flash_attn.cute.nosoftmax.marker import BY_NUMBER, BY_ROW, BY_SEQUENCE, HSTUKind
+from flash_attn.cute.nosoftmax.marker import BY_NUMBER, BY_ROW, BY_SEQUENCE, HSTUKind, WindowKind
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods, of_activation
 from flash_attn.cute.nosoftmax.serves import obstacle
 
@@ -76,12 +76,19 @@ def normalization(call: Call, of_user: bool) -> Optional[str]:
 
 
 def _mask(call: Call) -> tuple[dict, tuple, tuple]:
-    """Return the mask as in marker.NoSoftmax, its numbers, and its tensors (launch.Call)."""
+    """Return the mask as in marker.NoSoftmax, its numbers, and its tensors (launch.Call). Causal and window
+    are a mask if they are aligned by a diagonal."""
     o = call.options
+    aligned = {} if call.counted_diagonal is None else {"has_diagonal": True}
     if o.mask is None:
-        return {}, (), ()
+        if not aligned:
+            return {}, (), ()
+        window = _window(call)
+        kind = WindowKind(*(side is not None for side in window))
+        return {**aligned, "window": kind}, tuple(min(x, _LARGEST) for x in window if x is not None), ()
     if o.mask == "intervals":
-        return {"intervals": call.interval_starts.shape[-1]}, (), (call.interval_starts, call.interval_ends)
+        parts = {**aligned, "intervals": call.interval_starts.shape[-1]}
+        return parts, (), (call.interval_starts, call.interval_ends)
     tensors = call.target_counts, call.context_counts
     targets, contexts = (
         BY_SEQUENCE if x is not None else BY_NUMBER if count else None
@@ -96,12 +103,13 @@ def _mask(call: Call) -> tuple[dict, tuple, tuple]:
         o.num_targets, o.num_contexts, o.max_attn_len, o.min_full_attn_seq_len, o.target_group_size
     )  # fmt: skip
     numbers = tuple(min(x, _LARGEST) for x, part in zip(numbers, kind) if part in (True, BY_NUMBER))
-    return {"hstu": kind}, numbers, tuple(x for x in tensors if x is not None)
+    return {**aligned, "hstu": kind}, numbers, tuple(x for x in tensors if x is not None)
 
 
 def _launched(call: Call, extras: Extras) -> launch.Call:
-    o, window, kind = call.options, _window(call), normalization(call, extras.of_user)
+    o, kind = call.options, normalization(call, extras.of_user)
     mask, numbers, tensors = _mask(call)
+    causal, window = (False, (None, None)) if "window" in mask else (o.causal, _window(call))
     bias = o.sigmoid_bias if call.sigmoid_biases is None else BY_HEAD
     has_decay = call.decay_slopes is not None
     mods = extras.mods or of_activation(o.activation, bias, o.softcap, kind, has_decay, **mask)
@@ -113,10 +121,11 @@ def _launched(call: Call, extras: Extras) -> launch.Call:
         # Pages are not contiguous: the kernels take the lengths of their sequences and no offsets.
         cu_seqlens_k, seqused_k = None, cu_seqlens_k.diff() if seqused_k is None else seqused_k
     return launch.Call(
-        mods, o.softmax_scale, o.causal, window, call.cu_seqlens_q, cu_seqlens_k, extras.seqused_q, seqused_k,
+        mods, o.softmax_scale, causal, window, call.cu_seqlens_q, cu_seqlens_k, extras.seqused_q, seqused_k,
         *extras.longest, extras.mask_mod, extras.aux_tensors, extras.aux_scalars,
         mask_numbers=numbers,
         mask_tensors=tensors,
+        diagonal=call.counted_diagonal,
         factor=o.factor if kind == BY_NUMBER else None,
         sequence_factors=factors if kind == BY_SEQUENCE else None,
         row_factors=factors if kind == BY_ROW else None,
@@ -134,7 +143,7 @@ def _extras(call: Call, extras: Optional[Extras]) -> Extras:
 def _first_key(call: Call, extras: Extras) -> int:
     """Return the first key to pass to the kernels. Keys before all windows may share a tile with visible
     keys, and a NaN in them would then reach results. They stay where n counts them, or where only the GPU
-    knows the lengths."""
+    knows the lengths or the diagonal."""
     o = call.options
     counted = o.sigmoid_bias is None or o.normalization in ("1/n", "1/sqrt(n)")
     return (
@@ -155,7 +164,8 @@ def _first_query(call: Call, extras: Extras) -> int:
 def _indexed(call: Call, extras: Extras) -> bool:
     lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k, call.block_table, extras.seqused_q)
     return (
-        extras.mods is not None
+        call.counted_diagonal is not None
+        or extras.mods is not None
         or extras.block_sparse_tensors is not None
         or any(x is not None for x in lengths)
     )

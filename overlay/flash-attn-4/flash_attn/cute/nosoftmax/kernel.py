@@ -464,7 +464,7 @@ def decay(
     q, k = (1, 0) if transposed else (0, 1)
     rate = of_head(aux_data.tensors[-1], batch_idx, head_idx) * -math.log2(math.e)
     place = thr_mma.partition_C(tile)[0]
-    first = Float32(place[q] + seqlen.seqlen_k - seqlen.seqlen_q - place[k])
+    first = Float32(masked.position(seqlen, place[q]) - place[k])
     # Those of the first thread are constants, and all threads have the same steps from element to element.
     constant = thr_mma.get_slice(0).partition_C(cute.make_identity_tensor(tile.shape))
     for i in range(cute.size(acc)):

@@ -35,11 +35,12 @@ _MOST_BLOCKS = 65535  # in the second and third dimension of a grid
 class Call:
     """The arguments that forward and backward share.
 
-    mask_numbers and mask_tensors: numbers and tensors int32 (batch,) for the parts of a marker.HSTUKind, in
-    its order; or starts and ends of intervals, int32 (batch, seqlen_q, k), packed (total_q, k). The last five
-    are given if mods need them: factor, a factor of every row; sequence_factors, float32 (batch,);
-    row_factors, float32 (batch, seqlen_q), packed (total_q,); sigmoid_biases and decay_slopes, float32
-    (nheads,) or (batch, nheads). At most one kind of factors is given.
+    mask_numbers and mask_tensors: numbers and tensors int32 (batch,) for the parts of a marker.HSTUKind or
+    WindowKind, in its order; or starts and ends of intervals, int32 (batch, seqlen_q, k), packed (total_q,
+    k). The last six are given if mods need them: diagonal, int32 (batch,); factor, a factor of every row;
+    sequence_factors, float32 (batch,); row_factors, float32 (batch, seqlen_q), packed (total_q,);
+    sigmoid_biases and decay_slopes, float32 (nheads,) or (batch, nheads). At most one kind of factors is
+    given.
     """
 
     mods: ScoreMods
@@ -57,6 +58,7 @@ class Call:
     aux_scalars: Optional[tuple] = None
     mask_numbers: tuple[int, ...] = ()
     mask_tensors: tuple[torch.Tensor, ...] = ()
+    diagonal: Optional[torch.Tensor] = None
     factor: Optional[float] = None
     sequence_factors: Optional[torch.Tensor] = None
     row_factors: Optional[torch.Tensor] = None
@@ -69,7 +71,7 @@ class Call:
 
     @property
     def hides(self) -> bool:
-        """Whether there is a mask beside causal and window."""
+        """Whether there is a mask beside upstream's causal and window."""
         return hides(no_softmax_of(self.mods.score_mod))
 
     def is_empty(self, q: torch.Tensor, k: torch.Tensor) -> bool:
@@ -87,13 +89,15 @@ class Call:
         return [x.detach().contiguous() for x in tensors if x is not None]
 
     def masks(self, packed: bool) -> list[torch.Tensor]:
-        """Return the tensors of the mask. packed: as in given."""
-        return [x.flatten(0, 1) if packed and x.dim() == 3 else x for x in self.mask_tensors]
+        """Return the diagonal, if given, and the tensors of the mask. packed: as in given."""
+        diagonal = [] if self.diagonal is None else [self.diagonal.contiguous()]
+        masks = [x.flatten(0, 1) if packed and x.dim() == 3 else x for x in self.mask_tensors]
+        return diagonal + masks
 
     def arguments(self, masks: list[torch.Tensor], given: list[torch.Tensor]) -> dict[str, Any]:
-        """masks, given: tensors of the mask, and factors, biases and slopes, in the order that masked.py,
-        kernel.py and score_mods.py expect. The former come first, never beside tensors of the user, who
-        counts from the front, and the latter last.
+        """masks, given: what the methods of these names return, in the order that masked.py, kernel.py and
+        score_mods.py expect. The former come first, never beside tensors of the user, who counts from the
+        front, and the latter last.
         """
         tensors = [*(self.aux_tensors or ()), *masks, *given]
         scalars = (
@@ -168,12 +172,13 @@ def _tables(
     """
     if not no_softmax_of(call.mods.score_mod).intervals:
         return []
+    intervals = masks[-2], masks[-1]
     seqlens = tuple(
         x.shape[1] if offsets is None else x.shape[0] if most is None else most
         for x, offsets, most in zip((q, k), lengths, longest)
     )
     batch = q.shape[0] if lengths[0] is None else lengths[0].shape[0] - 1
-    table = hulls(tuple(masks), lengths, seqlens, batch, tile[0])
+    table = hulls(intervals, lengths, seqlens, batch, tile[0])
     if ordered is None:
         return [table]
     return [table, visits(table, lengths, seqlens, batch, k.shape[0], tile, ordered)]

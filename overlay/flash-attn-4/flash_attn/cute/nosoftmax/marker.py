@@ -29,12 +29,22 @@ class HSTUKind(NamedTuple):
     group: bool = False
 
 
+class WindowKind(NamedTuple):
+    """Which sides of a window that is aligned by a diagonal have a limit. Limits are the first of the
+    aux_scalars."""
+
+    left: bool = False
+    right: bool = False
+
+
 @dataclass(frozen=True)
 class NoSoftmax:
     """normalization: one of score.NORMALIZATIONS, or BY_NUMBER, BY_SEQUENCE or BY_ROW. finite_at_zero: f and
     f' are finite at a score of 0. has_biases, has_decay: the last of the aux_tensors are sigmoid biases for
     the heads, or slopes of their decay, or both in this order. hstu, intervals: the mask, which the first of
     the aux_tensors and aux_scalars belong to: its parts, or how many intervals a row has, 0 without.
+    has_diagonal: before those of the mask comes the diagonal, int32 (batch,). window: given with a diagonal
+    and without another mask; causal and window_size are then not upstream's.
 
     inf_seen_in: where float16 kernels look for an infinite score, "scores", "weights" or None
     (formulas.Formula).
@@ -47,6 +57,8 @@ class NoSoftmax:
     has_decay: bool = False
     hstu: Optional[HSTUKind] = None
     intervals: int = 0
+    has_diagonal: bool = False
+    window: Optional[WindowKind] = None
 
     @property
     def by_head(self) -> int:

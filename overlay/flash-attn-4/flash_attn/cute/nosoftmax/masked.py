@@ -12,15 +12,22 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 from flash_attn.cute import block_info, mask, seqlen_info
-from flash_attn.cute.nosoftmax.marker import BY_NUMBER, NoSoftmax
-from flash_attn.cute.nosoftmax.ranges import Blocks, HSTURanges, Hull, IntervalRanges, first_slot
+from flash_attn.cute.nosoftmax.marker import BY_NUMBER, NoSoftmax, WindowKind
+from flash_attn.cute.nosoftmax.ranges import (
+    Blocks,
+    HSTURanges,
+    Hull,
+    IntervalRanges,
+    WindowRanges,
+    first_slot,
+)
 from flash_attn.cute.nosoftmax.registers import Registers
 from quack import layout_utils
 
 
 def hides(mark: Optional[NoSoftmax]) -> bool:
-    """Whether there is a mask beside causal and window_size."""
-    return mark is not None and (mark.hstu is not None or mark.intervals > 0)
+    """Whether there is a mask beside upstream's causal and window_size."""
+    return mark is not None and (mark.hstu is not None or mark.intervals > 0 or mark.window is not None)
 
 
 # ---- Upstream's classes, with the mask ----
@@ -28,7 +35,8 @@ def hides(mark: Optional[NoSoftmax]) -> bool:
 
 @dataclass(frozen=True)
 class SeqlenInfo(seqlen_info.SeqlenInfoQK):
-    ranges: Any = None  # HSTURanges or IntervalRanges
+    ranges: Any = None  # HSTURanges, IntervalRanges or WindowRanges
+    diagonal: Any = None  # the key that query 0 is aligned with, if given
 
 
 def seqlens(mark: Optional[NoSoftmax], create: Callable, aux_data: Any, tile: tuple[int, int]) -> Callable:
@@ -43,23 +51,41 @@ def _with_ranges(
 ) -> SeqlenInfo:
     # As in kernel.normalization; elsewhere than in the backward this waits for nothing.
     cute.arch.griddepcontrol_wait()
-    plain = create(batch_idx)
-    ranges = (
-        _intervals(mark.intervals, plain, aux_data.tensors, tile, batch_idx)
-        if mark.hstu is None
-        else _hstu(mark, plain, aux_data, batch_idx)
-    )
-    return SeqlenInfo(**{x.name: getattr(plain, x.name) for x in fields(plain)}, ranges=ranges)
+    plain, tensors, diagonal = create(batch_idx), aux_data.tensors, None
+    if mark.has_diagonal:
+        diagonal, tensors = Int32(tensors[0][batch_idx]), tensors[1:]
+    if mark.window is not None:
+        ranges = _window(mark.window, plain, aux_data.scalars, diagonal)
+    elif mark.hstu is None:
+        ranges = _intervals(mark.intervals, plain, tensors, tile, batch_idx)
+    else:
+        ranges = _hstu(mark, plain, tensors, aux_data.scalars, batch_idx, diagonal)
+    of_plain = {x.name: getattr(plain, x.name) for x in fields(plain)}
+    return SeqlenInfo(**of_plain, ranges=ranges, diagonal=diagonal)
 
 
-def _hstu(mark: NoSoftmax, seqlen: Any, aux_data: Any, batch_idx: Int32) -> HSTURanges:
-    tensors, scalars = iter(aux_data.tensors or ()), iter(aux_data.scalars or ())
+def position(seqlen: seqlen_info.SeqlenInfoQK, row: Int32) -> Int32:
+    """Return the key that query `row` is aligned with."""
+    diagonal = getattr(seqlen, "diagonal", None)
+    return row + seqlen.seqlen_k - seqlen.seqlen_q if diagonal is None else row + diagonal
+
+
+def _window(kind: WindowKind, seqlen: Any, scalars: Any, diagonal: Int32) -> WindowRanges:
+    numbers = iter(scalars or ())
+    left, right = (Int32(next(numbers)) if limited else None for limited in kind)
+    return WindowRanges(Registers, seqlen.seqlen_q, seqlen.seqlen_k, diagonal, left, right)
+
+
+def _hstu(
+    mark: NoSoftmax, seqlen: Any, tensors: Any, scalars: Any, batch_idx: Int32, diagonal: Optional[Int32]
+) -> HSTURanges:
+    tensors, scalars = iter(tensors or ()), iter(scalars or ())
     numbers = {
         name: Int32(next(scalars) if given in (True, BY_NUMBER) else next(tensors)[batch_idx])
         for name, given in mark.hstu._asdict().items()
         if given
     }
-    return HSTURanges.of(Registers, mark.hstu, seqlen.seqlen_q, seqlen.seqlen_k, numbers)
+    return HSTURanges.of(Registers, mark.hstu, seqlen.seqlen_q, seqlen.seqlen_k, numbers, diagonal)
 
 
 def _intervals(k: int, seqlen: Any, tensors: Any, tile: tuple, batch_idx: Int32) -> IntervalRanges:

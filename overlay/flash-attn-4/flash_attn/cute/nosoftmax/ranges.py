@@ -14,11 +14,15 @@ where lo(i) is the first key in the window of i, and end(j) is n if the window o
 where the window of the rows leaves j behind. Under Intervals the bounds of a tile are those of its rows,
 which hulls.py finds.
 
+A call may give its diagonal, the position of query 0. Then its causal mask or window is one of these masks
+too: position i sees the keys [i - left, i + right + 1) of the sequence.
+
 `m` is the machine that computes: `Ints` for Python's numbers, as the tests use it, or registers.Registers for
 those of a kernel. It has ``min``, ``max`` and ``where(condition, a, b)``. Divisions are of numbers that are
 not negative.
 """
 
+from collections.abc import Iterable
 from typing import Any, Callable, NamedTuple
 
 from .marker import HSTUKind
@@ -74,7 +78,7 @@ class Blocks(NamedTuple):
 
 class HSTURanges(NamedTuple):
     """One sequence under HSTU. kind says, when a kernel is compiled, which parts the mask has; the others are
-    not read.
+    not read. diagonal: the position of query 0, None for seqlen_k - seqlen_q. No position is above seqlen_k.
     """
 
     m: Any
@@ -86,9 +90,12 @@ class HSTURanges(NamedTuple):
     window: Any
     full: Any
     group: Any
+    diagonal: Any = None
 
     @classmethod
-    def of(cls, m: Any, kind: HSTUKind, seqlen_q: Any, seqlen_k: Any, numbers: dict) -> "HSTURanges":
+    def of(
+        cls, m: Any, kind: HSTUKind, seqlen_q: Any, seqlen_k: Any, numbers: dict, diagonal: Any = None
+    ) -> "HSTURanges":
         """Return the ranges of a sequence. numbers: those of the fields after seqlen_k that the mask has.
 
         Counts are clamped to what the sequence holds: only the device may know them.
@@ -98,12 +105,19 @@ class HSTURanges(NamedTuple):
             numbers["targets"] = m.max(m.min(numbers["targets"], seqlen_k), 0)
         if kind.contexts:
             numbers["contexts"] = m.max(m.min(numbers["contexts"], seqlen_k - numbers["targets"]), 0)
-        return cls(m, kind, seqlen_q, seqlen_k, **numbers)
+        return cls(m, kind, seqlen_q, seqlen_k, **numbers, diagonal=diagonal)
 
     @property
     def offset(self) -> Any:
         """The position of query 0."""
-        return self.seqlen_k - self.seqlen_q
+        return self.seqlen_k - self.seqlen_q if self.diagonal is None else self.diagonal
+
+    @property
+    def rows_end(self) -> Any:
+        """The position behind the last query, at most seqlen_k."""
+        if self.diagonal is None:
+            return self.seqlen_k
+        return self.m.min(self.diagonal + self.seqlen_q, self.seqlen_k)
 
     @property
     def history_end(self) -> Any:
@@ -191,7 +205,7 @@ class HSTURanges(NamedTuple):
         """
         m, end, contexts = self.m, self.history_end, self.contexts
         first = m.max(first + self.offset, 0)
-        stop = m.max(m.min(stop + self.offset, self.seqlen_k), 0)
+        stop = m.max(m.min(stop + self.offset, self.rows_end), 0)
         start = 0
         if self.kind.window:
             start = self._in_window(m.min(first, end))
@@ -212,7 +226,7 @@ class HSTURanges(NamedTuple):
     def _seen_by_all(self, first: Any, stop: Any) -> Range:
         """Return contextual keys and history that each of the rows [first, stop) sees."""
         m, end, contexts = self.m, self.history_end, self.contexts
-        first, stop = first + self.offset, m.min(stop + self.offset, self.seqlen_k)
+        first, stop = first + self.offset, m.min(stop + self.offset, self.rows_end)
         behind_contexts = m.max(first, contexts)
         start = 0
         if self.kind.window:
@@ -228,8 +242,7 @@ class HSTURanges(NamedTuple):
         m, first, stop = self.m, m_block * tile_m, (m_block + 1) * tile_m
         (begin, end), targets = self._key_blocks(first, stop, tile_n)
         seen, unseen = self._seen_by_all(first, stop)
-        inner = m.min(m.max((m.max(seen, 0) + (tile_n - 1)) // tile_n, begin), end)
-        outer = m.max(m.min(m.max(unseen, 0) // tile_n, end), inner)
+        inner, outer = _wholly_in(m, seen, unseen, (begin, end), tile_n)
         ranges = [(inner, outer), (outer, end)]
         if self.kind.window:  # else the interior begins with the first key
             ranges.insert(1, (begin, inner))
@@ -240,10 +253,7 @@ class HSTURanges(NamedTuple):
     def turn(self, n_block: Any, m_block: Any, tile_m: int, tile_n: int) -> Any:
         """Return how many blocks of keys before n_block visit m_block: when it is the turn of n_block to add
         to the sums of these rows, if blocks do so in order."""
-        m, turn = self.m, 0
-        for begin, end in self._key_blocks(m_block * tile_m, (m_block + 1) * tile_m, tile_n):
-            turn = turn + m.max(m.min(n_block, end) - begin, 0)
-        return turn
+        return _before(self.m, n_block, self._key_blocks(m_block * tile_m, (m_block + 1) * tile_m, tile_n))
 
     # ---- Blocks of queries for a tile of keys ----
 
@@ -261,41 +271,118 @@ class HSTURanges(NamedTuple):
         if self.kind.targets:
             start = m.where(in_history, start, first)
             until = m.where(in_history, until, self._group_end(stop - 1))
-        diagonal = self._query_blocks(start, m.where(first < stop, until, 0), tile_m)
-        inner, outer = self._inside(seen_from, m.where(whole, self._last_reached(first), 0), diagonal, tile_m)
+        diagonal = _query_blocks(self, start, m.where(first < stop, until, 0), tile_m)
+        inner, outer = _inside(
+            self, seen_from, m.where(whole, self._last_reached(first), 0), diagonal, tile_m
+        )
         masked, interior = [(diagonal[0], inner)], [(inner, outer)]
         if self.kind.window:  # else every row after the diagonal sees all
             masked.append((outer, diagonal[1]))
         if self.kind.contexts:
-            before = self._query_blocks(0, m.where(in_history, contexts, 0), tile_m)
+            before = _query_blocks(self, 0, m.where(in_history, contexts, 0), tile_m)
             masked, interior, diagonal = _behind(m, before[1], masked, interior, diagonal)
             masked.insert(0, before)
         if self.kind.full:
             tail = m.max(end - self.full, m.max(first, contexts))
-            tail_begin, tail_end = self._query_blocks(tail, m.where(in_history, n, 0), tile_m)
+            tail_begin, tail_end = _query_blocks(self, tail, m.where(in_history, n, 0), tile_m)
             tail_begin = m.max(tail_begin, diagonal[1])
             tail_end = m.max(tail_begin, tail_end)
             from_row = m.max(end - self.full, seen_from)
-            inner, outer = self._inside(from_row, m.where(whole, n, 0), (tail_begin, tail_end), tile_m)
+            inner, outer = _inside(self, from_row, m.where(whole, n, 0), (tail_begin, tail_end), tile_m)
             masked.append((tail_begin, inner))
             interior.append((inner, outer))
         return Blocks(m, (*masked, *interior), split_at=len(masked))
 
-    def _query_blocks(self, first: Any, stop: Any, tile_m: int) -> Range:
-        """Return the blocks of query rows of positions [first, stop); (0, 0) if there are none."""
-        m = self.m
-        return _blocks(m, m.max(first - self.offset, 0), m.min(stop - self.offset, self.seqlen_q), tile_m)
 
-    def _inside(self, first: Any, stop: Any, blocks: Range, tile_m: int) -> Range:
-        """Return the blocks among `blocks` that lie in the positions [first, stop), or none at their end. The
-        last one may reach behind the last query: rows there count for nothing."""
-        m, (begin, end) = self.m, blocks
-        inner = (m.max(first - self.offset, 0) + (tile_m - 1)) // tile_m
-        outer = m.max(stop - self.offset, 0) // tile_m
-        outer = m.min(m.where(stop >= self.seqlen_k, end, outer), end)
-        inner = m.max(inner, begin)
-        inner = m.where(inner < outer, inner, end)
-        return inner, m.max(outer, inner)
+class WindowRanges(NamedTuple):
+    """One sequence whose query 0 is at position `diagonal`, before, among or behind the keys. left, right:
+    how many keys a row sees on each side of its position, None without limit. No sum leaves int32 if the
+    lengths are below 2^29 and left, right and the diagonal at most 2^30 in size.
+    """
+
+    m: Any
+    seqlen_q: Any
+    seqlen_k: Any
+    diagonal: Any
+    left: Any
+    right: Any
+
+    @property
+    def offset(self) -> Any:
+        """The position of query 0."""
+        return self.diagonal
+
+    @property
+    def rows_end(self) -> Any:
+        """The position behind the last query."""
+        return self.diagonal + self.seqlen_q
+
+    # ---- Entries ----
+
+    def _around(self, at: Any, before: Any, behind: Any, first: Any, end: Any) -> Range:
+        """Return the places of [first, end) from `before` places before `at` to `behind` behind it."""
+        start = first if before is None else self.m.max(at - before, first)
+        stop = end if behind is None else at + 1 + self.m.min(behind, end - 1 - at)
+        return start, stop
+
+    def _of_row(self, position: Any) -> Range:
+        return self._around(position, self.left, self.right, 0, self.seqlen_k)
+
+    def _of_key(self, position: Any) -> Range:
+        return self._around(position, self.right, self.left, self.diagonal, self.rows_end)
+
+    def of_row(self, position: Any) -> tuple[Range, ...]:
+        """Return the keys that a row sees."""
+        return (self._of_row(position),)
+
+    def of_key(self, position: Any) -> tuple[Range, ...]:
+        """Return the positions of the rows that see a key."""
+        return (self._of_key(position),)
+
+    def visible(self, position: Any) -> Any:
+        """Return the number of keys that a row sees."""
+        first, end = self._of_row(position)
+        return self.m.max(end - first, 0)
+
+    # ---- Blocks ----
+
+    def _rows(self, m_block: Any, tile_m: int) -> tuple[Any, Any]:
+        """Return the positions of the first and the last query of a block."""
+        m, first = self.m, m_block * tile_m
+        return first + self.diagonal, m.min(first + tile_m, self.seqlen_q) - 1 + self.diagonal
+
+    def _key_blocks(self, m_block: Any, tile_m: int, tile_n: int) -> Range:
+        """Return the blocks of keys that hold an entry that a row of the block sees. Windows of successive
+        rows overlap, so no key between is hidden from all."""
+        first, last = self._rows(m_block, tile_m)
+        return _blocks(self.m, self._of_row(first)[0], self._of_row(last)[1], tile_n)
+
+    def keys(self, m_block: Any, tile_m: int, tile_n: int) -> Blocks:
+        """Do the same as HSTURanges.keys."""
+        begin, end = self._key_blocks(m_block, tile_m, tile_n)
+        first, last = self._rows(m_block, tile_m)
+        seen, unseen = self._of_row(last)[0], self._of_row(first)[1]
+        inner, outer = _wholly_in(self.m, seen, unseen, (begin, end), tile_n)
+        ranges = [(inner, outer), (outer, end)]
+        if self.left is not None:  # else the interior begins with the first key
+            ranges.insert(1, (begin, inner))
+        return Blocks(self.m, tuple(ranges), split_at=1)
+
+    def turn(self, n_block: Any, m_block: Any, tile_m: int, tile_n: int) -> Any:
+        """Do the same as HSTURanges.turn."""
+        return _before(self.m, n_block, [self._key_blocks(m_block, tile_m, tile_n)])
+
+    def queries(self, n_block: Any, tile_m: int, tile_n: int) -> Blocks:
+        """Do the same as HSTURanges.queries."""
+        first = n_block * tile_n
+        last = self.m.min(first + tile_n, self.seqlen_k) - 1
+        (start, until), (seen_from, stop) = self._of_key(first), self._of_key(last)
+        begin, end = _query_blocks(self, start, stop, tile_m)
+        inner, outer = _inside(self, seen_from, until, (begin, end), tile_m)
+        masked = [(begin, inner)]
+        if self.left is not None:  # else every row after the diagonal sees all
+            masked.append((outer, end))
+        return Blocks(self.m, (*masked, (inner, outer)), split_at=len(masked))
 
 
 class Hull(NamedTuple):
@@ -402,6 +489,39 @@ def _blocks(m: Any, first: Any, stop: Any, tile: int) -> Range:
     """Return the blocks that hold an index of [first, stop), first >= 0; (0, 0) if there is none."""
     there = first < stop
     return (m.where(there, first // tile, 0), m.where(there, (m.max(stop, 0) + (tile - 1)) // tile, 0))
+
+
+def _wholly_in(m: Any, first: Any, stop: Any, blocks: Range, tile: int) -> Range:
+    """Return the blocks among `blocks` that lie in [first, stop)."""
+    begin, end = blocks
+    inner = m.min(m.max((m.max(first, 0) + (tile - 1)) // tile, begin), end)
+    return inner, m.max(m.min(m.max(stop, 0) // tile, end), inner)
+
+
+def _before(m: Any, block: Any, ranges: Iterable[Range]) -> Any:
+    """Return how many blocks of the ranges come before `block`."""
+    count = 0
+    for begin, end in ranges:
+        count = count + m.max(m.min(block, end) - begin, 0)
+    return count
+
+
+def _query_blocks(ranges: Any, first: Any, stop: Any, tile_m: int) -> Range:
+    """Return the blocks of query rows of positions [first, stop); (0, 0) if there are none."""
+    m = ranges.m
+    return _blocks(m, m.max(first - ranges.offset, 0), m.min(stop - ranges.offset, ranges.seqlen_q), tile_m)
+
+
+def _inside(ranges: Any, first: Any, stop: Any, blocks: Range, tile_m: int) -> Range:
+    """Return the blocks among `blocks` that lie in the positions [first, stop), or none at their end. The
+    last one may reach behind the last query: rows there count for nothing."""
+    m, (begin, end) = ranges.m, blocks
+    inner = (m.max(first - ranges.offset, 0) + (tile_m - 1)) // tile_m
+    outer = m.max(stop - ranges.offset, 0) // tile_m
+    outer = m.min(m.where(stop >= ranges.rows_end, end, outer), end)
+    inner = m.max(inner, begin)
+    inner = m.where(inner < outer, inner, end)
+    return inner, m.max(outer, inner)
 
 
 def _behind(m: Any, block: Any, *parts: Any) -> tuple:

@@ -7,7 +7,7 @@ import cutlass.cute as cute
 from cutlass import Float32
 from flash_attn.cute.nosoftmax.formulas import BY_HEAD, Bias, formula
 from flash_attn.cute.nosoftmax.kernel import of_head, ramp
-from flash_attn.cute.nosoftmax.marker import ATTRIBUTE, HSTUKind, NoSoftmax, marked
+from flash_attn.cute.nosoftmax.marker import ATTRIBUTE, HSTUKind, NoSoftmax, WindowKind, marked
 
 
 class ScoreMods(NamedTuple):
@@ -68,6 +68,8 @@ def of_activation(
     has_decay: bool,
     hstu: Optional[HSTUKind] = None,
     intervals: int = 0,
+    has_diagonal: bool = False,
+    window: Optional[WindowKind] = None,
 ) -> ScoreMods:
     """normalization and the arguments after it: as in NoSoftmax."""
     f = formula(activation, sigmoid_bias, softcap)
@@ -95,7 +97,7 @@ def of_activation(
     score_mod_bwd.__cute_hash__ = f"{name} backward"
     mark = NoSoftmax(
         normalization, finite_at_zero=True, inf_seen_in=f.inf_seen_in, has_biases=has_biases,
-        has_decay=has_decay, hstu=hstu, intervals=intervals,
+        has_decay=has_decay, hstu=hstu, intervals=intervals, has_diagonal=has_diagonal, window=window,
     )  # fmt: skip
     setattr(score_mod, ATTRIBUTE, mark)
     return ScoreMods(score_mod, score_mod_bwd, f.unit, plans={})

@@ -65,13 +65,6 @@ def _score(call: Call, diagonal: Optional[torch.Tensor]) -> Optional[tuple]:
     )  # fmt: skip
 
 
-def _diagonal(call: Call) -> Optional[torch.Tensor]:
-    """Return the diagonal of a call, or None if no position counts and the faster kernels may run it."""
-    o = call.options
-    unlimited = o.window_left < 0 and o.window_right < 0
-    return None if unlimited and call.alibi_slopes is None and call.decay_slopes is None else call.diagonal
-
-
 def disadvantage(call: Call) -> Optional[str]:
     return None
 
@@ -129,7 +122,7 @@ def _window(call: Call, diagonal: Optional[torch.Tensor]) -> tuple:
 def forward(call: Call) -> Result:
     if call.cache is not None:
         return _with_cache(call)
-    (q, k, v), o, diagonal = _taken(call.q, call.k, call.v), call.options, _diagonal(call)
+    (q, k, v), o, diagonal = _taken(call.q, call.k, call.v), call.options, call.counted_diagonal
     window, score = _window(call, diagonal), _score(call, diagonal)
     s_dmask = o.return_attn_probs and o.dropout_p > 0.0
     if not call.varlen:
@@ -162,7 +155,7 @@ def forward(call: Call) -> Result:
 
 
 def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
-    (dout, q, k, v), o, diagonal = _taken(dout, call.q, call.k, call.v), call.options, _diagonal(call)
+    (dout, q, k, v), o, diagonal = _taken(dout, call.q, call.k, call.v), call.options, call.counted_diagonal
     window, score = _window(call, diagonal), _score(call, diagonal)
     # Without softmax the extension reads neither `out` nor the log-sum-exp, but checks them: q has the shape
     # of `out`, and any tensor passes as the log-sum-exp.
