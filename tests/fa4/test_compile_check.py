@@ -56,6 +56,7 @@ keys += [hash_callable(of_activation("silu", 0.0, 0.0, n, decays).score_mod)
          for n in ("1/n", "number", "sequence", "row") for decays in (False, True)]
 keys += [hash_callable(of_activation("silu", 0.0, 0.0, None, False, has_diagonal=True, window=w).score_mod)
          for w in ((False, False), (False, True), (True, False), (True, True), None)]
+keys += [hash_callable(of_activation("relu", 0.0, 0.0, None, False, wide=w).score_mod) for w in (False, True)]
 print(json.dumps([len(keys), len(set(keys))]))
 """
     total, different = said(compiler[0], trees[1], program)
@@ -146,6 +147,7 @@ def test_faults(case, instructions, words):
         ({"head_dim": 128, "activation": "silu", "hstu": compile_check.TARGETS}, 44),
         ({"head_dim": 256, "activation": "silu", "hstu": compile_check.EVERY_PART}, 0),
         ({"head_dim": 128, "intervals": 2}, 152),
+        ({"head_dim": 64, "activation": "silu", "diagonal": True, "normalization": "1/visible"}, 172),
     ],
 )
 def test_some_backward_kernels_may_spill(case, most):

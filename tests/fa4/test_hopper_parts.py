@@ -1,4 +1,4 @@
-"""Test `diagonal` on the Hopper kernels with several tiles a sequence.
+"""Test `diagonal` and float32 results on the Hopper kernels with several tiles a sequence.
 
 tests/attention/test_parts.py runs on them too, with small parts; test_ranges.py and test_tile_loops.py have
 the blocks without a GPU.
@@ -69,10 +69,13 @@ def check(tensors: tuple[Tensor, ...], dtype: torch.dtype, slack: float = 4.0, *
     return found
 
 
-def sample(seqlen_q: int, seqlen_k: int, head_dim: int, nheads_k: int = 2, batch: int = 2) -> tuple:
+def sample(
+    seqlen_q: int, seqlen_k: int, head_dim: int, nheads_k: int = 2, batch: int = 2, head_dim_v: int = 0
+) -> tuple:
     """q, k, v and dout."""
     shapes = (seqlen_q, 4), (seqlen_k, nheads_k), (seqlen_k, nheads_k), (seqlen_q, 4)
-    return tuple(randn(batch, *shape, head_dim, seed=i) for i, shape in enumerate(shapes))
+    sizes = head_dim, head_dim, head_dim_v or head_dim, head_dim_v or head_dim
+    return tuple(randn(batch, *x, d, seed=i) for i, (x, d) in enumerate(zip(shapes, sizes)))
 
 
 def packed_sample(head_dim: int, nheads_k: int = 2) -> tuple[tuple, dict]:
@@ -178,3 +181,73 @@ def test_another_diagonal_needs_no_other_kernel(window):
         results(tensors, "fa4", torch.bfloat16, diagonal=diagonal, **options)
         counts.append([len(cache.cache) for cache in caches])
     assert counts[1:] == counts[:-1]
+
+
+# ---- Float32 results
+
+
+def exact(tensors: tuple[Tensor, ...], dtype: torch.dtype, **options) -> None:
+    """Compare float32 results with the CPU, and rounded with those that the kernels round."""
+    options = dict(deterministic=True, **options)
+    wide = check(tensors, dtype, out_dtype=torch.float32, **options)
+    narrow = results(tuple(x.to(dtype) for x in tensors), "fa4", dtype, **options)
+    for name, x, y in zip(NAMES, wide, narrow, strict=True):
+        assert torch.equal(x.to(dtype), y), name
+        assert (x != y.float()).any(), f"{name} is rounded"
+
+
+@pytest.mark.parametrize("nheads_k", [4, 2])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128, 192, 224, 256])
+def test_float32_results(head_dim, nheads_k):
+    """Of each tile, and with grouped heads, whose sums are float32 in any case."""
+    tensors = sample(300, 420, head_dim, nheads_k)
+    exact(tensors, torch.bfloat16, activation="silu")
+    exact(tensors, torch.bfloat16, causal=True, diagonal=-20, normalization="1/visible")
+    exact(tensors, torch.float16, causal=True)
+
+
+@pytest.mark.parametrize("head_dim, head_dim_v", [(128, 64), (192, 128), (64, 128), (40, 72)])
+def test_float32_results_of_two_head_sizes(head_dim, head_dim_v):
+    exact(sample(300, 420, head_dim, 4, head_dim_v=head_dim_v), torch.bfloat16, causal=True)
+
+
+@pytest.mark.parametrize("nheads_k", [4, 2])
+@pytest.mark.parametrize("head_dim", [64, 192])
+def test_float32_results_of_packed_sequences(head_dim, nheads_k):
+    """Rows of no sequence are 0, and a sequence does not write into the next one."""
+    tensors, lengths = packed_sample(head_dim, nheads_k)
+    diagonal = torch.tensor(DIAGONALS["among"], dtype=torch.int32)
+    for options in (dict(activation="relu"), dict(causal=True, diagonal=diagonal)):
+        exact(tensors, torch.bfloat16, **lengths, **options)
+
+
+def test_float32_results_of_pages_and_used_lengths():
+    """Forward alone, with grouped heads, which are not packed into a tile then."""
+    q, k, v, _ = (x.to("cuda", torch.bfloat16) for x in sample(70, 4 * 64, 64, batch=3))
+    used = torch.tensor([200, 0, 130], dtype=torch.int32, device="cuda")
+    offsets = 70 * torch.arange(4, dtype=torch.int32, device="cuda")
+    of_k = 256 * torch.arange(4, dtype=torch.int32, device="cuda")
+    table = torch.randperm(12, generator=torch.Generator().manual_seed(0)).int().reshape(3, 4).cuda()
+    pages = [torch.full((12, 64, 2, 64), torch.nan, dtype=x.dtype, device="cuda") for x in (k, v)]
+    for pool, x in zip(pages, (k, v)):
+        pool[table.flatten().long()] = x.reshape(12, 64, 2, 64)
+    lengths = dict(cu_seqlens_q=offsets, cu_seqlens_k=of_k, seqused_k=used, max_seqlen_q=70, max_seqlen_k=256)
+    diagonal = torch.tensor([150, 3, 90], dtype=torch.int32, device="cuda")
+    for more in (dict(), dict(causal=True, diagonal=diagonal, normalization="1/visible")):
+        for (keys, values), pages_of in ((pages, table), ((k.flatten(0, 1), v.flatten(0, 1)), None)):
+            given = q.flatten(0, 1), keys, values
+            options = dict(
+                activation="silu", out_dtype=torch.float32, block_table=pages_of, **lengths, **more
+            )
+            out, _ = nosoftmax.forward(*given, backend="fa4", **options)
+            on_cpu = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in options.items()}
+            on_cpu["out_dtype"] = torch.float64
+            expected, _ = nosoftmax.forward(*(x.cpu().double() for x in given), backend="cpu", **on_cpu)
+            assert out.dtype == torch.float32
+            torch.testing.assert_close(out.double().cpu(), expected, rtol=0, atol=2**-6)
+
+
+def test_nothing_to_do_gives_float32_zeros():
+    tensors = tuple(x.to("cuda", torch.float16) for x in sample(5, 0, 64))
+    for x in results(tensors, "fa4", torch.float16, out_dtype=torch.float32):
+        assert x.dtype == torch.float32 and not x.any()

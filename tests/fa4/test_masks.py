@@ -91,6 +91,18 @@ def test_rows_before_the_first_position_are_left_out_of_a_batch():
         assert hopper._first_query(asked, hopper.Extras((None, None))) == first
 
 
+def test_results_are_float32_if_asked_for():
+    """A tile then has the rows of one head: no TMA scatters float32."""
+    q, v = torch.empty(2, 2, 30, 4, 64, dtype=torch.float16, device="meta")
+    for wide, dtype, packs in ((False, torch.float16, None), (True, torch.float32, False)):
+        given = launched(call(wide=wide))
+        assert no_softmax_of(given.mods.score_mod).wide == wide
+        assert given.result_type(q) == dtype
+        assert launch._pack_gqa(given, None, q, q[:, :, :2]) is packs
+        assert launch.forward(given, q[:0], v[:0], v[:0]).dtype == dtype
+        assert {x.dtype for x in launch.backward(given, v[:0], q[:0], v[:0], v[:0])} == {dtype}
+
+
 SLOPES = {"decay_slopes": torch.ones(2)}
 
 

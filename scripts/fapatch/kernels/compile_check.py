@@ -54,6 +54,9 @@ SPILLS_WITH_DECAY = {64: 4}
 # And with a mask. Blocks that their rows see whole run without it.
 SPILLS_WITH_HSTU = {64: 84, 96: 4, 128: 44, 192: 6}
 SPILLS_WITH_INTERVALS = {64: 336, 96: 88, 128: 152, 192: 4}
+# And with a diagonal, where the window is a mask too; the forward counts the keys of "1/visible" at its end.
+SPILLS_WITH_DIAGONAL = {64: 72, 128: 4}
+FORWARD_SPILLS_WITH_DIAGONAL = {96: 4}
 # Forward kernels that may spill: four registers in a loop of 720 instructions, and biases of the heads of a
 # packed group.
 ALLOWED_FORWARD_SPILLS = {("gelu", 256): 8, ("sigmoid", 96): 12}
@@ -138,6 +141,27 @@ SMALL = _named(
         {"head_dim": 128, "activation": "sigmoid", "page_size": 64, "hstu": TARGETS},
         {"head_dim": 128, "activation": "silu", "varlen": True, "normalization": "1/visible", "intervals": 2},
         {"head_dim": 64, "intervals": 3, "deterministic": True, "group": 2},
+        {
+            "head_dim": 64,
+            "activation": "silu",
+            "causal": True,
+            "dtype": "float16",
+            "diagonal": True,
+            "wide": True,
+        },
+        {
+            "head_dim": 128,
+            "activation": "silu",
+            "window": (100, 20),
+            "group": 2,
+            "varlen": True,
+            "normalization": "1/visible",
+            "diagonal": True,
+            "wide": True,
+        },
+        {"head_dim": 192, "decay": True, "deterministic": True, "diagonal": True, "wide": True},
+        {"head_dim": 128, "activation": "silu", "varlen": True, "hstu": TARGETS, "diagonal": True},
+        {"head_dim": 64, "activation": "relu", "causal": True, "page_size": 64, "wide": True},
     ]
 )
 SMALL_SOFTMAX = _named(
@@ -224,6 +248,29 @@ def full() -> tuple[Cases, Cases]:
             (64, 96, 128, 192, 256), ("identity", "silu"), ("number", "1/visible")
         )
     ]
+    cases += [
+        {
+            "head_dim": d,
+            "activation": a,
+            "window": w,
+            "normalization": n,
+            "varlen": w[0] is None,
+            "diagonal": True,
+            "wide": g,
+            "group": 1 + g,
+        }
+        for d, a, w, n, g in itertools.product(
+            (64, 96, 128, 192, 256),
+            ("identity", "silu"),
+            ((None, 0), (100, 20)),
+            ("number", "1/visible"),
+            (False, True),
+        )
+    ]
+    cases += [
+        {"head_dim": d, "head_dim_v": v, "causal": True, "wide": True}
+        for d, v in ((40, 72), (64, 64), (96, 96), (128, 64), (192, 128), (192, 192), (256, 256))
+    ]
     softmax = [
         {"softmax": True, "head_dim": d, "causal": c, "varlen": v}
         for d, c, v in itertools.product((64, 96, 128, 192, 256), (False, True), (False, True))
@@ -272,6 +319,9 @@ def allowed_spills(case: Mapping[str, Any], backward: bool) -> int:
         allowed += SPILLS_WITH_HSTU.get(size, 0)
     if backward and case.get("intervals"):
         allowed += SPILLS_WITH_INTERVALS.get(size, 0)
+    if case.get("diagonal"):
+        more = SPILLS_WITH_DIAGONAL if backward else FORWARD_SPILLS_WITH_DIAGONAL
+        allowed += more.get(size, 0)
     return allowed
 
 

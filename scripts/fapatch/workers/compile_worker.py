@@ -72,10 +72,11 @@ def compile_case(
     intervals: int = 0,
     deterministic: bool = False,
     diagonal: bool = False,
+    wide: bool = False,
 ) -> None:
     """normalization: as in marker.NoSoftmax: "number", "sequence" and "row" are factors of the caller. bias:
     "by head" is one for each head. hstu: the parts of a marker.HSTUKind. intervals: how many a row has.
-    diagonal: whether the call gives one, beside causal and window or another mask.
+    diagonal: whether the call gives one, beside causal and window or another mask. wide: float32 results.
     """
     import torch
     from flash_attn.cute import interface
@@ -124,7 +125,7 @@ def compile_case(
             causal, window = False, (None, None)
         given = [x for x in parts or sides or () if x]
         mods = of_activation(
-            activation, bias, softcap, normalization, decay, parts, intervals, diagonal, sides
+            activation, bias, softcap, normalization, decay, parts, intervals, diagonal, sides, wide
         )
         shapes = (
             [(BATCH,)] * given.count("sequence") if parts else [(*tokens, intervals)] * 2 * (intervals > 0)

@@ -11,7 +11,7 @@
     score_mods.py  the formulas as score_mods of the kernels
     marker.py      marks a score_mod, to tell the kernels that there is no softmax
     kernel.py      device code behind the hooks in upstream's kernels
-    masked.py      the same for a mask of flash_attn.masks
+    masked.py      the same for a mask of flash_attn.masks, and for a window with a diagonal
     ranges.py      the blocks that a tile visits under a mask, for kernel and host
     registers.py   the integers of a kernel, for ranges.py
     hulls.py       finds the bounds of blocks under intervals

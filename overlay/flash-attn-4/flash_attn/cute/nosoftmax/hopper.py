@@ -112,7 +112,7 @@ def _launched(call: Call, extras: Extras) -> launch.Call:
     causal, window = (False, (None, None)) if "window" in mask else (o.causal, _window(call))
     bias = o.sigmoid_bias if call.sigmoid_biases is None else BY_HEAD
     has_decay = call.decay_slopes is not None
-    mods = extras.mods or of_activation(o.activation, bias, o.softcap, kind, has_decay, **mask)
+    mods = extras.mods or of_activation(o.activation, bias, o.softcap, kind, has_decay, wide=o.wide, **mask)
     factors = call.row_factors
     if kind == BY_SEQUENCE and factors is None:
         factors = torch.full((call.batch,), o.factor, dtype=torch.float32, device=call.q.device)

@@ -14,6 +14,7 @@ from typing import Any, Callable, Optional
 
 import cutlass
 import cutlass.cute as cute
+import torch
 from cutlass import Float32, Int32, const_expr
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
@@ -246,6 +247,89 @@ def cvt_P_of_backward(mark: Optional[NoSoftmax], acc_P: cute.Tensor, dtype) -> c
 
 def _saturate(x: Float32) -> Float32:
     return cute.arch.fmin(cute.arch.fmax(_inf_to_nan(x), -_FLOAT16_MAX, nan=True), _FLOAT16_MAX, nan=True)
+
+
+# ---- Results in float32 ----
+
+
+def wide(mark: Optional[NoSoftmax]) -> bool:
+    """Whether results are the float32 sums themselves, neither rounded nor saturated."""
+    return mark is not None and mark.wide
+
+
+def result_type(mark: Optional[NoSoftmax], dtype: Any) -> Any:
+    """Return the type of the output and of the gradients. dtype: that of q, of torch or of the compiler."""
+    if not wide(mark):
+        return dtype
+    return torch.float32 if isinstance(dtype, torch.dtype) else Float32
+
+
+def epilogue(kernel) -> Callable:
+    """Return the function that writes a tile of O: upstream's, or one with the same arguments. Shared memory
+    has no room for float32."""
+    return partial(_store_O, kernel) if wide(kernel.no_softmax) else kernel.epilogue
+
+
+def _store_O(
+    kernel, acc_O, lse, mO, mLSE, sO, seqlen, gmem_tiled_copy_O, tma_atom_O, tiled_mma, tidx, m_block,
+    head_idx, batch_idx,
+) -> None:  # fmt: skip
+    mO_cur = seqlen.offset_batch_Q(mO, batch_idx, dim=3)[None, None, head_idx]
+    tile = kernel.tile_m, kernel.tile_hdimv
+    _store_sums(acc_O, mO_cur, tiled_mma, tidx, m_block, tile, seqlen.seqlen_q, False)
+
+
+def epilogue_dKV(kernel) -> Callable:
+    """Do the same for dK and dV. Grouped heads add to float32 sums anyway, which the postprocess copies."""
+    direct = wide(kernel.no_softmax) and kernel.qhead_per_kvhead == 1
+    return partial(_store_dKV, kernel) if direct else kernel.epilogue_dKV
+
+
+def _store_dKV(
+    kernel, acc_dV, mdV, sV, acc_dK, mdK, sK, seqlen, tma_atom_dK, tma_atom_dV, tiled_mma_dK, tiled_mma_dV,
+    tidx, n_block, head_idx, batch_idx, *of_groups,
+) -> None:  # fmt: skip
+    for acc, mX, tiled_mma, hdim in (
+        (acc_dV, mdV, tiled_mma_dV, kernel.tile_hdimv),
+        (acc_dK, mdK, tiled_mma_dK, kernel.tile_hdim),
+    ):
+        mX_cur = seqlen.offset_batch_K(mX, batch_idx, dim=3)[None, None, head_idx]
+        tile = kernel.tile_n, hdim
+        _store_sums(acc, mX_cur, tiled_mma, tidx, n_block, tile, seqlen.seqlen_k, kernel.dKV_swapAB)
+
+
+@cute.jit
+def _store_sums(
+    acc: cute.Tensor,
+    mX: cute.Tensor,
+    tiled_mma: cute.TiledMma,
+    tidx: Int32,
+    block: Int32,
+    tile: cutlass.Constexpr[tuple],
+    seqlen: Int32,
+    transposed: cutlass.Constexpr[bool],
+):
+    """Write the accumulator of a tile of (rows, channels) to mX (seqlen, channels), from registers. A warp
+    writes whole sectors of 32 bytes: 4 threads with 2 channels each, or 8 with one if transposed.
+    """
+    shape = (tile[1], tile[0]) if const_expr(transposed) else tile
+    places = tiled_mma.get_slice(tidx).partition_C(cute.make_identity_tensor(shape))
+    acc_mn = layout_utils.reshape_acc_to_mn(acc, transpose=transposed)
+    places = layout_utils.reshape_acc_to_mn(places, transpose=transposed)
+    ROW, CHANNEL = (1, 0) if const_expr(transposed) else (0, 1)
+    width = 1 if const_expr(transposed) else 2  # neighbouring channels of a thread
+    values = cute.make_rmem_tensor(width, Float32)
+    for r in cutlass.range_constexpr(cute.size(acc_mn, mode=[0])):
+        row = places[r, 0][ROW] + block * tile[0]
+        if row < seqlen:
+            for c in cutlass.range_constexpr(0, cute.size(acc_mn, mode=[1]), width):
+                channel = places[r, c][CHANNEL]
+                if channel < mX.shape[1]:
+                    for i in cutlass.range_constexpr(width):
+                        values[i] = acc_mn[r, c + i]
+                    at = utils.elem_pointer(mX, (row, channel))
+                    at = cute.make_ptr(Float32, at.toint(), at.memspace, assumed_align=4 * width)
+                    cute.autovec_copy(values, cute.make_tensor(at, cute.make_layout(width)))
 
 
 # ---- Normalization ----

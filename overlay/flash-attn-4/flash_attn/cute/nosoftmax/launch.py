@@ -21,7 +21,7 @@ from flash_attn.cute.interface import (
 )
 from flash_attn.cute.nosoftmax import plan
 from flash_attn.cute.nosoftmax.hulls import hulls, visits
-from flash_attn.cute.nosoftmax.kernel import bwd_tile_with
+from flash_attn.cute.nosoftmax.kernel import bwd_tile_with, result_type, wide
 from flash_attn.cute.nosoftmax.largest import largest_factors
 from flash_attn.cute.nosoftmax.marker import no_softmax_of
 from flash_attn.cute.nosoftmax.masked import hides
@@ -73,6 +73,9 @@ class Call:
     def hides(self) -> bool:
         """Whether there is a mask beside upstream's causal and window."""
         return hides(no_softmax_of(self.mods.score_mod))
+
+    def result_type(self, q: torch.Tensor) -> torch.dtype:
+        return result_type(no_softmax_of(self.mods.score_mod), q.dtype)
 
     def is_empty(self, q: torch.Tensor, k: torch.Tensor) -> bool:
         """Whether there are no queries, keys or sequences: nothing is launched, and all results are 0."""
@@ -147,11 +150,11 @@ def _lengths(*lengths: Optional[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...]
 def _pack_gqa(call: Call, pack_gqa: Optional[bool], q: torch.Tensor, k: torch.Tensor) -> Optional[bool]:
     """Turn pack_gqa off where groups do not divide a tile: they load without TMA, which leaves the padding of
     the head size unwritten. And for a decay, whose tiles have one slope (kernel.decay), and a mask, whose
-    tiles are of one head.
+    tiles are of one head, and for results in float32, which no TMA scatters.
     """
     group = q.shape[-2] // k.shape[-2]
     unwritten = q.shape[-1] % 16 and 64 % group
-    one_head = call.decay_slopes is not None or call.hides
+    one_head = call.decay_slopes is not None or call.hides or wide(no_softmax_of(call.mods.score_mod))
     return False if unwritten or one_head else pack_gqa
 
 
@@ -209,20 +212,20 @@ def forward(
     page_table: Optional[torch.Tensor] = None,
     block_sparse_tensors: Any = None,
 ) -> torch.Tensor:
-    """Return the output, (..., nheads, head_dim_v) in the dtype of q, with 0 past seqused_q and in rows of no
-    sequence.
+    """Return the output, (..., nheads, head_dim_v) in the dtype of q or float32, with 0 past seqused_q and in
+    rows of no sequence.
     """
     q, k, v = q.detach(), k.detach(), v.detach()
-    shape = *q.shape[:-1], v.shape[-1]
+    shape, dtype = (*q.shape[:-1], v.shape[-1]), call.result_type(q)
     if call.is_empty(q, k):
-        return q.new_zeros(shape)
+        return q.new_zeros(shape, dtype=dtype)
     exceeds = _exceeds_grid(q, call.cu_seqlens_q)
     if exceeds and block_sparse_tensors is not None:
         raise ValueError(
             f"block_sparse_tensors serve up to {_MOST_BLOCKS} sequences and as many heads, "
             f"got {q.shape[0]} and {q.shape[2]}: split the batch"
         )
-    out = (q.new_empty if call.seqused_q is None else q.new_zeros)(shape)
+    out = (q.new_empty if call.seqused_q is None else q.new_zeros)(shape, dtype=dtype)
     packed_q = _packed(exceeds, call.cu_seqlens_q, call.max_seqlen_q, q, out)
     cu_seqlens_q, max_seqlen_q, (queries, outputs) = packed_q
     cu_seqlens_k, max_seqlen_k, keys, values = call.cu_seqlens_k, call.max_seqlen_k, k, v
@@ -287,8 +290,9 @@ def backward(
     """Return (dq, dk, dv), shaped as q, k, v. Rows past seqused and of no sequence are 0. Gradients do not
     saturate."""
     q, k, v, dout = q.detach(), k.detach(), v.detach(), dout.detach().contiguous()
+    as_result = dict(dtype=call.result_type(q), memory_format=torch.contiguous_format)
     if call.is_empty(q, k):
-        return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        return tuple(torch.zeros_like(x, **as_result) for x in (q, k, v))
     shapes = q.shape, k.shape, v.shape
     exceeds = _exceeds_grid(q, call.cu_seqlens_q) or _exceeds_grid(k, call.cu_seqlens_k)
     pack_q, pack_k = (exceeds or seqused is not None for seqused in (call.seqused_q, call.seqused_k))
@@ -296,9 +300,7 @@ def backward(
     cu_seqlens_k, max_seqlen_k, (k, v) = _packed(pack_k, call.cu_seqlens_k, call.max_seqlen_k, k, v)
     new_q = torch.empty_like if call.seqused_q is None else torch.zeros_like
     new_k = torch.empty_like if call.seqused_k is None else torch.zeros_like
-    grads = tuple(
-        new(x, memory_format=torch.contiguous_format) for new, x in ((new_q, q), (new_k, k), (new_k, v))
-    )
+    grads = tuple(new(x, **as_result) for new, x in ((new_q, q), (new_k, k), (new_k, v)))
     given, masks = call.given(cu_seqlens_q is not None), call.masks(cu_seqlens_q is not None)
 
     def launch() -> None:

@@ -44,7 +44,7 @@ class NoSoftmax:
     the heads, or slopes of their decay, or both in this order. hstu, intervals: the mask, which the first of
     the aux_tensors and aux_scalars belong to: its parts, or how many intervals a row has, 0 without.
     has_diagonal: before those of the mask comes the diagonal, int32 (batch,). window: given with a diagonal
-    and without another mask; causal and window_size are then not upstream's.
+    and without another mask; causal and window_size are then not upstream's. wide: results stay float32.
 
     inf_seen_in: where float16 kernels look for an infinite score, "scores", "weights" or None
     (formulas.Formula).
@@ -59,6 +59,7 @@ class NoSoftmax:
     intervals: int = 0
     has_diagonal: bool = False
     window: Optional[WindowKind] = None
+    wide: bool = False
 
     @property
     def by_head(self) -> int:

@@ -1,4 +1,5 @@
-"""Implement flash_attn.masks in upstream's Hopper kernels, with the ranges of ranges.py.
+"""Implement flash_attn.masks, and the window of a call with a diagonal, in upstream's Hopper kernels, with
+the ranges of ranges.py.
 
 A tile visits the blocks of a ranges' keys or queries. Upstream's loops count an index from 0, which
 `BlockInfo` bounds here, and `key_blocks` and `query_block` turn it into the block that is loaded and masked.

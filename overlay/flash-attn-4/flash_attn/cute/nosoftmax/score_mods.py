@@ -70,6 +70,7 @@ def of_activation(
     intervals: int = 0,
     has_diagonal: bool = False,
     window: Optional[WindowKind] = None,
+    wide: bool = False,
 ) -> ScoreMods:
     """normalization and the arguments after it: as in NoSoftmax."""
     f = formula(activation, sigmoid_bias, softcap)
@@ -98,6 +99,7 @@ def of_activation(
     mark = NoSoftmax(
         normalization, finite_at_zero=True, inf_seen_in=f.inf_seen_in, has_biases=has_biases,
         has_decay=has_decay, hstu=hstu, intervals=intervals, has_diagonal=has_diagonal, window=window,
+        wide=wide,
     )  # fmt: skip
     setattr(score_mod, ATTRIBUTE, mark)
     return ScoreMods(score_mod, score_mod_bwd, f.unit, plans={})

@@ -111,7 +111,6 @@ def obstacle(
         ("dropout_p", call.options.dropout_p != 0.0),
         ("alibi_slopes", call.alibi_slopes is not None),
         ("leftpad_k", call.leftpad_k is not None),
-        ("out_dtype=torch.float32", call.options.wide),
         ("learnable_sink", learnable_sink is not None),
         ("qv", qv is not None),
         ("gather_kv_indices", gather_kv_indices is not None),
