@@ -54,9 +54,10 @@ SPILLS_WITH_DECAY = {64: 4}
 # And with a mask. Blocks that their rows see whole run without it.
 SPILLS_WITH_HSTU = {64: 84, 96: 4, 128: 44, 192: 6}
 SPILLS_WITH_INTERVALS = {64: 336, 96: 88, 128: 152, 192: 4}
-# And with a diagonal, where the window is a mask too; the forward counts the keys of "1/visible" at its end.
-SPILLS_WITH_DIAGONAL = {64: 72, 128: 4}
-FORWARD_SPILLS_WITH_DIAGONAL = {96: 4}
+# And with a diagonal, where the window is a mask too. The forward spills at 64 with a decay, and at 96 with
+# "1/visible", whose keys it counts.
+SPILLS_WITH_DIAGONAL = {64: 72, 128: 4, 192: 8}
+FORWARD_SPILLS_WITH_DIAGONAL = {64: 24, 96: 4}
 # Forward kernels that may spill: four registers in a loop of 720 instructions, and biases of the heads of a
 # packed group.
 ALLOWED_FORWARD_SPILLS = {("gelu", 256): 8, ("sigmoid", 96): 12}
