@@ -123,6 +123,16 @@ class Runner:
             atol = 1e-10 if self.exact else self.slack * torch.finfo(self.dtype).eps * max(largest, 1.0)
             torch.testing.assert_close(x, y, rtol=0, atol=atol)
 
+    def same_gradient(self, wide: Tensor, narrow: Tensor, dtype: torch.dtype) -> bool:
+        """Whether the narrow gradient is the wide one, rounded. The extension adds up dQ in any order, and
+        the query heads of a group in 16 bit, where Inf and NaN tell nothing of the wide sum.
+        """
+        if self.forced != ("backend", "fa2"):
+            return torch.equal(wide.to(dtype).double(), narrow)
+        finite = narrow.isfinite()
+        atol = self.slack * torch.finfo(dtype).eps * narrow[finite].abs().max()
+        return bool(finite.any()) and bool(((wide - narrow)[finite].abs() <= atol).all())
+
 
 INTERPRETED = "linear kernels"  # takes seconds a test
 RUNNERS = {
@@ -355,13 +365,13 @@ def test_wide_results_are_neither_rounded_nor_saturated(causal, more, runner):
     narrow = as_16_bit.both(*given, **options)
     expected = whole(*given, **options)
     as_16_bit.close(found, expected)
-    for x, y, z in zip(found, narrow, expected, strict=True):
+    for x, z in zip(found, expected, strict=True):
         assert z.abs().max() > 65504
         assert (x.to(dtype).double() != x).any()
-        if dtype == torch.bfloat16 or x is not found[0]:
-            assert torch.equal(x.to(dtype).double(), y)
-    if dtype == torch.float16:
-        assert torch.equal(found[0].clamp(-65504, 65504).half().double(), narrow[0])
+    limit = 65504 if dtype == torch.float16 else torch.inf
+    assert torch.equal(found[0].clamp(-limit, limit).to(dtype).double(), narrow[0])
+    for x, y in zip(found[1:], narrow[1:], strict=True):
+        assert as_16_bit.same_gradient(x, y, dtype)
 
 
 def results(q, k, v, dout, **options) -> tuple[Tensor, ...]:

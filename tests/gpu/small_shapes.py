@@ -19,7 +19,7 @@ from functools import partial
 from itertools import accumulate
 
 import torch
-from flash_attn import explain, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn import explain, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, nosoftmax
 from torch import Tensor
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -88,6 +88,19 @@ def dense(
     return with_gradients(partial(flash_attn_func, **{**place.options, **options}), tensors)
 
 
+def part(place: Place, head_dim: int, seqlens=(SEQLEN_Q, SEQLEN_K), **options) -> list[Tensor]:
+    """A part of a sequence: float32 results, and a diagonal where it is given."""
+    q, k, v, dout = place.randn(
+        (1, seqlens[0], NHEADS, head_dim), *[(1, seqlens[1], NHEADS_K, head_dim)] * 2,
+        (1, seqlens[0], NHEADS, head_dim),
+    )  # fmt: skip
+    add_slopes(options, place)
+    options |= {name: x for name, x in place.options.items() if name != "use_softmax"}
+    options["out_dtype"] = torch.float64 if place.dtype == torch.float64 else torch.float32
+    out, _ = nosoftmax.forward(q, k, v, **options)
+    return [out, *nosoftmax.backward(dout, q, k, v, **options)]
+
+
 def varlen(place: Place, head_dim: int, longest: tuple[int, int] = (70, 70), **options) -> list[Tensor]:
     """Call with packed sequences, one of them without queries and one without keys."""
     lengths_q, lengths_k = [longest[0], 0, 5, longest[0] - 5], [longest[1] - 5, 15, 0, longest[1]]
@@ -148,12 +161,24 @@ def pages(place: Place, head_dim: int, **options) -> list[Tensor]:
         ]
 
 
+def part_cases(seqlens: tuple[int, int], *activations: str) -> Iterator[tuple[str, Case]]:
+    """Of as many queries as keys, and of queries that lie elsewhere, with and without a decay."""
+    for activation in activations:
+        for decay in (False, True):
+            name, score = f"{activation}{', decay' * decay}", {"activation": activation, "decay": decay}
+            square = (seqlens[0], seqlens[0])
+            yield f"part, square, causal, {name}", partial(part, seqlens=square, causal=True, **score)
+            yield f"part, {name}", partial(part, seqlens=seqlens, **score)
+            yield f"part, diagonal, {name}", partial(part, seqlens=seqlens, causal=True, diagonal=60, **score)
+
+
 def fa2_cases() -> Iterator[tuple[str, Case]]:
     yield "even tiles", partial(dense, seqlens=(EVEN, 2 * EVEN))
     yield "even tiles, causal", partial(dense, seqlens=(EVEN, 2 * EVEN), causal=True)
     yield "even tiles, small batch that splits", partial(dense, seqlens=(EVEN, 1024))
     yield "dense", dense
     yield "causal", partial(dense, causal=True)
+    yield "causal, square", partial(dense, seqlens=(SEQLEN_Q, SEQLEN_Q), causal=True)
     yield "window", partial(dense, window_size=(40, 7))
     yield "ALiBi", partial(dense, alibi=True)
     yield "ALiBi, causal", partial(dense, alibi=True, causal=True)
@@ -211,6 +236,7 @@ def fa2_cases() -> Iterator[tuple[str, Case]]:
         "kvcache, window, 3 splits",
         partial(kvcache, paged=False, new=False, num_splits=3, window_size=(50, 0)),
     )
+    yield from part_cases((SEQLEN_Q, SEQLEN_K), "identity", "silu")
 
 
 def linear_cases() -> Iterator[tuple[str, Case]]:
@@ -231,6 +257,7 @@ def linear_cases() -> Iterator[tuple[str, Case]]:
             f"varlen, decay{', causal' * causal}",
             partial(varlen, longest=SEGMENTS, causal=causal, decay=True),
         )
+    yield from part_cases(SEGMENTS, "identity")
 
 
 def fa4_cases() -> Iterator[tuple[str, Case]]:
@@ -248,6 +275,7 @@ def fa4_cases() -> Iterator[tuple[str, Case]]:
     yield "varlen, 1/n", partial(varlen, normalization="1/n")
     yield "varlen, causal, silu", partial(varlen, causal=True, activation="silu")
     yield "pages, causal", partial(pages, causal=True)
+    yield from part_cases((SEQLEN_Q, SEQLEN_K), "identity", "silu")
 
 
 CASES = {"fa2": fa2_cases, "linear": linear_cases, "fa4": fa4_cases}

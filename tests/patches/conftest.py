@@ -4,11 +4,16 @@ touches build/ or waits for a lock.
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from fapatch.base import git, locking
 from fapatch.base.project import Project
@@ -72,6 +77,38 @@ def make(checkout: Project):
         return made[version, family]
 
     return patched
+
+
+@pytest.fixture(scope="session")
+def on_host(make, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
+    """Return a function that compiles a program of the folder on_host for the CPU, with the kernels' headers,
+    and loads it.
+    """
+    nvcc = next((n for path in sys.path for n in Path(path).glob("nvidia/*/bin/nvcc")), None)
+    if nvcc is None or shutil.which("g++") is None:
+        pytest.skip("needs g++, and the package cuda-toolkit[cccl,nvcc] of CUDA 13 or newer")
+    made = make(REAL.family.default)
+    folder = tmp_path_factory.mktemp("on_host")
+    fetch.export_cutlass(made.project, folder / "cutlass")
+    generator = (
+        folder / "ATen" / "cuda" / "CUDAGeneratorImpl.h"
+    )  # of torch with CUDA, and needed by its name only
+    generator.parent.mkdir(parents=True)
+    generator.write_text("#pragma once\nnamespace at { struct PhiloxCudaState {}; }\n")
+    cuda, source = nvcc.parents[1] / "include", made.built.folder / "csrc/flash_attn/src"
+    of_torch = Path(torch.__file__).parent / "include"
+    headers = [folder, source, folder / "cutlass/include", cuda, cuda / "cccl", of_torch]
+
+    def load(program: str) -> ctypes.CDLL:
+        library = folder / Path(program).with_suffix(".so")
+        subprocess.run(
+            ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *(f"-I{path}" for path in headers),
+             Path(__file__).parent / "on_host" / program, "-o", library],
+            check=True,
+        )  # fmt: skip
+        return ctypes.CDLL(str(library))
+
+    return load
 
 
 @pytest.fixture(params=RELEASES, ids="-".join)

@@ -8,46 +8,21 @@ thread at a time: matrix products and the sums of dQ.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from fapatch.base.project import Project
-from fapatch.source import fetch
 from oracle import FUNCTIONS
 
 pytestmark = [pytest.mark.source, pytest.mark.slow]
-REAL = Project.open(family="flash-attn", version="")
-PROGRAM = Path(__file__).parent / "on_host" / "backward_tile.cpp"
 NUM_TILES = 9
 SEQLEN_Q, SEQLEN_K = 700, 650
 SCALE, BIAS, SLOPE = 0.25, -0.5, 0.03
 
 
 @pytest.fixture(scope="module")
-def library(make, tmp_path_factory) -> ctypes.CDLL:
-    nvcc = next((n for path in sys.path for n in Path(path).glob("nvidia/*/bin/nvcc")), None)
-    if nvcc is None or shutil.which("g++") is None:
-        pytest.skip("needs g++, and the package cuda-toolkit[cccl,nvcc] of CUDA 13 or newer")
-    made = make(REAL.family.default)
-    folder = tmp_path_factory.mktemp("tile")
-    fetch.export_cutlass(made.project, folder / "cutlass")
-    generator = folder / "ATen" / "cuda" / "CUDAGeneratorImpl.h"  # of torch, and needed by its name only
-    generator.parent.mkdir(parents=True)
-    generator.write_text("#pragma once\nnamespace at { struct PhiloxCudaState {}; }\n")
-    cuda = nvcc.parents[1] / "include"
-    source = made.built.folder / "csrc/flash_attn/src"
-    headers = [folder, source, folder / "cutlass/include", cuda, cuda / "cccl"]
-    subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *(f"-I{path}" for path in headers), PROGRAM,
-         "-o", folder / "tile.so"],
-        check=True,
-    )  # fmt: skip
-    loaded = ctypes.CDLL(str(folder / "tile.so"))
+def library(on_host) -> ctypes.CDLL:
+    loaded = on_host("backward_tile.cpp")
     loaded.count_added.restype = ctypes.c_bool
     assert loaded.number_of_tiles() == NUM_TILES
     return loaded

@@ -42,7 +42,8 @@ FwdParams forward_params(const BwdParams &params, Operand q, Operand k, Operand 
         && params.seqlen_q == params.seqlen_k && params.score.diagonals == nullptr;
     if (is_backwards) {
         for (Operand *x : {&q, &k, &v, &o}) {
-            x->ptr = static_cast<Element *>(x->ptr) + (params.seqlen_q - 1) * x->row_stride;
+            const int64_t size = x == &o && params.score.is_wide ? sizeof(float) : sizeof(Element);
+            x->ptr = static_cast<char *>(x->ptr) + (params.seqlen_q - 1) * x->row_stride * size;
             x->row_stride = -x->row_stride;
         }
     }

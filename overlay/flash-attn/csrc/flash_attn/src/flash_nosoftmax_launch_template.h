@@ -156,10 +156,11 @@ void run_special_fwd(const FwdParams &params, cudaStream_t stream) {
     BOOL_SWITCH(params.is_causal, Is_causal, [&] {
         LOCAL_SWITCH(is_local, Is_local, [&] {
             BOOL_SWITCH(is_even_MN, Is_even_MN, [&] {
+                // A causal kernel masks its last blocks anyway. The one for even tiles would spill 208 bytes a thread at
+                // head size 128 if it chooses among activations, the one for all tiles 32 (sm_90).
+                constexpr bool Is_even = Is_even_MN && Has_even_MN && (Is_causal ? variant == Variant::identity : !Is_local);
                 auto kernel = &flash_nosoftmax_fwd_kernel<Traits, Is_dropout, Is_causal, Is_local && !Is_causal,
-                                                          Has_alibi,
-                                                          Is_even_MN && Has_even_MN && !(Is_local && !Is_causal),
-                                                          /*Is_even_K=*/true, Is_softcap>;
+                                                          Has_alibi, Is_even, /*Is_even_K=*/true, Is_softcap>;
                 launch(kernel, fwd_grid<Traits>(params), Traits::kNThreads, Traits::kSmemSize, params, stream);
             });
         });
