@@ -38,7 +38,7 @@ class Upstream:
             self.runs += 1
             plan.recorded(self.kernel)(before(x.detach()), y.detach(), memory(x), out.detach(), factor)
 
-        plan.run(self.plans if plans else None, ("product", factor), (x, y, out), launch)
+        plan.run(self.plans if plans else None, ("product", factor), (x, y), (out,), launch)
         return out
 
 
@@ -161,7 +161,7 @@ def test_tensors_in_a_list_are_those_of_the_call():
             runs.append(factor)
             plan.recorded(kernel)(out, AuxData([x, y], (factor,)), AuxData())
 
-        plan.run(plans, (factor,), (out, x, y), launch)
+        plan.run(plans, (factor,), (x, y), (out,), launch)
         return out
 
     for seed in range(3):
@@ -195,7 +195,7 @@ def test_memory_in_a_list_is_new_at_each_launch():
             plan.recorded(first)(x, memory)
             plan.recorded(second)(out, AuxData([memory]))
 
-        plan.run(plans, (), (out, x), launch)
+        plan.run(plans, (), (x,), (out,), launch)
         return out
 
     for seed in range(3):
@@ -220,7 +220,7 @@ def test_memory_that_no_launch_uses_is_kept_if_it_is_small(size, is_kept):
             plan.not_used(unused)
             plan.recorded(kernel)(out, x, unused)
 
-        plan.run(plans, (), (out, x), launch)
+        plan.run(plans, (), (x,), (out,), launch)
         return out
 
     for x in numbers(4, 8):

@@ -4,8 +4,7 @@
 functions, whose additional arguments are in Extras.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +21,7 @@ __all__ = ["Extras", "backward", "forward", "obstacle"]
 _LARGEST = 2**30
 
 
-@dataclass(frozen=True)
-class Extras:
+class Extras(NamedTuple):
     """The arguments of flash_attn.cute's own functions beside a call. mods: the user's score_mod. longest:
     (max_seqlen_q, max_seqlen_k), None where not given. The rest is as in upstream."""
 
@@ -198,7 +196,7 @@ def backward(
     if query:
         q, dout = q[:, query:], dout[:, query:]
         if launched.row_factors is not None:
-            launched = replace(launched, row_factors=launched.row_factors[:, query:])
+            launched = launched._replace(row_factors=launched.row_factors[:, query:])
     dq, dk, dv = launch.backward(
         launched,
         dout,

@@ -8,8 +8,7 @@ batches use these dimensions, and those of packed batches number their tiles in 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import torch
 from cutlass import Float32, Int32
@@ -31,8 +30,7 @@ from flash_attn.cute.nosoftmax.slack import zero_slack
 _MOST_BLOCKS = 65535  # in the second and third dimension of a grid
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):  # not a dataclass, which takes several times as long to make
     """The arguments that forward and backward share.
 
     mask_numbers and mask_tensors: numbers and tensors int32 (batch,) for the parts of a marker.HSTUKind or
@@ -89,7 +87,7 @@ class Call:
         if rows is not None and packed:
             rows = rows.flatten()
         tensors = self.sequence_factors, rows, self.sigmoid_biases, self.decay_slopes
-        return [x.detach().contiguous() for x in tensors if x is not None]
+        return [_plain(x).contiguous() for x in tensors if x is not None]
 
     def masks(self, packed: bool) -> list[torch.Tensor]:
         """Return the diagonal, if given, and the tensors of the mask. packed: as in given."""
@@ -120,6 +118,11 @@ class Call:
             aux_tensors=tensors or None,
             aux_scalars=scalars or None,
         )
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    """Return x as a tensor that needs no gradient, which kernels refuse."""
+    return x.detach() if x.requires_grad else x
 
 
 def _exceeds_grid(x: torch.Tensor, cu_seqlens: Optional[torch.Tensor]) -> bool:
@@ -215,7 +218,7 @@ def forward(
     """Return the output, (..., nheads, head_dim_v) in the dtype of q or float32, with 0 past seqused_q and in
     rows of no sequence.
     """
-    q, k, v = q.detach(), k.detach(), v.detach()
+    q, k, v = _plain(q), _plain(k), _plain(v)
     shape, dtype = (*q.shape[:-1], v.shape[-1]), call.result_type(q)
     if call.is_empty(q, k):
         return q.new_zeros(shape, dtype=dtype)
@@ -272,7 +275,8 @@ def forward(
     plan.run(
         call.plans(block_sparse_tensors),
         ("forward", *options),
-        (queries, keys, values, outputs, *lengths, *masks, *given),
+        (queries, keys, values, *lengths, *masks, *given),
+        (outputs,),
         launch,
     )
     return out
@@ -289,7 +293,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (dq, dk, dv), shaped as q, k, v. Rows past seqused and of no sequence are 0. Gradients do not
     saturate."""
-    q, k, v, dout = q.detach(), k.detach(), v.detach(), dout.detach().contiguous()
+    q, k, v, dout = _plain(q), _plain(k), _plain(v), _plain(dout).contiguous()
     as_result = dict(dtype=call.result_type(q), memory_format=torch.contiguous_format)
     if call.is_empty(q, k):
         return tuple(torch.zeros_like(x, **as_result) for x in (q, k, v))
@@ -357,6 +361,7 @@ def backward(
         call.factor,
         call.mask_numbers,
     )
-    tensors = q, k, v, dout, *grads, *lengths, *masks, *given
-    plan.run(call.plans(block_sparse_tensors), ("backward", *options), tensors, launch)
-    return tuple(grad.view(shape) for grad, shape in zip(grads, shapes))
+    tensors = q, k, v, dout, *lengths, *masks, *given
+    plan.run(call.plans(block_sparse_tensors), ("backward", *options), tensors, grads, launch)
+    repacked = exceeds or pack_q or pack_k
+    return tuple(grad.view(shape) for grad, shape in zip(grads, shapes)) if repacked else grads

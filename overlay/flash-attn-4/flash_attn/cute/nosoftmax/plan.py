@@ -125,19 +125,24 @@ class _Plan:
 
 
 def run(
-    plans: Optional[dict], options: tuple, tensors: tuple[torch.Tensor, ...], launch: Callable[[], Any]
+    plans: Optional[dict],
+    options: tuple,
+    tensors: tuple[torch.Tensor, ...],
+    results: tuple[torch.Tensor, ...],
+    launch: Callable[[], Any],
 ) -> None:
     """Call launch(), or repeat the launches of an earlier call with the same options and like tensors.
 
-    plans: the plans of one formula, or None to call launch() always. tensors: all tensors that the call reads
-    and writes, except for its own memory, which must be zero.
+    plans: the plans of one formula, or None to call launch() always. tensors: all tensors that the call
+    reads. results: new tensors that it writes, whose looks follow from the formula, the options and the
+    tensors. The call's own memory is in neither, and must be zero.
     """
     if plans is None or any(type(x) is not torch.Tensor or x.data_ptr() % _ALIGNMENT for x in tensors):
         launch()
         return
     key = (*options, *[(x.shape, x.stride(), x.dtype, x.device) for x in tensors])
     if plan := plans.get(key):
-        plan(tensors)
+        plan((*tensors, *results))
         return
     _recording.launches, _recording.not_read, _recording.not_used = recorded = [], [], []
     try:
@@ -145,7 +150,7 @@ def run(
     finally:
         _recording.launches = _recording.not_read = _recording.not_used = None
     launches, *declared = recorded
-    plan = _Plan(launches, tensors, *declared)
+    plan = _Plan(launches, (*tensors, *results), *declared)
     if plan.complete:
         if len(plans) >= _MOST_PLANS:
             plans.clear()
