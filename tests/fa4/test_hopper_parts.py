@@ -244,7 +244,8 @@ def test_float32_results_of_pages_and_used_lengths():
             on_cpu["out_dtype"] = torch.float64
             expected, _ = nosoftmax.forward(*(x.cpu().double() for x in given), backend="cpu", **on_cpu)
             assert out.dtype == torch.float32
-            torch.testing.assert_close(out.double().cpu(), expected, rtol=0, atol=2**-6)
+            atol = torch.finfo(torch.bfloat16).eps * expected.abs().max().item()  # the weights are rounded
+            torch.testing.assert_close(out.double().cpu(), expected, rtol=0, atol=atol)
 
 
 def test_nothing_to_do_gives_float32_zeros():
