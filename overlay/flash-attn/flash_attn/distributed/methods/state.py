@@ -9,7 +9,7 @@ With a decay, a state is decayed to the end of its piece that it leaves from, an
 piece that it passes. Without a mask there are then two, one for each direction.
 """
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
@@ -49,7 +49,8 @@ def forward(problem: Problem) -> tuple:
     for piece in own:
         before, behind = states.around(piece)
         here = (_take(problem, x, piece) for x in (q, k, v))
-        result = primitive.attend_between(*here, form, _given(problem, form, piece), before, behind)
+        inside = states.inside(piece)
+        result = primitive.attend_between(*here, form, _given(problem, form, piece), before, behind, inside)
         _put(problem, out, piece, result)
         kept += [before, behind]
     return out, kept
@@ -66,8 +67,9 @@ def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
     for i, piece in enumerate(own):
         here = (_take(problem, x, piece) for x in (dout, q, k, v))
         results = primitive.gradients_between(
-            *here, form, _given(problem, form, piece), kept[2 * i : 2 * i + 2], states.around(piece)
-        )
+            *here, form, _given(problem, form, piece), kept[2 * i : 2 * i + 2], states.around(piece),
+            states.inside(piece),
+        )  # fmt: skip
         for grad, result in zip(grads, results):
             _put(problem, grad, piece, result)
     return grads
@@ -110,10 +112,8 @@ def _given(problem: Problem, form: Form, piece: Piece) -> Given:
     )
 
 
-def _state(problem: Problem, form: Form, piece: Piece, rows, keys, values, late: bool) -> torch.Tensor:
-    """Return the sum of keys^T values over a piece, decayed to its last token if late, else to its first.
-    rows: a tensor with the heads of the rows.
-    """
+def _state(problem: Problem, form: Form, piece: Piece, rows, keys, values, late: bool) -> tuple:
+    """Return what primitive.state_of does for a piece. rows: a tensor with the heads of the rows."""
     here = (_take(problem, x, piece) for x in (rows, keys, values))
     return primitive.state_of(*here, form, _given(problem, form, piece), late)
 
@@ -155,20 +155,28 @@ class _States:
     """The states of all published pieces, gathered from all ranks."""
 
     def __init__(self, problem: Problem, backward: bool, make) -> None:
-        """make(piece, late): computes the state of one of this rank's pieces."""
+        """make(piece, late): computes the state of one of this rank's pieces, and what it spares a walk."""
         self._problem, self._directions = problem, _directions(problem, backward)
         self._causal = problem.call.options.window_right == 0
         cp, slots = problem.cp, _slots(problem, backward)
         self._of: dict = {}
+        self._inside: dict = {}
         if slots == 0:
             return
         q, v = problem.call.q, problem.call.v
         batch = 1 if problem.dim == 0 else q.shape[0]
         shape = (len(self._directions), slots, batch, _heads(problem), q.shape[-1], v.shape[-1])
         message = torch.zeros(shape, dtype=problem.wide, device=q.device)
-        for i, piece in enumerate(_published(problem, cp.rank, backward)):
+        published = _published(problem, cp.rank, backward)
+        for i, piece in enumerate(published):
             for room, late in zip(message, self._directions):
-                room[i] = make(piece, late)
+                room[i], inside = make(piece, late)
+                self._keep(piece, inside)
+        if self._causal and primitive.has_kernels(q):
+            # What the others' states are not needed for goes before the wait for them.
+            for piece in cp.plan.pieces(cp.rank):
+                if piece not in published:
+                    self._keep(piece, make(piece, *self._directions)[1])
         found = gather(message, cp.group) if cp.world > 1 else message[None]
         for rank in range(cp.world):
             for i, piece in enumerate(_published(problem, rank, backward)):
@@ -176,6 +184,14 @@ class _States:
                 self._of.setdefault(piece.sequence, []).append((piece, states))
         for pieces in self._of.values():
             pieces.sort(key=lambda pair: pair[0].start)
+
+    def _keep(self, piece: Piece, inside: Any) -> None:
+        """Keep what spares a walk through the piece. A walk without a causal mask needs other sums."""
+        if self._causal:
+            self._inside[piece.sequence, piece.start] = inside
+
+    def inside(self, own: Piece) -> Any:
+        return self._inside.get((own.sequence, own.start))
 
     def around(self, own: Piece) -> tuple:
         """Return the states before and behind a piece, as chunked.attend takes them: a causal walk has one,

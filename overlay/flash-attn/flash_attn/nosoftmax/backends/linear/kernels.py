@@ -781,6 +781,7 @@ class _States:
         self, segments: _Segments, k: _Layout, v: _Layout, initial: bool = False, final: bool = False
     ) -> None:
         mask, decays = segments.mask, segments.decays
+        self._segments = segments
         self.initial, self.needed = initial, segments.count > 1 or mask == FULL or final or initial
         if not self.needed:
             return
@@ -821,6 +822,24 @@ class _States:
         if self._scan is not None:
             self._scan(sums, initial, final, given.decay_slopes, given.diagonal, *starts)
         return sums
+
+    def after(
+        self, initial: Optional[torch.Tensor], states: torch.Tensor, given: Given
+    ) -> Optional[torch.Tensor]:
+        """Return the states of dense sequences that start from `initial`, if `states` are those that start
+        from zero, with a causal or anticausal mask.
+        """
+        if not self.needed or initial is None:
+            return states if self.needed else None
+        rows, keys, count, length = self._segments.numbers
+        initial = initial[:, None]
+        if given.decay_slopes is not None:
+            begin = torch.arange(0, count * length, length, device=states.device)
+            total = max(rows, keys)
+            passed = begin if self._segments.mask == CAUSAL else total - (begin + length).clamp(max=total)
+            exponents = -given.decay_slopes[..., None, :] * passed[:, None]  # (…, segments, heads)
+            initial = initial * exponents.exp()[..., None, None]
+        return (states.unflatten(0, (-1, count)) + initial).flatten(0, 1)
 
 
 _WALKS = (CAUSAL, ANTICAUSAL)  # of the full form with a decay
@@ -1016,9 +1035,10 @@ def _starting(initial: tuple) -> tuple[bool, tuple]:
 
 
 def attend(
-    q, k, v, form, cu_rows, cu_keys, max_rows, max_keys, given=NOTHING, *initial: Optional[torch.Tensor]
-) -> torch.Tensor:
-    """See primitive.attend and primitive.attend_between."""
+    q, k, v, form, cu_rows, cu_keys, max_rows, max_keys, given=NOTHING, *initial: Optional[torch.Tensor],
+    states: Optional[torch.Tensor] = None,
+) -> torch.Tensor:  # fmt: skip
+    """See primitive.attend and primitive.attend_between. states: as `state_of` returns them."""
     (q, like_q), (k, like_k), (v, like_v) = _laid_out(q), _laid_out(k), _laid_out(v)
     starting, initial = _starting(initial)
     sequences = _sequences(q, cu_rows, max_rows, max_keys)
@@ -1028,7 +1048,11 @@ def attend(
     find_states, walk = plan
     starts, given = (cu_rows, cu_keys), _contiguous(given)
     with torch.cuda.device_of(q):
-        return walk(q, k, v, find_states(k, v, starts, given, *initial), starts, given)
+        if states is None:
+            states = find_states(k, v, starts, given, *initial)
+        else:
+            states = find_states.after(*(initial or (None,)), states, given)
+        return walk(q, k, v, states, starts, given)
 
 
 @lru_cache(_MOST_PLANS)
@@ -1039,18 +1063,17 @@ def _state_plan(
     return None if segments.empty else _States(segments, k, v, final=True)
 
 
-def state_of(q, k, v, form, given, late) -> torch.Tensor:
-    """See primitive.state_of."""
+def state_of(q, k, v, form, given, late) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """See primitive.state_of. The states that each segment starts with, from zero on, come second."""
     (k, like_k), (v, like_v), (_, like_q) = _laid_out(k), _laid_out(v), _laid_out(q)
     plan = _state_plan(_sequences(k, None, 0, 0), form, like_q, like_k, like_v, late)
     heads = form.decay[-1] if form.decay is not None else min(q.shape[-2], k.shape[-2])
     shape = (k.shape[0], heads, k.shape[-1], v.shape[-1])
     if plan is None:
-        return k.new_zeros(shape, dtype=torch.float32)
+        return k.new_zeros(shape, dtype=torch.float32), None
     final = k.new_empty(shape, dtype=torch.float32)
     with torch.cuda.device_of(k):
-        plan(k, v, (None, None), _contiguous(given), None, final)
-    return final
+        return final, plan(k, v, (None, None), _contiguous(given), None, final)
 
 
 def attend_with_state(
@@ -1076,9 +1099,9 @@ def attend_with_state(
 
 def gradients(
     dout, q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given=NOTHING, there=(),
-    back=(),
+    back=(), states_back: Optional[torch.Tensor] = None,
 ) -> tuple:  # fmt: skip
-    """See primitive.gradients and primitive.gradients_between."""
+    """See primitive.gradients and primitive.gradients_between. states_back: as `state_of` returns them."""
     (dout, like_dout), (q, like_q), (k, like_k), (v, like_v) = (
         _laid_out(dout),
         _laid_out(q),
@@ -1103,7 +1126,10 @@ def gradients(
         states = find_states(k, v, starts, given, *there)
         dq = find_dq(dout, v, k, states, starts, given)
         del states
-        states = find_back_states(q, dout, swapped, given, *back)
+        if states_back is None:
+            states = find_back_states(q, dout, swapped, given, *back)
+        else:
+            states = find_back_states.after(*(back or (None,)), states_back, given)
         dk = find_dk(v, dout, q, states, swapped, given)
         return dq, dk, find_dv(k, q, dout, states, swapped, given)
 

@@ -3,7 +3,7 @@
 import importlib.util
 from functools import cache
 from types import ModuleType
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
@@ -131,12 +131,15 @@ def attend_between(
     given: Given,
     before: Optional[torch.Tensor],
     behind: Optional[torch.Tensor] = None,
+    inside: Any = None,
 ) -> torch.Tensor:
     """Compute a form over a dense piece of each sequence, as many rows as keys, with the states of what is
-    not here: see `state` and `behind` of chunked.attend.
+    not here: see `state` and `behind` of chunked.attend. inside: what `state_of` returned beside the state of
+    this piece, if the form is causal.
     """
     if has_kernels(q):
-        return kernels().attend(q, k, v, form, None, None, 0, 0, given, *_states(form, before, behind))
+        states = _states(form, before, behind)
+        return kernels().attend(q, k, v, form, None, None, 0, 0, given, *states, states=inside)
     return chunked.attend(q, k, v, form, before, given, behind=behind)[0]
 
 
@@ -149,13 +152,14 @@ def gradients_between(
     given: Given,
     there: tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
     back: tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
+    inside: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute dq, dk and dv of `attend_between`. there: its states before and behind. back: those of q and
-    dout, for the transposed form.
+    dout, for the transposed form. inside: as there, beside the state of q and dout.
     """
     if has_kernels(q):
         states = _states(form, *there), _states(form, *back)
-        return kernels().gradients(dout, q, k, v, form, None, None, 0, 0, given, *states)
+        return kernels().gradients(dout, q, k, v, form, None, None, 0, 0, given, *states, inside)
     turned = tuple(None if x is None else x.mT.contiguous() for x in (*there, *back))
     return (
         attend_between(dout, v, k, form.of_dq(), given, *turned[:2]),
@@ -171,10 +175,11 @@ def _states(form: Form, before: Optional[torch.Tensor], behind: Optional[torch.T
 
 def state_of(
     rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, form: Form, given: Given, late: bool
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, Any]:
     """Return the sum of keys^T values over a dense piece of each sequence, decayed to its last position if
-    late, else to its first. rows: a tensor with the heads of the rows and as many tokens, of which none is
-    read. Factors of the form count if it is transposed, and the keys are its queries.
+    late, else to its first, and what spares attend_between or gradients_between another pass over keys and
+    values, None where nothing does. rows: a tensor with the heads of the rows and as many tokens, of which
+    none is read. Factors of the form count if it is transposed, and the keys are its queries.
     """
     if not form.transposed:
         form, given = form._replace(row_factors=None), given._replace(row_factors=None)
@@ -186,4 +191,4 @@ def state_of(
     else:  # the first walk of a full form is a causal one
         form = form._replace(causal=not form.transposed)
     diagonal = None if late else 0
-    return chunked.attend(rows[:, :0], keys, values, form, given=given, diagonal=diagonal)[1]
+    return chunked.attend(rows[:, :0], keys, values, form, given=given, diagonal=diagonal)[1], None
