@@ -144,12 +144,12 @@ def run(
     if plan := plans.get(key):
         plan((*tensors, *results))
         return
-    _recording.launches, _recording.not_read, _recording.not_used = recorded = [], [], []
+    _recording.launches, _recording.not_read, _recording.not_used = found = [], [], []
     try:
         launch()
     finally:
         _recording.launches = _recording.not_read = _recording.not_used = None
-    launches, *declared = recorded
+    launches, *declared = found
     plan = _Plan(launches, (*tensors, *results), *declared)
     if plan.complete:
         if len(plans) >= _MOST_PLANS:
