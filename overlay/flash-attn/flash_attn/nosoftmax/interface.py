@@ -10,7 +10,7 @@ import torch
 
 from .. import extension
 from . import checks, masking, ops
-from .call import ARGUMENTS, Cache, Call, Options
+from .call import ARGUMENTS, Cache, Call, Options, needs_grad
 from .choice import Choice, Wanted, choice_of_environment, choose, wanted
 
 _DOC = """\
@@ -54,6 +54,7 @@ _KEYWORDS = {
     "backend": "auto",
     "context_parallel": None,
 }
+_ABSENT: Any = inspect.Parameter.empty  # use_softmax may be given by position, too
 _SOFTMAX_BACKENDS = {"cpu": "cpu", "cuda": "fa2"}
 # Calls that look the same are checked, and their backend is chosen, only once.
 _MOST_LOOKS = 4096
@@ -83,18 +84,17 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
             _raise_of_binding(function, signature, args, kwargs)
         return arguments
 
-    def split(args: tuple, kwargs: dict) -> tuple:
-        """Return (use_softmax, args, kwargs), with args and kwargs as upstream's function takes them."""
-        if len(args) == len(names) + 1 and "use_softmax" not in kwargs:
-            return args[-1], args[:-1], kwargs
-        return kwargs.pop("use_softmax", True), args, kwargs
+    def split(args: tuple) -> tuple:
+        """Return (use_softmax, args) if no keyword gave it, with args as upstream's function takes them."""
+        return (args[-1], args[:-1]) if len(args) == len(names) + 1 else (True, args)
 
     @functools.wraps(function)
     def run(
-        *args, activation="identity", sigmoid_bias=0.0, normalization=None, decay_slopes=None, mask=None,
-        algorithm="auto", backend="auto", context_parallel=None, **kwargs
+        *args, use_softmax=_ABSENT, activation="identity", sigmoid_bias=0.0, normalization=None,
+        decay_slopes=None, mask=None, algorithm="auto", backend="auto", context_parallel=None, **kwargs
     ):  # fmt: skip
-        use_softmax, args, kwargs = split(args, kwargs)
+        if use_softmax is _ABSENT:
+            use_softmax, args = split(args)
         if use_softmax is True:
             given = (
                 activation, sigmoid_bias, normalization, decay_slopes, mask, algorithm, backend,
@@ -114,7 +114,7 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
             (function, len(args), *kwargs, type(mask)), values, algorithm, backend, has_cache
         )
         if known is not None and known.places is not None:
-            return _returned(known.call(values), known.backend, False)
+            return _returned(known.call(values), known.backend, False, derives=known.derives)
         arguments, rebuild = bind(args, kwargs), None
         if getattr(arguments.get("q", arguments.get("qkv")), "is_nested", False):
             arguments, rebuild = _packed(arguments)
@@ -127,7 +127,9 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
     def question(args: tuple, kwargs: dict) -> Choice:
         """Return the Choice for flash_attn.explain."""
         chosen = {name: kwargs.pop(name, default) for name, default in _KEYWORDS.items()}
-        use_softmax, args, kwargs = split(args, kwargs)
+        use_softmax = kwargs.pop("use_softmax", _ABSENT)
+        if use_softmax is _ABSENT:
+            use_softmax, args = split(args)
         arguments = bind(args, kwargs)
         if use_softmax is True:
             choice = _check_softmax(arguments, **chosen)
@@ -302,13 +304,14 @@ class _Known(NamedTuple):
 
     places: the index of each tensor of the call among the argument values; None if a tensor is made from an
     argument, for example by a conversion. rest: the fields of the call after q, k and v, if it has no other
-    tensors; else None.
+    tensors; else None. derives: whether autograd may ask for gradients.
     """
 
     backend: str
     options: Options
     places: Optional[tuple]
     rest: Optional[tuple]
+    derives: bool
 
     def call(self, values: tuple) -> Call:
         """Return the call with other tensors that look the same."""
@@ -383,7 +386,7 @@ def _remember(looks: tuple, call: Call, backend: str, names: tuple, values: tupl
     if len(_known) >= _MOST_LOOKS:
         _known.clear()
     rest = call[3:] if all(x is None for x in call.tensors[3:]) else None
-    _known[looks] = _Known(backend, call.options, places, rest)
+    _known[looks] = _Known(backend, call.options, places, rest, needs_grad(call))
 
 
 def _place(field: str, x: Optional[torch.Tensor], names: tuple, values: tuple) -> Optional[int]:
@@ -394,11 +397,17 @@ def _place(field: str, x: Optional[torch.Tensor], names: tuple, values: tuple) -
     return names.index(name) if name in names and values[names.index(name)] is x else -1
 
 
-def _returned(call: Call, backend: str, as_operator: bool, rebuild: Optional[Callable] = None) -> Any:
+def _returned(
+    call: Call,
+    backend: str,
+    as_operator: bool,
+    rebuild: Optional[Callable] = None,
+    derives: Optional[bool] = None,
+) -> Any:
     """Run the call and return what the public function returns."""
     if call.cache is not None:
         return ops.attend_cached(call, backend)
-    result = ops.attend(call, backend, as_operator)
+    result = ops.attend(call, backend, as_operator, derives)
     out = result.out if rebuild is None else rebuild(result.out)
     if not call.options.return_attn_probs:
         return out

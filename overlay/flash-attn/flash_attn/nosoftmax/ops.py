@@ -29,9 +29,9 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 # ---- Without derivatives ----
 
 
-def _module(call: Call, backend: str) -> Any:
-    """Return the backend of that name. "auto" and "quadratic" are resolved now."""
-    return MODULES.get(backend) or MODULES[choose(call, wanted(backend, "auto")).backend]
+def _chosen(call: Call, algorithm: str) -> Any:
+    """Return the backend for "auto" or "quadratic", which operators leave open."""
+    return MODULES[choose(call, wanted(algorithm, "auto")).backend]
 
 
 def check_values(call: Call) -> None:
@@ -44,7 +44,7 @@ def run(call: Call, backend: str) -> Result:
     """Run the forward pass without recording a graph."""
     if call.q.is_cpu:
         check_values(call)
-    module = _module(call, backend)
+    module = MODULES.get(backend) or _chosen(call, backend)
     if torch.autograd._profiler_enabled():
         with _record("forward", module):
             return module.forward(call)
@@ -53,7 +53,7 @@ def run(call: Call, backend: str) -> Result:
 
 def run_backward(call: Call, backend: str, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
     """Compute dq, dk and dv without recording a graph."""
-    module = _module(call, backend)
+    module = MODULES.get(backend) or _chosen(call, backend)
     if torch.autograd._profiler_enabled():
         with _record("backward", module):
             return module.backward(call, dout, rng_state)
@@ -80,15 +80,18 @@ def followed(call: Call) -> bool:
     ) and CAN_DEFINE
 
 
-def attend(call: Call, backend: str, as_operator: Optional[bool] = None) -> Result:
-    """Run the forward pass with its derivatives. backend: a name, "auto" or "quadratic". as_operator: the
-    result of `followed`, if known.
+def attend(
+    call: Call, backend: str, as_operator: Optional[bool] = None, derives: Optional[bool] = None
+) -> Result:
+    """Run the forward pass with its derivatives. backend: a name, "auto" or "quadratic". as_operator and
+    derives: the results of `followed` and of `needs_grad`, if known.
     """
     transformed = torch._C._are_functorch_transforms_active()
     if not transformed and (followed(call) if as_operator is None else as_operator):
         out, rng_state, s_dmask = _OPERATORS.forward(*call.tensors, *call.options, backend)
         return Result(out, *_or_none(call, rng_state, s_dmask))
-    if transformed or needs_grad(call) or forward_ad._current_level >= 0:
+    derives = needs_grad(call) if derives is None else derives
+    if transformed or derives or forward_ad._current_level >= 0:
         apply = Attention.apply if transformed else Attention.apply_now
         result = apply(*call.tensors, call.options, backend)
         return Result(*result) if isinstance(result, tuple) else Result(result)

@@ -1,5 +1,6 @@
 """Run calls on this package's CUDA extension, upstream's CUTLASS kernels."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Optional
 
@@ -45,12 +46,9 @@ def _score(call: Call, diagonal: Optional[torch.Tensor]) -> Optional[tuple]:
     """Return the extension's argument `score` (ScoreArguments in csrc/flash_attn/src/use_softmax.h)."""
     o, factors = call.options, call.row_factors
     if (
-        factors is None
-        and call.decay_slopes is None
-        and diagonal is None
-        and not o.wide
-        and (o.activation, o.normalization, o.factor) == ("identity", None, 1.0)
-    ):
+        o.activation == "identity" and o.normalization is None and o.factor == 1.0 and not o.wide
+        and factors is None and call.decay_slopes is None and diagonal is None
+    ):  # fmt: skip
         return None
     by_row = factors is not None and (
         factors.dim() == 2 or (call.varlen and factors.shape[0] == call.q.shape[0])
@@ -94,15 +92,17 @@ def _built() -> tuple:
     return module.built_head_dims, module.built_dtypes, module.built_passes, module.built_archs
 
 
-def _taken(*tensors: torch.Tensor) -> list:
+def _taken(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
     """Make the last dimension of tensors of one head size contiguous and a multiple of 8, as the extension
     requires.
     """
     missing = -tensors[0].shape[-1] % _CHANNELS
     if missing:
         return [F.pad(x, (0, missing)) for x in tensors]
-    # is_contiguous answers sooner than stride, and nearly always with yes.
-    return [x if x.is_contiguous() or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    for x in tensors:  # is_contiguous answers sooner than stride, and nearly always with yes
+        if not x.is_contiguous():
+            return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+    return tensors
 
 
 def _contiguous(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
@@ -127,31 +127,17 @@ def forward(call: Call) -> Result:
     s_dmask = o.return_attn_probs and o.dropout_p > 0.0
     if not call.varlen:
         out, _, mask, rng_state = extension.load().fwd(
-            q,
-            k,
-            v,
-            None,
-            call.alibi_slopes,
-            o.dropout_p,
-            o.softmax_scale,
-            *window,
-            o.softcap,
-            s_dmask,
-            None,
-            False,
-            score,
-        )
+            q, k, v, None, call.alibi_slopes, o.dropout_p, o.softmax_scale, *window, o.softcap, s_dmask, None,
+            False, score,
+        )  # fmt: skip
     else:
         out, _, mask, rng_state = extension.load().varlen_fwd(
             q, k, v, None, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k, call.leftpad_k,
             call.block_table, call.alibi_slopes, o.max_seqlen_q, o.max_seqlen_k, o.dropout_p,
             o.softmax_scale, False, *window, o.softcap, s_dmask, None, False, score,
         )  # fmt: skip
-    return Result(
-        out if q is call.q else _cut(out, call.q),
-        rng_state if o.dropout_p > 0.0 else None,
-        mask if s_dmask else None,
-    )
+    out = out if q is call.q else _cut(out, call.q)
+    return Result(out, rng_state, mask if s_dmask else None) if o.dropout_p > 0.0 else Result(out)
 
 
 def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:

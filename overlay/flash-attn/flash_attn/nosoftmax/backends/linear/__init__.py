@@ -134,16 +134,30 @@ def _form(call: Call) -> Form:
     return _form_of(call.options, _causal(call), kind_of_factors(call), decay, call.diagonal is None)
 
 
-def _more(call: Call) -> tuple:
-    """Return the arguments of the primitive after the form."""
-    o, given = call.options, (call.row_factors, call.decay_slopes, call.diagonal)
-    given = Given(*given) if any(x is not None for x in given) else NOTHING
-    return call.cu_seqlens_q, call.cu_seqlens_k, o.max_seqlen_q, o.max_seqlen_k, given
+# The forms of calls that give no tensors beside q, k and v, by the identity of their options: a hash of all
+# options would take longer than the rest of this module. An entry keeps its options, so that no others get
+# their identity.
+_MOST_FORMS = 512
+_forms: dict[int, tuple[Options, Form]] = {}
+
+
+def _arguments(call: Call) -> tuple:
+    """Return the arguments of the primitive after the tensors: the form, the lengths and what is given."""
+    o = call.options
+    lengths = call.cu_seqlens_q, call.cu_seqlens_k, o.max_seqlen_q, o.max_seqlen_k
+    if call.row_factors is not None or call.decay_slopes is not None or call.diagonal is not None:
+        return _form(call), *lengths, Given(call.row_factors, call.decay_slopes, call.diagonal)
+    known = _forms.get(id(o))
+    if known is None:
+        if len(_forms) >= _MOST_FORMS:
+            _forms.clear()
+        known = _forms[id(o)] = o, _form(call)
+    return known[1], *lengths, NOTHING
 
 
 def forward(call: Call) -> Result:
-    return Result(primitive.attend(call.q, call.k, call.v, _form(call), *_more(call)))
+    return Result(primitive.attend(call.q, call.k, call.v, *_arguments(call)))
 
 
 def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
-    return primitive.gradients(dout, call.q, call.k, call.v, _form(call), *_more(call))
+    return primitive.gradients(dout, call.q, call.k, call.v, *_arguments(call))
