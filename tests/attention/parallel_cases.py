@@ -22,7 +22,7 @@ from flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from flash_attn.distributed import ContextParallel, agreement, exchange
+from flash_attn.distributed import ContextParallel, agreement, attention, exchange
 from flash_attn.distributed.methods import ring
 from flash_attn.distributed.problem import Problem
 from flash_attn.masks import HSTU, Intervals
@@ -567,6 +567,33 @@ def wrong_cache(rank: int, world: int, name: str) -> None:
         q.requires_grad_()
     new = torch.randn(2, 1, 2, 4)
     flash_attn_with_kvcache(q, cache, cache.clone(), new, new, **options).sum().backward()
+
+
+def repeated(rank: int, world: int) -> None:
+    """A call that looks like an earlier one is not checked again, and takes its own tensors and the values of
+    what is checked on the CPU.
+    """
+    cp, checked = plan("allgather", "zigzag"), []
+    prepare = attention._prepared
+    attention._prepared = lambda *arguments: checked.append(1) or prepare(*arguments)
+    slopes = torch.linspace(0.1, 0.5, 2, dtype=torch.float32)
+    try:
+        for seed, more, times in (
+            (1, {}, 1),
+            (2, {}, 1),
+            (3, dict(activation="relu"), 2),
+            (4, {}, 2),
+            (5, dict(decay_slopes=slopes), 3),
+            (6, dict(decay_slopes=2 * slopes), 4),
+        ):
+            generator = torch.Generator().manual_seed(seed)
+            qkv = [torch.randn(1, TOKENS, 2, 8, dtype=F64, generator=generator) for _ in range(3)]
+            options = {**dict(causal=True, use_softmax=False, activation="silu", normalization="1/n"), **more}
+            found = flash_attn_func(*map(cp.shard, qkv), context_parallel=cp, **options)
+            torch.testing.assert_close(found, cp.shard(flash_attn_func(*qkv, **options)), rtol=0, atol=1e-10)
+            assert len(checked) == times, (seed, len(checked))
+    finally:
+        attention._prepared = prepare
 
 
 class _Block(torch.nn.Module):

@@ -92,6 +92,10 @@ def test_packed_arguments(ranks):
     ranks.run(cases.packed_forms)
 
 
+def test_repeated_calls(ranks):
+    ranks.run(cases.repeated)
+
+
 def test_a_group_of_one(ranks):
     ranks.run(cases.alone)
 

@@ -62,6 +62,7 @@ class ContextParallel:
         self.packed = cu_seqlens is not None
         self._plan: Optional[Layout] = None
         self._on: dict = {}
+        self.known: dict = {}  # of attention.attend, for calls that look the same
         if self.packed:
             self._plan = Layout(self.world, layout, _offsets(cu_seqlens))
         elif seqlen is not None:

@@ -57,10 +57,12 @@ class Problem:
             whole.alibi_slopes is not None or whole.decay_slopes is not None or whole.options.mask == "hstu"
         )
 
-    def replaced(self, q: Optional[torch.Tensor], k: Optional[torch.Tensor], v: Optional[torch.Tensor]):
-        """The same problem with other tensors, so that autograd alone keeps those of a call."""
+    def replaced(self, **tensors: Optional[torch.Tensor]) -> "Problem":
+        """The same problem with other tensors, or None, as fields of the call. So autograd alone keeps q,
+        k and v, and a call that looks like an earlier one has tensors of its own.
+        """
         other = copy(self)
-        other.whole, other.call = (call._replace(q=q, k=k, v=v) for call in (self.whole, self.call))
+        other.whole, other.call = (call._replace(**tensors) for call in (self.whole, self.call))
         return other
 
     @property

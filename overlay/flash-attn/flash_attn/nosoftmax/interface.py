@@ -104,10 +104,13 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
                 _check_softmax(bind(args, kwargs), **dict(zip(_KEYWORDS, given)))
             return function(*args, **kwargs)
         score = use_softmax, activation, sigmoid_bias, normalization, decay_slopes
+        values = (*args, *kwargs.values(), *score)
         if context_parallel is not None:
             make = functools.partial(_parallel_call, bind, args, kwargs, score, mask)
-            return _distributed().attend(make, context_parallel, algorithm, backend)
-        values = (*args, *kwargs.values(), *score)
+            looks = _looks((function, len(args), *kwargs), values, algorithm, backend, has_cache)
+            named = (*names[: len(args)], *kwargs, *_SCORE)
+            repeats = None if looks is None or mask is not None else Repeats(looks, named, values)
+            return _distributed().attend(make, context_parallel, algorithm, backend, repeats)
         if mask is not None:
             values += masking.parts_of(mask)
         looks, known = _recall(
@@ -122,7 +125,8 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
         if known is not None:
             return _returned(call, known.backend, False, rebuild)
         named = (*names[: len(args)], *kwargs, *_SCORE, *masking.names_of(mask))
-        return _returned(call, *_settle(call, algorithm, backend, looks, named, values), rebuild)
+        repeats = None if looks is None else Repeats(looks, named, values)
+        return _returned(call, *_settle(call, algorithm, backend, repeats), rebuild)
 
     def question(args: tuple, kwargs: dict) -> Choice:
         """Return the Choice for flash_attn.explain."""
@@ -292,8 +296,10 @@ def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict) 
     call = _call_of(given, (False, *[given[name] for name in _SCORE[1:]]), mask)
     if known is not None:
         return call, known.backend
-    named = ("q", "k", "v", *options, *masking.names_of(mask))
-    return call, _settle(call, algorithm, backend, looks, named, values)[0]
+    repeats = (
+        None if looks is None else Repeats(looks, ("q", "k", "v", *options, *masking.names_of(mask)), values)
+    )
+    return call, _settle(call, algorithm, backend, repeats)[0]
 
 
 # ---- From the arguments of a function to a call ----
@@ -336,18 +342,25 @@ _REMEMBERED = checks.PLAIN | {torch.dtype}
 
 
 def _recall(of: tuple, values: tuple, algorithm: str, backend: str, strides: bool) -> tuple:
-    """Return (looks, known): a key of all that a check or a choice may depend on, except for tensor contents,
-    and what is remembered of a call with that key, if anything.
+    """Return (looks, known): see `_looks`, and what is remembered of a call that looks so, if anything."""
+    looks = _looks(of, values, algorithm, backend, strides)
+    return looks, None if looks is None else _known.get(looks)
 
-    looks is None if the call may not be remembered: under a compiler or a dispatch mode, or with an argument
-    that may change, such as a list. strides: whether the key includes the strides of the tensors.
+
+def _looks(of: tuple, values: tuple, algorithm: str, backend: str, strides: bool) -> Optional[tuple]:
+    """Return a key of all that a check or a choice may depend on, except for tensor contents.
+
+    None if the call may not be remembered: under a compiler or a dispatch mode, or with an argument that may
+    change, such as a list. strides: whether the key includes the strides of the tensors.
     """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
+        or type(algorithm) is not str
+        or type(backend) is not str
     ):
-        return None, None
+        return None
     named = choice_of_environment() if backend == "auto" else None
     looks = [of, torch.is_grad_enabled(), algorithm, backend, named]
     if torch._C._is_any_autocast_enabled():
@@ -364,37 +377,49 @@ def _recall(of: tuple, values: tuple, algorithm: str, backend: str, strides: boo
             elif kind is tuple and _REMEMBERED.issuperset(map(type, x)):
                 looks += x, *map(type, x)
             else:
-                return None, None
-        looks = tuple(looks)
-        return looks, _known.get(looks)
-    except (RuntimeError, TypeError):  # a nested tensor of the strided layout has no shape, a list no hash
-        return None, None
+                return None
+    except RuntimeError:  # a nested tensor of the strided layout has no shape
+        return None
+    return tuple(looks)
 
 
-def _remember(looks: tuple, call: Call, backend: str, names: tuple, values: tuple) -> None:
-    """Remember the checked call and its backend. names: the argument names of `values`.
+class Repeats(NamedTuple):
+    """What tells that a call repeats an earlier one: how it looks, and its arguments by name."""
 
-    A call with a tensor in the place of a number is not remembered: the tensor was read, and its number may
-    change.
-    """
-    if any(type(x) in _TENSORS and name not in _OF_TENSORS for name, x in zip(names, values)):
+    looks: tuple
+    names: tuple
+    values: tuple
+
+    @property
+    def reads(self) -> bool:
+        """Whether a tensor is in the place of a number: it is read, and its number may change."""
+        return any(
+            type(x) in _TENSORS and name not in _OF_TENSORS for name, x in zip(self.names, self.values)
+        )
+
+    def places(self, call: Call) -> Optional[tuple]:
+        """The index of each tensor of the call among the values, None for one that is absent; None if a
+        tensor is made from an argument, for example by a conversion.
+        """
+        found: list = []
+        for field, x in zip(Call._fields, call.tensors):
+            name = ARGUMENTS.get(field, field)
+            at = self.names.index(name) if x is not None and name in self.names else None
+            if x is not None and (at is None or self.values[at] is not x):
+                return None
+            found.append(at)
+        return tuple(found)
+
+
+def _remember(repeats: Repeats, call: Call, backend: str) -> None:
+    """Remember the checked call and its backend."""
+    if repeats.reads:
         return
-    places: Optional[tuple] = None
-    if call.cache is None:
-        at = [_place(field, x, names, values) for field, x in zip(Call._fields, call.tensors)]
-        places = None if -1 in at else tuple(at)
+    places = None if call.cache is not None else repeats.places(call)
     if len(_known) >= _MOST_LOOKS:
         _known.clear()
     rest = call[3:] if all(x is None for x in call.tensors[3:]) else None
-    _known[looks] = _Known(backend, call.options, places, rest, needs_grad(call))
-
-
-def _place(field: str, x: Optional[torch.Tensor], names: tuple, values: tuple) -> Optional[int]:
-    """Return the index of the call's tensor x among the named values; -1 if x is none of them."""
-    if x is None:
-        return None
-    name = ARGUMENTS.get(field, field)
-    return names.index(name) if name in names and values[names.index(name)] is x else -1
+    _known[repeats.looks] = _Known(backend, call.options, places, rest, needs_grad(call))
 
 
 def _returned(
@@ -415,20 +440,17 @@ def _returned(
     return out, lse, call.q.new_empty(0) if result.s_dmask is None else result.s_dmask
 
 
-def _settle(
-    call: Call, algorithm: str, backend: str, looks: Optional[tuple], names: tuple, values: tuple
-) -> tuple[str, bool]:
+def _settle(call: Call, algorithm: str, backend: str, repeats: Optional[Repeats]) -> tuple[str, bool]:
     """Check the call, and return its backend and whether it runs as an operator. An operator gets the
-    requested name, and chooses when it runs. Remembers the answer under `looks`; names, values: see
-    `_remember`.
+    requested name, and chooses when it runs. Remembers the answer, where the call may be remembered.
     """
     among = wanted(algorithm, backend)
     _check(call)
-    if (looks is None or call.q.is_meta) and ops.followed(call):
+    if (repeats is None or call.q.is_meta) and ops.followed(call):
         return backend if backend != "auto" else algorithm, True
     name = choose(call, among).backend
-    if looks is not None:
-        _remember(looks, call, name, names, values)
+    if repeats is not None:
+        _remember(repeats, call, name)
     return name, False
 
 

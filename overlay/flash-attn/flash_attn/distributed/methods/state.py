@@ -45,33 +45,36 @@ def forward(problem: Problem) -> tuple:
     form = _form(problem)
     own = problem.cp.plan.pieces(problem.cp.rank)
     states = _States(problem, False, lambda piece, late: _state(problem, form, piece, q, k, v, late))
-    out, kept = q.new_zeros(*q.shape[:-1], v.shape[-1]), []
+    out, kept = q.new_empty(*q.shape[:-1], v.shape[-1]), []
     for piece in own:
         before, behind = states.around(piece)
         here = (_take(problem, x, piece) for x in (q, k, v))
-        inside = states.inside(piece)
-        result = primitive.attend_between(*here, form, _given(problem, form, piece), before, behind, inside)
-        _put(problem, out, piece, result)
+        place = _take(problem, out, piece)
+        result = primitive.attend_between(
+            *here, form, _given(problem, form, piece), before, behind, states.inside(piece), _direct(place)
+        )
+        _put(place, result)
         kept += [before, behind]
     return out, kept
 
 
 def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
     q, k, v = problem.call.tensors[:3]
-    form = _form(problem)._replace(wide=True)
+    form = _form(problem)
     own = problem.cp.plan.pieces(problem.cp.rank)
     states = _States(
         problem, True, lambda piece, late: _state(problem, form.of_dv(), piece, k, q, dout, late)
     )
-    grads = tuple(torch.zeros_like(x) for x in (q, k, v))
+    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
     for i, piece in enumerate(own):
         here = (_take(problem, x, piece) for x in (dout, q, k, v))
+        places = tuple(_take(problem, x, piece) for x in grads)
         results = primitive.gradients_between(
             *here, form, _given(problem, form, piece), kept[2 * i : 2 * i + 2], states.around(piece),
-            states.inside(piece),
+            states.inside(piece), tuple(map(_direct, places)),
         )  # fmt: skip
-        for grad, result in zip(grads, results):
-            _put(problem, grad, piece, result)
+        for place, result in zip(places, results):
+            _put(place, result)
     return grads
 
 
@@ -94,8 +97,14 @@ def _take(problem: Problem, x: torch.Tensor, piece: Piece) -> torch.Tensor:
     return x[None, piece.rows] if problem.dim == 0 else x[:, piece.rows]
 
 
-def _put(problem: Problem, x: torch.Tensor, piece: Piece, result: torch.Tensor) -> None:
-    _take(problem, x, piece).copy_(result)
+def _direct(place: torch.Tensor) -> Optional[torch.Tensor]:
+    """Where a result may be written without a copy."""
+    return place if place.is_contiguous() else None
+
+
+def _put(place: torch.Tensor, result: torch.Tensor) -> None:
+    if result is not place:
+        place.copy_(result)
 
 
 def _slopes(problem: Problem, piece: Piece) -> Optional[torch.Tensor]:

@@ -914,8 +914,11 @@ class _Walk:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, states: Optional[torch.Tensor],
         starts: _Starts, given: Given = NOTHING, partial: Optional[torch.Tensor] = None,
+        out: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:  # fmt: skip
-        out = q.new_empty(self._shape, dtype=self._dtype)
+        """out: see `attend`."""
+        if out is None or self._summed > 1:
+            out = q.new_empty(self._shape, dtype=self._dtype)
         self._walk(q, k, v, out, states, *given, partial, *starts)
         if self._summed == 1:
             return out
@@ -936,11 +939,12 @@ class _TwoWalks:
         )
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, states: tuple, starts: _Starts, given: Given
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, states: tuple, starts: _Starts, given: Given,
+        out: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:  # fmt: skip
         first, second = self._parts
         partial = first(q, k, v, states[0], starts, given)
-        return second(q, k, v, states[1], starts, given, partial)
+        return second(q, k, v, states[1], starts, given, partial, out)
 
 
 def _steps(segments: _Segments) -> tuple[type, type]:
@@ -1036,9 +1040,11 @@ def _starting(initial: tuple) -> tuple[bool, tuple]:
 
 def attend(
     q, k, v, form, cu_rows, cu_keys, max_rows, max_keys, given=NOTHING, *initial: Optional[torch.Tensor],
-    states: Optional[torch.Tensor] = None,
+    states: Optional[torch.Tensor] = None, out: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:  # fmt: skip
-    """See primitive.attend and primitive.attend_between. states: as `state_of` returns them."""
+    """See primitive.attend and primitive.attend_between. states: as `state_of` returns them. out: takes the
+    result where it can; it has its shape and dtype, and is contiguous.
+    """
     (q, like_q), (k, like_k), (v, like_v) = _laid_out(q), _laid_out(k), _laid_out(v)
     starting, initial = _starting(initial)
     sequences = _sequences(q, cu_rows, max_rows, max_keys)
@@ -1052,7 +1058,7 @@ def attend(
             states = find_states(k, v, starts, given, *initial)
         else:
             states = find_states.after(*(initial or (None,)), states, given)
-        return walk(q, k, v, states, starts, given)
+        return walk(q, k, v, states, starts, given, out=out)
 
 
 @lru_cache(_MOST_PLANS)
@@ -1099,9 +1105,11 @@ def attend_with_state(
 
 def gradients(
     dout, q, k, v, form, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, given=NOTHING, there=(),
-    back=(), states_back: Optional[torch.Tensor] = None,
+    back=(), states_back: Optional[torch.Tensor] = None, outs: tuple = (None, None, None),
 ) -> tuple:  # fmt: skip
-    """See primitive.gradients and primitive.gradients_between. states_back: as `state_of` returns them."""
+    """See primitive.gradients and primitive.gradients_between. states_back: as `state_of` returns them. outs:
+    take the results, as in `attend`.
+    """
     (dout, like_dout), (q, like_q), (k, like_k), (v, like_v) = (
         _laid_out(dout),
         _laid_out(q),
@@ -1124,14 +1132,14 @@ def gradients(
     given = _contiguous(given)
     with torch.cuda.device_of(q):
         states = find_states(k, v, starts, given, *there)
-        dq = find_dq(dout, v, k, states, starts, given)
+        dq = find_dq(dout, v, k, states, starts, given, out=outs[0])
         del states
         if states_back is None:
             states = find_back_states(q, dout, swapped, given, *back)
         else:
             states = find_back_states.after(*(back or (None,)), states_back, given)
-        dk = find_dk(v, dout, q, states, swapped, given)
-        return dq, dk, find_dv(k, q, dout, states, swapped, given)
+        dk = find_dk(v, dout, q, states, swapped, given, out=outs[1])
+        return dq, dk, find_dv(k, q, dout, states, swapped, given, out=outs[2])
 
 
 _INCREMENT_VERSION = getattr(torch.autograd.graph, "increment_version", None)  # not in every torch

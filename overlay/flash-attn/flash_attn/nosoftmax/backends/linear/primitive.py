@@ -132,14 +132,16 @@ def attend_between(
     before: Optional[torch.Tensor],
     behind: Optional[torch.Tensor] = None,
     inside: Any = None,
+    out: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """Compute a form over a dense piece of each sequence, as many rows as keys, with the states of what is
     not here: see `state` and `behind` of chunked.attend. inside: what `state_of` returned beside the state of
-    this piece, if the form is causal.
+    this piece, if the form is causal. out: a contiguous tensor of the result's shape and dtype, which may
+    become the result, and spares it to be copied there.
     """
     if has_kernels(q):
         states = _states(form, before, behind)
-        return kernels().attend(q, k, v, form, None, None, 0, 0, given, *states, states=inside)
+        return kernels().attend(q, k, v, form, None, None, 0, 0, given, *states, states=inside, out=out)
     return chunked.attend(q, k, v, form, before, given, behind=behind)[0]
 
 
@@ -153,13 +155,14 @@ def gradients_between(
     there: tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
     back: tuple[Optional[torch.Tensor], Optional[torch.Tensor]],
     inside: Any = None,
+    outs: tuple = (None, None, None),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute dq, dk and dv of `attend_between`. there: its states before and behind. back: those of q and
-    dout, for the transposed form. inside: as there, beside the state of q and dout.
+    dout, for the transposed form. inside: as there, beside the state of q and dout. outs: as `out` there.
     """
     if has_kernels(q):
         states = _states(form, *there), _states(form, *back)
-        return kernels().gradients(dout, q, k, v, form, None, None, 0, 0, given, *states, inside)
+        return kernels().gradients(dout, q, k, v, form, None, None, 0, 0, given, *states, inside, outs)
     turned = tuple(None if x is None else x.mT.contiguous() for x in (*there, *back))
     return (
         attend_between(dout, v, k, form.of_dq(), given, *turned[:2]),
