@@ -43,19 +43,23 @@ class Method(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """The remembered result of checking a call. places: see Repeats.places. problem: without its tensors."""
+    """The remembered result of checking a call. places: see Repeats.places. problem: without its tensors, and
+    without the plan, which keeps this.
+    """
 
     places: tuple
     problem: Problem
     method: Method
     facts: dict
 
-    def of(self, values: tuple) -> tuple:
+    def of(self, cp: ContextParallel, values: tuple) -> tuple:
         """Return what `_prepared` does for a call with other tensors that look the same."""
         tensors = {
             field: values[place] for field, place in zip(Call._fields, self.places) if place is not None
         }
-        return (self.problem.replaced(**tensors), self.method), self.facts
+        problem = self.problem.replaced(**tensors)
+        problem.cp = cp
+        return (problem, self.method), self.facts
 
 
 # The tensors that enter a problem as they were given, whatever they hold. On the CPU lengths and slopes are
@@ -73,7 +77,7 @@ def _prepared_once(make: Callable, cp: ContextParallel, algorithm: str, backend:
     """
     known = None if repeats is None else cp.known.get(repeats.looks)
     if known is not None:
-        return known.of(repeats.values)
+        return known.of(cp, repeats.values)
     call = make()
     result, facts = _prepared(call, cp, algorithm, backend)
     problem, method = result
@@ -82,7 +86,9 @@ def _prepared_once(make: Callable, cp: ContextParallel, algorithm: str, backend:
     given = {field for field, x in zip(Call._fields, call.tensors) if x is not None}
     places = repeats.places(call)
     if places is not None and given <= _PASSED_ON.get(call.q.device.type, set()):
-        cp.known[repeats.looks] = _Known(places, problem.replaced(**dict.fromkeys(given)), method, facts)
+        bare = problem.replaced(**dict.fromkeys(given))
+        bare.cp = None
+        cp.known[repeats.looks] = _Known(places, bare, method, facts)
     return result, facts
 
 

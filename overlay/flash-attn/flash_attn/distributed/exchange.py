@@ -3,7 +3,7 @@
 All sums are in the order of the ranks, so that a result has the same bits in every run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,36 +14,57 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 def gather(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Return x of all ranks, (world, *x.shape). All have the same shape."""
+    return _gathering(x, group)()
+
+
+def _gathering(x: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], torch.Tensor]:
     world = dist.get_world_size(group)
-    found = x.new_empty(world * x.numel())
-    _all_gather(found, x.contiguous().view(-1), group=group)
-    return found.view(world, *x.shape)
+    sent, found = x.contiguous().view(-1), x.new_empty(world * x.numel())
+    work = _all_gather(found, sent, group=group, async_op=True)
+
+    def wait() -> torch.Tensor:
+        work.wait()
+        return found.view(world, *x.shape)
+
+    return wait
 
 
-def gather_flat(tensors: Sequence, sizes: Sequence, group: dist.ProcessGroup) -> list:
-    """Gather several tensors of one dtype in one message. sizes: for each rank the shapes of its tensors.
+def gathering_flat(tensors: Sequence, sizes: Sequence, group: dist.ProcessGroup) -> Callable[[], list]:
+    """Begin to gather several tensors of one dtype in one message. sizes: for each rank the shapes of its
+    tensors. Messages are as long as the longest.
 
-    Returns for each tensor the list of those of all ranks. Messages are as long as the longest.
+    Returns a function that waits, on a GPU in its stream, and returns for each tensor the list of those of
+    all ranks.
     """
     longest = max(sum(map(_numel, shapes)) for shapes in sizes)
     message = tensors[0].new_zeros(longest)
     _pack(tensors, message)
-    rows = gather(message, group)
-    return list(zip(*(_unpack(row, shapes) for row, shapes in zip(rows, sizes))))
+    wait = _gathering(message, group)
+    return lambda: list(zip(*(_unpack(row, shapes) for row, shapes in zip(wait(), sizes))))
 
 
 def all_to_all(parts: Sequence, shapes: Sequence, group: dist.ProcessGroup) -> list:
     """Send parts[s], a list of tensors of one dtype, to rank s. shapes[s]: those of the list that rank s
     sends to this rank. Returns the lists received.
     """
+    return exchanging(parts, shapes, group)()
+
+
+def exchanging(parts: Sequence, shapes: Sequence, group: dist.ProcessGroup) -> Callable[[], list]:
+    """Begin `all_to_all`. Returns a function that waits, on a GPU in its stream, and returns the lists."""
     sent = [sum(x.numel() for x in part) for part in parts]
     received = [sum(map(_numel, part)) for part in shapes]
     like = parts[0][0]
     message, found = like.new_empty(sum(sent)), like.new_empty(sum(received))
     for part, room in zip(parts, message.split(sent)):
         _pack(part, room)
-    dist.all_to_all_single(found, message, received, sent, group=group)
-    return [_unpack(room, part) for room, part in zip(found.split(received), shapes)]
+    work = dist.all_to_all_single(found, message, received, sent, group=group, async_op=True)
+
+    def wait() -> list:
+        work.wait()
+        return [_unpack(room, part) for room, part in zip(found.split(received), shapes)]
+
+    return wait
 
 
 def add_up(lists: Sequence) -> list:

@@ -1,5 +1,6 @@
 """Plan which rank of a group holds which tokens, and move tensors into and out of that order."""
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Optional, Union
 
@@ -155,21 +156,36 @@ class ContextParallel:
 
     def gathered(self, tensors: list, dim: int) -> list:
         """Gather the tokens of several tensors of one dtype, in the order of the whole batch."""
+        return self.gathering(tensors, dim)()
+
+    def gathering(self, tensors: list, dim: int) -> Callable[[], list]:
+        """Begin `gathered`, and return a function that waits for the result."""
         if self.world == 1:
-            return tensors
+            return lambda: tensors
         sizes = [[(*x.shape[:dim], size, *x.shape[dim + 1 :]) for x in tensors] for size in self.plan.sizes]
-        found = exchange.gather_flat(tensors, sizes, self.group)
-        return [self.in_order(torch.cat(parts, dim), dim) for parts in found]
+        wait = exchange.gathering_flat(tensors, sizes, self.group)
+        return lambda: [self.in_order(torch.cat(parts, dim), dim) for parts in wait()]
 
     def scattered(self, tensors: list, dim: int) -> list:
         """Add up what all ranks have for each token of the whole batch, and return this rank's tokens. The
         sum is in the order of the ranks."""
+        return self.scattering(tensors, dim)()
+
+    def scattering(self, tensors: list, dim: int) -> Callable[[], list]:
+        """Begin `scattered`, and return a function that waits for the result."""
         if self.world == 1:
-            return tensors
-        tensors = [self.in_ranks(x, dim) for x in tensors]
-        parts = list(zip(*(x.split(self.plan.sizes, dim) for x in tensors)))
+            return lambda: tensors
+        # Each range of tokens is copied once, into the message.
+        ranges = [self.plan.tokens(rank) or [range(0)] for rank in range(self.world)]
+        parts = [[x.narrow(dim, r.start, len(r)) for x in tensors for r in own] for own in ranges]
         own = [x.shape for x in parts[self.rank]]
-        return exchange.add_up(exchange.all_to_all(parts, [own] * self.world, self.group))
+        wait, count = exchange.exchanging(parts, [own] * self.world, self.group), len(ranges[self.rank])
+
+        def result() -> list:
+            sums = exchange.add_up(wait())
+            return [torch.cat(sums[i : i + count], dim) for i in range(0, len(sums), count)]
+
+        return result
 
     def in_order(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """Bring the tokens of all ranks, one rank after the other, into the order of the whole batch."""

@@ -65,6 +65,14 @@ class Problem:
         other.whole, other.call = (call._replace(**tensors) for call in (self.whole, self.call))
         return other
 
+    def of_heads(self, index: int, count: int) -> "Problem":
+        """The problem of one of `count` shares of the key heads, with the query heads that have these. q, k
+        and v are views.
+        """
+        other = copy(self)
+        other.whole, other.call = (_of_heads(call, index, count) for call in (self.whole, self.call))
+        return other
+
     @property
     def wide(self) -> torch.dtype:
         """The dtype of sums."""
@@ -162,6 +170,17 @@ def unknown(call: Call, *known: str) -> Optional[str]:
         if name not in _OPTIONS and name not in _OFF and getattr(o, name) != o._field_defaults.get(name):
             return f"{name}={getattr(o, name)!r}"
     return None
+
+
+def _of_heads(call: Call, index: int, count: int) -> Call:
+    def share(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        return x if x is None else x.chunk(count, -1)[index].contiguous()
+
+    q, k, v = (x.chunk(count, -2)[index] for x in call.tensors[:3])
+    return call._replace(
+        q=q, k=k, v=v, alibi_slopes=share(call.alibi_slopes), sigmoid_biases=share(call.sigmoid_biases),
+        decay_slopes=share(call.decay_slopes),
+    )  # fmt: skip
 
 
 def _counted(call: Call, cp: ContextParallel) -> Call:

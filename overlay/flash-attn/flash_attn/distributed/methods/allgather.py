@@ -1,8 +1,9 @@
 """Gather the keys and values of all ranks, and add up their gradients.
 
 Each rank runs its queries against the keys that they may see: one call for a contiguous layout, two for a
-zigzag one. So no output is a sum of parts, each dq is complete, and a mask finds all keys that it names. dk
-and dv are sums over the ranks, in float32.
+zigzag one, for each share of the heads. So no output is a sum of parts, each dq is complete, and a mask finds
+all keys that it names. dk and dv are sums over the ranks, in float32. While a share is computed, the keys and
+values of the next ones come, and the gradients of those before it go.
 """
 
 from typing import Optional
@@ -39,33 +40,73 @@ def blocks(problem: Problem) -> list:
 
 
 def forward(problem: Problem) -> tuple:
-    q = problem.call.q
-    k, v = problem.cp.gathered([problem.call.k, problem.call.v], problem.dim)
+    q, v = problem.call.q, problem.call.v
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
-    for part in problem.parts:
-        keys = _seen(problem, part, k, v)
-        if problem.sees(part, keys.starts, keys.lengths):
-            problem.cut(out, part.rows).copy_(problem.forward(problem.block(part, keys, q, False)))
+    shares, coming = _begin(problem)
+    for share, keys_of, place in zip(shares, coming, out.chunk(len(shares), -2)):
+        k, v = keys_of()
+        for part in problem.parts:
+            keys = _seen(share, part, k, v)
+            if share.sees(part, keys.starts, keys.lengths):
+                rows = share.forward(share.block(part, keys, share.call.q, False))
+                problem.cut(place, part.rows).copy_(rows)
     return out, ()
 
 
 def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
-    q, dim = problem.call.q, problem.dim
-    k, v = problem.cp.gathered([problem.call.k, problem.call.v], dim)
-    dq = torch.zeros_like(q)
-    dk, dv = (torch.zeros_like(x, dtype=problem.wide) for x in (k, v))
-    for part in problem.parts:
-        keys = _seen(problem, part, k, v)
-        if not problem.sees(part, keys.starts, keys.lengths):
-            continue
-        block = problem.block(part, keys, q, True)
-        *grads, dv_part = problem.backward(block, problem.cut(dout, part.rows))
-        problem.cut(dq, part.rows).copy_(grads[0])
-        own = slice(keys.starts[0], keys.starts[0] + keys.lengths[0]) if dim == 1 else slice(None)
-        problem.cut(dk, own).add_(grads[1])
-        problem.cut(dv, own).add_(dv_part)
-    dk, dv = problem.cp.scattered([dk, dv], dim)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    dim = problem.dim
+    dq, dk, dv = (torch.zeros_like(x) for x in problem.call.tensors[:3])
+    shares, coming = _begin(problem)
+    douts, places, sums = dout.chunk(len(shares), -2), dq.chunk(len(shares), -2), []
+    for share, keys_of, dout, place in zip(shares, coming, douts, places):
+        k, v = keys_of()
+        seen = [(part, _seen(share, part, k, v)) for part in problem.parts]
+        total: list = [None, None]
+        # The part that sees most keys comes first, so that its gradients become the sums.
+        for part, keys in sorted(seen, key=lambda pair: -sum(pair[1].lengths)):
+            if not share.sees(part, keys.starts, keys.lengths):
+                continue
+            block = share.block(part, keys, share.call.q, True)
+            dq_part, *grads = share.backward(block, problem.cut(dout, part.rows))
+            problem.cut(place, part.rows).copy_(dq_part)
+            own = slice(keys.starts[0], keys.starts[0] + keys.lengths[0]) if dim == 1 else slice(None)
+            total = [_added(problem, x, own, grad, like) for x, grad, like in zip(total, grads, (k, v))]
+        total = [torch.zeros_like(x, dtype=problem.wide) if y is None else y for x, y in zip((k, v), total)]
+        sums.append(problem.cp.scattering(total, dim))  # on its way while the next heads are computed
+    for i, found in enumerate(sums):
+        for x, part in zip((dk, dv), found()):
+            x.chunk(len(shares), -2)[i].copy_(part)
+    return dq, dk, dv
+
+
+# A message this long takes as long as a wait for it. Shorter ones are not cut further.
+_SHORTEST_MESSAGE, _MOST_SHARES = 2**23, 4
+
+
+def _begin(problem: Problem) -> tuple:
+    """Begin to gather the keys and values, by shares of the heads: all but the first are on their way while
+    those before them are computed. Returns the problems of the shares, and functions that wait for k and v.
+    """
+    cp, k, v = problem.cp, problem.call.k, problem.call.v
+    size = (k.numel() + v.numel()) * k.element_size() * (cp.world - 1)
+    count = max(
+        n
+        for n in range(1, _MOST_SHARES + 1)
+        if k.shape[-2] % n == 0 and (n == 1 or size >= n * _SHORTEST_MESSAGE)
+    )
+    shares = [problem.of_heads(i, count) for i in range(count)]
+    return shares, [cp.gathering([x.call.k, x.call.v], problem.dim) for x in shares]
+
+
+def _added(
+    problem: Problem, total: Optional[torch.Tensor], own: slice, part: torch.Tensor, like: torch.Tensor
+) -> torch.Tensor:
+    """Add the gradients of some keys to the sum for all keys. like: all keys, or values."""
+    if total is None and part.shape == like.shape:
+        return part
+    total = torch.zeros_like(like, dtype=problem.wide) if total is None else total
+    problem.cut(total, own).add_(part)
+    return total
 
 
 def _seen(problem: Problem, part: Part, k: torch.Tensor, v: torch.Tensor) -> Keys:

@@ -73,15 +73,8 @@ def _by_row(problem: Problem) -> dict:
 
 def _share(problem: Problem, q, k, v, rows: dict) -> Call:
     """The call of this rank's heads. rows: the tensors of _by_row for all rows."""
-    call, rank, world = problem.whole, problem.cp.rank, problem.cp.world
-
-    def of_heads(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-        return x if x is None else x.chunk(world, -1)[rank].contiguous()
-
-    return call._replace(
-        q=q, k=k, v=v, alibi_slopes=of_heads(call.alibi_slopes), decay_slopes=of_heads(call.decay_slopes),
-        sigmoid_biases=of_heads(call.sigmoid_biases), **rows,
-    )  # fmt: skip
+    call = problem.of_heads(problem.cp.rank, problem.cp.world).whole
+    return call._replace(q=q, k=k, v=v, **rows)
 
 
 def _to_heads(problem: Problem, tensors: list) -> list:
