@@ -6,6 +6,8 @@ One causal sequence, 16 heads, head_dim 128, bfloat16, forward and forward + bac
 
     linear, decay      1M tokens in linear time, method "state"
     silu, identity     64k and 128k tokens, quadratic: zigzag allgather, zigzag ring, Ulysses
+    softmax            64k and 128k tokens, the package ring-flash-attn as a peer, over this package's FA2
+                       kernels; left out where one of the two is missing
 
 "alone" is the whole sequence on one GPU, without context_parallel. Bytes come from torch's profiler, beside
 those of the formulas in docs/distributed.md, which `explain` gives. Without a GPU the script runs on gloo,
@@ -15,6 +17,7 @@ for a try at small sizes. Results go to --json as they come, and a second run me
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -34,10 +37,11 @@ from flash_attn.distributed import ContextParallel
 from torch.profiler import ProfilerActivity, profile
 
 ALONE = "alone"
-LINEAR, QUADRATIC = ("linear", "decay"), ("silu", "identity")
+LINEAR, QUADRATIC, PEER = ("linear", "decay"), ("silu", "identity"), ("softmax",)
 METHODS = {
     LINEAR: [("state", "contiguous"), ("state", "zigzag")],
     QUADRATIC: [("allgather", "zigzag"), ("ring", "zigzag"), ("ulysses", "contiguous")],
+    PEER: [("ring-flash-attn", "zigzag")],
 }
 DIRECTIONS = ("forward", "forward+backward")
 ROUNDS, MOST_MS = 5, 4000.0  # of one measurement
@@ -53,6 +57,8 @@ class Case:
     layout: str
 
     def options(self, heads: int, device: torch.device) -> dict:
+        if self.score in PEER:
+            return dict(causal=True)
         algorithm = "linear" if self.score in LINEAR else "quadratic"
         options = dict(causal=True, use_softmax=False, algorithm=algorithm, normalization=1 / self.tokens)
         if self.score == "decay":
@@ -64,7 +70,7 @@ class Case:
         return options
 
     def plan(self) -> ContextParallel | None:
-        if self.method == ALONE:
+        if self.method == ALONE or self.score in PEER:
             return None
         return ContextParallel(None, self.layout, seqlen=self.tokens, method=self.method, check=False)
 
@@ -72,7 +78,10 @@ class Case:
 def cases(args: argparse.Namespace) -> list[Case]:
     """All cases, the shortest sequences first."""
     found = []
-    for scores, lengths in ((LINEAR, args.linear_tokens), (QUADRATIC, args.quadratic_tokens)):
+    groups = [(LINEAR, args.linear_tokens), (QUADRATIC, args.quadratic_tokens)]
+    if importlib.util.find_spec("ring_flash_attn") is not None:
+        groups.append((PEER, args.quadratic_tokens))
+    for scores, lengths in groups:
         for tokens in lengths:
             for score in scores:
                 for method, layout in ((ALONE, ""), *METHODS[scores]):
@@ -82,8 +91,12 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 def calls(case: Case, args: argparse.Namespace, device: torch.device) -> tuple[list[Callable], dict]:
     """Return the forward pass and the forward and backward pass, and the bytes of the formulas."""
-    cp, options = case.plan(), case.options(args.heads, device)
+    cp, options, attend = case.plan(), case.options(args.heads, device), flash_attn_func
     tokens = case.tokens if cp is None else cp.tokens
+    if case.score in PEER and case.method != ALONE:
+        from ring_flash_attn import zigzag_ring_flash_attn_func as attend
+
+        tokens = case.tokens // dist.get_world_size()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(dist.get_rank())
     shape = (1, tokens, args.heads, args.head_dim)
@@ -101,10 +114,10 @@ def calls(case: Case, args: argparse.Namespace, device: torch.device) -> tuple[l
 
     def forward() -> None:
         with torch.no_grad():
-            flash_attn_func(q, k, v, **options)
+            attend(q, k, v, **options)
 
     def both() -> None:
-        torch.autograd.grad(flash_attn_func(*inputs, **options), inputs, dout)
+        torch.autograd.grad(attend(*inputs, **options), inputs, dout)
 
     return [forward, both], computed
 
@@ -262,7 +275,14 @@ def main() -> int:
             continue
         if decision[1]:
             break
-        row = measure(case, args, device)
+        try:
+            row = measure(case, args, device)
+        except RuntimeError as error:  # kernels with softmax may be missing
+            if case.score not in PEER:
+                raise
+            if first:
+                print(f"left out, {case}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+            continue
         if cuda:
             torch.cuda.empty_cache()
         if first:

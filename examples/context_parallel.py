@@ -2,10 +2,12 @@
 
     torchrun --nproc-per-node 2 examples/context_parallel.py            # gloo on the CPU, NCCL where GPUs are
     torchrun --nproc-per-node 4 examples/context_parallel.py --method ring --activation silu --layout zigzag
+    torchrun --nproc-per-node 2 examples/context_parallel.py --fsdp    # weights in shares, too
 
 Two blocks of attention without softmax and a linear layer learn to repeat a random sequence. Every process
-has a share of the tokens, and the gradients of the weights are added up. At the end rank 0 trains the same
-model on the whole sequence by itself, and compares the losses.
+has a share of the tokens, and the gradients of the weights are added up: by an all-reduce, or by FSDP2, which
+leaves each process a share of the weights. At the end rank 0 trains the same model on the whole sequence by
+itself, and compares the losses.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import torch.nn.functional as F
 from flash_attn import explain, flash_attn_func
 from flash_attn.distributed import ContextParallel
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 HEADS, HEAD_DIM, VOCABULARY = 4, 16, 64
 
@@ -53,6 +57,11 @@ def train(tokens: Tensor, targets: Tensor, positions: Tensor, options: dict, arg
     """Return the loss of each step. tokens, targets: (batch, tokens of this rank)."""
     torch.manual_seed(0)
     model = Model(args.seqlen).to(tokens.device)
+    in_shares = args.fsdp and group is not None
+    if in_shares:
+        mesh = init_device_mesh(tokens.device.type, (dist.get_world_size(),))
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(args.steps):
@@ -61,9 +70,10 @@ def train(tokens: Tensor, targets: Tensor, positions: Tensor, options: dict, arg
         # Each rank has a part of the sum over all tokens.
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum") / args.seqlen
         optimizer.zero_grad()
-        loss.backward()
+        # FSDP2 divides gradients by the ranks, but the loss is a sum over them.
+        (loss * dist.get_world_size() if in_shares else loss).backward()
         if group is not None:
-            for parameter in model.parameters():
+            for parameter in () if in_shares else model.parameters():
                 dist.all_reduce(parameter.grad, group=group)
             dist.all_reduce(loss.detach(), group=group)
         optimizer.step()
@@ -78,6 +88,7 @@ def main() -> None:
     parser.add_argument("--layout", default="zigzag", choices=["contiguous", "zigzag"])
     parser.add_argument("--method", default="auto", choices=["auto", "state", "ulysses", "allgather", "ring"])
     parser.add_argument("--activation", default="identity")
+    parser.add_argument("--fsdp", action="store_true", help="give each process a share of the weights")
     args = parser.parse_args()
 
     cuda = torch.cuda.is_available()

@@ -22,8 +22,9 @@ def run(*command: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_example():
-    out = run("examples/context_parallel.py", "--steps", "3", "--seqlen", "101")
+@pytest.mark.parametrize("more", [(), ("--fsdp",)], ids=["all-reduce", "fsdp"])
+def test_the_example(more):
+    out = run("examples/context_parallel.py", "--steps", "3", "--seqlen", "101", *more)
     assert out.startswith("state over 2 ranks: ") and "largest difference" in out
 
 
