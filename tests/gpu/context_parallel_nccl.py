@@ -2,6 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 tests/gpu/context_parallel_nccl.py
 
+Most of its time goes to compilers: a run for each of --scores, side by side, takes a fifth of it.
+
 Output, dq, dk and dv of this rank's tokens against those of the whole sequence on its own GPU, in bfloat16
 and in float16, dense and packed, causal and full. Without a GPU the script runs on gloo, in float32 and
 bfloat16.
@@ -125,6 +127,7 @@ def main() -> int:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
     parser.add_argument("--scores", nargs="*", default=SCORES, choices=SCORES)
+    parser.add_argument("--dtypes", nargs="*", choices=["bfloat16", "float16", "float32"])
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     if cuda:
@@ -132,6 +135,8 @@ def main() -> int:
     dist.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cuda" if cuda else "cpu")
     dtypes = (torch.bfloat16, torch.float16) if cuda else (torch.float32, torch.bfloat16)
+    if args.dtypes:
+        dtypes = tuple(getattr(torch, name) for name in args.dtypes)
     wrong = compared = 0
     for method, layout, score in itertools.product(args.methods, LAYOUTS, args.scores):
         cells = []

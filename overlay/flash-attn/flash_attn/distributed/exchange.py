@@ -36,8 +36,10 @@ def gathering_flat(tensors: Sequence, sizes: Sequence, group: dist.ProcessGroup)
     Returns a function that waits, on a GPU in its stream, and returns for each tensor the list of those of
     all ranks.
     """
-    longest = max(sum(map(_numel, shapes)) for shapes in sizes)
-    message = tensors[0].new_zeros(longest)
+    lengths = [sum(map(_numel, shapes)) for shapes in sizes]
+    # What a shorter message leaves over is never read, but must be something.
+    make = tensors[0].new_empty if min(lengths) == max(lengths) else tensors[0].new_zeros
+    message = make(max(lengths))
     _pack(tensors, message)
     wait = _gathering(message, group)
     return lambda: list(zip(*(_unpack(row, shapes) for row, shapes in zip(wait(), sizes))))

@@ -11,6 +11,8 @@ from ..nosoftmax import checks
 from . import exchange
 from .layout import LAYOUTS, Layout
 
+_MOST_CUTS = 64  # that are put together one by one
+
 METHODS = ("auto", "state", "ulysses", "allgather", "ring")
 
 
@@ -164,7 +166,24 @@ class ContextParallel:
             return lambda: tensors
         sizes = [[(*x.shape[:dim], size, *x.shape[dim + 1 :]) for x in tensors] for size in self.plan.sizes]
         wait = exchange.gathering_flat(tensors, sizes, self.group)
-        return lambda: [self.in_order(torch.cat(parts, dim), dim) for parts in wait()]
+        return lambda: [self._together(parts, dim) for parts in wait()]
+
+    def _together(self, parts: list, dim: int) -> torch.Tensor:
+        """Put the tokens of all ranks together, in the order of the whole batch."""
+        if len(self.cuts) > _MOST_CUTS:
+            return self.in_order(torch.cat(parts, dim), dim)
+        return torch.cat([parts[rank].narrow(dim, at, count) for rank, at, count in self.cuts], dim)
+
+    @cached_property
+    def cuts(self) -> list:
+        """(rank, first token there, tokens) of each range of tokens, in the order of the whole batch."""
+        found = []
+        for rank in range(self.world):
+            at = 0
+            for tokens in self.plan.tokens(rank):
+                found.append((tokens.start, rank, at, len(tokens)))
+                at += len(tokens)
+        return [cut[1:] for cut in sorted(found)]
 
     def scattered(self, tensors: list, dim: int) -> list:
         """Add up what all ranks have for each token of the whole batch, and return this rank's tokens. The

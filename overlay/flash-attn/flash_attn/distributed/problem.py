@@ -65,12 +65,10 @@ class Problem:
         other.whole, other.call = (call._replace(**tensors) for call in (self.whole, self.call))
         return other
 
-    def of_heads(self, index: int, count: int) -> "Problem":
-        """The problem of one of `count` shares of the key heads, with the query heads that have these. q, k
-        and v are views.
-        """
+    def of_heads(self, heads: slice) -> "Problem":
+        """The problem of some of the key heads, with the query heads that have these. q, k, v are views."""
         other = copy(self)
-        other.whole, other.call = (_of_heads(call, index, count) for call in (self.whole, self.call))
+        other.whole, other.call = (_of_heads(call, heads) for call in (self.whole, self.call))
         return other
 
     @property
@@ -172,13 +170,16 @@ def unknown(call: Call, *known: str) -> Optional[str]:
     return None
 
 
-def _of_heads(call: Call, index: int, count: int) -> Call:
-    def share(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-        return x if x is None else x.chunk(count, -1)[index].contiguous()
+def _of_heads(call: Call, heads: slice) -> Call:
+    group = call.q.shape[-2] // call.k.shape[-2]
+    of_q = slice(heads.start * group, heads.stop * group)
 
-    q, k, v = (x.chunk(count, -2)[index] for x in call.tensors[:3])
+    def share(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        return x if x is None else x[..., of_q].contiguous()
+
     return call._replace(
-        q=q, k=k, v=v, alibi_slopes=share(call.alibi_slopes), sigmoid_biases=share(call.sigmoid_biases),
+        q=call.q[..., of_q, :], k=call.k[..., heads, :], v=call.v[..., heads, :],
+        alibi_slopes=share(call.alibi_slopes), sigmoid_biases=share(call.sigmoid_biases),
         decay_slopes=share(call.decay_slopes),
     )  # fmt: skip
 

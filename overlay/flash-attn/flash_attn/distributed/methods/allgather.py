@@ -42,9 +42,9 @@ def blocks(problem: Problem) -> list:
 def forward(problem: Problem) -> tuple:
     q, v = problem.call.q, problem.call.v
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
-    shares, coming = _begin(problem)
-    for share, keys_of, place in zip(shares, coming, out.chunk(len(shares), -2)):
-        k, v = keys_of()
+    for share, heads, come in _begun(problem, False):
+        k, v = come()
+        place = _heads_of(out, heads, problem)
         for part in problem.parts:
             keys = _seen(share, part, k, v)
             if share.sees(part, keys.starts, keys.lengths):
@@ -56,10 +56,10 @@ def forward(problem: Problem) -> tuple:
 def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
     dim = problem.dim
     dq, dk, dv = (torch.zeros_like(x) for x in problem.call.tensors[:3])
-    shares, coming = _begin(problem)
-    douts, places, sums = dout.chunk(len(shares), -2), dq.chunk(len(shares), -2), []
-    for share, keys_of, dout, place in zip(shares, coming, douts, places):
-        k, v = keys_of()
+    going = []
+    for share, heads, come in _begun(problem, True):
+        k, v = come()
+        douts, place = (_heads_of(x, heads, problem) for x in (dout, dq))
         seen = [(part, _seen(share, part, k, v)) for part in problem.parts]
         total: list = [None, None]
         # The part that sees most keys comes first, so that its gradients become the sums.
@@ -67,35 +67,45 @@ def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
             if not share.sees(part, keys.starts, keys.lengths):
                 continue
             block = share.block(part, keys, share.call.q, True)
-            dq_part, *grads = share.backward(block, problem.cut(dout, part.rows))
+            dq_part, *grads = share.backward(block, problem.cut(douts, part.rows))
             problem.cut(place, part.rows).copy_(dq_part)
             own = slice(keys.starts[0], keys.starts[0] + keys.lengths[0]) if dim == 1 else slice(None)
             total = [_added(problem, x, own, grad, like) for x, grad, like in zip(total, grads, (k, v))]
         total = [torch.zeros_like(x, dtype=problem.wide) if y is None else y for x, y in zip((k, v), total)]
-        sums.append(problem.cp.scattering(total, dim))  # on its way while the next heads are computed
-    for i, found in enumerate(sums):
-        for x, part in zip((dk, dv), found()):
-            x.chunk(len(shares), -2)[i].copy_(part)
+        going.append((heads, problem.cp.scattering(total, dim)))
+    for heads, arrive in going:
+        for x, part in zip((dk, dv), arrive()):
+            x[..., heads, :].copy_(part)
     return dq, dk, dv
 
 
-# A message this long takes as long as a wait for it. Shorter ones are not cut further.
-_SHORTEST_MESSAGE, _MOST_SHARES = 2**23, 4
+# A message this long takes much longer than its start. Shorter ones are not cut.
+_SHORTEST_MESSAGE = 2**23
+# Where the shares of the heads end. A share is computed while the keys of the next one come, which take a
+# fraction of that time, and the gradients of the last one go. Nothing hides the first keys and, backward, the
+# last gradients, so these shares are small.
+_ENDS, _ENDS_BACKWARD = (1 / 16, 1 / 4, 1.0), (1 / 16, 1 / 4, 3 / 4, 15 / 16, 1.0)
 
 
-def _begin(problem: Problem) -> tuple:
-    """Begin to gather the keys and values, by shares of the heads: all but the first are on their way while
-    those before them are computed. Returns the problems of the shares, and functions that wait for k and v.
+def _begun(problem: Problem, backward: bool) -> list:
+    """Begin to gather the keys and values, by shares of the heads. Returns for each share its problem, its
+    key heads, and a function that waits for its k and v.
     """
     cp, k, v = problem.cp, problem.call.k, problem.call.v
     size = (k.numel() + v.numel()) * k.element_size() * (cp.world - 1)
-    count = max(
-        n
-        for n in range(1, _MOST_SHARES + 1)
-        if k.shape[-2] % n == 0 and (n == 1 or size >= n * _SHORTEST_MESSAGE)
-    )
-    shares = [problem.of_heads(i, count) for i in range(count)]
-    return shares, [cp.gathering([x.call.k, x.call.v], problem.dim) for x in shares]
+    ends = {k.shape[-2]}
+    if size >= 4 * _SHORTEST_MESSAGE:
+        ends |= {max(round(end * k.shape[-2]), 1) for end in (_ENDS_BACKWARD if backward else _ENDS)}
+    shares = [slice(start, stop) for start, stop in zip((0, *sorted(ends)), sorted(ends))]
+    problems = [problem.of_heads(heads) for heads in shares]
+    coming = [cp.gathering([x.call.k, x.call.v], problem.dim) for x in problems]
+    return list(zip(problems, shares, coming))
+
+
+def _heads_of(x: torch.Tensor, heads: slice, problem: Problem) -> torch.Tensor:
+    """The query heads that have these key heads."""
+    group = problem.call.q.shape[-2] // problem.call.k.shape[-2]
+    return x[..., heads.start * group : heads.stop * group, :]
 
 
 def _added(

@@ -73,7 +73,8 @@ def _by_row(problem: Problem) -> dict:
 
 def _share(problem: Problem, q, k, v, rows: dict) -> Call:
     """The call of this rank's heads. rows: the tensors of _by_row for all rows."""
-    call = problem.of_heads(problem.cp.rank, problem.cp.world).whole
+    rank, count = problem.cp.rank, problem.call.k.shape[-2] // problem.cp.world
+    call = problem.of_heads(slice(rank * count, (rank + 1) * count)).whole
     return call._replace(q=q, k=k, v=v, **rows)
 
 
