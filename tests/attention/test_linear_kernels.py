@@ -739,14 +739,15 @@ def test_state_with_a_decay(kernels, lengths, shape):
         assert error <= torch.finfo(torch.float16).eps * size, f"off by {error:.3g} of {size:.3g}"
 
 
-@pytest.mark.parametrize("d, d_v", [(16, 16), (40, 24)])
+@pytest.mark.parametrize("d, d_v, group", [(40, 24, 1), (12, 16, 3), (16, 12, 6)])
 @pytest.mark.parametrize("decay", [None, (2,), (3, 2)], ids=str)
 @pytest.mark.parametrize("by_slot", [False, True])
-def test_step(kernels, d, d_v, decay, by_slot):
+def test_step(kernels, d, d_v, group, decay, by_slot):
     """A token enters the states in place, those of a pool by slot, and grouped queries attend."""
     from flash_attn.linear import linear_attention_step
 
-    q, k, v = (draw(3, n, width, seed=n, dtype=torch.float16) for n, width in ((4, d), (2, d), (2, d_v)))
+    q = draw(3, 2 * group, d, seed=4, dtype=torch.float16)
+    k, v = (draw(3, 2, width, seed=seed, dtype=torch.float16) for seed, width in enumerate((d, d_v)))
     pool = torch.randn(5, 2, d_v, d, generator=torch.Generator().manual_seed(5)).to(DEVICE).mT  # any strides
     slots = torch.tensor([4, 0, 1], dtype=torch.int32, device=DEVICE) if by_slot else None
     given = Given(checks.factors(q, 3), None if decay is None else decaying(*decay).decay_slopes)
@@ -767,7 +768,7 @@ def test_step(kernels, d, d_v, decay, by_slot):
 @pytest.mark.parametrize("limit", [101376, 166912, 232448], ids=["99 KiB", "163 KiB", "227 KiB"])
 def test_tunings_fit_the_shared_memory(kernels, limit):
     """Tunings fit compute capability 8.9, 8.0 and 9.0. The largest limit needs no change of the table."""
-    for block_d, tuning in kernels._WALK.items():
+    for block_d, tuning in (*kernels._WALK.items(), *kernels._WALK_WITH_DECAY.items()):
         fitted = tuning.within(limit, block_d)
         assert (
             fitted.shared_memory(block_d) <= limit
@@ -775,6 +776,37 @@ def test_tunings_fit_the_shared_memory(kernels, limit):
             and fitted.block_v >= min(block_d, 32)
         )
         assert limit < 200_000 or fitted == tuning
+
+
+def test_two_programs_fit_a_multiprocessor(kernels):
+    """Tunings for two programs fit the 228 KiB of compute capability 9.0. Each program takes 1 more."""
+    pairs = {d: tuning for d, tuning in kernels._WALK.items() if tuning.segments > 1}
+    pairs.update((d, x) for d, x in kernels._WALK_WITH_DECAY.items() if x != kernels._WALK[d])
+    assert sorted(pairs) == [16, 32, 64, 128]
+    for block_d, tuning in pairs.items():
+        assert 2 * (tuning.shared_memory(block_d) + 1024) <= 228 * 1024, block_d
+
+
+@pytest.mark.parametrize("decay", [None, (4,)], ids=str)
+@pytest.mark.parametrize("d, d_v", [(64, 64), (64, 128), (128, 64), (128, 128)])
+def test_states_have_the_segments_of_their_walks(kernels, d, d_v, decay):
+    """A walk may take the states that `state_of` found, so both are cut alike, whatever the head sizes."""
+    form, n, nheads = Form(0.1, True, decay=decay), 4096, 4
+    q, v = (
+        kernels._Layout((1, n, nheads, width), (n * nheads * width, nheads * width, width, 1))
+        for width in (d, d_v)
+    )
+    sequences = kernels._Sequences(torch.device("cpu"), torch.bfloat16, None, 0, 0)
+    states, walk = kernels._forward_plan(sequences, form, q, q, v)
+    _, _, back, _, _ = kernels._backward_plan(sequences, form, v, q, q, v)
+    inside = kernels._state_plan(sequences, form, q, q, v, True)
+    inside_back = kernels._state_plan(sequences, form.of_dv(), q, q, v, False)
+    numbers = [x._segments.numbers for x in (states, back, inside, inside_back)]
+    assert len(set(numbers)) == 1
+    # 12 multiprocessors and 4 heads. Two tiles of columns share a state of size 128 where it decays.
+    count = 6 if d == 64 else 3
+    assert numbers[0][2] == count
+    assert walk._walk._grid[0] == count * (2 if d_v == 128 and (d == 64 or decay) else 1)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

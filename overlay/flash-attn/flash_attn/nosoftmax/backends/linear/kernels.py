@@ -545,6 +545,41 @@ def _walk(
         )  # fmt: skip
 
 
+@triton.jit
+def _query(q, stride, head, g, channels, D: tl.constexpr, GROUP: tl.constexpr):
+    """Load query g of the GROUP that begin at `head`, or zeros behind the last one."""
+    return tl.load(q + (head + g) * stride + channels, mask=(channels < D) & (g < GROUP), other=0.0)
+
+
+@triton.jit
+def _four_queries(q, stride, head, g, channels, D: tl.constexpr, GROUP: tl.constexpr):
+    return (
+        _query(q, stride, head, g, channels, D, GROUP),
+        _query(q, stride, head, g + 1, channels, D, GROUP),
+        _query(q, stride, head, g + 2, channels, D, GROUP),
+        _query(q, stride, head, g + 3, channels, D, GROUP),
+    )
+
+
+@triton.jit
+def _product(query, state):
+    return query.to(tl.float32)[:, None] * state
+
+
+@triton.jit
+def _four_sums(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def _put(out, head, row, channels_v, D_V: tl.constexpr):
+    """Write the row of one head."""
+    dtype: tl.constexpr = out.dtype.element_ty
+    tl.store(
+        out + head * D_V + channels_v, _saturate(row, dtype, True).to(dtype), mask=channels_v < D_V
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["heads"])
 def _token(
     q, k, v, state, out, factors, slopes, slots, heads, scale, stride_s, stride_qb, stride_qh, stride_kb,
@@ -555,13 +590,22 @@ def _token(
     """Add one token to BLOCK_V columns of the state of one key head, in place, and attend with the GROUP
     queries that share it. All in float32: the time is that of reading and writing the state.
 
+    Nothing but the state is waited for: q, k and v are loaded before it. Four queries share a reduction,
+    whose steps through shared memory each wait for all warps.
+
     Grid: (tiles of columns, nheads_k, batch). factors: one for each sequence. slots: the state of each.
     """
-    dtype: tl.constexpr = q.dtype.element_ty
     tile, head, b = _place((D_V + BLOCK_V - 1) // BLOCK_V, heads, FLAT)
     b = b.to(tl.int64)
     channels, channels_v = tl.arange(0, BLOCK_D), tile * BLOCK_V + tl.arange(0, BLOCK_V)
     inside, inside_v = channels < D, channels_v < D_V
+    head_q, q, out = head.to(tl.int64) * GROUP, q + b * stride_qb, out + b * heads * GROUP * D_V
+    if GROUP == 1:
+        query_0 = _query(q, stride_qh, head_q, 0, channels, D, GROUP)
+    else:
+        query_0, query_1, query_2, query_3 = _four_queries(q, stride_qh, head_q, 0, channels, D, GROUP)
+    key = tl.load(k + b * stride_kb + head.to(tl.int64) * stride_kh + channels, mask=inside, other=0.0)
+    value = tl.load(v + b * stride_vb + head.to(tl.int64) * stride_vh + channels_v, mask=inside_v, other=0.0)
     slot = tl.load(slots + b).to(tl.int64) if HAS_SLOTS else b
     place = state + slot * stride_ss + head.to(tl.int64) * stride_sh
     place = place + channels[:, None] * stride_sd + channels_v[None, :] * stride_sv
@@ -569,21 +613,29 @@ def _token(
     own = tl.load(place, mask=both, other=0.0)
     if DECAY:
         own = _decayed(own, -tl.load(slopes + b * stride_s + head))
-    key = tl.load(k + b * stride_kb + head.to(tl.int64) * stride_kh + channels, mask=inside, other=0.0)
-    value = tl.load(v + b * stride_vb + head.to(tl.int64) * stride_vh + channels_v, mask=inside_v, other=0.0)
     own += key.to(tl.float32)[:, None] * value.to(tl.float32)[None, :]
     tl.store(place, own, mask=both)
     if HAS_FACTORS:
         scale *= tl.load(factors + b)
-    for g in range(GROUP):
-        query_head = (head * GROUP + g).to(tl.int64)
-        query = tl.load(q + b * stride_qb + query_head * stride_qh + channels, mask=inside, other=0.0)
-        result = tl.sum(query.to(tl.float32)[:, None] * own, axis=0) * scale
-        tl.store(
-            out + (b * heads * GROUP + query_head) * D_V + channels_v,
-            _saturate(result, dtype, True).to(dtype),
-            mask=inside_v,
-        )
+    if GROUP == 1:
+        _put(out, head_q, tl.sum(_product(query_0, own), axis=0) * scale, channels_v, D_V)
+    else:
+        for g in tl.static_range(0, GROUP, 4):
+            if g > 0:
+                query_0, query_1, query_2, query_3 = _four_queries(
+                    q, stride_qh, head_q, g, channels, D, GROUP
+                )
+            row_0, row_1, row_2, row_3 = tl.reduce(
+                (_product(query_0, own), _product(query_1, own), _product(query_2, own),
+                 _product(query_3, own)), 0, _four_sums,
+            )  # fmt: skip
+            _put(out, head_q + g, row_0 * scale, channels_v, D_V)
+            if g + 1 < GROUP:
+                _put(out, head_q + g + 1, row_1 * scale, channels_v, D_V)
+            if g + 2 < GROUP:
+                _put(out, head_q + g + 2, row_2 * scale, channels_v, D_V)
+            if g + 3 < GROUP:
+                _put(out, head_q + g + 3, row_3 * scale, channels_v, D_V)
 
 
 def _normalization(form: Form) -> int:
@@ -633,12 +685,15 @@ class _Launch:
 
 @dataclass(frozen=True)
 class _Tuning:
-    """Positions of a chunk, the largest tile of columns of v, and Triton's warps and pipeline stages."""
+    """Positions of a chunk, the largest tile of columns of v, Triton's warps and pipeline stages, and the
+    target number of segments per multiprocessor.
+    """
 
     chunk: int
     block_v: int
     num_warps: int
     num_stages: int
+    segments: int = 1
 
     def shared_memory(self, block_d: int) -> int:
         """Bytes that `_walk` needs: the stages of q, k and v, and the state as hi and lo."""
@@ -658,24 +713,29 @@ class _Tuning:
         return smaller.within(limit, block_d)
 
 
-# Keyed by head_dim, padded to a power of two. A chunk costs 2 chunk (d + d_v) operations a row for the masked
-# products and 6 d d_v for the state, whose registers and shared memory limit the sizes: these are the largest
-# that compile for sm_90 without spilling registers. docs/linear.md has times for 64 and 128, and for other
-# tunings that were tried.
+# Keyed by head_dim, padded to a power of two. A chunk costs 2 chunk (d + d_v) operations a row for the
+# masked products and 6 d d_v for the state, whose registers and shared memory limit the sizes: these are the
+# largest that compile for sm_90 without spilling registers. Up to 64, two programs fit a multiprocessor, and
+# one works while the other waits: with two segments, forward and backward take 0.85 times as long at 64,
+# with a decay 0.78 times (H200, 64k tokens, 2026-11-30). docs/linear.md has times for 64 and 128, and for
+# other tunings that were tried.
 _WALK = {
-    16: _Tuning(64, 128, 4, 3),
-    32: _Tuning(64, 128, 4, 3),
-    64: _Tuning(64, 64, 4, 3),
+    16: _Tuning(64, 128, 4, 3, segments=2),
+    32: _Tuning(64, 128, 4, 3, segments=2),
+    64: _Tuning(64, 64, 4, 3, segments=2),
     128: _Tuning(64, 128, 8, 3),
     256: _Tuning(64, 64, 8, 2),
 }
+# With a decay, a dense walk at 128 spills registers with the tuning above, and none with this one. Two
+# programs then fit a multiprocessor, one for each half of the columns: 0.80 times as long, but 1.05 times
+# without a decay (H200, 64k tokens, 2026-11-30).
+_WALK_WITH_DECAY = {**_WALK, 128: _Tuning(64, 64, 4, 2)}
 _SUM = _Tuning(64, 128, 8, 4)
 # Segment lengths are multiples of this, and so of any chunk.
 _SEGMENT_UNIT = 128
 # Limit of the second and the third axis of a grid. The first allows 2^31 - 1.
 _MOST_PLACES = 65535
-# Target number of segments per multiprocessor, and the shortest segment whose state is small in comparison.
-_WAVES = 1
+# The shortest segment whose state is small in comparison.
 _SHORTEST_SEGMENT = 512
 
 
@@ -684,11 +744,15 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _tuning(d: int, decays: bool) -> _Tuning:
+    return (_WALK_WITH_DECAY if decays else _WALK)[_block(d)]
+
+
 @lru_cache(maxsize=None)
-def _walk_tuning(device: torch.device, d: int, d_v: int) -> _Tuning:
+def _walk_tuning(device: torch.device, d: int, d_v: int, decays: bool) -> _Tuning:
     """Return the tuning that fits the device. The interpreter has no limits."""
-    block_d = _block(d)
-    tuning = replace(_WALK[block_d], block_v=min(_WALK[block_d].block_v, _block(d_v)))
+    block_d, tuning = _block(d), _tuning(d, decays)
+    tuning = replace(tuning, block_v=min(tuning.block_v, _block(d_v)))
     if device.type != "cuda":
         return tuning
     return tuning.within(torch.cuda.get_device_properties(device).shared_memory_per_block_optin, block_d)
@@ -742,7 +806,9 @@ class _Segments:
         all_rows, all_keys = (
             (q.shape[0], k.shape[0]) if self.packed else (self.batch * rows, self.batch * keys)
         )
-        wanted = max(_WAVES * _multiprocessors(self.device) // max(q.shape[-2], self.heads), 1)
+        # By the head size of q and k, which all walks and states of a call have in common.
+        programs = _tuning(k.shape[-1], self.decays).segments * _multiprocessors(self.device)
+        wanted = max(programs // max(q.shape[-2], self.heads), 1)
         length = max(_ceil_div(max(all_rows, all_keys), wanted), _SHORTEST_SEGMENT)
         length = _ceil_div(length, _SEGMENT_UNIT) * _SEGMENT_UNIT
         self.count = _ceil_div(rows + keys if form.diagonal else max(rows, keys), length)
@@ -887,7 +953,8 @@ class _Walk:
         self._dtype = torch.float32 if first or shared_q > 1 else self._to
         self._saturates = form.output_saturates and not form.wide
         nheads *= shared_q
-        self._shape, tuning = (*q.shape[:-2], nheads, d_v), _walk_tuning(segments.device, d, d_v)
+        self._shape = (*q.shape[:-2], nheads, d_v)
+        tuning = _walk_tuning(segments.device, d, d_v, segments.decays)
         out_strides = (0 if segments.packed else q.shape[1] * nheads * d_v, nheads * d_v, d_v)
         grid, flat = segments.grid(segments.count * _ceil_div(d_v, tuning.block_v), nheads)
         self._walk = _Launch(
