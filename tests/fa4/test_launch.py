@@ -14,6 +14,7 @@ BEGIN = """
 import json
 import torch
 from flash_attn.cute.nosoftmax import launch, plan
+from flash_attn.cute.nosoftmax.marker import HSTUKind, NoSoftmax, WindowKind, marked, no_softmax_of
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods
 
 runs, slack = [], []
@@ -60,13 +61,13 @@ def zero_slack(*tensors):
 launch._flash_attn_fwd, launch._flash_attn_bwd, launch.zero_slack = forward, backward, zero_slack
 torch.utils.deterministic.fill_uninitialized_memory = True
 torch.use_deterministic_algorithms(True)  # new memory is NaN
-mods = ScoreMods(None, None, 1.0, plans={})
+mods = ScoreMods(marked(lambda score: score, NoSoftmax()), None, 1.0, plans={})
 
 def offsets(*values):
     return torch.tensor(values, dtype=torch.int32)
 
-def call(cu_seqlens_q=None, cu_seqlens_k=None, **options):
-    return launch.Call(mods, 1.0, False, (None, None), cu_seqlens_q, cu_seqlens_k, **options)
+def call(cu_seqlens_q=None, cu_seqlens_k=None, causal=False, window=(None, None), mods=mods, **options):
+    return launch.Call(mods, 1.0, causal, window, cu_seqlens_q, cu_seqlens_k, **options)
 
 def numbers(*shape, seed=0):
     return [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(4)]
@@ -345,6 +346,115 @@ print(json.dumps([found, len(runs)]))
             ["backward", [[-top, top], [1, top], rows, [4, 9]], numbers],
         ]  # fmt: skip
     assert count == 4
+
+
+WITH_MASK = """
+def masks(**parts):
+    return ScoreMods(marked(lambda score: score, NoSoftmax(**parts)), None, 1.0, plans={})
+def hstu(*parts):
+    return masks(hstu=HSTUKind(*parts))
+"""
+
+
+def test_where_rows_see_few_keys_tiles_are_small(run):
+    """Half of the keys if causal, and no more than a window leaves, if all rows have it."""
+    small = run(
+        WITH_MASK
+        + """
+def small(keys, head_dim=128, head_dim_v=None, **options):
+    q, v = (torch.empty(10, 2, d, device="meta") for d in (head_dim, head_dim_v or head_dim))
+    return launch._tile(call(**options), q, v, keys)["tile_mn"] == (64, 64)
+print(json.dumps([
+    [small(n, causal=True) for n in (1024, 1025)],
+    [small(n) for n in (512, 513)],
+    [small(1024, d, causal=True) for d in (64, 65, 96, 128, 136, 256)],
+    [small(1024, 64, 128, causal=True), small(1024, 128, 256, causal=True), small(None, causal=True)],
+    [small(9000, window=w) for w in ((400, 112), (400, 113), (512, 0), (None, 0), (0, None), (100, None))],
+    [small(9000, causal=True, window=w) for w in ((512, None), (513, 0))],
+    [small(n, mods=hstu("sequence", "number"), mask_numbers=(8,)) for n in (1024, 1025)],
+    [small(9000, mods=hstu("number", None, True, *more), mask_numbers=(3, n, 7)) for n, *more in
+        ((512,), (513,), (512, True), (512, False, True))],
+    [small(9000, mods=hstu("sequence", "number", True), mask_numbers=(8, n)) for n in (512, 513)],
+    [small(n, mods=masks(intervals=2)) for n in (1024, 1025)],
+    [small(n, mods=masks(has_diagonal=True, window=WindowKind(True, True)), mask_numbers=m,
+        diagonal=offsets(1)) for n, m in ((9000, (500, 12)), (9000, (500, 13)))],
+    [small(n, mods=masks(has_diagonal=True, window=WindowKind(False, True)), mask_numbers=(0,),
+        diagonal=offsets(1)) for n in (512, 513)],
+    [small(n, mask_mod=print, causal=True) for n in (512, 513)],
+]))
+"""
+    )
+    assert small == [
+        [True, False],
+        [True, False],
+        [False, True, True, True, False, False],
+        [True, False, False],
+        [True, False, True, False, False, False],
+        [True, False],
+        [True, False],
+        [True, False, False, True],
+        [True, False],
+        [True, False],
+        [True, False],
+        [True, False],
+        [True, False],
+    ]
+
+
+def test_which_launches_have_the_grid(run):
+    """Packed ones, of formulas and not of the user's functions, whose lengths differ little; backward with a
+    mask, or up to 2048 keys, unless deterministic. The longest sequence is a scalar before the factor then.
+    """
+    assert run(
+        WITH_MASK
+        + """
+seen = []
+def note(run):
+    def upstream(*tensors, score_mod, aux_scalars, **options):
+        scalars = [getattr(x, "value", x) for x in aux_scalars or ()]
+        seen.append(scalars if no_softmax_of(score_mod).grid else [None, *scalars])
+    return upstream
+launch._flash_attn_fwd, launch._flash_attn_bwd = map(note, ("forward", "backward"))
+launch.zero_slack = lambda *tensors: None
+
+def step(lengths, most, heads=2, kv=2, deterministic=False, **options):
+    seen.clear()
+    cu = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    q, dout = torch.zeros(2, int(cu[-1]), heads, 8, dtype=torch.bfloat16)
+    k, v = torch.zeros(2, int(cu[-1]), kv, 8, dtype=torch.bfloat16)
+    c = call(cu, cu, max_seqlen_q=most, max_seqlen_k=most, **options)
+    launch.forward(c, q, k, v)
+    launch.backward(c, dout, q, k, v, deterministic)
+    return list(seen)
+
+mask = dict(mods=hstu("number"), mask_numbers=(3,))
+print(json.dumps([
+    step([500] * 4, 500),
+    step([500] * 4, 500, factor=0.5, mods=masks(normalization="number")),
+    step([2048] * 2, 2048, causal=True), step([2049] * 2, 2049, causal=True),
+    step([2049] * 2, 2049, **mask),
+    step([500] * 4, 500, deterministic=True),
+    step([2000, 10, 10, 10], 2000), step([500] * 4, None),
+    step([500] * 4, 500, heads=4, kv=2),
+    step([500] * 4, 500, aux_scalars=(4.0,), aux_tensors=[offsets(1)]),
+    step([500] * 4, 500, mods=mods._replace(plans=None)),
+    step([1] * 70000, 1, heads=1, kv=1),
+]))
+"""
+    ) == [
+        [[500], [500]],
+        [[500, 0.5], [500, 0.5]],
+        [[2048], [2048]],
+        [[2049], [None]],
+        [[3, 2049], [3, 2049]],
+        [[500], [None]],
+        [[None], [None]],
+        [[None], [None]],
+        [[500], [500]],
+        [[None, 4.0], [None, 4.0]],
+        [[None], [None]],
+        [[None], [None]],
+    ]
 
 
 @pytest.mark.slow

@@ -77,8 +77,8 @@ def test_masked_tiles_are_those_of_causal():
     """Upstream chooses by causal, which it does not see here; and a tile has the rows of one head."""
     masked, plain = (launched(call(**x)) for x in (dict(mask="hstu", num_targets=3), {}))
     q, v = torch.empty(2, 2, 30, 4, 96, device="meta")
-    assert launch._tile(masked, q, v)["tile_mn"] == (192, 128)
-    assert launch._tile(plain, q, v) == {}
+    assert launch._tile(masked, q, v, None)["tile_mn"] == (192, 128)
+    assert launch._tile(plain, q, v, None)["tile_mn"] == (192, 144)
     assert launch._pack_gqa(masked, None, q, q[:, :, :2]) is False
     assert launch._pack_gqa(plain, None, q, q[:, :, :2]) is None
 

@@ -163,6 +163,9 @@ SMALL = _named(
         {"head_dim": 192, "decay": True, "deterministic": True, "diagonal": True, "wide": True},
         {"head_dim": 128, "activation": "silu", "varlen": True, "hstu": TARGETS, "diagonal": True},
         {"head_dim": 64, "activation": "relu", "causal": True, "page_size": 64, "wide": True},
+        # Sequences that are long enough for large tiles, and lengths that differ too much for the grid.
+        {"head_dim": 128, "activation": "silu", "causal": True, "varlen": True, "seqlen": 3000},
+        {"head_dim": 128, "activation": "silu", "varlen": True, "longest": 3000, "hstu": EVERY_PART},
     ]
 )
 SMALL_SOFTMAX = _named(
@@ -271,6 +274,12 @@ def full() -> tuple[Cases, Cases]:
     cases += [
         {"head_dim": d, "head_dim_v": v, "causal": True, "wide": True}
         for d, v in ((40, 72), (64, 64), (96, 96), (128, 64), (192, 128), (192, 192), (256, 256))
+    ]
+    cases += [
+        {"head_dim": d, "activation": "silu", "causal": c, "varlen": v, "group": 1 + v, **more}
+        for d, c, v, more in itertools.product(
+            (64, 96, 128, 256), (False, True), (False, True), ({"seqlen": 3000}, {"longest": 3000})
+        )
     ]
     softmax = [
         {"softmax": True, "head_dim": d, "causal": c, "varlen": v}

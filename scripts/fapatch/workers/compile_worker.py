@@ -73,10 +73,14 @@ def compile_case(
     deterministic: bool = False,
     diagonal: bool = False,
     wide: bool = False,
+    seqlen: int = SEQLEN,
+    longest: int = 0,
 ) -> None:
     """normalization: as in marker.NoSoftmax: "number", "sequence" and "row" are factors of the caller. bias:
     "by head" is one for each head. hstu: the parts of a marker.HSTUKind. intervals: how many a row has.
     diagonal: whether the call gives one, beside causal and window or another mask. wide: float32 results.
+    longest: max_seqlen of packed sequences, if not seqlen: far more, and the lengths differ too much for a
+    grid of blocks and sequences.
     """
     import torch
     from flash_attn.cute import interface
@@ -90,14 +94,14 @@ def compile_case(
         return torch.empty(shape, dtype=dtype, device="cuda")
 
     with FakeTensorMode():
-        tokens = (BATCH * SEQLEN,) if varlen else (BATCH, SEQLEN)
+        tokens = (BATCH * seqlen,) if varlen else (BATCH, seqlen)
         q, dout = tensor(*tokens, heads, head_dim), tensor(*tokens, heads, head_dim_v)
         pool = (40, page_size) if page_size else tokens
         k, v = tensor(*pool, 4, head_dim), tensor(*pool, 4, head_dim_v)
         lengths = tensor(BATCH + 1, dtype=torch.int32) if varlen else None
         used = tensor(BATCH, dtype=torch.int32) if seqused or page_size else None
         pages = tensor(BATCH, 10, dtype=torch.int32) if page_size else None
-        longest = SEQLEN if varlen else None
+        most = (longest or seqlen) if varlen else None
         if softmax:
             given = dict(
                 causal=causal,
@@ -107,8 +111,8 @@ def compile_case(
                 cu_seqlens_q=lengths,
                 cu_seqlens_k=lengths,
                 seqused_k=used,
-                max_seqlen_q=longest,
-                max_seqlen_k=longest,
+                max_seqlen_q=most,
+                max_seqlen_k=most,
             )
             out, lse, *_ = interface._flash_attn_fwd(q, k, v, return_lse=True, page_table=pages, **given)
             if not page_size:
@@ -134,7 +138,7 @@ def compile_case(
             tensor(*shape, dtype=torch.float32) for shape in ((BATCH,), tokens, (BATCH, heads))
         )
         call = launch.Call(
-            mods, head_dim**-0.5, causal, tuple(window), lengths, lengths, None, used, longest, longest,
+            mods, head_dim**-0.5, causal, tuple(window), lengths, lengths, None, used, most, most,
             factor=0.5 if normalization == "number" else None,
             sequence_factors=sequences if normalization == "sequence" else None,
             row_factors=rows if normalization == "row" else None,

@@ -13,6 +13,8 @@
     kernel.py      device code behind the hooks in upstream's kernels
     masked.py      the same for a mask of flash_attn.masks, and for a window with a diagonal
     ranges.py      the blocks that a tile visits under a mask, for kernel and host
+    grid.py        the place of a tile in a batch of packed sequences, in plain integers
+    schedule.py    the same in the kernels, and how many tiles share a multiprocessor
     registers.py   the integers of a kernel, for ranges.py
     hulls.py       finds the bounds of blocks under intervals
     plan.py        repeats the launches of an earlier call

@@ -15,19 +15,23 @@ from cutlass import Float32, Int32
 from flash_attn.cute.interface import (
     _flash_attn_bwd,
     _flash_attn_fwd,
+    _resolve_causal_local_window,
     _tile_size_bwd_sm90,
     _tile_size_fwd_sm90,
 )
-from flash_attn.cute.nosoftmax import plan
+from flash_attn.cute.nosoftmax import grid, plan
 from flash_attn.cute.nosoftmax.hulls import hulls, visits
 from flash_attn.cute.nosoftmax.kernel import bwd_tile_with, result_type, wide
 from flash_attn.cute.nosoftmax.largest import largest_factors
-from flash_attn.cute.nosoftmax.marker import no_softmax_of
+from flash_attn.cute.nosoftmax.marker import BY_NUMBER, no_softmax_of, with_grid
 from flash_attn.cute.nosoftmax.masked import hides
+from flash_attn.cute.nosoftmax.schedule import SMALL_TILE
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods
 from flash_attn.cute.nosoftmax.slack import zero_slack
 
 _MOST_BLOCKS = 65535  # in the second and third dimension of a grid
+_MOST_KEYS_OF_SMALL_TILES = 512
+_MOST_KEYS_OF_CAUSAL_GRID = 2048
 
 
 class Call(NamedTuple):  # not a dataclass, which takes several times as long to make
@@ -95,15 +99,18 @@ class Call(NamedTuple):  # not a dataclass, which takes several times as long to
         masks = [x.flatten(0, 1) if packed and x.dim() == 3 else x for x in self.mask_tensors]
         return diagonal + masks
 
-    def arguments(self, masks: list[torch.Tensor], given: list[torch.Tensor]) -> dict[str, Any]:
+    def arguments(
+        self, masks: list[torch.Tensor], given: list[torch.Tensor], longest: int = 0
+    ) -> dict[str, Any]:
         """masks, given: what the methods of these names return, in the order that masked.py, kernel.py and
         score_mods.py expect. The former come first, never beside tensors of the user, who counts from the
-        front, and the latter last.
+        front, and the latter last. longest: what _longest returns.
         """
         tensors = [*(self.aux_tensors or ()), *masks, *given]
         scalars = (
             *(self.aux_scalars or ()),
             *(Int32(x) for x in self.mask_numbers),
+            *((Int32(longest),) if longest else ()),
             *(() if self.factor is None else (Float32(self.factor),)),
         )
         return dict(
@@ -113,7 +120,7 @@ class Call(NamedTuple):  # not a dataclass, which takes several times as long to
             window_size_right=self.window[1],
             seqused_q=self.seqused_q,
             seqused_k=self.seqused_k,
-            score_mod=self.mods.score_mod,
+            score_mod=with_grid(self.mods.score_mod) if longest else self.mods.score_mod,
             mask_mod=self.mask_mod,
             aux_tensors=tensors or None,
             aux_scalars=scalars or None,
@@ -190,20 +197,53 @@ def _tables(
     return [table, visits(table, lengths, seqlens, batch, k.shape[0], tile, ordered)]
 
 
-def _tile(call: Call, q: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
-    """Choose the tile by head_dim_v if that is larger. Upstream chooses by head_dim, and O would not fit into
-    the registers of that tile. With a mask choose the tile of causal, which upstream does not see there.
+def _tile(call: Call, q: torch.Tensor, v: torch.Tensor, most_keys: Optional[int]) -> dict[str, Any]:
+    """Choose a small tile where rows see few keys, else upstream's: but by head_dim_v if that is larger,
+    because O would not fit into the registers of a tile for head_dim, and with a mask that of causal, which
+    upstream does not see there. most_keys: of a sequence, or None where a small tile does not serve.
     """
-    if v.shape[-1] <= q.shape[-1] and not call.hides:
-        return {}
-    local = call.window != (None, None) and call.window != (None, 0)
     size, size_v = max(q.shape[-1], v.shape[-1]), v.shape[-1]
-    tile = _tile_size_fwd_sm90(size, size_v, call.causal or call.hides, local)
+    few = most_keys is not None and _keys_of_row(call, most_keys) <= _MOST_KEYS_OF_SMALL_TILES
+    if few and 64 < size <= 128:
+        return dict(tile_mn=SMALL_TILE, mma_pv_is_rs=True, intra_wg_overlap=True)
+    causal, local, *_ = _resolve_causal_local_window(call.causal, *call.window, call.mask_mod)
+    tile = _tile_size_fwd_sm90(size, size_v, causal or call.hides, local)
     return dict(
         tile_mn=(tile.m_block_size, tile.n_block_size),
         mma_pv_is_rs=tile.mma_pv_is_rs,
         intra_wg_overlap=tile.intra_wg_overlap,
     )
+
+
+def _keys_of_row(call: Call, most: int) -> int:
+    """Return about how many keys a row sees: half of them if the rows are causal, or what a window leaves."""
+    if call.mask_mod is not None:
+        return most
+    mark = no_softmax_of(call.mods.score_mod)
+    numbers, sides = iter(call.mask_numbers), call.window
+    if call.hides and mark.hstu is not None:
+        given = {
+            name: next(numbers) for name, part in mark.hstu._asdict().items() if part in (True, BY_NUMBER)
+        }
+        sides = (None if mark.hstu.full else given.get("window")), 0
+    elif call.hides and mark.window is not None:
+        sides = tuple(next(numbers) if limited else None for limited in mark.window)
+    left, right = sides[0], 0 if call.causal else sides[1]
+    if left is not None and right is not None:
+        return min(most, left + right)
+    causal = right == 0 or call.hides and mark.intervals > 0
+    return most if not causal or call.diagonal is not None else -(-most // 2)
+
+
+def _longest(
+    rows: int, heads: int, cu_seqlens: Optional[torch.Tensor], most: Optional[int], tile: int, group: int = 1
+) -> int:
+    """Return the length of the longest sequence if the grid of grid.py serves the packed tensor that is cut
+    into tiles, else 0. group: rows of a tile for each of the tensor.
+    """
+    if cu_seqlens is None or most is None:
+        return 0
+    return most if grid.serves(rows * group, cu_seqlens.shape[0] - 1, heads, most * group, tile) else 0
 
 
 def forward(
@@ -238,7 +278,14 @@ def forward(
     given, masks = call.given(cu_seqlens_q is not None), call.masks(cu_seqlens_q is not None)
 
     def launch() -> None:
-        tile = _tile(call, q, v) if block_sparse_tensors is None else {}
+        most_keys = (keys.shape[1] if cu_seqlens_k is None else max_seqlen_k) if page_table is None else None
+        tile = _tile(call, q, v, most_keys) if block_sparse_tensors is None else {}
+        packs = _pack_gqa(call, pack_gqa, q, k)
+        longest = 0
+        if call.plans(block_sparse_tensors) is not None:  # functions of the user would see one more scalar
+            group = 1 if packs is False else q.shape[-2] // k.shape[-2]
+            tile_m = tile["tile_mn"][0]
+            longest = _longest(queries.shape[0], q.shape[-2], cu_seqlens_q, max_seqlen_q, tile_m, group)
         bounds = [cu_seqlens_q, cu_seqlens_k, call.seqused_k], (max_seqlen_q, max_seqlen_k)
         tables = _tables(call, masks, queries, keys, *bounds, tile["tile_mn"]) if call.hides else []
         _flash_attn_fwd(
@@ -250,11 +297,11 @@ def forward(
             max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k,
             page_table=page_table,
-            pack_gqa=_pack_gqa(call, pack_gqa, q, k),
+            pack_gqa=packs,
             block_sparse_tensors=block_sparse_tensors,
             out=outputs,
             **tile,
-            **call.arguments([*masks, *tables], given),
+            **call.arguments([*masks, *tables], given, longest),
         )
         if call.cu_seqlens_q is not None and call.seqused_q is None:
             zero_slack(out, call.cu_seqlens_q)
@@ -309,13 +356,16 @@ def backward(
 
     def launch() -> None:
         bounds = [cu_seqlens_q, cu_seqlens_k, call.seqused_k], (max_seqlen_q, max_seqlen_k)
-        tables = []
-        if call.hides:
-            tile = bwd_tile_with(no_softmax_of(call.mods.score_mod), _tile_size_bwd_sm90)(
-                q.shape[-1], v.shape[-1], call.causal, False
-            )
-            tile = tile.m_block_size, tile.n_block_size
-            tables = _tables(call, masks, q, k, *bounds, tile, deterministic)
+        chosen = bwd_tile_with(no_softmax_of(call.mods.score_mod), _tile_size_bwd_sm90)(
+            q.shape[-1], v.shape[-1], call.causal, False
+        )
+        tile = chosen.m_block_size, chosen.n_block_size
+        tables = _tables(call, masks, q, k, *bounds, tile, deterministic) if call.hides else []
+        longest = 0
+        if call.plans(block_sparse_tensors) is not None and not deterministic:
+            # Long causal sequences are faster in upstream's order.
+            if call.hides or max_seqlen_k is not None and max_seqlen_k <= _MOST_KEYS_OF_CAUSAL_GRID:
+                longest = _longest(k.shape[0], q.shape[-2], cu_seqlens_k, max_seqlen_k, tile[1])
         # The kernels read neither O nor LSE, but the host code checks their shapes.
         lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if cu_seqlens_q is None else (q.shape[1], q.shape[0])
         more = given
@@ -339,7 +389,7 @@ def backward(
             dv=grads[2],
             score_mod_bwd=call.mods.score_mod_bwd,
             block_sparse_tensors=block_sparse_tensors,
-            **call.arguments([*masks, *tables], more),
+            **call.arguments([*masks, *tables], more, longest),
         )
         zero_slack(
             grads[0],

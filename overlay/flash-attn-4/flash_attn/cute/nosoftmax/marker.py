@@ -5,7 +5,7 @@ code changes. It is part of every compile key, because utils._MIXER_ATTRS lists 
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, NamedTuple, Optional
 
 ATTRIBUTE = "__no_softmax__"
@@ -45,6 +45,7 @@ class NoSoftmax:
     the aux_tensors and aux_scalars belong to: its parts, or how many intervals a row has, 0 without.
     has_diagonal: before those of the mask comes the diagonal, int32 (batch,). window: given with a diagonal
     and without another mask; causal and window_size are then not upstream's. wide: results stay float32.
+    grid: the grid of grid.py; the last of the aux_scalars before a factor is the longest sequence then.
 
     inf_seen_in: where float16 kernels look for an infinite score, "scores", "weights" or None
     (formulas.Formula).
@@ -60,6 +61,7 @@ class NoSoftmax:
     has_diagonal: bool = False
     window: Optional[WindowKind] = None
     wide: bool = False
+    grid: bool = False
 
     @property
     def by_head(self) -> int:
@@ -77,6 +79,12 @@ def no_softmax_of(score_mod: Optional[Callable]) -> Optional[NoSoftmax]:
     return getattr(score_mod, ATTRIBUTE, None)
 
 
+def on_grid(score_mod: Optional[Callable]) -> bool:
+    """Whether the grid says where a tile lies: upstream's tables for the search are not needed."""
+    mark = no_softmax_of(score_mod)
+    return mark is not None and mark.grid
+
+
 def marked(score_mod: Callable, mark: NoSoftmax) -> Callable:
     """Return a score_mod that computes the same and carries the mark. The given one stays unchanged."""
 
@@ -89,3 +97,9 @@ def marked(score_mod: Callable, mark: NoSoftmax) -> Callable:
     carrier.__wrapped__ = getattr(score_mod, "__wrapped__", score_mod)
     setattr(carrier, ATTRIBUTE, mark)
     return carrier
+
+
+@functools.lru_cache(maxsize=None)  # as of_activation, whose score_mods come here
+def with_grid(score_mod: Callable) -> Callable:
+    """Return the same score_mod for a launch on the grid."""
+    return marked(score_mod, replace(no_softmax_of(score_mod), grid=True))
