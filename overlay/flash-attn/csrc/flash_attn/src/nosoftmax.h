@@ -76,6 +76,15 @@ inline constexpr bool kTakesEveryStep<Kernel_traits, std::void_t<decltype(Kernel
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
 
+// Whether this warp holds rows before the last query, of which a tile has rows_left. If not, it need not multiply.
+template <typename Kernel_traits>
+__forceinline__ __device__ bool warp_has_rows(const int rows_left) {
+    if constexpr (!kUseSoftmax<Kernel_traits>) {
+        if constexpr (Kernel_traits::kFewRows) { return int(threadIdx.x / 32) * 16 < rows_left; }
+    }
+    return true;
+}
+
 // The first column of a tile that this thread holds; col0 is the first column of its warp's tile.
 __forceinline__ __device__ int col_of_thread(const int col0) { return col0 + (threadIdx.x % 4) * 2; }
 
