@@ -17,6 +17,7 @@ import torch
 from oracle import FUNCTIONS
 
 HEADER = Path(__file__).parents[2] / "overlay/flash-attn/csrc/flash_attn/src/activations.h"
+OWN = ("relu", "relu2", "sigmoid", "silu")
 NAMES = ("identity", "relu", "relu2", "sigmoid", "silu", "gelu", "softplus")
 PROGRAM = """
 #include "activations.h"
@@ -30,6 +31,28 @@ extern "C" void evaluate(int activation, float scale, float bias, int n, const f
         }
     });
 }
+// As in a kernel with one activation: value * weights_at_end, and dp * f'.
+template <Activation activation>
+void evaluate_own(float scale, float bias, int n, const float *x, const float *dp, float *value,
+                  float *products) {
+    using F = Own<activation>;
+    const F f(scale, bias);
+    for (int i = 0; i < n; ++i) {
+        float slope;
+        const float p = f.value(x[i], slope);
+        value[i] = (F::kIsClamped ? machine::max(p, 0.f) : p) * F::weights_at_end(scale);
+        products[i] = F::times_slope(dp[i], slope) * F::slopes_at_end(scale);
+    }
+}
+extern "C" void evaluate_own(int activation, float scale, float bias, int n, const float *x, const float *dp,
+                             float *value, float *products) {
+    const auto evaluate = activation == int(Activation::relu) ? &evaluate_own<Activation::relu>
+        : activation == int(Activation::relu2) ? &evaluate_own<Activation::relu2>
+        : activation == int(Activation::sigmoid) ? &evaluate_own<Activation::sigmoid>
+        : &evaluate_own<Activation::silu>;
+    evaluate(scale, bias, n, x, dp, value, products);
+}
+extern "C" const float hidden_score = kHiddenScore;
 extern "C" const char *name(int activation) { return kActivationNames[activation]; }
 """
 
@@ -113,3 +136,63 @@ def test_non_finite_scores_show(library, activation):
     for bias in (0.0, -5.0) if activation == "sigmoid" else (0.0,):
         assert all(x.isfinite() for x in evaluate(library, activation, large, bias=bias))
         assert all(x.isfinite() for x in evaluate(library, activation, -large, bias=bias))
+
+
+# Of kernels with one activation. In float16 they take scores that the scale was applied to: a scale of 1.
+SCALES = [1.0, 0.125, 2.0**-16, 2.0**16]
+
+
+def evaluate_own(
+    library, activation: str, x: torch.Tensor, dp: torch.Tensor, scale: float = 1.0, bias: float = 0.0
+) -> tuple:
+    """Return f(scale * x), and dp * f'."""
+    results = [torch.full_like(x, torch.nan) for _ in range(2)]
+    library.evaluate_own(
+        NAMES.index(activation), ctypes.c_float(scale), ctypes.c_float(bias), len(x),
+        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, dp, *results)),
+    )  # fmt: skip
+    return tuple(results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [-2.0, 0.0, 1.5])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("activation", OWN)
+def test_own_values_and_derivatives(library, activation, scale, bias, dtype):
+    """f and f' of kernels with one activation, from 0 to scores whose f fits, and rounded to 16 bits."""
+    large = torch.logspace(1, 4.5, 200) if dtype == torch.float16 else torch.logspace(1, 11, 200)
+    s32 = torch.cat([torch.linspace(-40.0, 40.0, 4001), torch.tensor([0.0, -0.0]), large, -large])
+    x, given = (s32, 1.0) if dtype == torch.float16 else (s32 / scale, scale)
+    s = (x.double() * given).requires_grad_()
+    expected = FUNCTIONS[activation](s, bias)
+    (slope,) = torch.autograd.grad(expected.sum(), s)
+    expected, s = expected.detach(), s.detach()
+    value, products = evaluate_own(library, activation, x, torch.full_like(x, -3.0), given, bias)
+    assert not value.isnan().any()
+    if dtype == torch.float16:  # P saturates
+        value, expected = (v.double().clamp(-65504, 65504) for v in (value, expected))
+    kink = (s == 0) & (activation == "relu")
+    error = (value.to(dtype).double() - expected).abs()
+    bound = torch.finfo(dtype).eps * expected.abs() + 1e-7 * (1 + s.abs())
+    assert (error <= bound).all(), f"f is off by {error.max():.3g}"
+    error = torch.where(kink, 0.0, products.double() + 3.0 * slope).abs()
+    assert (error <= 3 * (2.0**-13 * slope.abs() + 2.0**-15)).all(), f"f' is off by {error.max():.3g}"
+    assert (products[kink] == 0).all()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("activation", OWN)
+def test_own_non_finite_values_show_and_hidden_ones_do_not(library, activation, scale):
+    nan, inf, one = torch.tensor([torch.nan]), torch.tensor([torch.inf]), torch.ones(1)
+    assert all(r.isnan() for r in evaluate_own(library, activation, nan, one, scale))
+    value, _ = evaluate_own(library, activation, inf, one, scale)
+    assert value.item() == 1.0 if activation == "sigmoid" else not value.isfinite()
+    value, _ = evaluate_own(library, activation, -inf, one, scale)
+    assert value.item() == 0.0 or value.isnan()
+    # A NaN in dO or V shows where f' is not 0.
+    _, products = evaluate_own(library, activation, one / scale, nan, scale)
+    assert products.isnan()
+    hidden = torch.tensor([ctypes.c_float.in_dll(library, "hidden_score").value])
+    for bias in (0.0, 60.0) if activation == "sigmoid" else (0.0,):
+        value, products = evaluate_own(library, activation, hidden, nan, scale, bias)
+        assert value.item() == 0.0 and (activation != "relu" or products.item() == 0.0)

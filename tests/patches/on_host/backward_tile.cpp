@@ -44,7 +44,7 @@ auto with_tile(const int tile, Visit visit) {
 
 template <typename Traits, bool Has_alibi>
 void differentiate_tile(const WithScore<Flash_bwd_params> &params, const Sequence &sequence, const int first_row,
-                        const int first_col, const float *scores, float *p, float *derivatives) {
+                        const int first_col, const float *scores, const float *dp, float *p, float *ds) {
     constexpr int kWarpsM = Traits::AtomLayoutMSdP, kCols = Traits::kBlockN;
     const auto weights = make_mask<Traits, /*Is_causal=*/false, /*Is_local=*/true, Has_alibi>(params, sequence, 0.f, 0, 0);
     for (int thread = 0; thread < Traits::kNThreads; ++thread) {
@@ -60,11 +60,15 @@ void differentiate_tile(const WithScore<Flash_bwd_params> &params, const Sequenc
             }
         };
         visit(acc_s, [&](float &x, const int place) { x = scores[place]; });
-        Tensor packed = weights.differentiate(acc_s, first_col + col0, first_row + row0, kWarpsM * 16);
-        Tensor packed_scores = make_tensor(packed.data(), convert_layout_acc_rowcol(packed.layout()));
-        weights.hide(packed_scores, first_col + col0, first_row + row0, kWarpsM * 16);
+        Tensor packed = weights.differentiate(acc_s, first_col + col0, first_row + row0, kWarpsM * 16, /*has_hidden=*/true);
         visit(packed, [&](const auto &x, const int place) { p[place] = float(x); });
-        visit(acc_s, [&](const float &x, const int place) { derivatives[place] = x; });
+        visit(acc_s, [&](float &x, const int place) { x = times_slope<Traits>(dp[place], x); });
+        Tensor products = make_tensor(acc_s.data(), convert_layout_acc_rowcol(acc_s.layout()));
+        weights.hide_products(products, first_col + col0, first_row + row0, kWarpsM * 16);
+        visit(acc_s, [&](const float &x, const int place) {
+            ds[place] = x;
+            if constexpr (Traits::Only::kExists) { ds[place] *= Traits::Only::slopes_at_end(params.scale_softmax); }
+        });
     }
 }
 
@@ -80,12 +84,14 @@ extern "C" void shape_of_tile(const int tile, int *sizes) {
     });
 }
 
-// Sets P under a causal mask, and the derivatives without it, for a tile of raw scores at (first_row, first_col).
-// General kernels take a decay and factors of rows. The others leave a scale for the end: P is then without it.
-extern "C" void differentiate(const int tile, const bool is_general, const int activation, const float scale,
+// Sets P and dS under a causal mask, for a tile of raw scores and dP at (first_row, first_col). Kernels: 0 special, 1
+// general, 2 with one activation. General kernels take a decay and factors of rows. The others leave a scale for the end: P
+// is then without it, and dS has its own.
+extern "C" void differentiate(const int tile, const int kernel, const int activation, const float scale,
                               const float bias, const float decay_slope, const bool per_visible, const int seqlen_q,
                               const int seqlen_k, const int first_row, const int first_col, const float *scores,
-                              float *p, float *derivatives) {
+                              const float *dp, float *p, float *ds) {
+    const bool is_general = kernel == 1;
     WithScore<Flash_bwd_params> params{};
     params.scale_softmax = scale;
     params.window_size_left = seqlen_k;
@@ -96,12 +102,18 @@ extern "C" void differentiate(const int tile, const bool is_general, const int a
     const Sequence sequence{seqlen_q, seqlen_k};
     with_tile(tile, [&](const auto traits) {
         using Upstream = std::remove_cv_t<decltype(traits)>;
-        if (is_general) {
-            differentiate_tile<NoSoftmaxTraits<Upstream, Variant::general>, /*Has_alibi=*/true>(
-                params, sequence, first_row, first_col, scores, p, derivatives);
-        } else {
-            differentiate_tile<NoSoftmaxTraits<Upstream>, /*Has_alibi=*/false>(
-                params, sequence, first_row, first_col, scores, p, derivatives);
+        const auto call = [&](const auto traits) {
+            using Traits = std::remove_cv_t<decltype(traits)>;
+            differentiate_tile<Traits, /*Has_alibi=*/Traits::kIsGeneral>(
+                params, sequence, first_row, first_col, scores, dp, p, ds);
+        };
+        if (is_general) { return call(NoSoftmaxTraits<Upstream, Variant::general>{}); }
+        if (kernel == 0) { return call(NoSoftmaxTraits<Upstream>{}); }
+        switch (Activation(activation)) {
+            case Activation::relu: return call(NoSoftmaxTraits<Upstream, Variant::relu>{});
+            case Activation::relu2: return call(NoSoftmaxTraits<Upstream, Variant::relu2>{});
+            case Activation::sigmoid: return call(NoSoftmaxTraits<Upstream, Variant::sigmoid>{});
+            default: return call(NoSoftmaxTraits<Upstream, Variant::silu>{});
         }
     });
 }

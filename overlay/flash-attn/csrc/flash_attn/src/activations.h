@@ -26,6 +26,11 @@ NOSOFTMAX_DEVICE float tanh(const float x) { float y; asm("tanh.approx.f32 %0, %
 NOSOFTMAX_DEVICE float exp2(const float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x)); return y; }
 NOSOFTMAX_DEVICE float rcp(const float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x)); return y; }
 NOSOFTMAX_DEVICE float fma(const float x, const float y, const float z) { return __fmaf_rn(x, y, z); }
+// x where y > 0, NaN where y is NaN, and else 0: a comparison, and an instruction that runs where it fails.
+NOSOFTMAX_DEVICE float where_positive(float x, const float y) {
+    asm("{ .reg .pred p; setp.gt.f32 p, %1, 0f00000000; @!p max.NaN.f32 %0, %1, 0f00000000; }\n" : "+f"(x) : "f"(y));
+    return x;
+}
 // NaN stays NaN.
 NOSOFTMAX_DEVICE float max(const float x, const float y) { float z; asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(z) : "f"(x), "f"(y)); return z; }
 
@@ -37,6 +42,7 @@ NOSOFTMAX_DEVICE float exp2(const float x) { return std::exp2(x); }
 NOSOFTMAX_DEVICE float rcp(const float x) { return 1.f / x; }
 NOSOFTMAX_DEVICE float fma(const float x, const float y, const float z) { return std::fma(x, y, z); }
 NOSOFTMAX_DEVICE float max(const float x, const float y) { return x != x ? x : x > y ? x : y; }
+NOSOFTMAX_DEVICE float where_positive(const float x, const float y) { return y > 0.f ? x : y != y ? y : 0.f; }
 
 #endif
 
@@ -212,6 +218,73 @@ private:
         p = machine::fma(p, e, 0.9999432813f);
         return machine::fma(e, p, machine::max(s, 0.f));
     }
+};
+
+// The activations that have backward kernels of their own: fewer instructions a score than the functors above.
+//
+// value(x, slope) returns f, and sets what times_slope(dp, slope) needs. Both lack factors that wait for the sums: f has
+// weights_at_end on dV, and f' slopes_at_end on dQ and dK. The score is scale * x, scale within [kLeastOwnScale,
+// kMostOwnScale]. kIsClamped: f is max(value, 0), for the conversion to 16 bits. kHidesSlopes: where f hides a score,
+// times_slope gives 0, also for a NaN in dp.
+inline constexpr float kLeastOwnScale = 1.f / 65536, kMostOwnScale = 65536.f;
+// A score that each of these f maps to 0 with every such scale. Infinity would make silu NaN.
+inline constexpr float kHiddenScore = -18446744073709551616.f;  // -2^64
+
+template <Activation activation> struct Own { static constexpr bool kExists = false, kHidesSlopes = false; };
+
+template <> struct Own<Activation::relu> {
+    static constexpr bool kExists = true, kIsClamped = true, kHidesSlopes = true;
+
+    NOSOFTMAX_DEVICE Own(float, float) {}
+    NOSOFTMAX_DEVICE float value(const float x, float &slope) const { return slope = x; }
+    static NOSOFTMAX_DEVICE float times_slope(const float dp, const float slope) { return machine::where_positive(dp, slope); }
+    static NOSOFTMAX_DEVICE float weights_at_end(const float scale) { return scale; }
+    static float slopes_at_end(float) { return 1.f; }
+};
+
+template <> struct Own<Activation::relu2> {
+    static constexpr bool kExists = true, kIsClamped = false, kHidesSlopes = false;
+    const float limit;
+
+    NOSOFTMAX_DEVICE Own(const float scale, float) : limit(kMaxRelu2Score / scale) {}
+    NOSOFTMAX_DEVICE float value(const float x, float &slope) const {
+        slope = machine::max(x, 0.f);
+        const float r = fminf(slope, limit);
+        return machine::fma(slope, 0.f, r * r);  // NaN where the clamp lost NaN or Inf
+    }
+    static NOSOFTMAX_DEVICE float times_slope(const float dp, const float slope) { return dp * slope; }
+    static NOSOFTMAX_DEVICE float weights_at_end(const float scale) { return scale * scale; }
+    static float slopes_at_end(const float scale) { return 2.f * scale; }
+};
+
+template <> struct Own<Activation::sigmoid> {  // bias >= kMinBiasForTanh
+    static constexpr bool kExists = true, kIsClamped = false, kHidesSlopes = false;
+    const float half_scale, half_bias;
+
+    NOSOFTMAX_DEVICE Own(const float scale, const float bias) : half_scale(0.5f * scale), half_bias(0.5f * bias) {}
+    NOSOFTMAX_DEVICE float value(const float x, float &slope) const {
+        const float p = machine::fma(0.5f, machine::tanh(machine::fma(x, half_scale, half_bias)), 0.5f);
+        slope = machine::fma(-p, p, p);
+        return p;
+    }
+    static NOSOFTMAX_DEVICE float times_slope(const float dp, const float slope) { return dp * slope; }
+    static NOSOFTMAX_DEVICE float weights_at_end(float) { return 1.f; }
+    static float slopes_at_end(float) { return 1.f; }
+};
+
+template <> struct Own<Activation::silu> {  // f' = g + f (1 - g), with g = sigmoid(s)
+    static constexpr bool kExists = true, kIsClamped = false, kHidesSlopes = false;
+    const float half_scale;
+
+    NOSOFTMAX_DEVICE Own(const float scale, float) : half_scale(0.5f * scale) {}
+    NOSOFTMAX_DEVICE float value(const float x, float &slope) const {
+        const float y = x * half_scale, t = machine::tanh(y), p = machine::fma(y, t, y), g = machine::fma(0.5f, t, 0.5f);
+        slope = machine::fma(p, 1.f - g, g);
+        return p;
+    }
+    static NOSOFTMAX_DEVICE float times_slope(const float dp, const float slope) { return dp * slope; }
+    static NOSOFTMAX_DEVICE float weights_at_end(float) { return 1.f; }
+    static float slopes_at_end(float) { return 1.f; }
 };
 
 // Whether f(scale * x) = scale * f(x), so that the scale can wait for the end.

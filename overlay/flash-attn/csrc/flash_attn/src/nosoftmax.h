@@ -29,12 +29,24 @@ using namespace cute;
 // The kernels, from the most to the least special.
 //
 // identity: forward, f is the identity. As a choice at run time it would be a tenth slower (docs/results/h200-score.md).
+// relu to silu: backward, plain, with that activation and an ordinary scale (has_own_kernel in the launch template).
 // plain: forward without ALiBi, softcap and dropout; backward without ALiBi, and with at most one of the other two.
 // options: forward with one of ALiBi, softcap and dropout.
 // general: any call. few_rows: the same with split keys, where most rows of a tile may be beyond the last query.
-enum class Variant { identity, plain, options, general, few_rows };
+enum class Variant { identity, relu, relu2, sigmoid, silu, plain, options, general, few_rows };
 
 inline constexpr float kLeastScale = 1.f / 128;
+
+// The activation that is the only one of a variant; the identity stands for none.
+constexpr Activation only_activation(const Variant variant) {
+    switch (variant) {
+        case Variant::relu: return Activation::relu;
+        case Variant::relu2: return Activation::relu2;
+        case Variant::sigmoid: return Activation::sigmoid;
+        case Variant::silu: return Activation::silu;
+        default: return Activation::identity;
+    }
+}
 
 template <typename Kernel_traits, Variant variant=Variant::plain>
 struct NoSoftmaxTraits : public Kernel_traits {
@@ -42,6 +54,7 @@ struct NoSoftmaxTraits : public Kernel_traits {
     static constexpr bool Is_nosoftmax = true;
     static constexpr bool kIdentity = variant == Variant::identity;
     static constexpr bool kFewRows = variant == Variant::few_rows;
+    using Only = Own<only_activation(variant)>;
     // Whether the kernel takes every call: a decay too, and in fp16 scales below kLeastScale, for one more multiplication
     // a score. Other kernels round scale + 1, an error of less than 2^-16 of their scales, where fp16 keeps 2^-11 of the
     // score.
@@ -75,6 +88,30 @@ inline constexpr bool kTakesEveryStep<Kernel_traits, std::void_t<decltype(Kernel
     Kernel_traits::kTakesEveryStep;
 
 ////////////////////////////////////////////////////////////////////////////////////////////////////
+
+// Causal backward kernels with one activation take the steps that hide no score in a loop of their own, without code
+// that hides: a tenth faster. Others have one loop, for their size.
+template <typename Kernel_traits, bool Is_causal>
+__forceinline__ __device__ constexpr int number_of_loops() {
+    if constexpr (kUseSoftmax<Kernel_traits>) { return 1; }
+    else { return Kernel_traits::Only::kExists && Is_causal ? 2 : 1; }
+}
+
+// Whether a step is beyond the loop: the first of two ends at the first tile with a hidden score.
+template <int kLoops, typename Weights>
+__forceinline__ __device__ bool is_beyond_loop(const int loop, const Weights &weights, const int tile_row, const int tile_col) {
+    if constexpr (kLoops == 1) { return false; }
+    else { return loop == 0 && !weights.is_tile_visible(tile_row, tile_col); }
+}
+
+// dS = dP f'. `slope` is what ScoreWeights::differentiate left.
+template <typename Kernel_traits>
+__forceinline__ __device__ float times_slope(const float dp, const float slope) {
+    if constexpr (!kUseSoftmax<Kernel_traits>) {
+        if constexpr (Kernel_traits::Only::kExists) { return Kernel_traits::Only::times_slope(dp, slope); }
+    }
+    return dp * slope;
+}
 
 // Whether this warp holds rows before the last query, of which a tile has rows_left. If not, it need not multiply.
 template <typename Kernel_traits>
@@ -270,13 +307,23 @@ struct ScoreWeights {
 
     // Turns scores, an accumulator of a tile, into the derivatives of the weights by the scaled score, and returns the
     // weights in 16 bits. Both include the decay, and the factors of the rows, divided by the largest of their sequence.
+    // With has_hidden, weights outside the window are 0.
     template <typename Engine, typename Layout>
     __forceinline__ __device__ auto differentiate(Tensor<Engine, Layout> &acc_s, const int col0, const int row0,
-                                                  const int row_stride) const {
+                                                  const int row_stride, const bool has_hidden) const {
         Tensor scores = make_tensor(acc_s.data(), FLASH_NAMESPACE::convert_layout_acc_rowcol(acc_s.layout()));
         prepare(scores, col0, row0, row_stride);
         Tensor packed = make_tensor<typename Kernel_traits::Element>(acc_s.layout());
-        if constexpr (!Kernel_traits::kIsGeneral) {
+        if constexpr (Only::kExists) {
+            if (has_hidden) { hide(scores, col0, row0, row_stride, kHiddenScore); }
+            const Only f(scale_of_activation(), bias);
+            Tensor pairs = recast<uint32_t>(packed);
+            #pragma unroll
+            for (int i = 0; i < size(pairs); ++i) {
+                const float first = f.value(acc_s(2 * i), acc_s(2 * i)), second = f.value(acc_s(2 * i + 1), acc_s(2 * i + 1));
+                pairs(i) = FLASH_NAMESPACE::convert_weights<typename Kernel_traits::Element, Only::kIsClamped>(first, second);
+            }
+        } else if constexpr (!Kernel_traits::kIsGeneral) {
             // Without decay and factors of rows, weights are rounded at once: registers hold no tile of them in fp32.
             float first;
             visit_activation([&](const auto f) {
@@ -305,6 +352,10 @@ struct ScoreWeights {
             Tensor flat = make_tensor(weights.data(), acc_s.layout());
             FLASH_NAMESPACE::convert_saturating(flat, packed);
         }
+        if constexpr (!Only::kExists) {
+            Tensor packed_scores = make_tensor(packed.data(), scores.layout());
+            if (has_hidden) { hide(packed_scores, col0, row0, row_stride); }
+        }
         return packed;
     }
 
@@ -327,7 +378,7 @@ struct ScoreWeights {
     template <typename Engine0, typename Layout0, typename Engine1, typename Layout1>
     __forceinline__ __device__ void finish_gradients(Tensor<Engine0, Layout0> &acc_dv,
                                                      Tensor<Engine1, Layout1> &acc_dk) const {
-        const float factor = row_factors.of_gradients(), of_dv = factor * scale_at_end();
+        const float factor = row_factors.of_gradients(), of_dv = factor * weights_at_end();
         #pragma unroll
         for (int i = 0; i < size(acc_dv); ++i) { acc_dv(i) *= of_dv; }
         #pragma unroll
@@ -347,6 +398,13 @@ struct ScoreWeights {
         }
     }
 
+    // Sets dS outside the window to 0, where the slopes did not.
+    template <typename Engine, typename Layout>
+    __forceinline__ __device__ void hide_products(Tensor<Engine, Layout> &ds, const int col0, const int row0,
+                                                  const int row_stride) const {
+        if constexpr (!Only::kHidesSlopes) { hide(ds, col0, row0, row_stride); }
+    }
+
     // Whether every query of the tile sees every key of it. The same for all threads.
     __forceinline__ __device__ bool is_tile_visible(const int tile_row, const int tile_col) const {
         return tile_col + Kernel_traits::kBlockN <= end_of_row(tile_row)
@@ -354,13 +412,14 @@ struct ScoreWeights {
     }
 
     // Sets scores, in fp32 or packed, outside the window to 0. By assignment, after f: f(0) need not be 0, and a product
-    // with 0 would keep the NaN that unwritten shared memory or an unused cache slot may hold.
+    // with 0 would keep the NaN that unwritten shared memory or an unused cache slot may hold. Before f, `hidden` is a
+    // score that f maps to 0.
     template <typename Engine, typename Layout>
     __forceinline__ __device__ void hide(Tensor<Engine, Layout> &scores, const int col0, const int row0,
-                                         const int row_stride) const {
+                                         const int row_stride, const float hidden=0.f) const {
         using T = typename Engine::value_type;
         for_each_score(scores, col0, row0, row_stride, [&](T &score, const int row, const int col) {
-            if (col >= end_of_row(row) || (Is_local && col < begin_of_row(row))) { score = T(0.f); }
+            if (col >= end_of_row(row) || (Is_local && col < begin_of_row(row))) { score = T(hidden); }
         });
     }
 
@@ -368,6 +427,11 @@ private:
 
     // Whether `prepare` scales scores, and the activation does not.
     static constexpr bool kPrepares = !kScaleAtEnd<Kernel_traits, Has_alibi>;
+
+    using Only = typename Kernel_traits::Only;
+
+    // The scale that `prepare` left to the activation.
+    __forceinline__ __device__ float scale_of_activation() const { return kPrepares ? 1.f : scale; }
 
     // Rounds two weights to 16 bits with one instruction. `packed` is compact.
     template <typename Engine, typename Layout>
@@ -396,10 +460,15 @@ private:
         return !kPrepares && waits ? scale : 1.f;
     }
 
+    __forceinline__ __device__ float weights_at_end() const {
+        if constexpr (Only::kExists) { return Only::weights_at_end(scale_of_activation()); }
+        else { return scale_at_end(); }
+    }
+
     template <typename Visit>
     __forceinline__ __device__ void visit_activation(Visit visit) const {
         if constexpr (!Kernel_traits::kIdentity) {
-            with_activation</*At_end=*/!kPrepares>(params.score.activation, kPrepares ? 1.f : scale, bias, visit);
+            with_activation</*At_end=*/!kPrepares>(params.score.activation, scale_of_activation(), bias, visit);
         }
     }
 

@@ -7,6 +7,7 @@
 
 #include <cutlass/numeric_types.h>
 
+#include "activations.h"
 #include "namespace_config.h"
 #include "utils.h"
 
@@ -40,6 +41,35 @@ __forceinline__ __device__ uint32_t convert_to_half2(float2 a) {
     }
     asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(a.y), "f"(a.x));
     return out;
+}
+
+// Rounds two weights to 16 bits, and saturates them in fp16. With Is_clamped, those below 0 become 0, by the same
+// instruction. NaN stays NaN.
+template <typename To_type, bool Is_clamped=false>
+__forceinline__ __device__ uint32_t convert_weights(float first, float second) {
+    constexpr bool Is_half = std::is_same_v<To_type, cutlass::half_t>;
+    if constexpr (Is_clamped) {
+        #if defined(__CUDACC__) && (__CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 1))
+            uint32_t out;
+            if constexpr (Is_half) {
+                asm("cvt.rn.relu.satfinite.f16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(second), "f"(first));
+            } else {
+                asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(second), "f"(first));
+            }
+            return out;
+        #else
+            first = machine::max(first, 0.f);
+            second = machine::max(second, 0.f);
+        #endif
+    }
+    if constexpr (Is_half) {
+        return convert_to_half2</*Saturates=*/true>(make_float2(first, second));
+    } else {
+        cutlass::NumericArrayConverter<To_type, float, 2> convert;
+        const float pair[2] = {first, second};
+        const auto converted = convert(*reinterpret_cast<const cutlass::Array<float, 2> *>(pair));
+        return *reinterpret_cast<const uint32_t *>(&converted);
+    }
 }
 
 // convert_type for fp16, saturating or not: `saturates` is uniform over the grid. If true, it hides infinities: call
