@@ -44,7 +44,7 @@ def said(python, tree, program, **variables):
 def test_mark_is_part_of_the_compile_key(compiler, trees):
     program = """
 import json
-from flash_attn.cute.nosoftmax.marker import NoSoftmax, marked
+from flash_attn.cute.nosoftmax.marker import NoSoftmax, marked, with_grid
 from flash_attn.cute.nosoftmax.score_mods import of_activation
 from flash_attn.cute.utils import hash_callable
 def mod(score, batch_idx, head_idx, q_idx, kv_idx, seqlen_info, aux_tensors): return score
@@ -57,6 +57,8 @@ keys += [hash_callable(of_activation("silu", 0.0, 0.0, n, decays).score_mod)
 keys += [hash_callable(of_activation("silu", 0.0, 0.0, None, False, has_diagonal=True, window=w).score_mod)
          for w in ((False, False), (False, True), (True, False), (True, True), None)]
 keys += [hash_callable(of_activation("relu", 0.0, 0.0, None, False, wide=w).score_mod) for w in (False, True)]
+keys += [hash_callable(with_grid(of_activation("relu", 0.0, 0.0, None, False, wide=w).score_mod))
+         for w in (False, True)]
 print(json.dumps([len(keys), len(set(keys))]))
 """
     total, different = said(compiler[0], trees[1], program)

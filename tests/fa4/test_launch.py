@@ -286,8 +286,8 @@ print(json.dumps([
 """
     )
     flat = list(range(8))
-    assert rows == [["forward", [flat], []], ["backward", [flat, [1, 3, 5, 7]], []]]
-    assert sequences == [[name, [[0, 1, 2, 3]], []] for name in ("forward", "backward")]
+    assert rows == [["forward", [flat], [2]], ["backward", [flat, [1, 3, 5, 7]], [2]]]  # of the longest
+    assert sequences == [[name, [[0, 1, 2, 3]], [1]] for name in ("forward", "backward")]
 
 
 def test_repeated_launches_use_their_own_factors(run):
