@@ -403,7 +403,8 @@ print(json.dumps([
 
 def test_which_launches_have_the_grid(run):
     """Packed ones, of formulas and not of the user's functions, whose lengths differ little; backward with a
-    mask, or up to 2048 keys, unless deterministic. The longest sequence is a scalar before the factor then.
+    mask, or up to 2048 keys, unless deterministic or with a diagonal. The longest sequence is a scalar before
+    the factor then.
     """
     assert run(
         WITH_MASK
@@ -433,7 +434,7 @@ print(json.dumps([
     step([500] * 4, 500, factor=0.5, mods=masks(normalization="number")),
     step([2048] * 2, 2048, causal=True), step([2049] * 2, 2049, causal=True),
     step([2049] * 2, 2049, **mask),
-    step([500] * 4, 500, deterministic=True),
+    step([500] * 4, 500, deterministic=True), step([500] * 4, 500, diagonal=offsets(1, 2, 3, 4)),
     step([2000, 10, 10, 10], 2000), step([500] * 4, None),
     step([500] * 4, 500, heads=4, kv=2),
     step([500] * 4, 500, aux_scalars=(4.0,), aux_tensors=[offsets(1)]),
@@ -447,6 +448,7 @@ print(json.dumps([
         [[2048], [2048]],
         [[2049], [None]],
         [[3, 2049], [3, 2049]],
+        [[500], [None]],
         [[500], [None]],
         [[None], [None]],
         [[None], [None]],

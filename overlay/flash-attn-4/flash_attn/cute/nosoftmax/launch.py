@@ -362,8 +362,8 @@ def backward(
         tile = chosen.m_block_size, chosen.n_block_size
         tables = _tables(call, masks, q, k, *bounds, tile, deterministic) if call.hides else []
         longest = 0
-        if call.plans(block_sparse_tensors) is not None and not deterministic:
-            # Long causal sequences are faster in upstream's order.
+        if call.plans(block_sparse_tensors) is not None and not deterministic and call.diagonal is None:
+            # Long causal sequences are faster in upstream's order. With a diagonal more registers spill.
             if call.hides or max_seqlen_k is not None and max_seqlen_k <= _MOST_KEYS_OF_CAUSAL_GRID:
                 longest = _longest(k.shape[0], q.shape[-2], cu_seqlens_k, max_seqlen_k, tile[1])
         # The kernels read neither O nor LSE, but the host code checks their shapes.
