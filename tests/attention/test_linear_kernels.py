@@ -44,7 +44,8 @@ def kernels():
 def short_segments(kernels, monkeypatch):
     """Shorten the segments, so that sequences short enough for the interpreter have several."""
     monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 64)
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 12)
+    # Heads up to 64 have two segments on each.
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 6)
     plans = (kernels._forward_plan, kernels._backward_plan)
     for plan in plans:
         plan.cache_clear()
@@ -789,8 +790,9 @@ def test_two_programs_fit_a_multiprocessor(kernels):
 
 @pytest.mark.parametrize("decay", [None, (4,)], ids=str)
 @pytest.mark.parametrize("d, d_v", [(64, 64), (64, 128), (128, 64), (128, 128)])
-def test_states_have_the_segments_of_their_walks(kernels, d, d_v, decay):
+def test_states_have_the_segments_of_their_walks(kernels, d, d_v, decay, monkeypatch):
     """A walk may take the states that `state_of` found, so both are cut alike, whatever the head sizes."""
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 12)
     form, n, nheads = Form(0.1, True, decay=decay), 4096, 4
     q, v = (
         kernels._Layout((1, n, nheads, width), (n * nheads * width, nheads * width, width, 1))

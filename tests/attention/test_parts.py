@@ -166,7 +166,7 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> R
         monkeypatch.setattr(primitive, "has_kernels", lambda x: x.dtype == torch.float16)
         kernels = primitive.kernels()
         monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 64)
-        monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 12)
+        monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 6)
     return runner
 
 
