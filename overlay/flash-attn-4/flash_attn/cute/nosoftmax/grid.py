@@ -7,7 +7,7 @@ too many of these blocks are empty, and upstream's numbers are taken. Nothing he
 
 from typing import Any, Callable
 
-_MOST = 65535  # in the second and third dimension of a grid
+MOST_BLOCKS = 65535  # in the second and third dimension of a grid
 
 
 def serves(rows: int, batch: int, heads: int, longest: int, tile: int) -> bool:
@@ -18,7 +18,7 @@ def serves(rows: int, batch: int, heads: int, longest: int, tile: int) -> bool:
     """
     blocks = -(-longest // tile)
     upstreams = (rows + batch * (tile - 1)) // tile
-    return batch * heads <= _MOST and blocks <= _MOST and 8 * batch * blocks <= 9 * upstreams
+    return batch * heads <= MOST_BLOCKS and blocks <= MOST_BLOCKS and 8 * batch * blocks <= 9 * upstreams
 
 
 def place(

@@ -29,7 +29,7 @@ from flash_attn.cute.nosoftmax.schedule import SMALL_TILE
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods
 from flash_attn.cute.nosoftmax.slack import zero_slack
 
-_MOST_BLOCKS = 65535  # in the second and third dimension of a grid
+_MOST_BLOCKS = grid.MOST_BLOCKS
 _MOST_KEYS_OF_SMALL_TILES = 512
 _MOST_KEYS_OF_CAUSAL_GRID = 2048
 
