@@ -38,6 +38,7 @@ from gpu_tables import table, tokens
 DEVICE, BACKEND = "cuda", "fa4"
 NHEADS = 4
 MOST_TARGETS = 20
+WINDOW = 256
 HEAD_DIMS = (128, 64, 256)
 SHAPES = ((512, 256), (512, 512), (512, 1024), (128, 2048), (32, 4096), (32, 8192), (32, 16384))
 QUICK = ((128,), ((512, 512), (128, 2048), (32, 8192)))
@@ -70,7 +71,7 @@ def masks(variant: str, lengths: list[int], targets: list[int]) -> list[HSTU]:
         return [HSTU()] * len(lengths)
     if variant == "quarter":
         return [HSTU(n // 4) for n in lengths]
-    contexts, window = {"targets": (0, 0), "contexts": (8, 0), "window": (8, 256)}[variant]
+    contexts, window = {"targets": (0, 0), "contexts": (8, 0), "window": (8, WINDOW)}[variant]
     return [HSTU(count, contexts, window) for count in targets]
 
 
@@ -95,13 +96,17 @@ def scores_of_tiles(lengths: list[int], masks: list[HSTU], tile_m: int, tile_n: 
     return total
 
 
-def tiles(head_dim: int, direction: str) -> tuple[int, int]:
+def tiles(head_dim: int, direction: str, variant: str, seqlen: int) -> tuple[int, int]:
     """(queries, keys) of the kernels' tiles."""
     from flash_attn.cute import interface
     from flash_attn.cute.nosoftmax.kernel import bwd_tile_with
     from flash_attn.cute.nosoftmax.marker import NoSoftmax
+    from flash_attn.cute.nosoftmax.schedule import small
 
     if direction == FORWARD:
+        found = small(head_dim, head_dim, WINDOW if variant == "window" else -(-seqlen // 2))
+        if found is not None:
+            return found.tile
         tile = interface._tile_size_fwd_sm90(head_dim, head_dim, True, False)
     else:
         choose = bwd_tile_with(NoSoftmax(), interface._tile_size_bwd_sm90)
@@ -168,7 +173,10 @@ def _rows(gpu: Gpu, head_dim: int, batch: int, seqlen: int, direction: str) -> I
         given = lengths, masks(variant, lengths, targets)
         work = [
             flops(scores, head_dim, direction)
-            for scores in (visible_scores(*given), scores_of_tiles(*given, *tiles(head_dim, direction)))
+            for scores in (
+                visible_scores(*given),
+                scores_of_tiles(*given, *tiles(head_dim, direction, variant, seqlen)),
+            )
         ]
         yield {
             **dict(zip(KEY, (head_dim, batch, seqlen, direction, variant))),

@@ -361,33 +361,36 @@ def test_where_rows_see_few_keys_tiles_are_small(run):
     small = run(
         WITH_MASK
         + """
-def small(keys, head_dim=128, head_dim_v=None, **options):
+def tile(keys, head_dim=128, head_dim_v=None, **options):
     q, v = (torch.empty(10, 2, d, device="meta") for d in (head_dim, head_dim_v or head_dim))
-    return launch._tile(call(**options), q, v, keys)["tile_mn"] == (64, 64)
+    return launch._tile(call(**options), q, v, keys)["tile_mn"]
+def small(*given, **options):
+    return tile(*given, **options) == (64, 64)
 print(json.dumps([
-    [small(n, causal=True) for n in (1024, 1025)],
-    [small(n) for n in (512, 513)],
-    [small(1024, d, causal=True) for d in (64, 65, 96, 128, 136, 256)],
-    [small(1024, 64, 128, causal=True), small(1024, 128, 256, causal=True), small(None, causal=True)],
-    [small(9000, window=w) for w in ((400, 112), (400, 113), (512, 0), (None, 0), (0, None), (100, None))],
-    [small(9000, causal=True, window=w) for w in ((512, None), (513, 0))],
-    [small(n, mods=hstu("sequence", "number"), mask_numbers=(8,)) for n in (1024, 1025)],
+    [small(n, causal=True) for n in (4096, 4097)],
+    [small(n) for n in (2048, 2049)],
+    [small(4096, d, causal=True) for d in (8, 64, 65, 96, 128, 136, 256)],
+    [small(4096, 64, 128, causal=True), small(4096, 128, 256, causal=True), small(None, causal=True)],
+    [small(9000, window=w) for w in ((1600, 448), (1600, 449), (2048, 0), (None, 0), (0, None), (100, None))],
+    [small(9000, causal=True, window=w) for w in ((2048, None), (2049, 0))],
+    [small(n, mods=hstu("sequence", "number"), mask_numbers=(8,)) for n in (4096, 4097)],
     [small(9000, mods=hstu("number", None, True, *more), mask_numbers=(3, n, 7)) for n, *more in
-        ((512,), (513,), (512, True), (512, False, True))],
-    [small(9000, mods=hstu("sequence", "number", True), mask_numbers=(8, n)) for n in (512, 513)],
-    [small(n, mods=masks(intervals=2)) for n in (1024, 1025)],
+        ((2048,), (2049,), (2048, True), (2048, False, True))],
+    [small(9000, mods=hstu("sequence", "number", True), mask_numbers=(8, n)) for n in (2048, 2049)],
+    [small(n, mods=masks(intervals=2)) for n in (4096, 4097)],
     [small(n, mods=masks(has_diagonal=True, window=WindowKind(True, True)), mask_numbers=m,
-        diagonal=offsets(1)) for n, m in ((9000, (500, 12)), (9000, (500, 13)))],
+        diagonal=offsets(1)) for n, m in ((9000, (2000, 48)), (9000, (2000, 49)))],
     [small(n, mods=masks(has_diagonal=True, window=WindowKind(False, True)), mask_numbers=(0,),
-        diagonal=offsets(1)) for n in (512, 513)],
-    [small(n, mask_mod=print, causal=True) for n in (512, 513)],
+        diagonal=offsets(1)) for n in (2048, 2049)],
+    [small(n, mask_mod=print, causal=True) for n in (2048, 2049)],
+    [tile(n, d, causal=True) for d in (192, 200, 256) for n in (4096, 4097)],
 ]))
 """
     )
     assert small == [
         [True, False],
         [True, False],
-        [False, True, True, True, False, False],
+        [True, True, True, True, True, False, False],
         [True, False, False],
         [True, False, True, False, False, False],
         [True, False],
@@ -398,6 +401,7 @@ print(json.dumps([
         [True, False],
         [True, False],
         [True, False],
+        [[128, 112], [128, 112], [128, 64], [128, 80], [128, 64], [128, 80]],
     ]
 
 

@@ -163,9 +163,20 @@ SMALL = _named(
         {"head_dim": 192, "decay": True, "deterministic": True, "diagonal": True, "wide": True},
         {"head_dim": 128, "activation": "silu", "varlen": True, "hstu": TARGETS, "diagonal": True},
         {"head_dim": 64, "activation": "relu", "causal": True, "page_size": 64, "wide": True},
+        {"head_dim": 256, "activation": "silu", "causal": True, "varlen": True},
         # Sequences that are long enough for large tiles, and lengths that differ too much for the grid.
-        {"head_dim": 128, "activation": "silu", "causal": True, "varlen": True, "seqlen": 3000},
+        {"head_dim": 128, "activation": "silu", "causal": True, "varlen": True, "seqlen": 5000},
         {"head_dim": 128, "activation": "silu", "varlen": True, "longest": 3000, "hstu": EVERY_PART},
+        {"head_dim": 64, "activation": "silu", "varlen": True, "seqlen": 5000, "hstu": EVERY_PART},
+        {
+            "head_dim": 64,
+            "activation": "silu",
+            "causal": True,
+            "dtype": "float16",
+            "diagonal": True,
+            "wide": True,
+            "seqlen": 5000,
+        },
     ]
 )
 SMALL_SOFTMAX = _named(
@@ -278,7 +289,7 @@ def full() -> tuple[Cases, Cases]:
     cases += [
         {"head_dim": d, "activation": "silu", "causal": c, "varlen": v, "group": 1 + v, **more}
         for d, c, v, more in itertools.product(
-            (64, 96, 128, 256), (False, True), (False, True), ({"seqlen": 3000}, {"longest": 3000})
+            (64, 96, 128, 256), (False, True), (False, True), ({"seqlen": 5000}, {"longest": 3000})
         )
     ]
     softmax = [

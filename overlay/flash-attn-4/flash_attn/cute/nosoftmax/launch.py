@@ -25,12 +25,11 @@ from flash_attn.cute.nosoftmax.kernel import bwd_tile_with, result_type, wide
 from flash_attn.cute.nosoftmax.largest import largest_factors
 from flash_attn.cute.nosoftmax.marker import BY_NUMBER, no_softmax_of, with_grid
 from flash_attn.cute.nosoftmax.masked import hides
-from flash_attn.cute.nosoftmax.schedule import SMALL_TILE
+from flash_attn.cute.nosoftmax.schedule import small
 from flash_attn.cute.nosoftmax.score_mods import ScoreMods
 from flash_attn.cute.nosoftmax.slack import zero_slack
 
 _MOST_BLOCKS = grid.MOST_BLOCKS
-_MOST_KEYS_OF_SMALL_TILES = 512
 _MOST_KEYS_OF_CAUSAL_GRID = 2048
 
 
@@ -203,9 +202,9 @@ def _tile(call: Call, q: torch.Tensor, v: torch.Tensor, most_keys: Optional[int]
     upstream does not see there. most_keys: of a sequence, or None where a small tile does not serve.
     """
     size, size_v = max(q.shape[-1], v.shape[-1]), v.shape[-1]
-    few = most_keys is not None and _keys_of_row(call, most_keys) <= _MOST_KEYS_OF_SMALL_TILES
-    if few and 64 < size <= 128:
-        return dict(tile_mn=SMALL_TILE, mma_pv_is_rs=True, intra_wg_overlap=True)
+    found = None if most_keys is None else small(q.shape[-1], size_v, _keys_of_row(call, most_keys))
+    if found is not None:
+        return dict(tile_mn=found.tile, mma_pv_is_rs=True, intra_wg_overlap=True)
     causal, local, *_ = _resolve_causal_local_window(call.causal, *call.window, call.mask_mod)
     tile = _tile_size_fwd_sm90(size, size_v, causal or call.hides, local)
     return dict(

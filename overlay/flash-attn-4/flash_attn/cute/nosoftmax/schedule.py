@@ -3,7 +3,7 @@ multiprocessor.
 """
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import cutlass
 import cutlass.cute as cute
@@ -18,9 +18,30 @@ from quack.cute_dsl_utils import ParamsBase
 _L2_BYTES = 50 * 2**20
 _MOST_ROWS = 2**20  # that are counted, so that the bytes of a head stay in 32 bits
 
-SMALL_TILE = (64, 64)
-_SMALL_TILE_CTAS = 2
-_SMALL_TILE_REGISTERS = 208, 40  # of the threads that multiply and of those that load
+
+class Small(NamedTuple):
+    """A tile for rows that see few keys, and what CTAs with it take of a multiprocessor."""
+
+    head_dims: range  # of the larger of head_dim and head_dim_v
+    tile: tuple[int, int]
+    ctas: int
+    registers: tuple[int, int]  # of the threads that multiply and of those that load
+
+
+_SMALL = (
+    Small(range(1, 65), (64, 64), 3, (136, 24)),
+    Small(range(65, 129), (64, 64), 2, (208, 40)),
+    Small(range(193, 257), (128, 64), 1, (240, 24)),
+)
+# With more keys upstream's tiles are faster.
+_MOST_KEYS_OF_ROW = 2048
+
+
+def small(head_dim: int, head_dim_v: int, keys_of_row: int) -> Optional[Small]:
+    """Return the small tile for rows that see about so many keys; None where upstream's serves better."""
+    if keys_of_row > _MOST_KEYS_OF_ROW:
+        return None
+    return next((found for found in _SMALL if max(head_dim, head_dim_v) in found.head_dims), None)
 
 
 def _none_left() -> WorkTileInfo:
@@ -148,12 +169,13 @@ def _grid(mark: NoSoftmax, aux_data: Any, contexts: bool = False) -> type:
 
 
 def residency(kernel: Any) -> dict[str, Any]:
-    """Return the options of the forward's launch. Small tiles leave room for another CTA, whose products run
+    """Return the options of the forward's launch. Small tiles leave room for other CTAs, whose products run
     while this one waits for its first keys or stores its rows; the registers are shared between them.
     """
-    small = (kernel.tile_m, kernel.tile_n) == SMALL_TILE and not kernel.use_block_sparsity
-    if kernel.no_softmax is None or not small:
+    found = small(kernel.tile_hdim, kernel.tile_hdimv, 0)
+    is_small = found is not None and found.ctas > 1 and found.tile == (kernel.tile_m, kernel.tile_n)
+    if kernel.no_softmax is None or kernel.use_block_sparsity or not is_small:
         return dict(min_blocks_per_mp=1)
-    kernel.num_mma_regs, kernel.num_producer_regs = _SMALL_TILE_REGISTERS
+    kernel.num_mma_regs, kernel.num_producer_regs = found.registers
     # Without a carveout the compiler asks the device for one.
-    return dict(min_blocks_per_mp=_SMALL_TILE_CTAS, preferred_smem_carveout=100)
+    return dict(min_blocks_per_mp=found.ctas, preferred_smem_carveout=100)
