@@ -21,9 +21,7 @@ def received(method: str, ranks: int, tokens: int) -> tuple[float, float]:
     if method == "ulysses":
         moved = 4 * here * HEADS * HEAD_DIM * BYTES * others / ranks
         return moved, moved
-    if method == "allgather":
-        return others * keys * BYTES, others * keys * (BYTES + WIDE)
-    return others * keys * BYTES, keys * (others * BYTES + ranks * WIDE)
+    return others * keys * BYTES, others * keys * (BYTES + WIDE)
 
 
 def size(number: float) -> str:
@@ -43,13 +41,13 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=400.0, help="per second and rank, to 8 ranks")
     parser.add_argument("--gigabytes-beyond", type=float, default=50.0, help="per second and rank, beyond")
     args = parser.parse_args()
-    print("| tokens | ranks | `state` | `ulysses` | `allgather` | `ring` |")
-    print("|---|---|---|---|---|---|")
+    print("| tokens | ranks | `state` | `ulysses` | `allgather`, `ring` |")
+    print("|---|---|---|---|---|")
     for tokens in TOKENS:
         for ranks in RANKS:
             speed = (args.gigabytes if ranks <= 8 else args.gigabytes_beyond) * 1e9
             cells = []
-            for method in ("state", "ulysses", "allgather", "ring"):
+            for method in ("state", "ulysses", "allgather"):
                 if method == "ulysses" and HEADS % ranks:
                     cells.append("–")
                     continue

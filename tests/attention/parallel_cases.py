@@ -22,8 +22,8 @@ from flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from flash_attn.distributed import ContextParallel, agreement, attention, exchange
-from flash_attn.distributed.methods import allgather, ring
+from flash_attn.distributed import ContextParallel, agreement, attention, blocks, exchange
+from flash_attn.distributed.methods import allgather
 from flash_attn.distributed.problem import Problem
 from flash_attn.masks import HSTU, Intervals
 from torch import Tensor
@@ -491,7 +491,7 @@ def die(rank: int, world: int, how: str) -> None:
         if how == "killed":
             os._exit(1)
     if how == "in the middle" and rank == world - 1:
-        ring.saturate_ = lambda *x: os._exit(1)
+        blocks.saturate_ = lambda *x: os._exit(1)
         attend(cp)
     out = attend(cp)
     out.sum().backward()
@@ -732,17 +732,15 @@ def blocks_of_a_ring(rank: int, world: int) -> dict:
     """Return layout -> (window, whether it has a diagonal) of each block that this rank runs, causal."""
     found = {}
     for layout in LAYOUTS:
-        blocks: list = []
+        ran: list = []
 
-        def forward(self, block, blocks=blocks, right=Problem.forward):
-            blocks.append(
-                ((block.options.window_left, block.options.window_right), block.diagonal is not None)
-            )
+        def forward(self, block, ran=ran, right=Problem.forward):
+            ran.append(((block.options.window_left, block.options.window_right), block.diagonal is not None))
             return right(self, block)
 
         qkv, _ = _small(False)
         cp = plan("ring", layout)
         with mock.patch.object(Problem, "forward", forward):
             call(*cut(cp, False, qkv), False, dict(use_softmax=False, causal=True, context_parallel=cp))
-        found[layout] = blocks
+        found[layout] = ran
     return found

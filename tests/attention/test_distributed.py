@@ -57,11 +57,13 @@ def test_sums_in_float32(ranks):
 
 
 def test_only_blocks_on_the_diagonal_are_masked(ranks):
-    """A rank's queries see all of the earlier keys, and such a block is full attention without a diagonal."""
+    """A rank's queries see all of the earlier keys, and such a block is full attention without a diagonal.
+    Zigzag, its two parts are one block.
+    """
     for rank, found in enumerate(ranks.run(cases.blocks_of_a_ring)):
         masked, open_block = ((-1, 0), False), ((-1, -1), False)
         assert found["contiguous"] == [masked, *[open_block] * rank]
-        assert sorted(found["zigzag"]) == sorted([masked] * 2 + [open_block] * (2 * ranks.world - 1))
+        assert found["zigzag"] == [masked, *[open_block] * (ranks.world - 1)]
 
 
 @pytest.mark.parametrize(
@@ -145,9 +147,15 @@ def test_auto_takes_the_fewest_bytes(ranks):
 
 
 def test_the_bytes_are_those_of_the_formulas(ranks):
-    for found in ranks.run(cases.bytes_received):
-        for case, (counted, told) in found.items():
-            assert counted == told and min(told) > 0, case
+    """A rank gets fewer gradients by allgather if others' queries see few of its keys: the formula is for the
+    one that gets most."""
+    runs = ranks.run(cases.bytes_received)
+    for case, (_, told) in runs[0].items():
+        counted = [found[case][0] for found in runs]
+        assert {found[case][1] for found in runs} == {told} and min(told) > 0, case
+        if case[:2] == ("allgather", None):
+            counted = [tuple(max(found) for found in zip(*counted))]
+        assert set(counted) == {told}, case
 
 
 # Fault -> class and words of the error on the rank that is at fault, the last one, and on the others.

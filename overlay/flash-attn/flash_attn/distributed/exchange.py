@@ -3,7 +3,7 @@
 All sums are in the order of the ranks, so that a result has the same bits in every run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -30,12 +30,15 @@ def _gathering(x: torch.Tensor, group: dist.ProcessGroup) -> Callable[[], torch.
 
 
 def gathering_flat(tensors: Sequence, sizes: Sequence, group: dist.ProcessGroup) -> Callable[[], list]:
-    """Begin to gather several tensors of one dtype in one message. sizes: for each rank the shapes of its
-    tensors. Messages are as long as the longest.
+    """Begin to gather several tensors of one dtype. sizes: for each rank the shapes of its tensors. If they
+    differ, there is one message, as long as the longest.
 
     Returns a function that waits, on a GPU in its stream, and returns for each tensor the list of those of
     all ranks.
     """
+    if all(shapes == sizes[0] for shapes in sizes):
+        waits = [_gathering(x, group) for x in tensors]
+        return lambda: [list(wait()) for wait in waits]
     lengths = [sum(map(_numel, shapes)) for shapes in sizes]
     # What a shorter message leaves over is never read, but must be something.
     make = tensors[0].new_empty if min(lengths) == max(lengths) else tensors[0].new_zeros
@@ -79,34 +82,36 @@ def add_up(lists: Sequence) -> list:
 
 
 class Passing:
-    """A tensor on its way to the next rank of the ring, while another comes from the previous one."""
+    """Tensors on their way to other ranks, while others come, each in a message of its own: nothing is copied
+    into a common one.
+    """
 
-    def __init__(self, x: torch.Tensor, numel: int, group: dist.ProcessGroup, tag: int) -> None:
-        """numel: the length of what the previous rank sends. tag: tells the messages of a step apart."""
-        rank, world = dist.get_rank(group), dist.get_world_size(group)
-        after, before = (dist.get_global_rank(group, (rank + step) % world) for step in (1, -1))
-        self._sent, self._received = x, x.new_empty(numel)
+    def __init__(
+        self, sent: Mapping, shapes: Mapping, like: torch.Tensor, group: dist.ProcessGroup, tag: int
+    ) -> None:
+        """sent: for each rank of the group the tensors that it gets. shapes: for each rank those of the
+        tensors that come from it. like: has the dtype and device of all. tag: tells the messages of a step
+        apart.
+        """
+        self._received = {rank: [like.new_empty(shape) for shape in given] for rank, given in shapes.items()}
         steps = []
-        if x.numel():
-            steps.append(dist.P2POp(dist.isend, x, after, group, tag))
-        if numel:
-            steps.append(dist.P2POp(dist.irecv, self._received, before, group, tag))
+        for way, messages in ((dist.isend, sent), (dist.irecv, self._received)):
+            for rank, tensors in messages.items():
+                peer = dist.get_global_rank(group, rank)
+                for i, x in enumerate(tensors):
+                    if x.numel():
+                        steps.append(dist.P2POp(way, x.contiguous(), peer, group, _MOST_TENSORS * tag + i))
+        self._steps = steps  # with what is on its way
         self._works = dist.batch_isend_irecv(steps) if steps else []
 
-    def wait(self) -> torch.Tensor:
+    def wait(self) -> dict:
+        """Return what came, for each rank. On a GPU its stream waits."""
         for work in self._works:
             work.wait()
         return self._received
 
 
-def pack(tensors: Sequence) -> torch.Tensor:
-    """Lay tensors of one dtype one after the other."""
-    return torch.cat([x.reshape(-1) for x in tensors])
-
-
-def unpack(message: torch.Tensor, shapes: Sequence) -> list:
-    """Undo `pack`, with views."""
-    return _unpack(message, shapes)
+_MOST_TENSORS = 8  # of a message
 
 
 def _numel(shape: Sequence) -> int:

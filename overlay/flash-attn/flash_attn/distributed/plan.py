@@ -164,9 +164,15 @@ class ContextParallel:
         """Begin `gathered`, and return a function that waits for the result."""
         if self.world == 1:
             return lambda: tensors
-        sizes = [[(*x.shape[:dim], size, *x.shape[dim + 1 :]) for x in tensors] for size in self.plan.sizes]
-        wait = exchange.gathering_flat(tensors, sizes, self.group)
+        wait = self.gathering_by_rank(tensors, dim)
         return lambda: [self._together(parts, dim) for parts in wait()]
+
+    def gathering_by_rank(self, tensors: list, dim: int) -> Callable[[], list]:
+        """Begin to gather the tokens of several tensors of one dtype. Returns a function that waits, and
+        returns for each tensor those of all ranks.
+        """
+        sizes = [[(*x.shape[:dim], size, *x.shape[dim + 1 :]) for x in tensors] for size in self.plan.sizes]
+        return exchange.gathering_flat(tensors, sizes, self.group)
 
     def _together(self, parts: list, dim: int) -> torch.Tensor:
         """Put the tokens of all ranks together, in the order of the whole batch."""

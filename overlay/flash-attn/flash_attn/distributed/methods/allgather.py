@@ -1,9 +1,12 @@
-"""Gather the keys and values of all ranks, and add up their gradients.
+"""Gather the keys and values of all ranks, and add up their gradients, in float32.
 
-Each rank runs its queries against the keys that they may see: one call for a contiguous layout, two for a
-zigzag one, for each share of the heads. So no output is a sum of parts, each dq is complete, and a mask finds
-all keys that it names. dk and dv are sums over the ranks, in float32. While a share is computed, the keys and
-values of the next ones come, and the gradients of those before it go.
+Where blocks can be joined (blocks.joins), a rank runs its queries against its own keys while the others come,
+then against these, and adds the outputs in float32. Backward, a part of its own keys waits for the end, while
+the gradients of the others' keys go.
+
+Elsewhere it runs its queries against all keys that they may see: one call for a contiguous layout, two for a
+zigzag one, for each share of the heads. So no output is a sum, and a mask finds all keys that it names. While
+a share is computed, the keys and values of the next ones come, and the gradients of those before it go.
 """
 
 from typing import Optional
@@ -11,6 +14,8 @@ from typing import Optional
 import torch
 
 from ...nosoftmax.call import needs_grad
+from .. import blocks as cuts
+from ..exchange import Passing
 from ..layout import Part
 from ..problem import Keys, Problem
 
@@ -20,6 +25,7 @@ def obstacle(problem: Problem) -> Optional[str]:
 
 
 def moved(problem: Problem, backward: bool) -> int:
+    """Of joined blocks, the gradients of those keys alone come that another rank's queries see."""
     k, v = problem.call.k, problem.call.v
     others = (problem.cp.world - 1) * max(problem.cp.plan.sizes)
     numbers = others * k.shape[-2] * (k.shape[-1] + v.shape[-1]) * (1 if problem.dim == 0 else k.shape[0])
@@ -27,7 +33,12 @@ def moved(problem: Problem, backward: bool) -> int:
 
 
 def blocks(problem: Problem) -> list:
-    """All blocks, with keys and values that take no memory."""
+    """Blocks with the rank's own keys if they are joined, else all, with keys and values without memory."""
+    if cuts.joins(problem):
+        q, k, v = problem.call.tensors[:3]
+        return [
+            problem.block(part, cuts.cut(problem, where, k, v), q, True) for part, where in cuts.own(problem)
+        ]
     k, v = (
         x.new_empty(1).expand(*x.shape[: problem.dim], problem.cp.plan.total, *x.shape[problem.dim + 1 :])
         for x in (problem.call.k, problem.call.v)
@@ -40,6 +51,62 @@ def blocks(problem: Problem) -> list:
 
 
 def forward(problem: Problem) -> tuple:
+    if not cuts.joins(problem):
+        return _forward_by_heads(problem), ()
+    k, v = problem.call.tensors[1:3]
+    come, outputs = problem.cp.gathering_by_rank([k, v], problem.dim), cuts.Outputs(problem)
+    for part, where in cuts.own(problem):
+        outputs.add(part, cuts.cut(problem, where, k, v))
+    gathered = come()
+    for part, places in cuts.others(problem):
+        outputs.add(part, _joined(problem, places, gathered))
+    return outputs.result(), ()
+
+
+def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
+    return (_backward if cuts.joins(problem) else _backward_by_heads)(problem, dout)
+
+
+def _backward(problem: Problem, dout: torch.Tensor) -> tuple:
+    cp, dim, (q, k, v) = problem.cp, problem.dim, problem.call.tensors[:3]
+    come, grads = cp.gathering_by_rank([k, v], dim), cuts.Gradients(problem, dout)
+    first, *rest = cuts.own_by_part(problem)
+    own = grads.of_all(first, k, v)
+    gathered, going = come(), {}
+    for part, places in cuts.others(problem):
+        pair = grads.of(part, _joined(problem, places, gathered))
+        sizes = [where.size for _, where in places]
+        going |= {rank: list(x) for (rank, _), x in zip(places, zip(*(y.split(sizes, dim) for y in pair)))}
+    # At most one block of a rank's queries sees keys of this one.
+    met = {rank: cuts.of(problem, rank, cp.rank) for rank in range(cp.world) if rank != cp.rank}
+    regions = {rank: pairs[0][1] for rank, pairs in met.items() if pairs}
+    shapes = {
+        rank: [(*x.shape[:dim], where.size, *x.shape[dim + 1 :]) for x in (k, v)]
+        for rank, where in regions.items()
+    }
+    passing = Passing(going, shapes, own[0], cp.group, _GRADIENTS)
+    own = grads.of_all([pair for pairs in rest for pair in pairs], k, v, own)
+    for rank, arrived in passing.wait().items():
+        rows = regions[rank].rows
+        own = [cuts.added(problem, x, rows, y, x.shape) for x, y in zip(own, arrived)]
+    dk, dv = own
+    dq = torch.zeros_like(q) if grads.dq is None else grads.dq.to(q.dtype)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+_GRADIENTS = 3  # a tag
+
+
+def _joined(problem: Problem, places: list, gathered: list) -> Keys:
+    """The keys and values of several ranks' tokens, one after the other."""
+    found = []
+    for parts in gathered:
+        pieces = [problem.cut(parts[rank], where.rows) for rank, where in places]
+        found.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, problem.dim))
+    return Keys(*found, (0,), (sum(where.size for _, where in places),))
+
+
+def _forward_by_heads(problem: Problem) -> torch.Tensor:
     q, v = problem.call.q, problem.call.v
     out = q.new_zeros(*q.shape[:-1], v.shape[-1])
     for share, heads, come in _begun(problem, False):
@@ -50,10 +117,10 @@ def forward(problem: Problem) -> tuple:
             if share.sees(part, keys.starts, keys.lengths):
                 rows = share.forward(share.block(part, keys, share.call.q, False))
                 problem.cut(place, part.rows).copy_(rows)
-    return out, ()
+    return out
 
 
-def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
+def _backward_by_heads(problem: Problem, dout: torch.Tensor) -> tuple:
     dim = problem.dim
     dq, dk, dv = (torch.zeros_like(x) for x in problem.call.tensors[:3])
     going = []
@@ -70,7 +137,9 @@ def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
             dq_part, *grads = share.backward(block, problem.cut(douts, part.rows))
             problem.cut(place, part.rows).copy_(dq_part)
             own = slice(keys.starts[0], keys.starts[0] + keys.lengths[0]) if dim == 1 else slice(None)
-            total = [_added(problem, x, own, grad, like) for x, grad, like in zip(total, grads, (k, v))]
+            total = [
+                cuts.added(problem, x, own, grad, like.shape) for x, grad, like in zip(total, grads, (k, v))
+            ]
         total = [torch.zeros_like(x, dtype=problem.wide) if y is None else y for x, y in zip((k, v), total)]
         going.append((heads, problem.cp.scattering(total, dim)))
     for heads, arrive in going:
@@ -106,17 +175,6 @@ def _heads_of(x: torch.Tensor, heads: slice, problem: Problem) -> torch.Tensor:
     """The query heads that have these key heads."""
     group = problem.call.q.shape[-2] // problem.call.k.shape[-2]
     return x[..., heads.start * group : heads.stop * group, :]
-
-
-def _added(
-    problem: Problem, total: Optional[torch.Tensor], own: slice, part: torch.Tensor, like: torch.Tensor
-) -> torch.Tensor:
-    """Add the gradients of some keys to the sum for all keys. like: all keys, or values."""
-    if total is None and part.shape == like.shape:
-        return part
-    total = torch.zeros_like(like, dtype=problem.wide) if total is None else total
-    problem.cut(total, own).add_(part)
-    return total
 
 
 def _seen(problem: Problem, part: Part, k: torch.Tensor, v: torch.Tensor) -> Keys:

@@ -1,17 +1,17 @@
 """Pass keys and values on from rank to rank, and compute with those that are here while the next ones come.
 
-Outputs are sums over the ranks, in float32, and so are dk and dv, which travel with their keys and are home
-after one round. A rank adds to them in the order in which they pass, which is always the same.
+Outputs are sums over the ranks, in float32, and so are dk and dv, which travel behind their keys and come
+home in the end. A rank adds to them in the order in which they pass, which is always the same.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Optional
 
 import torch
 
-from ...nosoftmax.score import saturate_
-from ..exchange import Passing, pack, unpack
-from ..layout import Part
-from ..problem import Keys, Problem
+from .. import blocks as cuts
+from ..exchange import Passing
+from ..problem import Problem
 
 _KEYS, _GRADIENTS = 1, 2  # tags
 
@@ -23,81 +23,73 @@ def obstacle(problem: Problem) -> Optional[str]:
 
 
 def moved(problem: Problem, backward: bool) -> int:
-    """Keys and values visit world - 1 other ranks, their gradients return home as well."""
+    """Keys and values visit world - 1 other ranks, and so do their gradients, home included."""
     cp, k = problem.cp, problem.call.k
     numbers = max(sum(_numel(shape) for shape in _shapes(problem, rank)) for rank in range(cp.world))
-    others = cp.world - 1
-    return numbers * (others * k.element_size() + (cp.world * problem.wide.itemsize if backward else 0))
+    return numbers * (cp.world - 1) * (k.element_size() + (problem.wide.itemsize if backward else 0))
 
 
 def blocks(problem: Problem) -> list:
     """A block of each of this rank's parts, with its own keys."""
-    call = problem.call
+    call, parts = problem.call, problem.parts
     return [
-        problem.block(part, keys, call.q, True)
-        for part in problem.parts
-        for keys in _keys(problem, problem.cp.rank, call.k, call.v)
+        problem.block(part, cuts.cut(problem, where, call.k, call.v), call.q, True)
+        for part in parts
+        for where in parts
     ]
 
 
 def forward(problem: Problem) -> tuple:
-    q, k, v = problem.call.tensors[:3]
-    total = q.new_zeros(*q.shape[:-1], v.shape[-1], dtype=problem.wide)
+    rank, outputs = problem.cp.rank, cuts.Outputs(problem)
     for source, k, v in _round(problem):
-        for part in problem.parts:
-            for keys in _keys(problem, source, k, v):
-                if problem.sees(part, keys.starts, keys.lengths):
-                    problem.cut(total, part.rows).add_(problem.forward(problem.block(part, keys, q, True)))
-    return saturate_(total, q.dtype).to(q.dtype), ()
+        pairs = cuts.own(problem) if source == rank else cuts.of(problem, rank, source)
+        for part, where in pairs:
+            outputs.add(part, cuts.cut(problem, where, k, v))
+    return outputs.result(), ()
 
 
 def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
-    q, cp = problem.call.q, problem.cp
-    dq = torch.zeros_like(q, dtype=problem.wide)
-    coming = None
-    for source, k, v in _round(problem):
-        own = torch.zeros(k.numel() + v.numel(), dtype=problem.wide, device=k.device)
-        dk, dv = unpack(own, (k.shape, v.shape))
-        for part in problem.parts:
-            for keys, where in zip(_keys(problem, source, k, v), cp.plan.parts[source]):
-                if problem.sees(part, keys.starts, keys.lengths):
-                    block = problem.block(part, keys, q, True)
-                    parts = problem.backward(block, problem.cut(dout, part.rows))
-                    problem.cut(dq, part.rows).add_(parts[0])
-                    problem.cut(dk, where.rows).add_(parts[1])
-                    problem.cut(dv, where.rows).add_(parts[2])
+    """This rank's own keys are met first by its first queries, while other keys come, and in the end by the
+    others, while the gradients of these keys come home.
+    """
+    cp, (q, k, v) = problem.cp, problem.call.tensors[:3]
+    grads, own, coming = cuts.Gradients(problem, dout), None, None
+    first, *rest = cuts.own_by_part(problem)
+    for source, keys, values in _round(problem):
+        if source == cp.rank:
+            own = grads.of_all(first, k, v)
+            continue
+        sums = grads.of_all(cuts.of(problem, cp.rank, source), keys, values)
         if coming is not None:
-            own = coming.wait().add_(own)
+            sums = [x.add_(y) for x, y in zip(coming(), sums)]
         # The next rank has these keys next. What comes are gradients of the keys before them.
-        size = sum(_numel(shape) for shape in _shapes(problem, (source - 1) % cp.world))
-        coming = Passing(own, size, cp.group, _GRADIENTS)
-    k, v = problem.call.k, problem.call.v
-    dk, dv = unpack(coming.wait(), (k.shape, v.shape))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        coming = _passing(problem, sums, source, _GRADIENTS)
+    own = grads.of_all([pair for pairs in rest for pair in pairs], k, v, own)
+    dk, dv = (x.add_(y) for x, y in zip(coming(), own))
+    dq = torch.zeros_like(q) if grads.dq is None else grads.dq.to(q.dtype)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _round(problem: Problem):
+def _round(problem: Problem) -> Iterator[tuple]:
     """Yield (rank, k, v) for the keys of each rank, this one's first, while the next ones are coming."""
-    cp = problem.cp
-    message = pack([problem.call.k, problem.call.v])
+    cp, here = problem.cp, problem.call.tensors[1:3]
     for step in range(cp.world):
-        source = (cp.rank - step) % cp.world
-        coming = None
-        if step + 1 < cp.world:
-            size = sum(_numel(shape) for shape in _shapes(problem, (source - 1) % cp.world))
-            coming = Passing(message, size, cp.group, _KEYS)
-        yield source, *unpack(message, _shapes(problem, source))
+        source, is_last = (cp.rank - step) % cp.world, step + 1 == cp.world
+        coming = None if is_last else _passing(problem, here, source, _KEYS)
+        yield source, *here
         if coming is not None:
-            message = coming.wait()
+            here = coming()
 
 
-def _keys(problem: Problem, source: int, k: torch.Tensor, v: torch.Tensor) -> list:
-    """The keys of each part of a rank."""
-    return [_of_part(problem, part, k, v) for part in problem.cp.plan.parts[source]]
-
-
-def _of_part(problem: Problem, part: Part, k: torch.Tensor, v: torch.Tensor) -> Keys:
-    return Keys(problem.cut(k, part.rows), problem.cut(v, part.rows), part.starts, part.lengths)
+def _passing(problem: Problem, tensors: Sequence, source: int, tag: int) -> Callable[[], list]:
+    """Begin to send what belongs to a rank's keys to the next rank, and to receive the same for the keys
+    before them from the previous one. Returns a function that waits for it.
+    """
+    cp = problem.cp
+    after, before = ((cp.rank + step) % cp.world for step in (1, -1))
+    come = {before: _shapes(problem, (source - 1) % cp.world)}
+    passing = Passing({after: tensors}, come, tensors[0], cp.group, tag)
+    return lambda: passing.wait()[before]
 
 
 def _shapes(problem: Problem, rank: int) -> list:
