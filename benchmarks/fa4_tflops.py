@@ -176,9 +176,11 @@ def measure(args: argparse.Namespace, gpu: Gpu) -> Iterator[dict]:
 
 
 def _compile(args: argparse.Namespace, part: int) -> None:
-    """Run every kernel of one part of the cases once, on few tokens."""
-    args.tokens = 1024
-    args.seqlens = [512]
+    """Run every kernel of one part of the cases once, on few tokens: short and long sequences have other
+    tiles.
+    """
+    args.tokens = 8192
+    args.seqlens = [512, 8192]
     pairs = [(contender, case) for case in cases(args) for contender in args.contenders]
     for contender, case in pairs[part :: args.compile]:
         try:

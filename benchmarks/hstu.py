@@ -187,9 +187,12 @@ def _rows(gpu: Gpu, head_dim: int, batch: int, seqlen: int, direction: str) -> I
 
 
 def _compile(head_dims: tuple[int, ...], processes: int, part: int) -> None:
-    """Run every kernel of one part of the variants once, on a small batch."""
-    for head_dim, variant in list(itertools.product(head_dims, VARIANTS))[part::processes]:
-        _calls(head_dim, 2, 256, BACKWARD, (variant,))[0]()
+    """Run every kernel of one part of the variants once, on a small batch of short and of long sequences,
+    which have other tiles.
+    """
+    ends = SHAPES[0][1], SHAPES[-1][1]
+    for head_dim, variant, seqlen in list(itertools.product(head_dims, VARIANTS, ends))[part::processes]:
+        _calls(head_dim, 2, seqlen, BACKWARD, (variant,))[0]()
     torch.cuda.synchronize()
 
 

@@ -101,8 +101,11 @@ def test_every_kernel_is_compiled_once(bench, monkeypatch):
     monkeypatch.setattr(bench, "_calls", lambda *given: [lambda: ran.append(given)])
     for part in range(3):
         bench._compile((64, 128), 3, part)
-    assert sorted((given[0], *given[-1]) for given in ran) == sorted(
-        (head_dim, variant) for head_dim in (64, 128) for variant in bench.VARIANTS
+    assert sorted((given[0], given[2], *given[-1]) for given in ran) == sorted(
+        (head_dim, seqlen, variant)
+        for head_dim in (64, 128)
+        for seqlen in (40, 64)  # the shortest and the longest, which have other tiles
+        for variant in bench.VARIANTS
     )
 
 
