@@ -17,6 +17,7 @@ for a try at small sizes. Results go to --json as they come, and a second run me
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -24,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -89,13 +91,20 @@ def cases(args: argparse.Namespace) -> list[Case]:
     return found
 
 
+def _peer() -> Callable:
+    """Return the peer's function, without its package's adapters, which need an old transformers."""
+    package = types.ModuleType("ring_flash_attn")
+    package.__path__ = importlib.util.find_spec("ring_flash_attn").submodule_search_locations
+    sys.modules.setdefault("ring_flash_attn", package)
+    return importlib.import_module("ring_flash_attn.zigzag_ring_flash_attn").zigzag_ring_flash_attn_func
+
+
 def calls(case: Case, args: argparse.Namespace, device: torch.device) -> tuple[list[Callable], dict]:
     """Return the forward pass and the forward and backward pass, and the bytes of the formulas."""
     cp, options, attend = case.plan(), case.options(args.heads, device), flash_attn_func
     tokens = case.tokens if cp is None else cp.tokens
     if case.score in PEER and case.method != ALONE:
-        from ring_flash_attn import zigzag_ring_flash_attn_func as attend
-
+        attend = _peer()
         tokens = case.tokens // dist.get_world_size()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(dist.get_rank())
