@@ -66,20 +66,20 @@ lint: env  ## check patches, headers, lock and code style
 	@$(PY) -m ruff format --quiet --check scripts tests overlay benchmarks examples
 
 test: wheel lint  ## run every check that this machine can run
-	$(PY) -m pytest -n $(JOBS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal
 
-# No `wheel` here: it tests the installed wheel. One thread a process, because the processes share the cores.
+# No `wheel` here: it tests the installed wheel.
 test-fast: env  ## run the tests that are not marked slow, after `make wheel` (three minutes on two cores)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) -m "not slow" tests/unit tests/attention tests/fa4
+	$(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" tests/unit tests/attention tests/fa4
 
 test-unit: env
-	$(PY) -m pytest -n $(JOBS) tests/unit
+	$(PY) -m pytest -n $(JOBS) --dist worksteal tests/unit
 
 test-patches: env
-	$(PY) -m pytest -n $(JOBS) tests/patches
+	$(PY) -m pytest -n $(JOBS) --dist worksteal tests/patches
 
 test-attention: wheel
-	$(PY) -m pytest -n $(JOBS) tests/attention
+	$(PY) -m pytest -n $(JOBS) --dist worksteal tests/attention
 
 upstream-test: wheel  ## run a sample of upstream's own tests (FRACTION=, COUNT=, SEED=, FULL=1)
 	@$(FAP) upstream-test
