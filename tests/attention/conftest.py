@@ -12,10 +12,13 @@ import pytest
 import torch
 from hypothesis import settings
 
+import interpreter
+
 if not torch.cuda.is_available():
     os.environ.setdefault(
         "TRITON_INTERPRET", "1"
     )  # read when triton is imported, which flash_attn does if it is installed
+    interpreter.quicken()
 
 from package import VARIANTS, Package, devices, missing, not_in_this_build, supports
 
