@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from hopper import Hopper, missing
 
 from fapatch.base import locking
@@ -44,6 +46,14 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         apply.build(project, base, folder / "patched", files.patches, files.overlay)
         pristine = compile_check.export(project, base.tree, folder / "pristine")
     return pristine, compile_check.importable(folder / "patched")
+
+
+@pytest.fixture(scope="session")
+def forked(compiler, trees, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
+    """An interpreter that has imported the patched tree and runs each program in a fork of itself."""
+    made = Forked(compiler[0], trees[1], tmp_path_factory.mktemp("forked"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

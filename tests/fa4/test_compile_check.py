@@ -41,7 +41,7 @@ def said(python, tree, program, **variables):
 
 
 @pytest.mark.source
-def test_mark_is_part_of_the_compile_key(compiler, trees):
+def test_mark_is_part_of_the_compile_key(forked):
     program = """
 import json
 from flash_attn.cute.nosoftmax.marker import NoSoftmax, marked, with_grid
@@ -61,7 +61,7 @@ keys += [hash_callable(with_grid(of_activation("relu", 0.0, 0.0, None, False, wi
          for w in (False, True)]
 print(json.dumps([len(keys), len(set(keys))]))
 """
-    total, different = said(compiler[0], trees[1], program)
+    total, different = forked.run(program)
     assert total == different
 
 
@@ -78,7 +78,7 @@ def test_cache_is_on_by_default(compiler, trees, tmp_path):
 
 
 @pytest.mark.source
-def test_what_the_compiler_says_of_every_kernel_is_kept_from_users(compiler, trees):
+def test_what_the_compiler_says_of_every_kernel_is_kept_from_users(forked):
     """One warning of the compiler is hidden. Other warnings, and the same warning about another argument,
     appear.
     """
@@ -93,7 +93,7 @@ with warnings.catch_warnings(record=True) as caught:
         )
 print(json.dumps([str(w.message).split()[1] for w in caught]))
 """  # noqa: E501
-    assert said(compiler[0], trees[1], program) == ["mQ"]
+    assert forked.run(program) == ["mQ"]
 
 
 def kernel(**instructions: int) -> Kernel:

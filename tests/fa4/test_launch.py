@@ -2,12 +2,7 @@
 grids.
 """
 
-import json
-import subprocess
-
 import pytest
-
-from fapatch.wheel.smoke import FOR_HOPPER
 
 pytestmark = pytest.mark.source
 BEGIN = """
@@ -75,15 +70,8 @@ def numbers(*shape, seed=0):
 
 
 @pytest.fixture
-def run(compiler, trees):
-    def said(program: str):
-        environment = {**FOR_HOPPER, "PYTHONPATH": str(trees[1]), "PATH": "/usr/bin:/bin"}
-        command = compiler[0], "-W", "ignore", "-c", BEGIN + program
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return said
+def run(forked):
+    return lambda program: forked.run(BEGIN + program)
 
 
 def test_packed_calls_run_the_host_code_once_and_use_their_own_lengths(run):

@@ -3,13 +3,9 @@ path with softmax.
 """
 
 import inspect
-import json
-import subprocess
 
 import pytest
 from mods import causal_with_gaps, even_distance, square, square_bwd
-
-from fapatch.wheel.smoke import FOR_HOPPER
 
 pytestmark = pytest.mark.source
 BEGIN = """
@@ -30,19 +26,8 @@ def error(*args, function=flash_attn_func, **kwargs):
 
 
 @pytest.fixture
-def run(compiler, trees):
-    def said(program: str):
-        environment = {**FOR_HOPPER, "PYTHONPATH": str(trees[1]), "PATH": "/usr/bin:/bin"}
-        done = subprocess.run(
-            [compiler[0], "-W", "ignore", "-c", BEGIN + program],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return said
+def run(forked):
+    return lambda program: forked.run(BEGIN + program)
 
 
 def test_signatures_are_upstreams_and_more(run):
