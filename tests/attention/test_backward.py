@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 from flash_attn import flash_attn_kvpacked_func, flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
 from torch import Tensor
 
-from measure import NAMES, assert_same, gradients, integers, poison_allocator, qkv, randn
+from measure import NAMES, assert_same, compare_results, gradients, integers, poison_allocator, qkv, randn
 from score_functions import FUNCTIONS
 
 PIECES = {
@@ -90,6 +91,30 @@ def test_without_dropout_nothing_else_is_returned(attention):
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     _, lse, mask = first
     assert lse.shape == mask.shape == (0,) and lse.dtype == torch.float32
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Threads of torch, of which a run with several processes leaves each the same few."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("nheads_k", [2, 4])
+def test_any_number_of_threads(attention, threads, nheads_k):
+    """The CPU takes as many heads at once as keep the threads busy: here one, or all. Each time it adds in
+    the same order.
+    """
+    tensors = qkv(attention, 1, 300, 560, nheads=4, nheads_k=nheads_k, head_dim=16)
+    dout = randn(*tensors[0].shape, seed=99, like=attention)
+    first, again = (
+        gradients(lambda *x: attention.dense(*x, causal=True, deterministic=True), *tensors, dout=dout)
+        for _ in range(2)
+    )
+    assert all(map(torch.equal, first, again))
+    compare_results(first, *tensors, dout, "dense", causal=True)
 
 
 def test_saved_for_backward(attention):
