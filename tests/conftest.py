@@ -17,6 +17,7 @@ LONGEST = (
     "patches/test_sass_identity.py",
     "patches/test_kernel_hooks.py",
     "attention/test_linear_kernels.py",
+    "upstream/test_sample.py",
 )
 
 
