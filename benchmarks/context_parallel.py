@@ -17,6 +17,7 @@ for a try at small sizes. Results go to --json as they come, and a second run me
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -91,6 +92,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
     return found
 
 
+@functools.cache
 def _peer() -> Callable:
     """Return the peer's function, without its package's adapters, which need an old transformers."""
     package = types.ModuleType("ring_flash_attn")

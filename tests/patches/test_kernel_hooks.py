@@ -144,3 +144,13 @@ def errors(reader) -> str:
 @pytest.mark.parametrize("file, error", [(file, error) for file, *_, error in FAULTS])
 def test_a_fault_in_a_hook_is_found(errors, file, error):
     assert re.search(rf"{file}.*error.*{error}", errors), errors
+
+
+def test_the_host_does_not_ask_traits_for_the_dtype(reader):
+    """There Kernel_traits::Element is half_t for every kernel: a launch takes the dtype from its own template
+    arguments.
+    """
+    launches = (reader.folder / SRC / "flash_nosoftmax_launch_template.h").read_text(encoding="utf-8")
+    code = "\n".join(line.partition("//")[0] for line in launches.splitlines())
+    asked = re.findall(r"\w*(?:raits\w*)::Element\b|\bkScaleAtEnd\b", code)
+    assert "own_slopes_at_end<T," in code and asked == []

@@ -67,7 +67,9 @@ void differentiate_tile(const WithScore<Flash_bwd_params> &params, const Sequenc
         weights.hide_products(products, first_col + col0, first_row + row0, kWarpsM * 16);
         visit(acc_s, [&](const float &x, const int place) {
             ds[place] = x;
-            if constexpr (Traits::Only::kExists) { ds[place] *= Traits::Only::slopes_at_end(params.scale_softmax); }
+            if constexpr (Traits::Only::kExists) {
+                ds[place] *= own_slopes_at_end<typename Traits::Element, typename Traits::Only>(params.scale_softmax);
+            }
         });
     }
 }

@@ -341,44 +341,36 @@ void launch_bwd_kernels(BwdParams params, cudaStream_t stream) {
     C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// silu has backward kernels of its own from this head size on. At 64 they took 3 % longer than the one with the switch.
-constexpr int kLeastHeaddimOfSilu = 128;
-
 // Whether a backward kernel with one activation runs this plain call.
-template<int Headdim>
-bool has_own_kernel(const BwdParams &params) {
+inline bool has_own_kernel(const BwdParams &params) {
     const Score &score = params.score;
     const bool is_tanh = !score.bias_is_minus_log_n && score.sigmoid_biases == nullptr && score.sigmoid_bias >= kMinBiasForTanh;
     return params.scale_softmax >= kLeastOwnScale && params.scale_softmax <= kMostOwnScale
         && (score.activation == Activation::relu || score.activation == Activation::relu2
-            || (score.activation == Activation::silu && Headdim >= kLeastHeaddimOfSilu) || (score.activation == Activation::sigmoid && is_tanh));
+            || score.activation == Activation::silu || (score.activation == Activation::sigmoid && is_tanh));
 }
 
-template<typename Upstream_traits, Variant variant, bool Is_causal>
+template<typename Upstream_traits, typename T, Variant variant, bool Is_causal>
 void launch_own_bwd(BwdParams params, cudaStream_t stream) {
     using Traits = NoSoftmaxTraits<Upstream_traits, variant>;
     // Only the kernels' last steps, for dK and dQ, read this product.
-    params.scale_softmax_rp_dropout *= Traits::Only::slopes_at_end(
-        kScaleAtEnd<Traits, /*Has_alibi=*/false> ? params.scale_softmax : 1.f);
+    params.scale_softmax_rp_dropout *= own_slopes_at_end<T, typename Traits::Only>(params.scale_softmax);
     launch_bwd_kernels<Traits, /*Is_dropout=*/false, Is_causal, /*Is_local=*/false, /*Has_alibi=*/false,
                        /*Is_even_K=*/true, /*Is_softcap=*/false>(params, stream);
 }
 
-template<typename Upstream_traits, bool Is_causal>
+template<typename Upstream_traits, typename T, bool Is_causal>
 void run_own_bwd(const BwdParams &params, cudaStream_t stream) {
     switch (params.score.activation) {
-        case Activation::relu: return launch_own_bwd<Upstream_traits, Variant::relu, Is_causal>(params, stream);
-        case Activation::relu2: return launch_own_bwd<Upstream_traits, Variant::relu2, Is_causal>(params, stream);
-        case Activation::sigmoid: return launch_own_bwd<Upstream_traits, Variant::sigmoid, Is_causal>(params, stream);
-        default:
-            if constexpr (Upstream_traits::kHeadDim >= kLeastHeaddimOfSilu) {
-                launch_own_bwd<Upstream_traits, Variant::silu, Is_causal>(params, stream);
-            }
+        case Activation::relu: return launch_own_bwd<Upstream_traits, T, Variant::relu, Is_causal>(params, stream);
+        case Activation::relu2: return launch_own_bwd<Upstream_traits, T, Variant::relu2, Is_causal>(params, stream);
+        case Activation::sigmoid: return launch_own_bwd<Upstream_traits, T, Variant::sigmoid, Is_causal>(params, stream);
+        default: return launch_own_bwd<Upstream_traits, T, Variant::silu, Is_causal>(params, stream);
     }
 }
 
-// Has_own: whether activations have kernels of their own. They do where they were measured, on the tiles for A100 and H100.
-template<typename Upstream_traits, bool Has_own=false>
+// Own: the dtype, if activations have kernels of their own. They do where they were measured, on the tiles for A100 and H100.
+template<typename Upstream_traits, typename Own=void>
 void run_bwd(const BwdParams &params, cudaStream_t stream) {
     using Traits = NoSoftmaxTraits<Upstream_traits>;
     constexpr int Headdim = Traits::kHeadDim;
@@ -393,8 +385,10 @@ void run_bwd(const BwdParams &params, cudaStream_t stream) {
                 TORCH_CHECK(!Is_dropout || Dropout_fits, "FlashAttention backward with dropout and head dimension ",
                             std::to_string(Headdim), " needs 144 KB of shared memory a block, more than this GPU has");
                 constexpr bool Dropout = Is_dropout && Dropout_fits, Softcap = Is_softcap && !Is_dropout;
-                if constexpr (Has_own && !Is_dropout && !Is_softcap) {
-                    if (is_special_call && has_own_kernel<Headdim>(params)) { return run_own_bwd<Upstream_traits, Is_local>(params, stream); }
+                if constexpr (!std::is_void_v<Own> && !Is_dropout && !Is_softcap) {
+                    if (is_special_call && has_own_kernel(params)) {
+                        return run_own_bwd<Upstream_traits, Own, Is_local>(params, stream);
+                    }
                 }
                 if (is_special_call) {
                     launch_bwd_kernels<Traits, Dropout, /*Is_causal=*/Is_local, /*Is_local=*/false, /*Has_alibi=*/false,
@@ -423,7 +417,7 @@ void run_mha_bwd_nosoftmax(const BwdParams &params, cudaStream_t stream) {
         run_bwd<Flash_bwd_kernel_traits<32, 128, 128, 8, 4, 4, 4, true, false, T>>(params, stream);
     } else if constexpr (Headdim == 64) {
         if (smem >= 144 * 1024) {
-            run_bwd<Flash_bwd_kernel_traits<64, 128, 128, 8, 4, 4, 4, false, false, T>, /*Has_own=*/true>(params, stream);
+            run_bwd<Flash_bwd_kernel_traits<64, 128, 128, 8, 4, 4, 4, false, false, T>, /*Own=*/T>(params, stream);
         } else {
             run_bwd<Flash_bwd_kernel_traits<64, 64, 128, 8, 2, 4, 4, true, false, T>>(params, stream);
         }
@@ -431,7 +425,7 @@ void run_mha_bwd_nosoftmax(const BwdParams &params, cudaStream_t stream) {
         run_bwd<Flash_bwd_kernel_traits<96, 64, 128, 8, 2, 4, 4, true, false, T>>(params, stream);
     } else if constexpr (Headdim == 128) {
         if (smem >= 144 * 1024) {
-            run_bwd<Flash_bwd_kernel_traits<128, 64, 128, 8, 2, 4, 2, false, false, T>, /*Has_own=*/true>(params, stream);
+            run_bwd<Flash_bwd_kernel_traits<128, 64, 128, 8, 2, 4, 2, false, false, T>, /*Own=*/T>(params, stream);
         } else {
             run_bwd<Flash_bwd_kernel_traits<128, 64, 64, 8, 4, 2, 2, true, false, T>>(params, stream);
         }

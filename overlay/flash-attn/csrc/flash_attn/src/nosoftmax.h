@@ -71,12 +71,20 @@ inline constexpr bool kUseSoftmax = true;
 template <typename Kernel_traits>
 inline constexpr bool kUseSoftmax<Kernel_traits, std::void_t<decltype(Kernel_traits::Is_nosoftmax)>> = false;
 
-// bf16 has the range of fp32, so raw scores fit. Where f allows it (scales_at_end), the scale then waits for the
-// accumulators of O and dV: one multiplication for each of their elements instead of one for each score. Any other f
-// scales its argument itself. fp16 would saturate on raw scores, and ALiBi is added to the scaled score.
+// bf16 has the range of fp32, so raw scores fit. fp16 would saturate on them.
+template <typename Element>
+inline constexpr bool kHoldsRawScores = std::is_same_v<Element, cutlass::bfloat16_t>;
+
+// Where raw scores fit and f allows it (scales_at_end), the scale waits for the accumulators of O and dV: one
+// multiplication for each of their elements instead of one for each score. Any other f scales its argument itself. ALiBi is
+// added to the scaled score. For device code alone: on the host Kernel_traits::Element is half_t, whatever the dtype is.
 template <typename Kernel_traits, bool Has_alibi>
-inline constexpr bool kScaleAtEnd = !kUseSoftmax<Kernel_traits> && !Has_alibi
-    && std::is_same_v<typename Kernel_traits::Element, cutlass::bfloat16_t>;
+inline constexpr bool kScaleAtEnd =
+    !kUseSoftmax<Kernel_traits> && !Has_alibi && kHoldsRawScores<typename Kernel_traits::Element>;
+
+// What a kernel with one activation and this dtype leaves for the end of dQ and dK, where its launch multiplies by it.
+template <typename Element, typename Only>
+float own_slopes_at_end(const float scale) { return Only::slopes_at_end(kHoldsRawScores<Element> ? scale : 1.f); }
 
 inline constexpr int kEveryStep = std::numeric_limits<int>::max();
 
