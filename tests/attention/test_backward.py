@@ -12,7 +12,17 @@ import torch
 from flash_attn import flash_attn_kvpacked_func, flash_attn_qkvpacked_func, flash_attn_varlen_qkvpacked_func
 from torch import Tensor
 
-from measure import NAMES, assert_same, compare_results, gradients, integers, poison_allocator, qkv, randn
+from measure import (
+    NAMES,
+    assert_same,
+    compare,
+    compare_results,
+    gradients,
+    integers,
+    poison_allocator,
+    qkv,
+    randn,
+)
 from score_functions import FUNCTIONS
 
 PIECES = {
@@ -64,6 +74,18 @@ def test_gradcheck_softmax(attention, device, name):
     """Gradients match finite differences with softmax on."""
     only_wide(device)
     gradcheck(attention, use_softmax=True, **PIECES[name])
+
+
+@pytest.mark.scores
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: "-".join(map(str, f.values())))
+def test_common_head_sizes(attention, dtype, function, head_dim, causal):
+    """The sizes at which kernels have a form for one activation, in every dtype: what waits for the end of a
+    sum depends on it.
+    """
+    q, k, v = qkv(attention, 1, 150, 170, nheads=4, nheads_k=2, head_dim=head_dim, dtype=dtype)
+    compare(attention, q, k, v, causal=causal, **function)
 
 
 @pytest.mark.parametrize("options", [dict(causal=True), dict(dropout_p=0.2), dict(softcap=2.0)], ids=str)
