@@ -22,7 +22,7 @@ from flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from flash_attn.distributed import ContextParallel, agreement, attention, blocks, exchange
+from flash_attn.distributed import ContextParallel, agreement, attention, cuts, exchange
 from flash_attn.distributed.methods import allgather
 from flash_attn.distributed.problem import Problem
 from flash_attn.masks import HSTU, Intervals
@@ -491,7 +491,7 @@ def die(rank: int, world: int, how: str) -> None:
         if how == "killed":
             os._exit(1)
     if how == "in the middle" and rank == world - 1:
-        blocks.saturate_ = lambda *x: os._exit(1)
+        cuts.saturate_ = lambda *x: os._exit(1)
         attend(cp)
     out = attend(cp)
     out.sum().backward()

@@ -77,11 +77,11 @@ def test_the_config_keeps_it_before_a_call():
     }  # fmt: skip
 
 
-def test_the_block_of_the_page(tmp_path, monkeypatch):
+def test_the_block_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
-    (block,) = re.findall("```python\n(.*?)```", page, re.DOTALL)
-    exec(block, {})
+    page = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"test_transformers_config\.py\. -->\n```python\n(.*?)```", page, re.DOTALL)
+    exec(block, {"torch": torch})
     assert (
         json.loads((tmp_path / "softmax-free" / "config.json").read_text())["no_softmax"]["activation"]
         == "relu"

@@ -1,6 +1,6 @@
 """Gather the keys and values of all ranks, and add up their gradients, in float32.
 
-Where blocks can be joined (blocks.joins), a rank runs its queries against its own keys while the others come,
+Where blocks can be joined (cuts.joins), a rank runs its queries against its own keys while the others come,
 then against these, and adds the outputs in float32. Backward, a part of its own keys waits for the end, while
 the gradients of the others' keys go.
 
@@ -14,10 +14,12 @@ from typing import Optional
 import torch
 
 from ...nosoftmax.call import needs_grad
-from .. import blocks as cuts
+from .. import cuts
 from ..exchange import Passing
 from ..layout import Part
 from ..problem import Keys, Problem
+
+_GRADIENTS = 1  # a tag
 
 
 def obstacle(problem: Problem) -> Optional[str]:
@@ -92,9 +94,6 @@ def _backward(problem: Problem, dout: torch.Tensor) -> tuple:
     dk, dv = own
     dq = torch.zeros_like(q) if grads.dq is None else grads.dq.to(q.dtype)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
-
-
-_GRADIENTS = 3  # a tag
 
 
 def _joined(problem: Problem, places: list, gathered: list) -> Keys:

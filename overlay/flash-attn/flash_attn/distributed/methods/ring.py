@@ -9,7 +9,7 @@ from typing import Optional
 
 import torch
 
-from .. import blocks as cuts
+from .. import cuts
 from ..exchange import Passing
 from ..problem import Problem
 
