@@ -6,6 +6,7 @@ PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
 PY     := .venv/bin/python
 FAP    := $(PY) scripts/fap.py
 JOBS   ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() or 2)')
+PYTEST  = $(PY) -m pytest -n $(JOBS) --dist worksteal
 export HEAD_DIMS DTYPES PASSES ARCHS NO_SOFTMAX_ONLY
 export VERSION BACKEND SOURCE FA_SRC_DIR FAMILY FRACTION COUNT SEED FULL FORCE RERUN WIDEN UPGRADE LOCK
 
@@ -66,20 +67,20 @@ lint: env  ## check patches, headers, lock and code style
 	@$(PY) -m ruff format --quiet --check scripts tests overlay benchmarks examples
 
 test: wheel lint  ## run every check that this machine can run
-	$(PY) -m pytest -n $(JOBS) --dist worksteal
+	$(PYTEST)
 
 # No `wheel` here: it tests the installed wheel.
 test-fast: env  ## run the tests that are not marked slow, after `make wheel` (three minutes on two cores)
-	$(PY) -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" tests/unit tests/attention tests/fa4
+	$(PYTEST) -q -m "not slow" tests/unit tests/attention tests/fa4
 
 test-unit: env
-	$(PY) -m pytest -n $(JOBS) --dist worksteal tests/unit
+	$(PYTEST) tests/unit
 
 test-patches: env
-	$(PY) -m pytest -n $(JOBS) --dist worksteal tests/patches
+	$(PYTEST) tests/patches
 
 test-attention: wheel
-	$(PY) -m pytest -n $(JOBS) --dist worksteal tests/attention
+	$(PYTEST) tests/attention
 
 upstream-test: wheel  ## run a sample of upstream's own tests (FRACTION=, COUNT=, SEED=, FULL=1)
 	@$(FAP) upstream-test

@@ -30,20 +30,24 @@ def own(problem: Problem) -> list:
     return [(Part(0, (0,), (tokens,)),) * 2] * (tokens > 0)
 
 
-def own_by_part(problem: Problem) -> list:
-    """Return the same pairs as a list for each part of the queries, so that messages can go in between."""
+def own_in_two(problem: Problem) -> tuple[list, list]:
+    """Return the same pairs, those of the first part of the queries and those of the others, so that messages
+    can go in between.
+    """
     rank, tokens = problem.cp.rank, problem.cp.tokens
     if not joins(problem):
         pairs = of(problem, rank, rank)
-        return [[pair for pair in pairs if pair[0] is part] for part in problem.parts]
+        first = problem.parts[0]
+        return [pair for pair in pairs if pair[0] is first], [pair for pair in pairs if pair[0] is not first]
     if problem.call.options.window_right == 0:
         keys = [x.at + x.size for x in problem.parts]  # up to the part's last query
     else:
         keys = [tokens] * len(problem.parts)
-    return [
+    pairs = [
         [(Part(x.at, (x.at,), x.lengths), Part(0, (0,), (count,)))] * (x.size > 0)
         for x, count in zip(problem.parts, keys)
     ]
+    return pairs[0], sum(pairs[1:], [])
 
 
 def of(problem: Problem, rank: int, source: int) -> list:
@@ -122,6 +126,12 @@ class Gradients:
             ]
         wide = self._problem.wide
         return [torch.zeros_like(y, dtype=wide) if x is None else x for x, y in zip(sums, (k, v))]
+
+    def result(self, dk: torch.Tensor, dv: torch.Tensor) -> tuple:
+        """(dq, dk, dv) in the dtypes of q, k and v."""
+        q, k, v = self._problem.call.tensors[:3]
+        dq = torch.zeros_like(q) if self.dq is None else self.dq.to(q.dtype)
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def cut(problem: Problem, part: Part, k: torch.Tensor, v: torch.Tensor) -> Keys:

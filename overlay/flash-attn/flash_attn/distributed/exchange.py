@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
+_MOST_TENSORS = 8  # that a Passing sends to one rank
+
 # The name is new in torch 2.13, which warns of the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -109,9 +111,6 @@ class Passing:
         for work in self._works:
             work.wait()
         return self._received
-
-
-_MOST_TENSORS = 8  # of a message
 
 
 def _numel(shape: Sequence) -> int:

@@ -94,6 +94,10 @@ class Problem:
         """Some of the tokens of x, as a view."""
         return x[rows] if self.dim == 0 else x[:, rows]
 
+    def shapes_of_keys(self, tokens: int) -> list:
+        """The shapes of k and v with so many tokens."""
+        return [(*x.shape[: self.dim], tokens, *x.shape[self.dim + 1 :]) for x in self.call.tensors[1:3]]
+
     def sees(self, part: Part, starts: tuple, lengths: tuple) -> bool:
         """Whether a query of the part may see one of the keys."""
         left, right = self.call.options.window_left, self.call.options.window_right

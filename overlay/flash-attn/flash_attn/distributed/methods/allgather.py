@@ -70,9 +70,9 @@ def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
 
 
 def _backward(problem: Problem, dout: torch.Tensor) -> tuple:
-    cp, dim, (q, k, v) = problem.cp, problem.dim, problem.call.tensors[:3]
+    cp, dim, (k, v) = problem.cp, problem.dim, problem.call.tensors[1:3]
     come, grads = cp.gathering_by_rank([k, v], dim), cuts.Gradients(problem, dout)
-    first, *rest = cuts.own_by_part(problem)
+    first, rest = cuts.own_in_two(problem)
     own = grads.of_all(first, k, v)
     gathered, going = come(), {}
     for part, places in cuts.others(problem):
@@ -82,18 +82,13 @@ def _backward(problem: Problem, dout: torch.Tensor) -> tuple:
     # At most one block of a rank's queries sees keys of this one.
     met = {rank: cuts.of(problem, rank, cp.rank) for rank in range(cp.world) if rank != cp.rank}
     regions = {rank: pairs[0][1] for rank, pairs in met.items() if pairs}
-    shapes = {
-        rank: [(*x.shape[:dim], where.size, *x.shape[dim + 1 :]) for x in (k, v)]
-        for rank, where in regions.items()
-    }
+    shapes = {rank: problem.shapes_of_keys(where.size) for rank, where in regions.items()}
     passing = Passing(going, shapes, own[0], cp.group, _GRADIENTS)
-    own = grads.of_all([pair for pairs in rest for pair in pairs], k, v, own)
+    own = grads.of_all(rest, k, v, own)
     for rank, arrived in passing.wait().items():
         rows = regions[rank].rows
         own = [cuts.added(problem, x, rows, y, x.shape) for x, y in zip(own, arrived)]
-    dk, dv = own
-    dq = torch.zeros_like(q) if grads.dq is None else grads.dq.to(q.dtype)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    return grads.result(*own)
 
 
 def _joined(problem: Problem, places: list, gathered: list) -> Keys:

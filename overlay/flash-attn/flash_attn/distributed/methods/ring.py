@@ -52,9 +52,9 @@ def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
     """This rank's own keys are met first by its first queries, while other keys come, and in the end by the
     others, while the gradients of these keys come home.
     """
-    cp, (q, k, v) = problem.cp, problem.call.tensors[:3]
+    cp, (k, v) = problem.cp, problem.call.tensors[1:3]
     grads, own, coming = cuts.Gradients(problem, dout), None, None
-    first, *rest = cuts.own_by_part(problem)
+    first, rest = cuts.own_in_two(problem)
     for source, keys, values in _round(problem):
         if source == cp.rank:
             own = grads.of_all(first, k, v)
@@ -64,10 +64,8 @@ def backward(problem: Problem, dout: torch.Tensor, kept: tuple) -> tuple:
             sums = [x.add_(y) for x, y in zip(coming(), sums)]
         # The next rank has these keys next. What comes are gradients of the keys before them.
         coming = _passing(problem, sums, source, _GRADIENTS)
-    own = grads.of_all([pair for pairs in rest for pair in pairs], k, v, own)
-    dk, dv = (x.add_(y) for x, y in zip(coming(), own))
-    dq = torch.zeros_like(q) if grads.dq is None else grads.dq.to(q.dtype)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    own = grads.of_all(rest, k, v, own)
+    return grads.result(*(x.add_(y) for x, y in zip(coming(), own)))
 
 
 def _round(problem: Problem) -> Iterator[tuple]:
@@ -94,8 +92,7 @@ def _passing(problem: Problem, tensors: Sequence, source: int, tag: int) -> Call
 
 def _shapes(problem: Problem, rank: int) -> list:
     """The shapes of a rank's k and v."""
-    dim, size = problem.dim, problem.cp.plan.sizes[rank]
-    return [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for x in problem.call.tensors[1:3]]
+    return problem.shapes_of_keys(problem.cp.plan.sizes[rank])
 
 
 def _numel(shape: tuple) -> int:
