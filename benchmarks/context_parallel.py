@@ -20,6 +20,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import math
 import os
 import statistics
 import sys
@@ -47,6 +48,7 @@ METHODS = {
 }
 DIRECTIONS = ("forward", "forward+backward")
 ROUNDS, MOST_MS = 5, 4000.0  # of one measurement
+ROW_MS = 50.0  # so long a row of calls takes at least, as the layers of a model follow one another
 # As the profiler names them: with NCCL and with gloo.
 SIZES = {"Float": 4, "BFloat16": 2, "Half": 2, "float": 4, "c10::BFloat16": 2, "c10::Half": 2}
 
@@ -139,20 +141,26 @@ def synchronize(device: torch.device) -> None:
 
 
 def median_ms(function: Callable, device: torch.device) -> float:
-    """The median time of a call on the slowest rank, after one that loads kernels."""
+    """The median time of a call in a row of calls on the slowest rank, after one that loads kernels."""
+    row_ms(function, 1, device)
+    calls = math.ceil(ROW_MS / row_ms(function, 1, device))
     times: list[float] = []
-    for _ in range(1 + ROUNDS):
-        synchronize(device)
-        start = time.perf_counter()
+    while len(times) < ROUNDS and sum(times) < MOST_MS:
+        times.append(row_ms(function, calls, device))
+    return statistics.median(times) / calls
+
+
+def row_ms(function: Callable, calls: int, device: torch.device) -> float:
+    """The wall time of a row of calls on the slowest rank."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        took = torch.tensor(1e3 * (time.perf_counter() - start), device=device)
-        dist.all_reduce(took, dist.ReduceOp.MAX)
-        times.append(took.item())
-        if len(times) > 1 and sum(times) > MOST_MS:
-            break
-    return statistics.median(times[1:])
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    took = torch.tensor(1e3 * (time.perf_counter() - start), device=device)
+    dist.all_reduce(took, dist.ReduceOp.MAX)
+    return took.item()
 
 
 def received(function: Callable, device: torch.device) -> int | None:
@@ -219,7 +227,8 @@ def page(record: dict) -> str:
         "",
         f"{record['ranks']} × {record['device']}, torch {record['torch']}, {record['date']}: one causal "
         f"sequence, {record['heads']} heads, head_dim {record['head_dim']}, {record['dtype']}. Written by",
-        f"`{record['command']}`. Times are medians on the slowest rank; × is the time on one GPU over it.",
+        f"`{record['command']}`. Times are those of a call in a row of calls, medians on the slowest rank;",
+        "× is the time on one GPU over it.",
         "Bytes are those that rank 0 receives, by torch's profiler, and in parentheses by the formulas of",
         "[distributed.md](../distributed.md).",
         "",

@@ -6,7 +6,7 @@ import gc
 import os
 import weakref
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, product
 from types import SimpleNamespace
 from unittest import mock
 
@@ -213,6 +213,24 @@ def half_precision(rank: int, world: int) -> dict:
         *own, own_dout = cut(cp, False, given)
         got = results(own, own_dout, False, {**options, "context_parallel": cp})
         found[method] = [x.double() for x in got], cut(cp, False, expected)
+    return found
+
+
+def rounded_once(rank: int, world: int) -> dict:
+    """Return (method, causal) -> (outputs and gradients of this rank in bfloat16, in float64): blocks whose
+    queries are all of the rank's, and some of them.
+    """
+    torch.manual_seed(0)
+    given = [torch.randn(1, 64, HEADS, 8).bfloat16() for _ in range(4)]
+    *qkv, dout = (x.double() for x in given)
+    found = {}
+    for method, causal in product(("allgather", "ring"), (False, True)):
+        options = dict(use_softmax=False, activation="silu", causal=causal)
+        cp = plan(method, "zigzag", seqlen=64)
+        *own, own_dout = cut(cp, False, given)
+        got = results(own, own_dout, False, {**options, "context_parallel": cp})
+        expected = cut(cp, False, results(qkv, dout, False, options))
+        found[method, causal] = [x.double() for x in got], expected
     return found
 
 

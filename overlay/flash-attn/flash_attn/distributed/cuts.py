@@ -87,18 +87,34 @@ class Outputs:
 
     def __init__(self, problem: Problem) -> None:
         self._problem, self._total = problem, None
+        self._last: Optional[tuple] = None  # (rows, output) of a block that is not yet in the sum
 
     def add(self, part: Part, keys: Keys) -> None:
         problem, q = self._problem, self._problem.call.q
         out = problem.forward(problem.block(part, keys, q, True))
-        self._total = added(problem, self._total, part.rows, out, (*q.shape[:-1], keys.v.shape[-1]))
+        self._add_last((*q.shape[:-1], keys.v.shape[-1]))
+        self._last = part.rows, out
+
+    def _add_last(self, shape: tuple) -> None:
+        if self._last is not None:
+            self._total = added(self._problem, self._total, *self._last, shape)
+            self._last = None
 
     def result(self) -> torch.Tensor:
         """The sum in the dtype of q, saturated."""
-        q, v = self._problem.call.q, self._problem.call.v
-        if self._total is None:
-            return q.new_zeros(*q.shape[:-1], v.shape[-1])
-        return saturate_(self._total, q.dtype).to(q.dtype)
+        problem, total = self._problem, self._total
+        q, v = problem.call.tensors[0], problem.call.v
+        shape = *q.shape[:-1], v.shape[-1]
+        if q.dtype == torch.bfloat16 and total is not None:
+            # Nothing saturates: the last block is added where the sum is rounded, in one pass over memory.
+            rows, out = self._last
+            result = torch.empty_like(total, dtype=q.dtype)
+            if out.shape != total.shape:
+                result.copy_(total)
+            torch.add(problem.cut(total, rows), out, out=problem.cut(result, rows))
+            return result
+        self._add_last(shape)
+        return q.new_zeros(shape) if self._total is None else saturate_(self._total, q.dtype).to(q.dtype)
 
 
 class Gradients:
