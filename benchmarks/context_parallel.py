@@ -17,7 +17,6 @@ for a try at small sizes. Results go to --json as they come, and a second run me
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import json
 import math
@@ -47,7 +46,7 @@ METHODS = {
     PEER: [("ring-flash-attn", "zigzag")],
 }
 DIRECTIONS = ("forward", "forward+backward")
-ROUNDS, MOST_MS = 5, 4000.0  # of one measurement
+ROUNDS, MOST_MS = 7, 10000.0  # turns of a race
 ROW_MS = 50.0  # so long a row of calls takes at least, as the layers of a model follow one another
 # As the profiler names them: with NCCL and with gloo.
 SIZES = {"Float": 4, "BFloat16": 2, "Half": 2, "float": 4, "c10::BFloat16": 2, "c10::Half": 2}
@@ -79,8 +78,8 @@ class Case:
         return ContextParallel(None, self.layout, seqlen=self.tokens, method=self.method, check=False)
 
 
-def cases(args: argparse.Namespace) -> list[Case]:
-    """All cases, the shortest sequences first."""
+def races(args: argparse.Namespace) -> list[list[Case]]:
+    """The cases of one score and length, which take turns, for each: the shortest sequences first."""
     found = []
     groups = [(LINEAR, args.linear_tokens), (QUADRATIC, args.quadratic_tokens)]
     if importlib.util.find_spec("ring_flash_attn") is not None:
@@ -88,12 +87,10 @@ def cases(args: argparse.Namespace) -> list[Case]:
     for scores, lengths in groups:
         for tokens in lengths:
             for score in scores:
-                for method, layout in ((ALONE, ""), *METHODS[scores]):
-                    found.append(Case(score, tokens, method, layout))
+                found.append([Case(score, tokens, *how) for how in ((ALONE, ""), *METHODS[scores])])
     return found
 
 
-@functools.cache
 def _peer() -> Callable:
     """Return the peer's function, without its package's adapters, which need an old transformers."""
     package = types.ModuleType("ring_flash_attn")
@@ -140,14 +137,18 @@ def synchronize(device: torch.device) -> None:
     dist.barrier()
 
 
-def median_ms(function: Callable, device: torch.device) -> float:
-    """The median time of a call in a row of calls on the slowest rank, after one that loads kernels."""
-    row_ms(function, 1, device)
-    calls = math.ceil(ROW_MS / row_ms(function, 1, device))
-    times: list[float] = []
-    while len(times) < ROUNDS and sum(times) < MOST_MS:
-        times.append(row_ms(function, calls, device))
-    return statistics.median(times) / calls
+def medians_ms(functions: list[Callable], device: torch.device) -> list[float]:
+    """The median time of a call of each function in a row of calls, on the slowest rank. The functions take
+    turns, because a GPU's clock drifts by more than they differ.
+    """
+    calls = []
+    for function in functions:
+        row_ms(function, 1, device)  # loads kernels
+        calls.append(max(2, math.ceil(ROW_MS / row_ms(function, 1, device))))
+    turns: list[list[float]] = []
+    while len(turns) < ROUNDS and sum(map(sum, turns)) < MOST_MS:
+        turns.append([row_ms(function, count, device) for function, count in zip(functions, calls)])
+    return [statistics.median(times) / count for times, count in zip(zip(*turns), calls)]
 
 
 def row_ms(function: Callable, calls: int, device: torch.device) -> float:
@@ -202,14 +203,20 @@ def _of_gloo(events: list, world: int):
                 yield share * SIZES[kind] * torch.Size(shape).numel()
 
 
-def measure(case: Case, args: argparse.Namespace, device: torch.device) -> dict:
-    functions, computed = calls(case, args, device)
-    row = {**asdict(case), "ms": {}, "received": {}, "computed": computed}
-    for name, function in zip(DIRECTIONS, functions):
-        row["ms"][name] = median_ms(function, device)
-        if case.method != ALONE:
-            row["received"][name] = received(function, device)
-    return row
+def measure(race: list[Case], args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Return a row for each case."""
+    made = [calls(case, args, device) for case in race]
+    rows = [
+        {**asdict(case), "ms": {}, "received": {}, "computed": computed}
+        for case, (_, computed) in zip(race, made)
+    ]
+    for at, name in enumerate(DIRECTIONS):
+        functions = [both[at] for both, _ in made]
+        for row, function, ms in zip(rows, functions, medians_ms(functions, device)):
+            row["ms"][name] = ms
+            if row["method"] != ALONE:
+                row["received"][name] = received(function, device)
+    return rows
 
 
 # ---- The page ----
@@ -228,7 +235,7 @@ def page(record: dict) -> str:
         f"{record['ranks']} × {record['device']}, torch {record['torch']}, {record['date']}: one causal "
         f"sequence, {record['heads']} heads, head_dim {record['head_dim']}, {record['dtype']}. Written by",
         f"`{record['command']}`. Times are those of a call in a row of calls, medians on the slowest rank;",
-        "× is the time on one GPU over it.",
+        "all of a score and length take turns. × is the time on one GPU over it.",
         "Bytes are those that rank 0 receives, by torch's profiler, and in parentheses by the formulas of",
         "[distributed.md](../distributed.md).",
         "",
@@ -260,7 +267,7 @@ def main() -> int:
     parser.add_argument("--quadratic-tokens", type=int, nargs="*", default=[2**16, 2**17])
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--minutes", type=float, default=4.0, help="start no further case after these")
+    parser.add_argument("--minutes", type=float, default=4.0, help="start no further score after these")
     parser.add_argument(
         "--json", type=Path, help="write the results here, and a page with the ending .md beside it"
     )
@@ -284,29 +291,28 @@ def main() -> int:
     }
     if first and args.json is not None and args.json.is_file():
         record["results"] = json.loads(args.json.read_text(encoding="utf-8"))["results"]
-    for case in cases(args):
-        there = any(
-            all(row[name] == value for name, value in asdict(case).items()) for row in record["results"]
-        )
-        decision = [there, time.monotonic() - began > 60 * args.minutes]
+    for race in races(args):
+        keys = [asdict(case) for case in race]
+        found = [row for row in record["results"] if {name: row[name] for name in keys[0]} in keys]
+        decision = [len(found) == len(race), time.monotonic() - began > 60 * args.minutes]
         dist.broadcast_object_list(decision, 0, device=device)
         if decision[0]:
             continue
         if decision[1]:
             break
         try:
-            row = measure(case, args, device)
+            rows = measure(race, args, device)
         except RuntimeError as error:  # kernels with softmax may be missing
-            if case.score not in PEER:
+            if race[0].score not in PEER:
                 raise
             if first:
-                print(f"left out, {case}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+                print(f"left out, {race[0]}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
             continue
         if cuda:
             torch.cuda.empty_cache()
         if first:
-            print(json.dumps(row), file=sys.stderr, flush=True)
-            record["results"].append(row)
+            record["results"] = [row for row in record["results"] if row not in found] + rows
+            print(*map(json.dumps, rows), sep="\n", file=sys.stderr, flush=True)
             if args.json is not None:
                 args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
                 args.json.with_suffix(".md").write_text(page(record), encoding="utf-8")
