@@ -12,8 +12,9 @@ multiplies the row. Where queries are keys (dk and dv), it multiplies the scores
 that are added to the state, which are then rounded to 16 bit once.
 
 A decay multiplies the scores of a chunk in float32, and what a row reads from the state. The state decays by
-the length of the chunk, and the columns that are added to it by their distance to its end, so that all
-factors are exp of numbers that are not positive. The full form then is the causal one and the strictly
+the length of the chunk, and the columns that are added to it by their distance to its end, those of a
+segment's sum by their distance to the end of the segment. So all factors are exp of numbers that are not
+positive. The full form then is the causal one and the strictly
 anticausal one, and their sum is rounded once. Where grouped heads have decays of their own, each query head
 has a state, and dk and dv of a key head are sums over its query heads in float32.
 
@@ -259,8 +260,6 @@ def _sum_segments(
         slope = tl.load(slopes + b.to(tl.int64) * stride_s + head)
     for step in range(skipped * GROUP, tl.cdiv(end - begin, CHUNK) * GROUP):
         chunk = begin + (step // GROUP) * CHUNK
-        if DECAY and MASK == _ANTICAUSAL:  # from the last chunk on
-            chunk = begin + (skipped + tl.cdiv(end - begin, CHUNK) - 1 - step) * CHUNK
         index = chunk + tl.arange(0, CHUNK) - first_key
         valid = (index >= seen - first_key) & (index < count)
         if SHARED == 1:
@@ -286,16 +285,14 @@ def _sum_segments(
                 acc *= unit / before
             weights *= unit
         if DECAY:
-            stop = tl.minimum(chunk + CHUNK, end)
-            acc = _decayed(acc, -slope * (stop - chunk).to(tl.float32))
             position = first_key + index
-            decay = _decay(slope, stop - 1 - position if MASK == _CAUSAL else position - chunk)
+            decay = _decay(slope, end - 1 - position if MASK == _CAUSAL else position - begin)
             weights = weights * decay if WEIGHED or ROW_WEIGHED else decay
-        if WEIGHED or ROW_WEIGHED or DECAY:
+            # v and not k: the matrix unit transposes k in shared memory, but could not in registers.
+            v_chunk = tl.trans(_scaled(tl.trans(v_chunk), weights))
+        elif WEIGHED or ROW_WEIGHED:
             k_columns = _scaled(k_columns, weights)
         acc = tl.dot(k_columns, v_chunk, acc)
-    if DECAY and MASK == _ANTICAUSAL:
-        acc = _decayed(acc, -slope * (skipped * CHUNK).to(tl.float32))
     if WEIGHED or ROW_WEIGHED:
         acc *= 1.0 / unit
     slot = _first_slot(cu_rows, cu_keys, b, segments, segment_length, VARLEN) + segment
