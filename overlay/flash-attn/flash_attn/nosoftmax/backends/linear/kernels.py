@@ -454,10 +454,15 @@ def _walk(
     at = tl.arange(0, CHUNK)
     if DECAY:
         slope = tl.load(slopes + b.to(tl.int64) * stride_s + head // GROUP_Q)
-        from_state = _decay(slope, at + 1 if MASK == _CAUSAL else CHUNK - at)
-        to_state = _decay(slope, CHUNK - 1 - at if MASK == _CAUSAL else at)
         if DIAGONAL != 0:
             factor *= _decay(slope, gap)
+        early = 1.0
+        if late and not per_visible:  # the factor is the same for all rows, and goes into their decays
+            early, factor = factor, 1.0
+        from_state = early * _decay(slope, at + 1 if MASK == _CAUSAL else CHUNK - at)
+        to_state = _decay(slope, CHUNK - 1 - at if MASK == _CAUSAL else at)
+        distance = at[None, :] - at[:, None]
+        within = early * _decay(slope, distance if MASK == _CAUSAL else -distance)
     first_counted, most = (first_row, rows) if TRANSPOSED else (first_key, keys)
     unit = 1.0
     for i in range(chunks):
@@ -487,7 +492,7 @@ def _walk(
         if DECAY:
             if MASK == _ANTICAUSAL and HAS_INITIAL:  # the last chunk may end before CHUNK positions
                 stop = tl.minimum(chunk + CHUNK, end)
-                acc *= _decay(slope, stop - position)[None, :]
+                acc *= (early * _decay(slope, stop - position))[None, :]
                 state = _decayed(state, -slope * (stop - chunk).to(tl.float32))
             else:
                 acc *= from_state[None, :]
@@ -503,10 +508,9 @@ def _walk(
                     _load(v_base + (head_k + g) * stride_vh, stride_vt, key, key_valid, channels_v, D_V)
                 )
                 p = tl.dot(k_chunk, q_columns)
-                if DECAY:
-                    # By positions, not by `at`: kept over the loop, the tile would take registers.
-                    p *= _decay(slope, tl.abs(position[:, None] - position[None, :]))
                 p = tl.where(visible, p if late else p * softmax_scale, 0.0)
+                if DECAY:
+                    p *= within
                 p = _saturate(p, dtype, WEIGHTS_SATURATE)
                 if weighed:  # relative to the row, which is divided by its own count at the end: at most 1
                     p *= _reciprocal(count)[:, None] * count[None, :]
