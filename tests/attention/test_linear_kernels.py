@@ -406,6 +406,23 @@ def test_decay_of_any_size(kernels, causal, slope):
         torch.testing.assert_close(out, plain if slope == 0.0 else diagonal, rtol=2e-3, atol=2e-2)
 
 
+def test_rounding_of_a_gentle_decay_does_not_add_up(kernels, monkeypatch):
+    """One key decays right in float32 over 300 chunks, though float32 holds no chunk's decay."""
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 1)  # one segment
+    chunks, length = 300, 64
+    slopes = torch.linspace(1e-5, 2e-5, 100)
+    decays = torch.exp(-slopes.double() * length)
+    rounding = (decays.float() / decays - 1).abs()
+    slope = slopes[rounding.argmax()]
+    q = torch.ones(1, chunks * length, 2, 16, dtype=torch.float16, device=DEVICE)
+    k = torch.zeros_like(q)
+    k[:, length - 1] = 1.0  # the end of a chunk, to which no key decays, and so none is rounded
+    form, given = Form(1 / 16, True, decay=(2,), wide=True), Given(None, slope.repeat(2).to(DEVICE))
+    out = kernels.attend(q, k, k, form, None, None, 0, 0, given)[0, length - 1 :, 0, 0].double().cpu()
+    error = (out * torch.exp(slope.double() * torch.arange(len(out))) - 1).abs().max()
+    assert error < 1e-6 < chunks * rounding.max() / 4
+
+
 @MASKS
 @pytest.mark.parametrize("poisoned", range(4), ids=["q", "k", "v", "dout"])
 def test_not_finite_shows_with_a_decay(kernels, causal, poisoned):

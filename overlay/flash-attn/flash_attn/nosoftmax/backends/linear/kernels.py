@@ -181,18 +181,40 @@ def _reciprocal(x):
 
 
 @triton.jit
-def _decayed(state, exponent):
-    """Return state * exp(exponent), for one exponent that is not positive.
+def _decay_and_rest(exponent):
+    """Return exp(exponent) rounded to float32, and what the rounding left over, for one exponent that is not
+    positive.
 
-    Near 1 a decay is 1 - loss, and the loss is subtracted: the rounding of 1 - loss would be the same for
-    each chunk, and add up.
+    The rounding is the same for each chunk, so near 1 it would add up. Far from 1 nothing lasts that long,
+    and the rest is 0.
     """
     gentle = exponent > -0.5
     x = tl.maximum(exponent, -0.5)
-    loss = x / 8.0
+    change = x / 8.0
     for i in tl.static_range(7, 0, -1):  # the series of exp(x) - 1
-        loss = (1.0 + loss) * x / i
-    return state * tl.where(gentle, 1.0, tl.exp(exponent)) + state * tl.where(gentle, loss, 0.0)
+        change = (1.0 + change) * x / i
+    near = 1.0 + change
+    return tl.where(gentle, near, tl.exp(exponent)), tl.where(gentle, change - (near - 1.0), 0.0)
+
+
+@triton.jit
+def _decayed(state, exponent):
+    """Return state * exp(exponent), for one exponent that is not positive."""
+    decay, rest = _decay_and_rest(exponent)
+    return state * decay + state * rest
+
+
+@triton.jit
+def _next_decay(decay, rest, owed):
+    """Return the decay of the next of many equal chunks, and what is left over then. owed: what was left over
+    before it.
+
+    What rounding left over is made up for by a later chunk, so that the state takes one multiplication a
+    chunk, and the decay over any number of chunks is off by about one rounding.
+    """
+    owed += rest
+    paid = decay + owed
+    return paid, owed - (paid - decay)
 
 
 @triton.jit
@@ -462,6 +484,8 @@ def _walk(
     at = tl.arange(0, CHUNK)
     if DECAY:
         slope = tl.load(slopes + b.to(tl.int64) * stride_s + head // GROUP_Q)
+        decay, rest = _decay_and_rest(-slope * CHUNK)
+        owed = 0.0
         if DIAGONAL != 0:
             factor *= _decay(slope, gap)
         early = 1.0
@@ -504,7 +528,8 @@ def _walk(
                 state = _decayed(state, -slope * (stop - chunk).to(tl.float32))
             else:
                 acc *= from_state[None, :]
-                state = _decayed(state, -slope * CHUNK)
+                paid, owed = _next_decay(decay, rest, owed)
+                state *= paid
         if MASK != _FULL:
             key_valid = (position >= seen) & (key < seen_keys)
             visible = at[:, None] <= at[None, :] if MASK == _CAUSAL else at[:, None] >= at[None, :]
