@@ -26,6 +26,9 @@ NOSOFTMAX_DEVICE float tanh(const float x) { float y; asm("tanh.approx.f32 %0, %
 NOSOFTMAX_DEVICE float exp2(const float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x)); return y; }
 NOSOFTMAX_DEVICE float rcp(const float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x)); return y; }
 NOSOFTMAX_DEVICE float fma(const float x, const float y, const float z) { return __fmaf_rn(x, y, z); }
+// These two are never made one instruction.
+NOSOFTMAX_DEVICE float mul(const float x, const float y) { return __fmul_rn(x, y); }
+NOSOFTMAX_DEVICE float add(const float x, const float y) { return __fadd_rn(x, y); }
 // x where y > 0, NaN where y is NaN, and else 0: a comparison, and an instruction that runs where it fails.
 NOSOFTMAX_DEVICE float where_positive(float x, const float y) {
     asm("{ .reg .pred p; setp.gt.f32 p, %1, 0f00000000; @!p max.NaN.f32 %0, %1, 0f00000000; }\n" : "+f"(x) : "f"(y));
@@ -41,6 +44,8 @@ NOSOFTMAX_DEVICE float tanh(const float x) { return std::tanh(x); }
 NOSOFTMAX_DEVICE float exp2(const float x) { return std::exp2(x); }
 NOSOFTMAX_DEVICE float rcp(const float x) { return 1.f / x; }
 NOSOFTMAX_DEVICE float fma(const float x, const float y, const float z) { return std::fma(x, y, z); }
+NOSOFTMAX_DEVICE float mul(const float x, const float y) { return x * y; }
+NOSOFTMAX_DEVICE float add(const float x, const float y) { return x + y; }
 NOSOFTMAX_DEVICE float max(const float x, const float y) { return x != x ? x : x > y ? x : y; }
 NOSOFTMAX_DEVICE float where_positive(const float x, const float y) { return y > 0.f ? x : y != y ? y : 0.f; }
 
@@ -220,9 +225,9 @@ private:
     }
 };
 
-// The activations that have backward kernels of their own: fewer instructions a score than the functors above.
+// The activations that have kernels of their own: fewer instructions a score than the functors above.
 //
-// value(x, slope) returns f, and sets what times_slope(dp, slope) needs. Both lack factors that wait for the sums: f has
+// value(x) returns f, and value(x, slope) sets what times_slope(dp, slope) needs, too. Both lack factors that wait for the sums: f has
 // weights_at_end on dV, and f' slopes_at_end on dQ and dK. The score is scale * x, scale within [kLeastOwnScale,
 // kMostOwnScale]. kIsClamped: f is max(value, 0), for the conversion to 16 bits. kHidesSlopes: where f hides a score,
 // times_slope gives 0, also for a NaN in dp.
@@ -236,6 +241,7 @@ template <> struct Own<Activation::relu> {
     static constexpr bool kExists = true, kIsClamped = true, kHidesSlopes = true;
 
     NOSOFTMAX_DEVICE Own(float, float) {}
+    NOSOFTMAX_DEVICE float value(const float x) const { return x; }
     NOSOFTMAX_DEVICE float value(const float x, float &slope) const { return slope = x; }
     static NOSOFTMAX_DEVICE float times_slope(const float dp, const float slope) { return machine::where_positive(dp, slope); }
     static NOSOFTMAX_DEVICE float weights_at_end(const float scale) { return scale; }
@@ -247,6 +253,10 @@ template <> struct Own<Activation::relu2> {
     const float limit;
 
     NOSOFTMAX_DEVICE Own(const float scale, float) : limit(kMaxRelu2Score / scale) {}
+    NOSOFTMAX_DEVICE float value(const float x) const {
+        float slope;
+        return value(x, slope);
+    }
     NOSOFTMAX_DEVICE float value(const float x, float &slope) const {
         slope = machine::max(x, 0.f);
         const float r = fminf(slope, limit);
@@ -262,6 +272,11 @@ template <> struct Own<Activation::sigmoid> {  // bias >= kMinBiasForTanh
     const float half_scale, half_bias;
 
     NOSOFTMAX_DEVICE Own(const float scale, const float bias) : half_scale(0.5f * scale), half_bias(0.5f * bias) {}
+    // Two instructions for x * half_scale + half_bias: with one, nvcc takes all of a tile's tanh before its products have
+    // ended, and spills.
+    NOSOFTMAX_DEVICE float value(const float x) const {
+        return machine::fma(0.5f, machine::tanh(machine::add(machine::mul(x, half_scale), half_bias)), 0.5f);
+    }
     NOSOFTMAX_DEVICE float value(const float x, float &slope) const {
         const float p = machine::fma(0.5f, machine::tanh(machine::fma(x, half_scale, half_bias)), 0.5f);
         slope = machine::fma(-p, p, p);
@@ -277,6 +292,10 @@ template <> struct Own<Activation::silu> {  // f' = g + f (1 - g), with g = sigm
     const float half_scale;
 
     NOSOFTMAX_DEVICE Own(const float scale, float) : half_scale(0.5f * scale) {}
+    NOSOFTMAX_DEVICE float value(const float x) const {
+        float slope;
+        return value(x, slope);
+    }
     NOSOFTMAX_DEVICE float value(const float x, float &slope) const {
         const float y = x * half_scale, t = machine::tanh(y), p = machine::fma(y, t, y), g = machine::fma(0.5f, t, 0.5f);
         slope = machine::fma(p, 1.f - g, g);

@@ -75,6 +75,16 @@ bool is_special(const Params &params) {
         && params.score.diagonals == nullptr && (params.is_bf16 || params.scale_softmax >= kLeastScale);
 }
 
+// Whether a kernel with one activation runs this plain call.
+template <typename Params>
+bool has_own_kernel(const Params &params) {
+    const Score &score = params.score;
+    const bool is_tanh = !score.bias_is_minus_log_n && score.sigmoid_biases == nullptr && score.sigmoid_bias >= kMinBiasForTanh;
+    return params.scale_softmax >= kLeastOwnScale && params.scale_softmax <= kMostOwnScale
+        && (score.activation == Activation::relu || score.activation == Activation::relu2
+            || score.activation == Activation::silu || (score.activation == Activation::sigmoid && is_tanh));
+}
+
 template <typename Kernel, typename Params>
 void launch(Kernel kernel, const dim3 grid, const int num_threads, const size_t smem_size, const Params &params,
             cudaStream_t stream) {
@@ -154,17 +164,32 @@ void run_special_fwd(const FwdParams &params, cudaStream_t stream) {
         && params.seqlen_q % Traits::kBlockM == 0;
     const bool is_local = is_windowed(params) && !params.is_causal;
     BOOL_SWITCH(params.is_causal, Is_causal, [&] {
-        LOCAL_SWITCH(is_local, Is_local, [&] {
+        LOCAL_SWITCH(is_local, Is_windowed, [&] {
+            constexpr bool Is_local = Is_windowed && !Traits::Only::kExists;  // which run_own_fwd takes no call with
             BOOL_SWITCH(is_even_MN, Is_even_MN, [&] {
                 // A causal kernel masks its last blocks anyway. The one for even tiles would spill 208 bytes a thread at
                 // head size 128 if it chooses among activations, the one for all tiles 32 (sm_90).
-                constexpr bool Is_even = Is_even_MN && Has_even_MN && (Is_causal ? variant == Variant::identity : !Is_local);
+                constexpr bool Is_even = Is_even_MN && Has_even_MN && (Is_causal ? Traits::kIdentity : !Is_local);
                 auto kernel = &flash_nosoftmax_fwd_kernel<Traits, Is_dropout, Is_causal, Is_local && !Is_causal,
                                                           Has_alibi, Is_even, /*Is_even_K=*/true, Is_softcap>;
                 launch(kernel, fwd_grid<Traits>(params), Traits::kNThreads, Traits::kSmemSize, params, stream);
             });
         });
     });
+}
+
+// The kernels of one activation: where they were measured to be faster.
+template<typename T, int Headdim>
+void run_own_fwd(const FwdParams &params, cudaStream_t stream) {
+    const auto run = [&](auto variant) {
+        run_special_fwd<T, Headdim, /*Is_dropout=*/false, /*Has_alibi=*/false, /*Is_softcap=*/false, variant.value>(params, stream);
+    };
+    switch (params.score.activation) {
+        case Activation::relu: return run(std::integral_constant<Variant, Variant::relu>{});
+        case Activation::relu2: return run(std::integral_constant<Variant, Variant::relu2>{});
+        case Activation::sigmoid: return run(std::integral_constant<Variant, Variant::sigmoid>{});
+        default: return run(std::integral_constant<Variant, Variant::silu>{});
+    }
 }
 
 template<typename T, int Headdim, bool Is_dropout, bool Is_softcap>
@@ -228,6 +253,11 @@ void run_mha_fwd_nosoftmax(const FwdParams &params, cudaStream_t stream) {
             ALIBI_SWITCH(params.alibi_slopes_ptr != nullptr, Has_alibi, [&] {
                 constexpr bool Is_alibi = Has_alibi && !Is_dropout && !Is_softcap;
                 constexpr bool Has_options = Is_alibi || Is_dropout || Is_softcap;
+                if constexpr (!Has_options && (Headdim == 64 || Headdim == 128)) {
+                    if ((params.is_causal || !is_windowed(params)) && has_own_kernel(params)) {
+                        return run_own_fwd<T, Headdim>(params, stream);
+                    }
+                }
                 BOOL_SWITCH(params.score.activation == Activation::identity, Is_identity, [&] {
                     constexpr Variant variant = Has_options ? Variant::options
                         : Is_identity ? Variant::identity : Variant::plain;
@@ -339,15 +369,6 @@ void launch_bwd_kernels(BwdParams params, cudaStream_t stream) {
     const int num_dq_accum = params.deterministic ? num_n_block : 1;
     convert<<<grid_m, Kernel_traits::kNThreads, smem_dq, stream>>>(params, num_dq_accum);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-// Whether a backward kernel with one activation runs this plain call.
-inline bool has_own_kernel(const BwdParams &params) {
-    const Score &score = params.score;
-    const bool is_tanh = !score.bias_is_minus_log_n && score.sigmoid_biases == nullptr && score.sigmoid_bias >= kMinBiasForTanh;
-    return params.scale_softmax >= kLeastOwnScale && params.scale_softmax <= kMostOwnScale
-        && (score.activation == Activation::relu || score.activation == Activation::relu2
-            || score.activation == Activation::silu || (score.activation == Activation::sigmoid && is_tanh));
 }
 
 template<typename Upstream_traits, typename T, Variant variant, bool Is_causal>

@@ -29,7 +29,7 @@ using namespace cute;
 // The kernels, from the most to the least special.
 //
 // identity: forward, f is the identity. As a choice at run time it would be a tenth slower (docs/results/h200-score.md).
-// relu to silu: backward, plain, with that activation and an ordinary scale (has_own_kernel in the launch template).
+// relu to silu: plain, with that activation and an ordinary scale (has_own_kernel in the launch template).
 // plain: forward without ALiBi, softcap and dropout; backward without ALiBi, and with at most one of the other two.
 // options: forward with one of ALiBi, softcap and dropout.
 // general: any call. few_rows: the same with split keys, where most rows of a tile may be beyond the last query.
@@ -290,9 +290,15 @@ struct ScoreWeights {
     // Turns prepared scores into weights.
     template <typename Engine, typename Layout>
     __forceinline__ __device__ void activate(Tensor<Engine, Layout> &scores) const {
-        visit_activation([&](const auto f) {
-            in_rounds<f.kIsLong>([&](const int i) { scores(i) = f.value(scores(i)); }, scores);
-        });
+        if constexpr (Only::kExists) {
+            const Only f(scale_of_activation(), bias);
+            #pragma unroll
+            for (int i = 0; i < size(scores); ++i) { scores(i) = f.value(scores(i)); }
+        } else {
+            visit_activation([&](const auto f) {
+                in_rounds<f.kIsLong>([&](const int i) { scores(i) = f.value(scores(i)); }, scores);
+            });
+        }
     }
 
     // Multiplies weights, and their derivatives, by their decay.
@@ -371,7 +377,7 @@ struct ScoreWeights {
     template <bool Is_dropout, bool Split, typename Engine, typename Layout>
     __forceinline__ __device__ void finish(Tensor<Engine, Layout> &acc_o, const int row0, const int row_stride) const {
         if constexpr (Split && kPrepares) { return; }
-        const float factor = scale_at_end() * (Split ? 1.f : row_factors.of_sequence())
+        const float factor = weights_at_end() * (Split ? 1.f : row_factors.of_sequence())
             * (Is_dropout ? params.rp_dropout : 1.f);
         Tensor rows = make_tensor(acc_o.data(), FLASH_NAMESPACE::convert_layout_acc_rowcol(acc_o.layout()));
         const bool by_row = !Split && params.score.by_row();
@@ -591,11 +597,28 @@ __forceinline__ __device__ void store_wide(const Thr_mma &thr_mma, Tensor<Engine
     }
 }
 
+// Whether the conversion to 16 bits is what clamps weights.
+template <typename Kernel_traits>
+__forceinline__ __device__ constexpr bool is_clamped() {
+    if constexpr (kUseSoftmax<Kernel_traits>) { return false; }
+    else if constexpr (!Kernel_traits::Only::kExists) { return false; }
+    else { return Kernel_traits::Only::kIsClamped; }
+}
+
 // convert_type (or convert_type_relu) for P, chosen by the kernel's traits. ScoreWeights has already turned infinities
 // into NaN.
 template <typename Kernel_traits, typename To_type, bool Relu=false, typename Engine, typename Layout>
 __forceinline__ __device__ auto convert_products(Tensor<Engine, Layout> const &tensor, const bool saturates=true) {
-    if constexpr (kUseSoftmax<Kernel_traits> && Relu) {
+    if constexpr (is_clamped<Kernel_traits>()) {
+        Tensor floats = recast<float2>(tensor);
+        Tensor out = make_tensor<To_type>(tensor.layout());
+        Tensor pairs = recast<uint32_t>(out);
+        #pragma unroll
+        for (int i = 0; i < size(pairs); ++i) {
+            pairs(i) = FLASH_NAMESPACE::convert_weights<To_type, /*Is_clamped=*/true>(floats(i).x, floats(i).y);
+        }
+        return out;
+    } else if constexpr (kUseSoftmax<Kernel_traits> && Relu) {
         return FLASH_NAMESPACE::convert_type_relu<To_type>(tensor);
     } else if constexpr (kUseSoftmax<Kernel_traits> || !std::is_same_v<To_type, cutlass::half_t>) {
         return FLASH_NAMESPACE::convert_type<To_type>(tensor);

@@ -1,0 +1,90 @@
+// What the threads of one block of the forward kernel do with a tile of scores.
+
+#include "cuda_names.h"
+
+#include <cute/tensor.hpp>
+#include <cutlass/cutlass.h>
+#include <cutlass/layout/layout.h>
+#include <cutlass/numeric_types.h>
+
+#define __CUDA_ARCH__ 800  // Older ones have neither bf16 nor the tiles' products.
+#include "kernel_traits.h"
+#undef __CUDA_ARCH__
+#include "utils.h"
+
+#define asm(...)  // Of conversions to fp16: the tile is bf16.
+#include "nosoftmax.h"
+#undef asm
+
+namespace {
+
+using namespace flash;
+
+struct Sequence {
+    int actual_seqlen_q, actual_seqlen_k;
+    int64_t q_offset(int64_t, int64_t, int) const { return 0; }
+};
+
+// Those of head sizes 64 and 128: FwdTile.
+template <int kHeadDim, int kRows, int kCols>
+using ForwardTile = Flash_fwd_kernel_traits<kHeadDim, kRows, kCols, /*kNWarps=*/4, /*Is_Q_in_regs=*/false,
+                                     /*Share_Q_K_smem=*/false, cutlass::bfloat16_t>;
+
+template <typename Traits>
+void weigh_tile(const WithScore<Flash_fwd_params> &params, const Sequence &sequence, const int first_row,
+                const int first_col, const float *scores, float *p) {
+    constexpr int kRows = Traits::kBlockM, kCols = Traits::kBlockN, kRowStride = Traits::kNWarps * 16;
+    const auto weights = make_mask<Traits, /*Is_causal=*/true, /*Is_local=*/false, /*Has_alibi=*/false>(
+        params, sequence, 0.f, 0, 0, first_row);
+    for (int thread = 0; thread < Traits::kNThreads; ++thread) {
+        threadIdx.x = thread;
+        typename Traits::TiledMma mma;
+        Tensor acc_s = partition_fragment_C(mma, Shape<Int<kRows>, Int<kCols>>{});
+        Tensor places = mma.get_thread_slice(thread).partition_C(make_identity_tensor(Shape<Int<kRows>, Int<kCols>>{}));
+        const auto place = [&](const int i) { return get<0>(places(i)) * kCols + get<1>(places(i)); };
+        for (int i = 0; i < size(acc_s); ++i) { acc_s(i) = scores[place(i)]; }
+        const int row0 = first_row + thread / 32 * 16 + thread % 32 / 4;
+        weights.template apply_mask</*Causal_mask=*/true, /*Is_even_MN=*/false>(acc_s, first_col, row0, kRowStride);
+        if constexpr (is_clamped<Traits>()) {  // Upstream's conversion returns a pointer into its own frame.
+            Tensor packed = convert_products<Traits, cutlass::bfloat16_t>(acc_s);
+            for (int i = 0; i < size(acc_s); ++i) { acc_s(i) = float(packed(i)); }
+        }
+        weights.template finish</*Is_dropout=*/false, /*Split=*/false>(acc_s, row0, kRowStride);  // as if V were 1
+        for (int i = 0; i < size(acc_s); ++i) { p[place(i)] = acc_s(i); }
+    }
+}
+
+template <typename Upstream>
+void weigh(const bool has_own, const WithScore<Flash_fwd_params> &params, const Sequence &sequence, const int first_row,
+           const int first_col, const float *scores, float *p) {
+    const auto call = [&](const auto traits) {
+        weigh_tile<std::remove_cv_t<decltype(traits)>>(params, sequence, first_row, first_col, scores, p);
+    };
+    if (!has_own) { return call(NoSoftmaxTraits<Upstream>{}); }
+    switch (params.score.activation) {
+        case Activation::identity: return call(NoSoftmaxTraits<Upstream, Variant::identity>{});
+        case Activation::relu: return call(NoSoftmaxTraits<Upstream, Variant::relu>{});
+        case Activation::relu2: return call(NoSoftmaxTraits<Upstream, Variant::relu2>{});
+        case Activation::sigmoid: return call(NoSoftmaxTraits<Upstream, Variant::sigmoid>{});
+        default: return call(NoSoftmaxTraits<Upstream, Variant::silu>{});
+    }
+}
+
+}  // namespace
+
+// Sets P under a causal mask, for a tile of raw scores at (first_row, first_col). has_own: the kernel has one activation.
+extern "C" void weigh(const int head_dim, const bool has_own, const int activation, const float scale, const float bias,
+                      const int seqlen_q, const int seqlen_k, const int first_row, const int first_col,
+                      const float *scores, float *p) {
+    WithScore<Flash_fwd_params> params{};
+    params.scale_softmax = scale;
+    params.window_size_left = -1;
+    params.score.activation = Activation(activation);
+    params.score.sigmoid_bias = bias;
+    const Sequence sequence{seqlen_q, seqlen_k};
+    if (head_dim == 64) {
+        weigh<ForwardTile<64, 128, 128>>(has_own, params, sequence, first_row, first_col, scores, p);
+    } else {
+        weigh<ForwardTile<128, 128, 64>>(has_own, params, sequence, first_row, first_col, scores, p);
+    }
+}
