@@ -155,6 +155,9 @@ dim3 fwd_grid(const FwdParams &params) {
     return grid_of(cute::ceil_div(params.seqlen_q, Kernel_traits::kBlockM), params.b, params.h);
 }
 
+// Whether there are forward kernels of one activation: where they were measured.
+template <int Headdim> inline constexpr bool kHasOwnFwd = Headdim == 64 || Headdim == 128;
+
 template<typename T, int Headdim, bool Is_dropout, bool Has_alibi, bool Is_softcap, Variant variant>
 void run_special_fwd(const FwdParams &params, cudaStream_t stream) {
     using Traits = FwdTraits<T, Headdim, Is_dropout, variant>;
@@ -167,9 +170,10 @@ void run_special_fwd(const FwdParams &params, cudaStream_t stream) {
         LOCAL_SWITCH(is_local, Is_windowed, [&] {
             constexpr bool Is_local = Is_windowed && !Traits::Only::kExists;  // which run_own_fwd takes no call with
             BOOL_SWITCH(is_even_MN, Is_even_MN, [&] {
-                // A causal kernel masks its last blocks anyway. The one for even tiles would spill 208 bytes a thread at
-                // head size 128 if it chooses among activations, the one for all tiles 32 (sm_90).
-                constexpr bool Is_even = Is_even_MN && Has_even_MN && (Is_causal ? Traits::kIdentity : !Is_local);
+                // A causal kernel masks its last blocks anyway. One that chooses among activations is for rare calls
+                // where the usual ones have kernels of their own.
+                constexpr bool Is_usual = Traits::kIdentity || Traits::Only::kExists || !kHasOwnFwd<Headdim>;
+                constexpr bool Is_even = Is_even_MN && Has_even_MN && Is_usual && (Is_causal ? Traits::kIdentity : !Is_local);
                 auto kernel = &flash_nosoftmax_fwd_kernel<Traits, Is_dropout, Is_causal, Is_local && !Is_causal,
                                                           Has_alibi, Is_even, /*Is_even_K=*/true, Is_softcap>;
                 launch(kernel, fwd_grid<Traits>(params), Traits::kNThreads, Traits::kSmemSize, params, stream);
@@ -178,7 +182,6 @@ void run_special_fwd(const FwdParams &params, cudaStream_t stream) {
     });
 }
 
-// The kernels of one activation: where they were measured to be faster.
 template<typename T, int Headdim>
 void run_own_fwd(const FwdParams &params, cudaStream_t stream) {
     const auto run = [&](auto variant) {
@@ -253,7 +256,7 @@ void run_mha_fwd_nosoftmax(const FwdParams &params, cudaStream_t stream) {
             ALIBI_SWITCH(params.alibi_slopes_ptr != nullptr, Has_alibi, [&] {
                 constexpr bool Is_alibi = Has_alibi && !Is_dropout && !Is_softcap;
                 constexpr bool Has_options = Is_alibi || Is_dropout || Is_softcap;
-                if constexpr (!Has_options && (Headdim == 64 || Headdim == 128)) {
+                if constexpr (!Has_options && kHasOwnFwd<Headdim>) {
                     if ((params.is_causal || !is_windowed(params)) && has_own_kernel(params)) {
                         return run_own_fwd<T, Headdim>(params, stream);
                     }
