@@ -1,8 +1,7 @@
 """Test the Triton kernels against the primitive in PyTorch in float64, on a GPU, or interpreted on the CPU if
 triton is installed.
 
-The project does not depend on triton, and a CPU machine without it skips this file. The interpreter has no
-bfloat16.
+The project does not depend on triton, and a CPU machine without it skips this file.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ pytestmark = [
 ]
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-DTYPES = [torch.float16, *[torch.bfloat16] * ON_GPU]
+DTYPES = [torch.float16, torch.bfloat16]
 MASKS = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 PER_VISIBLE = pytest.mark.parametrize("normalization", [None, "1/visible"])
 LENGTHS = [(200, 200), (70, 300), (300, 70)]
@@ -407,9 +406,9 @@ def test_decay_of_any_size(kernels, causal, slope):
 
 
 def test_rounding_of_a_gentle_decay_does_not_add_up(kernels, monkeypatch):
-    """One key decays right in float32 over 300 chunks, though float32 holds no chunk's decay."""
+    """One key decays right in float32 over 600 chunks, though float32 holds no chunk's decay."""
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 1)  # one segment
-    chunks, length = 300, 64
+    chunks, length = 600, 64
     slopes = torch.linspace(1e-5, 2e-5, 100)
     decays = torch.exp(-slopes.double() * length)
     rounding = (decays.float() / decays - 1).abs()
@@ -420,7 +419,7 @@ def test_rounding_of_a_gentle_decay_does_not_add_up(kernels, monkeypatch):
     form, given = Form(1 / 16, True, decay=(2,), wide=True), Given(None, slope.repeat(2).to(DEVICE))
     out = kernels.attend(q, k, k, form, None, None, 0, 0, given)[0, length - 1 :, 0, 0].double().cpu()
     error = (out * torch.exp(slope.double() * torch.arange(len(out))) - 1).abs().max()
-    assert error < 1e-6 < chunks * rounding.max() / 4
+    assert error < 3e-6 < chunks * rounding.max() / 4
 
 
 @MASKS

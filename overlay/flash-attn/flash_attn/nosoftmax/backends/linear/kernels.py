@@ -181,27 +181,35 @@ def _reciprocal(x):
 
 
 @triton.jit
-def _decay_and_rest(exponent):
-    """Return exp(exponent) rounded to float32, and what the rounding left over, for one exponent that is not
-    positive.
-
-    The rounding is the same for each chunk, so near 1 it would add up. Far from 1 nothing lasts that long,
-    and the rest is 0.
-    """
-    gentle = exponent > -0.5
-    x = tl.maximum(exponent, -0.5)
-    change = x / 8.0
-    for i in tl.static_range(7, 0, -1):  # the series of exp(x) - 1
-        change = (1.0 + change) * x / i
-    near = 1.0 + change
-    return tl.where(gentle, near, tl.exp(exponent)), tl.where(gentle, change - (near - 1.0), 0.0)
+def _gentle(exponent):
+    """Return exp(exponent) - 1 by its series, for an exponent from -0.5 to 0."""
+    change = exponent / 8.0
+    for i in tl.static_range(7, 0, -1):
+        change = (1.0 + change) * exponent / i
+    return change
 
 
 @triton.jit
 def _decayed(state, exponent):
-    """Return state * exp(exponent), for one exponent that is not positive."""
-    decay, rest = _decay_and_rest(exponent)
-    return state * decay + state * rest
+    """Return state * exp(exponent), for one exponent that is not positive.
+
+    Near 1 a decay is 1 + change, and the change is added: the rounding of 1 + change would be the same for
+    each step, and add up.
+    """
+    gentle = exponent > -0.5
+    change = _gentle(tl.maximum(exponent, -0.5))
+    return state * tl.where(gentle, 1.0, tl.exp(exponent)) + state * tl.where(gentle, change, 0.0)
+
+
+@triton.jit
+def _decay_and_rest(exponent):
+    """Return exp(exponent) rounded to float32, and what the rounding left over, for one exponent that is not
+    positive. Far from 1 no state lasts so long that it adds up, and the rest is 0.
+    """
+    gentle = exponent > -0.5
+    change = _gentle(tl.maximum(exponent, -0.5))
+    near = 1.0 + change
+    return tl.where(gentle, near, tl.exp(exponent)), tl.where(gentle, change - (near - 1.0), 0.0)
 
 
 @triton.jit
