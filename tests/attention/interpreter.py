@@ -1,13 +1,13 @@
-"""Make Triton's interpreter twice as fast, by leaving out what it does in vain.
+"""Make Triton's interpreter twice as fast, by leaving out what it does in vain, and teach it bfloat16.
 
-Results are the same. A release of triton with other insides is left as it is.
+Other results are the same. A release of triton with other insides is left as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-_NEEDED = ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "interpreter_builder")
+_NEEDED = ("_patch_lang", "_LangPatchScope", "_get_np_dtype", "interpreter_builder", "TensorHandle")
 
 
 def quicken() -> bool:
@@ -21,6 +21,7 @@ def quicken() -> bool:
         return False
     _patch_once_a_launch(interpreter)
     _look_up_dtypes_once(interpreter, core)
+    _teach_bfloat16(interpreter, core.bfloat16, core.float32)
     # Without `debug` it computes whether a sum overflows, and then does not assert it.
     options = interpreter.interpreter_builder.options
     interpreter.interpreter_builder.options = dataclasses.replace(
@@ -62,3 +63,37 @@ def _look_up_dtypes_once(interpreter, core) -> None:
         return known[scalar.name]
 
     interpreter._get_np_dtype = get
+
+
+def _teach_bfloat16(interpreter, bfloat16, float32) -> None:
+    """NumPy has no bfloat16, so the interpreter keeps its bits as integers. It would multiply these in a
+    product of matrices, and rounds towards 0.
+    """
+    import numpy as np  # which the interpreter needs, and the project does not
+
+    handle, builder = interpreter.TensorHandle, type(interpreter.interpreter_builder)
+    cast, convert, dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
+
+    def widened(x):
+        return handle((x.data.astype(np.uint32) << np.uint32(16)).view(np.float32), float32)
+
+    def rounded(x):  # to the nearest, the even one of two; NaN stays NaN
+        bits = np.ascontiguousarray(x).view(np.uint32)
+        nearest = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+        return np.where(np.isnan(x), np.uint16(0x7FC0), nearest.astype(np.uint16))
+
+    def cast_impl(self, src, dst_type):
+        known, wanted = src.dtype.scalar == bfloat16, dst_type.scalar == bfloat16
+        if wanted and not known:
+            return handle(rounded(src.data.astype(np.float32)), bfloat16)
+        return cast(self, widened(src) if known and not wanted else src, dst_type)
+
+    def create_dot(self, a, b, *more):
+        return dot(self, *(widened(x) if x.dtype.scalar == bfloat16 else x for x in (a, b)), *more)
+
+    def create_fp_to_fp(self, src, dst_type, rounding):
+        if bfloat16 in (src.dtype.scalar, dst_type.scalar):
+            return cast_impl(self, src, dst_type)
+        return convert(self, src, dst_type, rounding)
+
+    builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot

@@ -1,4 +1,5 @@
-"""Test that the quickened interpreter of Triton gives right results, and leaves the language as it was."""
+"""Test that the changed interpreter of Triton gives right results, in bfloat16 too, and leaves the language as
+it was."""
 
 from __future__ import annotations
 
@@ -37,3 +38,22 @@ def test_launches_are_right_and_leave_the_language_as_it_was():
         with pytest.raises(Exception, match="add pointers"):
             _fail[(1,)](out)
         assert all(getattr(tl, name) is function for name, function in before.items())
+
+
+@triton.jit
+def _multiply(x, y, product, sum_, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    a, b = tl.load(x + at), tl.load(y + at)
+    tl.store(product + at, tl.dot(a, b))
+    tl.store(sum_ + at, (a.to(tl.float32) + b.to(tl.float32)).to(tl.bfloat16))
+
+
+def test_bfloat16():
+    """Products of matrices are of the numbers, and float32 is rounded as torch does it."""
+    x, y = (torch.randn(16, 16, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1))
+    x[0, :3] = torch.tensor([1.0, torch.inf, torch.nan])
+    y[0, :3] = torch.tensor([2.0**-8, 1.0, 1.0])  # 1 + 2^-8 is as far from 1 as from the next number
+    product, total = torch.empty(16, 16), torch.empty(16, 16, dtype=torch.bfloat16)
+    _multiply[(1,)](x, y, product, total, 16)
+    torch.testing.assert_close(product, x.float() @ y.float(), equal_nan=True)
+    torch.testing.assert_close(total, (x.float() + y.float()).bfloat16(), rtol=0, atol=0, equal_nan=True)
