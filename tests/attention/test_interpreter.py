@@ -1,5 +1,5 @@
-"""Test that the changed interpreter of Triton gives right results, in bfloat16 too, and leaves the language as
-it was."""
+"""Test that the changed interpreter of Triton gives right results, in bfloat16 too, and leaves the language
+as it was."""
 
 from __future__ import annotations
 
