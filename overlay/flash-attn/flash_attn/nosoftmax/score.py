@@ -93,7 +93,7 @@ never reaches a result.
 
 Forward saturates, backward does not. Finite in, finite out: the output is finite for any finite float16
 tensors, and for bfloat16 and float32 tensors up to 1e9, if no given factor is above 1. In float16, P and the
-output saturate at +-65504; "relu2" clamps its scores to 2^40. The backward pass saturates the P that it
+output saturate at +-65504; "relu2" clamps its scores to 2^36. The backward pass saturates the P that it
 recomputes, but never dS or the gradients: a value that their dtype can't hold becomes Inf or NaN, as
 elsewhere in PyTorch, so that torch.amp.GradScaler sees it and backs off. A finite gradient is a correct
 gradient.
@@ -111,7 +111,7 @@ import torch
 MINUS_LOG_N = "-log n"
 
 # The square of a larger score would leave too little room for sums in float32 (see "Finite in, finite out").
-_RELU2_MAX_SCORE = 2.0**40
+_RELU2_MAX_SCORE = 2.0**36
 
 Bias = Union[float, torch.Tensor]
 

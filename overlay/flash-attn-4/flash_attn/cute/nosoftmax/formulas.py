@@ -23,7 +23,7 @@ Bias = Union[float, None, str]
 _LOG2_E = math.log2(math.e)
 
 # "relu2" clamps larger scores to this (score.py, "Finite in, finite out").
-_RELU2_MAX_SCORE = 2.0**40
+_RELU2_MAX_SCORE = 2.0**36
 
 # Below this bias, sigmoid is too small for (1 + tanh) / 2: tanh.approx has an error of 2^-11 near 1.
 _SIGMOID_TANH_MIN_BIAS = -2.0

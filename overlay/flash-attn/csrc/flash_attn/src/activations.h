@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cmath>
+#include <limits>
 
 #include "namespace_config.h"
 
@@ -54,7 +55,7 @@ NOSOFTMAX_DEVICE float where_positive(const float x, const float y) { return y >
 }  // namespace machine
 
 inline constexpr float kLog2E = 1.4426950408889634f;
-inline constexpr float kMaxRelu2Score = 1099511627776.f;  // 2^40: score.py, "Finite in, finite out"
+inline constexpr float kMaxRelu2Score = 68719476736.f;  // 2^36: score.py, "Finite in, finite out"
 // Below this bias, sigmoid is too small for (1 + tanh) / 2: tanh.approx has an error of 2^-11 near 1.
 inline constexpr float kMinBiasForTanh = -2.f;
 
@@ -232,6 +233,10 @@ private:
 // kMostOwnScale]. kIsClamped: f is max(value, 0), for the conversion to 16 bits. kHidesSlopes: where f hides a score,
 // times_slope gives 0, also for a NaN in dp.
 inline constexpr float kLeastOwnScale = 1.f / 65536, kMostOwnScale = 65536.f;
+// relu2's weights then lack the square of the scale. 2^17 of the largest, times values of 1e9, still fit float32.
+inline constexpr float kLeastOwnScaleOfRelu2 = 1.f / 16;
+static_assert(double(kMaxRelu2Score) * kMaxRelu2Score / (kLeastOwnScaleOfRelu2 * kLeastOwnScaleOfRelu2) * 1e9 * 131072
+              < std::numeric_limits<float>::max());
 // A score that each of these f maps to 0 with every such scale. Infinity would make silu NaN.
 inline constexpr float kHiddenScore = -18446744073709551616.f;  // -2^64
 

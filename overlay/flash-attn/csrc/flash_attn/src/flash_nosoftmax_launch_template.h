@@ -79,10 +79,16 @@ bool is_special(const Params &params) {
 template <typename Params>
 bool has_own_kernel(const Params &params) {
     const Score &score = params.score;
-    const bool is_tanh = !score.bias_is_minus_log_n && score.sigmoid_biases == nullptr && score.sigmoid_bias >= kMinBiasForTanh;
-    return params.scale_softmax >= kLeastOwnScale && params.scale_softmax <= kMostOwnScale
-        && (score.activation == Activation::relu || score.activation == Activation::relu2
-            || score.activation == Activation::silu || (score.activation == Activation::sigmoid && is_tanh));
+    const float scale = params.scale_softmax;
+    if (scale < kLeastOwnScale || scale > kMostOwnScale) { return false; }
+    switch (score.activation) {
+        case Activation::relu:
+        case Activation::silu: return true;
+        case Activation::relu2: return scale >= kLeastOwnScaleOfRelu2;
+        case Activation::sigmoid:
+            return !score.bias_is_minus_log_n && score.sigmoid_biases == nullptr && score.sigmoid_bias >= kMinBiasForTanh;
+        default: return false;
+    }
 }
 
 template <typename Kernel, typename Params>
