@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <type_traits>
 
 #include <c10/cuda/CUDAException.h>  // For C10_CUDA_CHECK and C10_CUDA_KERNEL_LAUNCH_CHECK
 
@@ -88,6 +89,17 @@ bool has_own_kernel(const Params &params) {
         case Activation::sigmoid:
             return !score.bias_is_minus_log_n && score.sigmoid_biases == nullptr && score.sigmoid_bias >= kMinBiasForTanh;
         default: return false;
+    }
+}
+
+// Calls visit with the variant, as a constant, of the kernels of such an activation.
+template <typename Visit>
+void with_own_variant(const Activation activation, Visit visit) {
+    switch (activation) {
+        case Activation::relu: return visit(std::integral_constant<Variant, Variant::relu>{});
+        case Activation::relu2: return visit(std::integral_constant<Variant, Variant::relu2>{});
+        case Activation::sigmoid: return visit(std::integral_constant<Variant, Variant::sigmoid>{});
+        default: return visit(std::integral_constant<Variant, Variant::silu>{});
     }
 }
 
@@ -174,7 +186,7 @@ void run_special_fwd(const FwdParams &params, cudaStream_t stream) {
     const bool is_local = is_windowed(params) && !params.is_causal;
     BOOL_SWITCH(params.is_causal, Is_causal, [&] {
         LOCAL_SWITCH(is_local, Is_windowed, [&] {
-            constexpr bool Is_local = Is_windowed && !Traits::Only::kExists;  // which run_own_fwd takes no call with
+            constexpr bool Is_local = Is_windowed && !Traits::Only::kExists;  // with which no call comes to its own kernel
             BOOL_SWITCH(is_even_MN, Is_even_MN, [&] {
                 // A causal kernel masks its last blocks anyway. One that chooses among activations is for rare calls
                 // where the usual ones have kernels of their own.
@@ -186,19 +198,6 @@ void run_special_fwd(const FwdParams &params, cudaStream_t stream) {
             });
         });
     });
-}
-
-template<typename T, int Headdim>
-void run_own_fwd(const FwdParams &params, cudaStream_t stream) {
-    const auto run = [&](auto variant) {
-        run_special_fwd<T, Headdim, /*Is_dropout=*/false, /*Has_alibi=*/false, /*Is_softcap=*/false, variant.value>(params, stream);
-    };
-    switch (params.score.activation) {
-        case Activation::relu: return run(std::integral_constant<Variant, Variant::relu>{});
-        case Activation::relu2: return run(std::integral_constant<Variant, Variant::relu2>{});
-        case Activation::sigmoid: return run(std::integral_constant<Variant, Variant::sigmoid>{});
-        default: return run(std::integral_constant<Variant, Variant::silu>{});
-    }
 }
 
 template<typename T, int Headdim, bool Is_dropout, bool Is_softcap>
@@ -264,7 +263,10 @@ void run_mha_fwd_nosoftmax(const FwdParams &params, cudaStream_t stream) {
                 constexpr bool Has_options = Is_alibi || Is_dropout || Is_softcap;
                 if constexpr (!Has_options && kHasOwnFwd<Headdim>) {
                     if ((params.is_causal || !is_windowed(params)) && has_own_kernel(params)) {
-                        return run_own_fwd<T, Headdim>(params, stream);
+                        return with_own_variant(params.score.activation, [&](const auto variant) {
+                            run_special_fwd<T, Headdim, /*Is_dropout=*/false, /*Has_alibi=*/false, /*Is_softcap=*/false,
+                                            decltype(variant)::value>(params, stream);
+                        });
                     }
                 }
                 BOOL_SWITCH(params.score.activation == Activation::identity, Is_identity, [&] {
@@ -389,16 +391,6 @@ void launch_own_bwd(BwdParams params, cudaStream_t stream) {
                        /*Is_even_K=*/true, /*Is_softcap=*/false>(params, stream);
 }
 
-template<typename Upstream_traits, typename T, bool Is_causal>
-void run_own_bwd(const BwdParams &params, cudaStream_t stream) {
-    switch (params.score.activation) {
-        case Activation::relu: return launch_own_bwd<Upstream_traits, T, Variant::relu, Is_causal>(params, stream);
-        case Activation::relu2: return launch_own_bwd<Upstream_traits, T, Variant::relu2, Is_causal>(params, stream);
-        case Activation::sigmoid: return launch_own_bwd<Upstream_traits, T, Variant::sigmoid, Is_causal>(params, stream);
-        default: return launch_own_bwd<Upstream_traits, T, Variant::silu, Is_causal>(params, stream);
-    }
-}
-
 // Own: the dtype, if activations have kernels of their own. They do where they were measured, on the tiles for A100 and H100.
 template<typename Upstream_traits, typename Own=void>
 void run_bwd(const BwdParams &params, cudaStream_t stream) {
@@ -417,7 +409,9 @@ void run_bwd(const BwdParams &params, cudaStream_t stream) {
                 constexpr bool Dropout = Is_dropout && Dropout_fits, Softcap = Is_softcap && !Is_dropout;
                 if constexpr (!std::is_void_v<Own> && !Is_dropout && !Is_softcap) {
                     if (is_special_call && has_own_kernel(params)) {
-                        return run_own_bwd<Upstream_traits, Own, Is_local>(params, stream);
+                        return with_own_variant(params.score.activation, [&](const auto variant) {
+                            launch_own_bwd<Upstream_traits, Own, decltype(variant)::value, Is_local>(params, stream);
+                        });
                     }
                 }
                 if (is_special_call) {
