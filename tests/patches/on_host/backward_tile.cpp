@@ -1,29 +1,8 @@
 // What the threads of one block of the backward kernel do with a tile of scores, and where they add dQ.
 
-#include "cuda_names.h"
-
-#include <cute/tensor.hpp>
-#include <cutlass/cutlass.h>
-#include <cutlass/layout/layout.h>
-#include <cutlass/numeric_types.h>
-
-#define __CUDA_ARCH__ 800  // Older ones have neither bf16 nor the tiles' products.
-#include "kernel_traits.h"
-#undef __CUDA_ARCH__
-#include "utils.h"
-
-#define asm(...)  // Of conversions to fp16: the tile is bf16.
-#include "nosoftmax.h"
-#undef asm
+#include "tile.h"
 
 namespace {
-
-using namespace flash;
-
-struct Sequence {
-    int actual_seqlen_q, actual_seqlen_k;
-    int64_t q_offset(int64_t, int64_t, int) const { return 0; }
-};
 
 // Head size, queries, keys, warps, and warps along one side of the products S, dK and dQ: run_mha_bwd_nosoftmax.
 template <int... kSizes>
@@ -111,12 +90,9 @@ extern "C" void differentiate(const int tile, const int kernel, const int activa
         };
         if (is_general) { return call(NoSoftmaxTraits<Upstream, Variant::general>{}); }
         if (kernel == 0) { return call(NoSoftmaxTraits<Upstream>{}); }
-        switch (Activation(activation)) {
-            case Activation::relu: return call(NoSoftmaxTraits<Upstream, Variant::relu>{});
-            case Activation::relu2: return call(NoSoftmaxTraits<Upstream, Variant::relu2>{});
-            case Activation::sigmoid: return call(NoSoftmaxTraits<Upstream, Variant::sigmoid>{});
-            default: return call(NoSoftmaxTraits<Upstream, Variant::silu>{});
-        }
+        with_own_variant(Activation(activation), [&](const auto variant) {
+            call(NoSoftmaxTraits<Upstream, decltype(variant)::value>{});
+        });
     });
 }
 

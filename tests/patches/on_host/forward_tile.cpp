@@ -1,29 +1,8 @@
 // What the threads of one block of the forward kernel do with a tile of scores.
 
-#include "cuda_names.h"
-
-#include <cute/tensor.hpp>
-#include <cutlass/cutlass.h>
-#include <cutlass/layout/layout.h>
-#include <cutlass/numeric_types.h>
-
-#define __CUDA_ARCH__ 800  // Older ones have neither bf16 nor the tiles' products.
-#include "kernel_traits.h"
-#undef __CUDA_ARCH__
-#include "utils.h"
-
-#define asm(...)  // Of conversions to fp16: the tile is bf16.
-#include "nosoftmax.h"
-#undef asm
+#include "tile.h"
 
 namespace {
-
-using namespace flash;
-
-struct Sequence {
-    int actual_seqlen_q, actual_seqlen_k;
-    int64_t q_offset(int64_t, int64_t, int) const { return 0; }
-};
 
 // Those of head sizes 64 and 128: FwdTile.
 template <int kHeadDim, int kRows, int kCols>
@@ -61,13 +40,10 @@ void weigh(const bool has_own, const WithScore<Flash_fwd_params> &params, const 
         weigh_tile<std::remove_cv_t<decltype(traits)>>(params, sequence, first_row, first_col, scores, p);
     };
     if (!has_own) { return call(NoSoftmaxTraits<Upstream>{}); }
-    switch (params.score.activation) {
-        case Activation::identity: return call(NoSoftmaxTraits<Upstream, Variant::identity>{});
-        case Activation::relu: return call(NoSoftmaxTraits<Upstream, Variant::relu>{});
-        case Activation::relu2: return call(NoSoftmaxTraits<Upstream, Variant::relu2>{});
-        case Activation::sigmoid: return call(NoSoftmaxTraits<Upstream, Variant::sigmoid>{});
-        default: return call(NoSoftmaxTraits<Upstream, Variant::silu>{});
-    }
+    if (params.score.activation == Activation::identity) { return call(NoSoftmaxTraits<Upstream, Variant::identity>{}); }
+    with_own_variant(params.score.activation, [&](const auto variant) {
+        call(NoSoftmaxTraits<Upstream, decltype(variant)::value>{});
+    });
 }
 
 }  // namespace

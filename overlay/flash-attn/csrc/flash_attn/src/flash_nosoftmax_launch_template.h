@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <limits>
 #include <string>
-#include <type_traits>
 
 #include <c10/cuda/CUDAException.h>  // For C10_CUDA_CHECK and C10_CUDA_KERNEL_LAUNCH_CHECK
 
@@ -89,17 +88,6 @@ bool has_own_kernel(const Params &params) {
         case Activation::sigmoid:
             return !score.bias_is_minus_log_n && score.sigmoid_biases == nullptr && score.sigmoid_bias >= kMinBiasForTanh;
         default: return false;
-    }
-}
-
-// Calls visit with the variant, as a constant, of the kernels of such an activation.
-template <typename Visit>
-void with_own_variant(const Activation activation, Visit visit) {
-    switch (activation) {
-        case Activation::relu: return visit(std::integral_constant<Variant, Variant::relu>{});
-        case Activation::relu2: return visit(std::integral_constant<Variant, Variant::relu2>{});
-        case Activation::sigmoid: return visit(std::integral_constant<Variant, Variant::sigmoid>{});
-        default: return visit(std::integral_constant<Variant, Variant::silu>{});
     }
 }
 

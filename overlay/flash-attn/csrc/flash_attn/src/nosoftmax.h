@@ -48,6 +48,17 @@ constexpr Activation only_activation(const Variant variant) {
     }
 }
 
+// Calls visit with the variant, as a constant, of the kernels of an activation that has its own.
+template <typename Visit>
+void with_own_variant(const Activation activation, Visit visit) {
+    switch (activation) {
+        case Activation::relu: return visit(std::integral_constant<Variant, Variant::relu>{});
+        case Activation::relu2: return visit(std::integral_constant<Variant, Variant::relu2>{});
+        case Activation::sigmoid: return visit(std::integral_constant<Variant, Variant::sigmoid>{});
+        default: return visit(std::integral_constant<Variant, Variant::silu>{});
+    }
+}
+
 template <typename Kernel_traits, Variant variant=Variant::plain>
 struct NoSoftmaxTraits : public Kernel_traits {
     using Upstream = Kernel_traits;
