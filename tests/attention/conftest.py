@@ -85,3 +85,21 @@ def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
     if not supports(device, request.param):
         pytest.skip(f"the kernels on {device} take float16 and bfloat16 alone, not {request.param}")
     return request.param
+
+
+@pytest.fixture
+def short_segments(monkeypatch: pytest.MonkeyPatch):
+    """Shorten the segments of linear time's kernels, so that sequences short enough for the interpreter have
+    several.
+    """
+    from flash_attn.nosoftmax.backends.linear import kernels
+
+    monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 64)
+    # Heads up to 64 have two segments on each.
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 6)
+    plans = (kernels._forward_plan, kernels._backward_plan)
+    for plan in plans:
+        plan.cache_clear()
+    yield
+    for plan in plans:
+        plan.cache_clear()

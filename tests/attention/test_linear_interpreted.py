@@ -17,6 +17,7 @@ from package import cumulative
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("short_segments"),
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed"
     ),
@@ -42,8 +43,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list:
 
     ran: list[str] = []
     monkeypatch.setattr(primitive, "has_kernels", lambda x: x.dtype in (torch.float16, torch.bfloat16))
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 6)
-    monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 64)
     for name in ("_walk", "_token"):
         run = getattr(kernels, name).run
 

@@ -23,6 +23,7 @@ from package import cumulative
 # Triton's interpreter takes seconds a test.
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("short_segments"),
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed"
     ),
@@ -46,20 +47,6 @@ def kernels():
     from flash_attn.nosoftmax.backends.linear import kernels
 
     return kernels
-
-
-@pytest.fixture(autouse=True)
-def short_segments(kernels, monkeypatch):
-    """Shorten the segments, so that sequences short enough for the interpreter have several."""
-    monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 64)
-    # Heads up to 64 have two segments on each.
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 6)
-    plans = (kernels._forward_plan, kernels._backward_plan)
-    for plan in plans:
-        plan.cache_clear()
-    yield
-    for plan in plans:
-        plan.cache_clear()
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype, mean: float = 0.0) -> Tensor:

@@ -14,9 +14,9 @@ that are added to the state, which are then rounded to 16 bit once.
 A decay multiplies the scores of a chunk in float32, and what a row reads from the state. The state decays by
 the length of the chunk, and the columns that are added to it by their distance to its end, those of a
 segment's sum by their distance to the end of the segment. So all factors are exp of numbers that are not
-positive. The full form then is the causal one and the strictly
-anticausal one, and their sum is rounded once. Where grouped heads have decays of their own, each query head
-has a state, and dk and dv of a key head are sums over its query heads in float32.
+positive. The full form then is the causal one and the strictly anticausal one, and their sum is rounded once.
+Where grouped heads have decays of their own, each query head has a state, and dk and dv of a key head are
+sums over its query heads in float32.
 
 A float32 state enters the 16-bit matrix units as the sum of two 16-bit numbers, hi + lo, which loses no more
 than the products of the quadratic kernel. In float16 the state is first scaled by a power of two to fit.
