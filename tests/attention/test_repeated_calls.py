@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import flash_attn
 import pytest
 import torch
-from flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from flash_attn import extension, flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
 from flash_attn.nosoftmax import backward, forward, interface
+from flash_attn.nosoftmax.backends import fa2
 
 from measure import qkv
 from package import cumulative
@@ -149,6 +152,65 @@ def test_the_pair():
         close(forward(*tensors, causal=True, algorithm="quadratic")[0], out.detach())
         for a, b in zip(backward(dout, *tensors, causal=True, algorithm="quadratic"), expected):
             close(a, b)
+
+
+@pytest.mark.parametrize("algorithm", ["linear", "quadratic"])
+def test_what_follows_a_call_follows_its_repetition(algorithm):
+    """Forward derivatives, transforms and profiles see a call that was made before without them."""
+    q, k, v = qkv(None, 2, 9, 9)
+    options = dict(use_softmax=False, algorithm=algorithm, causal=True)
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        return flash_attn_func(x, k, v, **options)
+
+    out = attend(q)
+    close(attend(q), out)
+    close(torch.func.jvp(attend, (q,), (q,))[1], out)  # linear in q
+    close(torch.func.vmap(attend)(torch.stack([q, 2 * q])), torch.stack([out, 2 * out]))
+    backend = "linear" if algorithm == "linear" else "cpu"
+    with torch.profiler.profile() as profile:
+        close(attend(q), out)
+    assert f"flash_attn_nosoftmax::forward[{backend}]" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("head_dim", [32, 12])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(), dict(causal=True), dict(window_size=(3, 1)), dict(softcap=2.0, activation="silu"),
+        dict(activation="sigmoid", sigmoid_bias=-1.5, normalization="1/n", softmax_scale=0.5),
+        dict(normalization=0.25),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_extension_gets_the_same_arguments(monkeypatch, options, head_dim):
+    """From a call that is prepared, and from one that is not."""
+    tensors = [torch.randn(2, 9, 3, head_dim).transpose(0, 1).to(torch.bfloat16) for _ in range(3)]
+    asked = []
+    module = SimpleNamespace(fwd=lambda *given: asked.append(given) or (given[0] + 1, None, None, None))
+    monkeypatch.setattr(extension, "load", lambda: module)
+    calls = []
+    monkeypatch.setattr(interface.ops, "attend", lambda call, *more: calls.append(call) or fa2.forward(call))
+    expected = flash_attn_func(*tensors, use_softmax=False, backend="cpu", **options)
+    out = fa2.prepared(calls[0])(*tensors)
+    assert out.equal(expected) and out.shape == tensors[0].shape
+    first, second = asked
+    assert all(a.equal(b) for a, b in zip(first[:3], second[:3])) and first[3:] == second[3:]
+
+
+def test_what_is_prepared():
+    """Not what depends on other tensors, or is random."""
+    q, k, v = qkv(None, 2, 9, 9)
+    prepared = {}
+    for name, options in {
+        "plain": dict(), "causal": dict(causal=True), "factors": dict(normalization=torch.ones(2)),
+    }.items():  # fmt: skip
+        flash_attn_func(q, k, v, use_softmax=False, algorithm="linear", **options)
+        *_, known = interface._known.values()
+        prepared[name] = known.repeated is not None
+    flash_attn_func(q, k, v, dropout_p=0.5, **OFF)
+    *_, known = interface._known.values()
+    assert prepared == {"plain": True, "causal": True, "factors": False} and known.repeated is None
 
 
 def test_few_are_kept(monkeypatch):

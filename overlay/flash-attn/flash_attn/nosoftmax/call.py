@@ -4,6 +4,7 @@ Both wheels have a copy of this module, so it imports only torch and its sibling
 whether an object is an instance of Call.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional, get_type_hints
 
 import torch
@@ -147,8 +148,37 @@ class Call(NamedTuple):
         """The tensor fields in order, None where a tensor is absent."""
         return self[:TENSORS]
 
+    def apart(self) -> tuple[list, "Frame"]:
+        """Return the tensors that are there, and the rest of a call that has no cache."""
+        tensors = self[:TENSORS]
+        given = [x for x in tensors if x is not None]
+        if len(given) == len(_MAIN):
+            return given, Frame(_MAIN, self.options)
+        return given, Frame(tuple(i for i, x in enumerate(tensors) if x is not None), self.options)
+
 
 TENSORS = Call._fields.index("options")
+_MAIN = (0, 1, 2)  # q, k and v, which every call has
+_NOTHING_ELSE = (None,) * (TENSORS - len(_MAIN))
+
+
+class Frame(NamedTuple):
+    """A call without its tensors and without a cache. places: the indices of the fields that hold a
+    tensor.
+    """
+
+    places: tuple
+    options: Options
+
+    def call(self, tensors: Sequence[torch.Tensor]) -> Call:
+        """Return the call with these tensors, in the order of the fields."""
+        if self.places == _MAIN:
+            # Call(...) would take the host three times as long.
+            return tuple.__new__(Call, (*tensors, *_NOTHING_ELSE, self.options, None))
+        there = dict(zip(self.places, tensors))
+        return Call(*(there.get(i) for i in range(TENSORS)), self.options)
+
+
 # The public arguments that become tensors of a call, by field, where the names differ.
 ARGUMENTS = {
     "row_factors": "normalization", "sigmoid_biases": "sigmoid_bias", "target_counts": "num_targets",

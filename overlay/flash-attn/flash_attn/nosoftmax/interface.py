@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn, Optional
 
@@ -10,7 +10,7 @@ import torch
 
 from .. import extension
 from . import checks, masking, ops
-from .call import ARGUMENTS, Cache, Call, Options, needs_grad
+from .call import ARGUMENTS, Cache, Call, Frame, needs_grad
 from .choice import Choice, Wanted, choice_of_environment, choose, wanted
 
 _DOC = """\
@@ -117,6 +117,8 @@ def softmax_optional(function: Callable[..., Any]) -> Callable[..., Any]:
             (function, len(args), *kwargs, type(mask)), values, algorithm, backend, has_cache
         )
         if known is not None and known.places is not None:
+            if known.repeated is not None and ops.runs_alone():
+                return known.repeated(*known.tensors(values))
             return _returned(known.call(values), known.backend, False, derives=known.derives)
         arguments, rebuild = bind(args, kwargs), None
         if getattr(arguments.get("q", arguments.get("qkv")), "is_nested", False):
@@ -309,25 +311,27 @@ class _Known(NamedTuple):
     """The remembered result of checking a call and choosing its backend.
 
     places: the index of each tensor of the call among the argument values; None if a tensor is made from an
-    argument, for example by a conversion. rest: the fields of the call after q, k and v, if it has no other
-    tensors; else None. derives: whether autograd may ask for gradients.
+    argument, for example by a conversion, and for a call with a cache. frame: the rest of the call, if there
+    are places. derives: whether autograd may ask for gradients. repeated: see ops.repeated; None where the
+    public function returns more than the output.
     """
 
     backend: str
-    options: Options
     places: Optional[tuple]
-    rest: Optional[tuple]
+    frame: Optional[Frame]
     derives: bool
+    repeated: Optional[Callable]
+
+    def tensors(self, values: tuple) -> Sequence[torch.Tensor]:
+        """Return the tensors of a call that looks the same."""
+        tensors = [values[place] for place in self.places]
+        if len(tensors) == 3:
+            return tensors
+        # Each backend takes any strides of q, k and v.
+        return [*tensors[:3], *(x.contiguous() for x in tensors[3:])]
 
     def call(self, values: tuple) -> Call:
-        """Return the call with other tensors that look the same."""
-        q, k, v, *more = self.places
-        if self.rest is not None:
-            # Call(...) would take the host three times as long.
-            return tuple.__new__(Call, (values[q], values[k], values[v], *self.rest))
-        # Each backend takes any strides of q, k and v.
-        more = [None if place is None else values[place].contiguous() for place in more]
-        return Call(values[q], values[k], values[v], *more, self.options)
+        return self.frame.call(self.tensors(values))
 
 
 _known: dict[tuple, _Known] = {}
@@ -339,6 +343,12 @@ _OF_TENSORS = frozenset((
 ))  # fmt: skip
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 _REMEMBERED = checks.PLAIN | {torch.dtype}
+
+
+# By names of this module, which take half as long to look up at each call.
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
+_is_autocast_enabled = torch._C._is_any_autocast_enabled
+_modes_of_dispatch, _tracing_state = torch._C._len_torch_dispatch_stack, torch._C._get_tracing_state
 
 
 def _recall(of: tuple, values: tuple, algorithm: str, backend: str, strides: bool) -> tuple:
@@ -354,16 +364,16 @@ def _looks(of: tuple, values: tuple, algorithm: str, backend: str, strides: bool
     change, such as a list. strides: whether the key includes the strides of the tensors.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        _is_compiling()
+        or _modes_of_dispatch() > 0
+        or _tracing_state() is not None
         or type(algorithm) is not str
         or type(backend) is not str
     ):
         return None
     named = choice_of_environment() if backend == "auto" else None
-    looks = [of, torch.is_grad_enabled(), algorithm, backend, named]
-    if torch._C._is_any_autocast_enabled():
+    looks = [of, _is_grad_enabled(), algorithm, backend, named]
+    if _is_autocast_enabled():
         looks += [_autocast_dtype(kind) for kind in _SOFTMAX_BACKENDS]
     try:
         for x in values:
@@ -415,11 +425,15 @@ def _remember(repeats: Repeats, call: Call, backend: str) -> None:
     """Remember the checked call and its backend."""
     if repeats.reads:
         return
-    places = None if call.cache is not None else repeats.places(call)
     if len(_known) >= _MOST_LOOKS:
         _known.clear()
-    rest = call[3:] if all(x is None for x in call.tensors[3:]) else None
-    _known[repeats.looks] = _Known(backend, call.options, places, rest, needs_grad(call))
+    places, derives = None if call.cache is not None else repeats.places(call), needs_grad(call)
+    if places is None:
+        _known[repeats.looks] = _Known(backend, None, None, derives, None)
+        return
+    places, (_, frame) = tuple(place for place in places if place is not None), call.apart()
+    repeated = None if call.options.return_attn_probs else ops.repeated(call, backend, derives)
+    _known[repeats.looks] = _Known(backend, places, frame, derives, repeated)
 
 
 def _returned(

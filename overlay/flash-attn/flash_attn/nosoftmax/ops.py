@@ -10,6 +10,7 @@ q, k and v, on every backend. ALiBi adds a constant to the scores, which vanishe
 calls with another tensor in these places omit alibi_slopes. decay_slopes multiply, and stay.
 """
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 
 from . import checks, flops, masking
 from .backends import Result
-from .call import TENSORS, Cache, Call, Options, declared, needs_grad
+from .call import TENSORS, Cache, Call, Frame, Options, declared, needs_grad
 from .choice import MODULES, choose, wanted
 
 _NAMESPACE = "flash_attn_nosoftmax"
@@ -49,6 +50,28 @@ def run(call: Call, backend: str) -> Result:
         with _record("forward", module):
             return module.forward(call)
     return module.forward(call)
+
+
+def repeated(call: Call, backend: str, derives: bool) -> Optional[Callable[..., torch.Tensor]]:
+    """Return what runs calls like this one with other tensors, where runs_alone(): a function of the tensors
+    that are there, which returns the output. None if only `attend` can run them. derives: see needs_grad.
+    """
+    if call.cache is not None or call.options.dropout_p > 0.0:
+        return None
+    given, frame = call.apart()
+    if derives:
+        return lambda *tensors: Attention.apply_now(*tensors, frame, backend)
+    prepared = getattr(MODULES[backend], "prepared", None)
+    return None if prepared is None or len(given) > 3 else prepared(call)
+
+
+def runs_alone() -> bool:
+    """Whether nothing around a call follows what it computes, but for reverse-mode autograd."""
+    return not (_are_transforms_active() or forward_ad._current_level >= 0 or _is_profiled())
+
+
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_is_profiled = torch.autograd._profiler_enabled
 
 
 def run_backward(call: Call, backend: str, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
@@ -93,7 +116,8 @@ def attend(
     derives = needs_grad(call) if derives is None else derives
     if transformed or derives or forward_ad._current_level >= 0:
         apply = Attention.apply if transformed else Attention.apply_now
-        result = apply(*call.tensors, call.options, backend)
+        given, frame = call.apart()
+        result = apply(*given, frame, backend)
         return Result(*result) if isinstance(result, tuple) else Result(result)
     return run(call, backend)
 
@@ -116,7 +140,8 @@ def gradients(call: Call, backend: str, dout: torch.Tensor, rng_state: Optional[
         return _OPERATORS.backward(dout, *call.tensors, rng_state, *call.options, backend)
     if transformed or torch.is_grad_enabled() or forward_ad._current_level >= 0:
         apply = Gradients.apply if transformed else Gradients.apply_now
-        return apply(dout, *call.tensors, rng_state, call.options, backend)
+        given, frame = call.apart()
+        return apply(dout, *given, rng_state, frame, backend)
     return run_backward(call, backend, dout, rng_state)
 
 
@@ -146,17 +171,17 @@ class _Function(torch.autograd.Function):
 
 
 class Attention(_Function):
-    """(*tensors of a Call, options, backend) -> out, or with dropout a Result."""
+    """(*tensors of a Call, Frame, backend) -> out, or with dropout a Result."""
 
     @staticmethod
     def forward(*inputs):
-        *tensors, options, backend = inputs
-        result = run(Call(*tensors, options), backend)
-        return result.out if options.dropout_p == 0.0 else tuple(result)
+        *tensors, frame, backend = inputs
+        result = run(frame.call(tensors), backend)
+        return result.out if frame.options.dropout_p == 0.0 else tuple(result)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.options, ctx.backend = inputs
+        *tensors, ctx.frame, ctx.backend = inputs
         rng_state = None
         if isinstance(output, tuple):
             _, rng_state, s_dmask = output
@@ -169,16 +194,16 @@ class Attention(_Function):
 
     @staticmethod
     def backward(ctx, dout, *_):
+        constants = (None,) * (len(ctx.frame.places) - 1)  # the tensors after v, the frame and the backend
         if dout is None:
-            return (None,) * (TENSORS + 2)
+            return None, None, None, *constants
         *tensors, rng_state = _saved(ctx)
-        grads = gradients(Call(*tensors, ctx.options), ctx.backend, dout, rng_state)
-        return *grads, *(None,) * (TENSORS - 1)
+        return *gradients(ctx.frame.call(tensors), ctx.backend, dout, rng_state), *constants
 
     @staticmethod
     def jvp(ctx, *tangents):
         *tensors, _ = ctx.saved_tensors
-        call = Call(*tensors, ctx.options)
+        call = ctx.frame.call(tensors)
         _linear_only(call, "a forward derivative")
         out = _in_each_place(call, ctx.backend, *tangents[:3])  # attention is linear in each of the three
         if out is None:
@@ -187,22 +212,22 @@ class Attention(_Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        *tensors, options, backend = inputs
-        call = _folded(info.batch_size, in_dims, tensors, options)
+        *tensors, frame, backend = inputs
+        call = _folded(info.batch_size, in_dims, tensors, frame)
         return attend(call, backend).out.unflatten(0, (info.batch_size, -1)), 0
 
 
 class Gradients(_Function):
-    """(dout, *tensors of a Call, rng_state, options, backend) -> dq, dk, dv."""
+    """(dout, *tensors of a Call, rng_state, Frame, backend) -> dq, dk, dv."""
 
     @staticmethod
     def forward(dout, *inputs):
-        *tensors, rng_state, options, backend = inputs
-        return tuple(run_backward(Call(*tensors, options), backend, dout, rng_state))
+        *tensors, rng_state, frame, backend = inputs
+        return tuple(run_backward(frame.call(tensors), backend, dout, rng_state))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        dout, *tensors, rng_state, ctx.options, ctx.backend = inputs
+        dout, *tensors, _, ctx.frame, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dout, *tensors)
         if forward_ad._current_level >= 0:
@@ -211,19 +236,20 @@ class Gradients(_Function):
     @staticmethod
     def backward(ctx, *cotangents):
         dout, *tensors = _saved(ctx)
-        return *_second(Call(*tensors, ctx.options), ctx.backend, dout, cotangents), *(None,) * TENSORS
+        grads = _second(ctx.frame.call(tensors), ctx.backend, dout, cotangents)
+        return *grads, *(None,) * len(tensors)  # the tensors after v, rng_state, the frame and the backend
 
     @staticmethod
     def jvp(ctx, *tangents):
         dout, *tensors = ctx.saved_tensors
-        call = Call(*tensors, ctx.options)
+        call = ctx.frame.call(tensors)
         _linear_only(call, "a second derivative")
         return _tangents_of_gradients(call, ctx.backend, dout, *tangents[:4])
 
     @staticmethod
     def vmap(info, in_dims, dout, *inputs):
-        *tensors, _, options, backend = inputs
-        call = _folded(info.batch_size, in_dims[1:], tensors, options)
+        *tensors, _, frame, backend = inputs
+        call = _folded(info.batch_size, in_dims[1:], tensors, frame)
         grads = gradients(call, backend, _fold(info.batch_size, in_dims[0], dout), None)
         return tuple(grad.unflatten(0, (info.batch_size, -1)) for grad in grads), (0, 0, 0)
 
@@ -324,9 +350,10 @@ def _fold(count: int, dim: Optional[int], x: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, 1)
 
 
-def _folded(count: int, in_dims: tuple, tensors: list, options: Options) -> Call:
+def _folded(count: int, in_dims: tuple, tensors: list, frame: Frame) -> Call:
     """Make one dense call of all entries of a vmap."""
-    call = Call(*tensors, options)
+    call, options = frame.call(tensors), frame.options
+    dims_of = dict(zip(frame.places, in_dims))
     if options.dropout_p > 0.0:
         raise RuntimeError(
             f"vmap of attention with dropout_p={options.dropout_p}: its mask can't be drawn for each entry, "
@@ -337,7 +364,7 @@ def _folded(count: int, in_dims: tuple, tensors: list, options: Options) -> Call
     q, k, v = (_fold(count, dim, x) for dim, x in zip(in_dims, call.tensors[:3]))
     batch = q.shape[0] // count
     more = {
-        name: _fold_constants(count, in_dims[Call._fields.index(name)], getattr(call, name), batch, dims)
+        name: _fold_constants(count, dims_of.get(Call._fields.index(name)), getattr(call, name), batch, dims)
         for name, dims in (
             ("alibi_slopes", 1),
             ("sigmoid_biases", 1),

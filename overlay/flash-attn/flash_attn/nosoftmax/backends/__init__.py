@@ -7,6 +7,10 @@
     forward(call)                    Result
     backward(call, dout, rng_state)  (dq, dk, dv), shaped as q, k and v
 
+A backend may have one more, prepared(call): forward for calls that differ from this one in q, k and v alone,
+as a function of these three that returns the output, where a call has no other tensors and no dropout. It
+saves the host what does not change.
+
 Backends work outside autograd and check no argument again. linear: linear time. fa4: the CuTe-DSL kernels of
 flash-attn-4. fa2: the CUDA extension of this package. cpu: PyTorch. The order of preference is in
 ../choice.py.

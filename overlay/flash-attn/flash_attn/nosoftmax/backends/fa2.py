@@ -1,6 +1,6 @@
 """Run calls on this package's CUDA extension, upstream's CUTLASS kernels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Optional
 
@@ -138,6 +138,22 @@ def forward(call: Call) -> Result:
         )  # fmt: skip
     out = out if q is call.q else _cut(out, call.q)
     return Result(out, rng_state, mask if s_dmask else None) if o.dropout_p > 0.0 else Result(out)
+
+
+def prepared(call: Call) -> Optional[Callable[..., torch.Tensor]]:
+    if call.varlen:
+        return None
+    o = call.options
+    arguments = (
+        o.dropout_p, o.softmax_scale, *_window(call, None), o.softcap, False, None, False, _score(call, None),
+    )  # fmt: skip
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        taken = _taken(q, k, v)
+        out = extension.load().fwd(*taken, None, None, *arguments)[0]
+        return out if taken[0] is q else _cut(out, q)
+
+    return run
 
 
 def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:

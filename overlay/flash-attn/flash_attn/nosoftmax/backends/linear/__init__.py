@@ -13,6 +13,7 @@ design.
     state.py      prefill, continue and step with a recurrent state
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Optional
 
@@ -157,6 +158,11 @@ def _arguments(call: Call) -> tuple:
 
 def forward(call: Call) -> Result:
     return Result(primitive.attend(call.q, call.k, call.v, *_arguments(call)))
+
+
+def prepared(call: Call) -> Callable[..., torch.Tensor]:
+    arguments = _arguments(call)
+    return lambda q, k, v: primitive.attend(q, k, v, *arguments)
 
 
 def backward(call: Call, dout: torch.Tensor, rng_state: Optional[torch.Tensor]) -> tuple:
