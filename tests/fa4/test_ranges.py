@@ -83,6 +83,29 @@ def test_blocks_without_a_mask_are_found():
         assert sorted(plain) == list(np.flatnonzero(~hidden[:, n])), n
 
 
+@pytest.mark.parametrize("drawn", [drawn, drawn_part])
+@pytest.mark.parametrize("part", range(2))
+def test_what_a_part_of_a_tile_skips(part, drawn):
+    """A warp group skips the block that its tile visits first only if none of its rows sees a key of it."""
+    skipped = kept = 0
+    for seed in range(part, CASES // 2, 2):
+        case = drawn(20_000 + seed)
+        tile_m, rows, tile_n = ((128, 64, 64), (128, 64, 80), (32, 16, 16))[seed // 2 % 3]
+        seen, sequence = case.visible(), case.sequence
+        for m in range(-(-case.seqlen_q // tile_m)):
+            blocks = sequence.keys(m, tile_m, tile_n)
+            if blocks.count == 0:
+                continue
+            key = blocks.physical(blocks.count - 1) * tile_n
+            for row in range(m * tile_m, min((m + 1) * tile_m, case.seqlen_q), rows):
+                at = row + sequence.offset
+                hidden = not seen[row : row + rows, key : key + tile_n].any()
+                skips = bool(sequence.hides_from(key, at, at + rows - 1))
+                assert hidden or not skips, (case, m, row)
+                skipped, kept = skipped + skips, kept + (hidden and not skips)
+    assert skipped > 300 and kept < skipped, (skipped, kept)
+
+
 @drawing
 @pytest.mark.parametrize("part", range(2))
 def test_entries(part, drawn):

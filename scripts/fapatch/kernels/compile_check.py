@@ -164,6 +164,12 @@ SMALL = _named(
         {"head_dim": 128, "activation": "silu", "varlen": True, "hstu": TARGETS, "diagonal": True},
         {"head_dim": 64, "activation": "relu", "causal": True, "page_size": 64, "wide": True},
         {"head_dim": 256, "activation": "silu", "causal": True},
+        {
+            "head_dim": 256,
+            "activation": "silu",
+            "varlen": True,
+            "hstu": {"targets": "sequence", "contexts": "number"},
+        },
         # Sequences that are long enough for large tiles, and lengths that differ too much for the grid.
         {"head_dim": 128, "activation": "silu", "causal": True, "varlen": True, "seqlen": 5000},
         {"head_dim": 128, "activation": "silu", "varlen": True, "longest": 3000, "hstu": EVERY_PART},

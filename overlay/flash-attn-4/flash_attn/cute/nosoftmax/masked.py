@@ -21,6 +21,7 @@ from flash_attn.cute.nosoftmax.ranges import (
     IntervalRanges,
     WindowRanges,
     first_slot,
+    hides_from,
 )
 from flash_attn.cute.nosoftmax.registers import Registers
 from quack import layout_utils
@@ -262,6 +263,50 @@ def at_blocks(block: Callable, *functions: Callable, name: Optional[str] = None)
         return visit
 
     return list(functions) if block is _same else [at(function) for function in functions]
+
+
+# ---- Where a warp group begins ----
+
+
+def skips(kernel: Any) -> bool:
+    """Whether a warp group of the forward, whose rows are a part of its tile's, may see nothing of the block
+    of keys that the tile visits first, and can leave it to the others: they do not wait for each other.
+    """
+    mark = kernel.no_softmax
+    if mark is None or kernel.use_block_sparsity or kernel.pack_gqa or not kernel.use_tma_KV:
+        return False
+    causal = kernel.is_causal and not kernel.is_local or mark.hstu is not None
+    return causal and not kernel.use_scheduler_barrier and kernel.tile_n < kernel.tile_m - _ROWS + 1
+
+
+_ROWS = 64  # of a tile, of a warp group
+
+
+def skip_hidden(
+    kernel: Any, seqlen: SeqlenInfo, blocks: BlockInfo, m_block: Int32, warp_group: Int32, n_block_min: Int32,
+    n_block_max: Int32, pipeline_k: Any, pipeline_v: Any, state: Any,
+) -> tuple:  # fmt: skip
+    """Return (state of the pipelines, n_block_max), one block later if this warp group's rows see none of its
+    keys."""
+    if not skips(kernel):
+        return state, n_block_max
+    ranges = getattr(seqlen, "ranges", None)
+    first = position(seqlen, m_block * kernel.tile_m + warp_group * _ROWS)
+    last = first + (_ROWS - 1)
+    key = key_block(kernel.no_softmax, blocks, seqlen, m_block)(n_block_max - 1) * kernel.tile_n
+    hidden = hides_from(key, last) if ranges is None else ranges.hides_from(key, first, last)
+    return _skip(hidden & (n_block_max - n_block_min > 1), n_block_max, pipeline_k, pipeline_v, state)
+
+
+@cute.jit
+def _skip(hidden: Boolean, n_block_max: Int32, pipeline_k: Any, pipeline_v: Any, state: Any) -> tuple:
+    if hidden:
+        for pipeline in (pipeline_k, pipeline_v):
+            pipeline.consumer_wait(state, pipeline.consumer_try_wait(state))
+            pipeline.consumer_release(state)
+        state.advance()
+        n_block_max -= 1
+    return state, n_block_max
 
 
 # ---- The ends ----

@@ -76,6 +76,11 @@ class Blocks(NamedTuple):
         return index + shift
 
 
+def hides_from(key: Any, last: Any) -> Any:
+    """Whether causal rows up to position `last` see no key from `key` on."""
+    return key > last
+
+
 class HSTURanges(NamedTuple):
     """One sequence under HSTU. kind says, when a kernel is compiled, which parts the mask has; the others are
     not read. diagonal: the position of query 0, None for seqlen_k - seqlen_q. No position is above seqlen_k.
@@ -194,6 +199,11 @@ class HSTURanges(NamedTuple):
     def visible(self, position: Any) -> Any:
         """Return the number of keys that a row sees."""
         return sum(self.m.max(end - first, 0) for first, end in self.of_row(position))
+
+    def hides_from(self, key: Any, first: Any, last: Any) -> Any:
+        """Whether rows at positions first to last see no key from `key` on; False if that is not clear."""
+        hidden = hides_from(key, last)
+        return hidden & (first >= self.contexts) if self.kind.contexts else hidden
 
     # ---- Blocks of keys for a tile of queries ----
 
