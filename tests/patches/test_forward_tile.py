@@ -16,8 +16,11 @@ from oracle import FUNCTIONS
 pytestmark = [pytest.mark.source, pytest.mark.slow]
 SEQLEN_Q, SEQLEN_K = 700, 650
 OWN = ("identity", "relu", "relu2", "sigmoid", "silu")
-# (activation, whether the kernel has no other)
-KERNELS = [(f, False) for f in FUNCTIONS if f != "identity"] + [(f, True) for f in OWN]
+KINDS = ("plain", "own", "general")  # own: the kernel has no other activation
+KERNELS = [
+    *((f, "plain", 0.0) for f in FUNCTIONS if f != "identity"), *((f, "own", 0.0) for f in OWN),
+    *((f, "general", softcap) for f in FUNCTIONS for softcap in (0.0, 5.0)),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +30,9 @@ def library(on_host) -> ctypes.CDLL:
 
 @pytest.mark.parametrize("first_col", [128, 256, 576], ids=["visible", "on the diagonal", "at the end"])
 @pytest.mark.parametrize("scale, bias", [(0.25, -0.5), (3.0, 0.0)], ids=str)
-@pytest.mark.parametrize("activation, own", KERNELS, ids=str)
+@pytest.mark.parametrize("activation, kind, softcap", KERNELS, ids=str)
 @pytest.mark.parametrize("head_dim, rows, cols", [(64, 128, 128), (128, 128, 64)], ids=str)
-def test_weights(library, head_dim, rows, cols, activation, own, scale, bias, first_col):
+def test_weights(library, head_dim, rows, cols, activation, kind, softcap, scale, bias, first_col):
     """P of a tile, times what waits for the end. What the mask hides is 0, even where the score is NaN."""
     torch.manual_seed(0)
     row = torch.arange(640 if first_col > 500 else 320, 10**6)[:rows, None]
@@ -38,10 +41,12 @@ def test_weights(library, head_dim, rows, cols, activation, own, scale, bias, fi
     raw = torch.where(visible, torch.randn(rows, cols) * 8, torch.nan)
     p = torch.full_like(raw, torch.nan)
     library.weigh(
-        head_dim, own, list(FUNCTIONS).index(activation), ctypes.c_float(scale), ctypes.c_float(bias),
+        head_dim, KINDS.index(kind), list(FUNCTIONS).index(activation),
+        *map(ctypes.c_float, (scale, bias, softcap)),
         SEQLEN_Q, SEQLEN_K, int(row[0]), first_col, *(ctypes.c_void_p(x.data_ptr()) for x in (raw, p)),
     )  # fmt: skip
-    value = FUNCTIONS[activation](raw.nan_to_num(0.0).double() * scale, bias)
+    score = raw.nan_to_num(0.0).double() * scale
+    value = FUNCTIONS[activation](score if softcap == 0.0 else softcap * (score / softcap).tanh(), bias)
     expected = torch.where(visible, value, 0.0)
     error = (p.double() - expected).abs()
     assert (error <= 2.0**-8 * expected.abs() + 1e-6).all(), f"P is off by {error.max():.3g}"

@@ -1,6 +1,6 @@
 // Launches the kernels without softmax, fewer than upstream has with softmax. Special kernels run calls with a head
 // size that fills the tile, at most one of ALiBi, softcap and dropout, no decay and no diagonal, and an ordinary scale. General
-// kernels run all others: in them ALiBi is a run-time choice and causal masking is a window.
+// kernels run all others: in them ALiBi, and forward softcap, are run-time choices and causal masking is a window.
 
 #pragma once
 
@@ -19,12 +19,6 @@
 
 namespace FLASH_NAMESPACE {
 
-#ifdef FLASHATTENTION_DISABLE_ALIBI
-inline constexpr bool kBuildAlibi = false;
-#else
-inline constexpr bool kBuildAlibi = true;
-#endif
-
 // Upstream's kernels, with parameters that have a Score.
 
 template<typename Kernel_traits, bool Is_dropout, bool Is_causal, bool Is_local, bool Has_alibi, bool Is_even_MN,
@@ -35,11 +29,11 @@ __global__ void flash_nosoftmax_fwd_kernel(KERNEL_PARAM_MODIFIER const FwdParams
                                   Is_softcap, /*Return_softmax=*/false>(params);
 }
 
-template<typename Kernel_traits, bool Is_local, bool Is_softcap, bool Split, bool Append_KV>
+template<typename Kernel_traits, bool Is_local, bool Split, bool Append_KV>
 __global__ void flash_nosoftmax_fwd_splitkv_kernel(KERNEL_PARAM_MODIFIER const FwdParams params) {
     FLASH_NAMESPACE::compute_attn_splitkv<Kernel_traits, /*Is_causal=*/false, Is_local, kBuildAlibi,
-                                          /*Is_even_MN=*/false, /*Is_even_K=*/false, Is_softcap, Split, Append_KV>(
-        params);
+                                          /*Is_even_MN=*/false, /*Is_even_K=*/false, /*Is_softcap=*/false, Split,
+                                          Append_KV>(params);
 }
 
 template<typename Kernel_traits, bool Is_dropout, bool Is_causal, bool Is_local, bool Has_alibi, bool Is_even_K,
@@ -188,12 +182,12 @@ void run_special_fwd(const FwdParams &params, cudaStream_t stream) {
     });
 }
 
-template<typename T, int Headdim, bool Is_dropout, bool Is_softcap>
+template<typename T, int Headdim, bool Is_dropout>
 void run_general_fwd(const FwdParams &params, cudaStream_t stream) {
     using Traits = FwdTraits<T, Headdim, Is_dropout, Variant::general>;
     BOOL_SWITCH(is_windowed(params), Is_local, [&] {
         auto kernel = &flash_nosoftmax_fwd_kernel<Traits, Is_dropout, /*Is_causal=*/false, Is_local, kBuildAlibi,
-                                                  /*Is_even_MN=*/false, /*Is_even_K=*/false, Is_softcap>;
+                                                  /*Is_even_MN=*/false, /*Is_even_K=*/false, /*Is_softcap=*/false>;
         launch(kernel, fwd_grid<Traits>(params), Traits::kNThreads, Traits::kSmemSize, params, stream);
     });
 }
@@ -245,7 +239,7 @@ void run_mha_fwd_nosoftmax(const FwdParams &params, cudaStream_t stream) {
     DROPOUT_SWITCH(params.p_dropout < 1.f, Is_dropout, [&] {
         SOFTCAP_SWITCH(params.softcap > 0.f, Is_softcap_, [&] {
             constexpr bool Is_softcap = Is_softcap_ && !Is_dropout;  // both together are rejected before
-            if (!is_special_call) { return run_general_fwd<T, Headdim, Is_dropout, Is_softcap>(params, stream); }
+            if (!is_special_call) { return run_general_fwd<T, Headdim, Is_dropout>(params, stream); }
             ALIBI_SWITCH(params.alibi_slopes_ptr != nullptr, Has_alibi, [&] {
                 constexpr bool Is_alibi = Has_alibi && !Is_dropout && !Is_softcap;
                 constexpr bool Has_options = Is_alibi || Is_dropout || Is_softcap;
@@ -327,10 +321,8 @@ void run_mha_fwd_splitkv_nosoftmax(const FwdParams &params, cudaStream_t stream)
                                 : grid_of(num_m_block, params.b, params.h);
         BOOL_SWITCH(is_windowed(params), Is_local, [&] {
             BOOL_SWITCH(params.knew_ptr != nullptr, Append_KV, [&] {
-                SOFTCAP_SWITCH(params.softcap > 0.f, Is_softcap, [&] {
-                    auto kernel = &flash_nosoftmax_fwd_splitkv_kernel<Traits, Is_local, Is_softcap, Split, Append_KV>;
-                    launch(kernel, grid, Traits::kNThreads, Traits::kSmemSize, params, stream);
-                });
+                auto kernel = &flash_nosoftmax_fwd_splitkv_kernel<Traits, Is_local, Split, Append_KV>;
+                launch(kernel, grid, Traits::kNThreads, Traits::kSmemSize, params, stream);
             });
         });
         if constexpr (Split) {

@@ -37,6 +37,18 @@ enum class Variant { identity, relu, relu2, sigmoid, silu, plain, options, gener
 
 inline constexpr float kLeastScale = 1.f / 128;
 
+// What general kernels choose at run time, if the build has it.
+#ifdef FLASHATTENTION_DISABLE_ALIBI
+inline constexpr bool kBuildAlibi = false;
+#else
+inline constexpr bool kBuildAlibi = true;
+#endif
+#ifdef FLASHATTENTION_DISABLE_SOFTCAP
+inline constexpr bool kBuildSoftcap = false;
+#else
+inline constexpr bool kBuildSoftcap = true;
+#endif
+
 // The activation that is the only one of a variant; the identity stands for none.
 constexpr Activation only_activation(const Variant variant) {
     switch (variant) {
@@ -257,6 +269,9 @@ struct ScoreWeights {
     __forceinline__ __device__ void apply_mask(Tensor<Engine, Layout> &acc_s, const int col0, const int row0,
                                                const int row_stride) const {
         Tensor scores = make_tensor(acc_s.data(), FLASH_NAMESPACE::convert_layout_acc_rowcol(acc_s.layout()));
+        if constexpr (Kernel_traits::kIsGeneral && kBuildSoftcap) {
+            if (params.softcap > 0.f) { FLASH_NAMESPACE::apply_softcap(scores, params.softcap); }
+        }
         if constexpr (Kernel_traits::kFewRows) {
             // In a warp, 8 rows of the tile follow one another, with 4 threads each.
             const int rows_left = row_factors.binfo.actual_seqlen_q - (row0 - int(threadIdx.x % 32) / 4);
