@@ -267,46 +267,41 @@ def at_blocks(block: Callable, *functions: Callable, name: Optional[str] = None)
 
 # ---- Where a warp group begins ----
 
-
-def skips(kernel: Any) -> bool:
-    """Whether a warp group of the forward, whose rows are a part of its tile's, may see nothing of the block
-    of keys that the tile visits first, and can leave it to the others: they do not wait for each other.
-    """
-    mark = kernel.no_softmax
-    if mark is None or kernel.use_block_sparsity or kernel.pack_gqa or not kernel.use_tma_KV:
-        return False
-    causal = kernel.is_causal and not kernel.is_local or mark.hstu is not None
-    return causal and not kernel.use_scheduler_barrier and kernel.tile_n < kernel.tile_m - _ROWS + 1
-
-
 _ROWS = 64  # of a tile, of a warp group
 
 
-def skip_hidden(
+def skip_unseen(
     kernel: Any, seqlen: SeqlenInfo, blocks: BlockInfo, m_block: Int32, warp_group: Int32, n_block_min: Int32,
     n_block_max: Int32, pipeline_k: Any, pipeline_v: Any, state: Any,
 ) -> tuple:  # fmt: skip
-    """Return (state of the pipelines, n_block_max), one block later if this warp group's rows see none of its
-    keys."""
-    if not skips(kernel):
+    """Return (state of the pipelines, n_block_max) of a warp group of the forward, whose rows are a part of
+    its tile's. If they see nothing of the block of keys that the tile visits first, it begins with the next
+    one, and if they are behind the sequence, with the last one. So warp groups must not wait for each other.
+    """
+    mark, alone = kernel.no_softmax, kernel.tile_m == _ROWS
+    if mark is None or alone or kernel.use_scheduler_barrier or kernel.pack_gqa or kernel.use_block_sparsity:
         return state, n_block_max
-    ranges = getattr(seqlen, "ranges", None)
-    first = position(seqlen, m_block * kernel.tile_m + warp_group * _ROWS)
-    last = first + (_ROWS - 1)
-    key = key_block(kernel.no_softmax, blocks, seqlen, m_block)(n_block_max - 1) * kernel.tile_n
-    hidden = hides_from(key, last) if ranges is None else ranges.hides_from(key, first, last)
-    return _skip(hidden & (n_block_max - n_block_min > 1), n_block_max, pipeline_k, pipeline_v, state)
+    row, count = m_block * kernel.tile_m + warp_group * _ROWS, n_block_max - n_block_min
+    skipped = Int32(0)
+    if mark.hstu is not None or kernel.is_causal and not hides(mark):
+        first = position(seqlen, row)
+        last = first + (_ROWS - 1)
+        key = key_block(mark, blocks, seqlen, m_block)(n_block_max - 1) * kernel.tile_n
+        hidden = hides_from(key, last) if mark.hstu is None else seqlen.ranges.hides_from(key, first, last)
+        skipped = Registers.where(hidden & (count > 1), 1, 0)
+    skipped = Registers.where(row >= seqlen.seqlen_q, count - 1, skipped)
+    return _skip(skipped, pipeline_k, pipeline_v, state), n_block_max - cutlass.max(skipped, 0)
 
 
 @cute.jit
-def _skip(hidden: Boolean, n_block_max: Int32, pipeline_k: Any, pipeline_v: Any, state: Any) -> tuple:
-    if hidden:
+def _skip(count: Int32, pipeline_k: Any, pipeline_v: Any, state: Any) -> Any:
+    """Let `count` blocks of keys and values pass."""
+    for _ in cutlass.range(count, unroll=1):
         for pipeline in (pipeline_k, pipeline_v):
             pipeline.consumer_wait(state, pipeline.consumer_try_wait(state))
             pipeline.consumer_release(state)
         state.advance()
-        n_block_max -= 1
-    return state, n_block_max
+    return state
 
 
 # ---- The ends ----
