@@ -279,7 +279,9 @@ def skip_unseen(
     one, and if they are behind the sequence, with the last one. So warp groups must not wait for each other.
     """
     mark, alone = kernel.no_softmax, kernel.tile_m == _ROWS
-    if mark is None or alone or kernel.use_scheduler_barrier or kernel.pack_gqa or kernel.use_block_sparsity:
+    if mark is None or alone or kernel.use_scheduler_barrier:
+        return state, n_block_max
+    if kernel.pack_gqa or kernel.use_block_sparsity or not kernel.use_tma_KV:
         return state, n_block_max
     row, count = m_block * kernel.tile_m + warp_group * _ROWS, n_block_max - n_block_min
     skipped = Int32(0)
