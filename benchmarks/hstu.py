@@ -12,9 +12,10 @@ candidates a sequence. Variants, timed in turn on the same tensors:
     quarter     a quarter of each sequence is candidates
 
 A row has the operations of the visible scores a second, and those of the tiles that hold one, which is what
-the kernels compute. Rows go to --json as they come, and a run that finds its own rows there goes on after
-them. --quick takes one head size and three shapes. The table is written beside the JSON file. The first call
-of a kernel compiles it; --compile does only that, in several processes at once.
+the kernels compute: above head size 128 less, where half of a forward tile sees nothing. Rows go to --json as
+they come, and a run that finds its own rows there goes on after them. --quick takes one head size and three
+shapes. The table is written beside the JSON file. The first call of a kernel compiles it; --compile
+does only that, in several processes at once.
 """
 
 from __future__ import annotations

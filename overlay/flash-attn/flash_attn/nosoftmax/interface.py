@@ -312,8 +312,7 @@ class _Known(NamedTuple):
 
     places: the index of each tensor of the call among the argument values; None if a tensor is made from an
     argument, for example by a conversion, and for a call with a cache. frame: the rest of the call, if there
-    are places. derives: whether autograd may ask for gradients. repeated: see ops.repeated; None where the
-    public function returns more than the output.
+    are places. derives: whether autograd may ask for gradients. repeated: see ops.repeated.
     """
 
     backend: str
@@ -432,8 +431,7 @@ def _remember(repeats: Repeats, call: Call, backend: str) -> None:
         _known[repeats.looks] = _Known(backend, None, None, derives, None)
         return
     places, (_, frame) = tuple(place for place in places if place is not None), call.apart()
-    repeated = None if call.options.return_attn_probs else ops.repeated(call, backend, derives)
-    _known[repeats.looks] = _Known(backend, places, frame, derives, repeated)
+    _known[repeats.looks] = _Known(backend, places, frame, derives, ops.repeated(call, backend, derives))
 
 
 def _returned(

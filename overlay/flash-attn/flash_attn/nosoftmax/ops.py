@@ -53,10 +53,11 @@ def run(call: Call, backend: str) -> Result:
 
 
 def repeated(call: Call, backend: str, derives: bool) -> Optional[Callable[..., torch.Tensor]]:
-    """Return what runs calls like this one with other tensors, where runs_alone(): a function of the tensors
-    that are there, which returns the output. None if only `attend` can run them. derives: see needs_grad.
+    """Return what runs calls like this one, without a cache, with other tensors, where runs_alone(): a
+    function of the tensors that are there, which returns the output. None if only `attend` can run them, or
+    if they return more. derives: see needs_grad.
     """
-    if call.cache is not None or call.options.dropout_p > 0.0:
+    if call.options.dropout_p > 0.0 or call.options.return_attn_probs:
         return None
     given, frame = call.apart()
     if derives:

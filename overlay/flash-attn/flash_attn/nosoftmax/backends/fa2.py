@@ -127,9 +127,8 @@ def forward(call: Call) -> Result:
     s_dmask = o.return_attn_probs and o.dropout_p > 0.0
     if not call.varlen:
         out, _, mask, rng_state = extension.load().fwd(
-            q, k, v, None, call.alibi_slopes, o.dropout_p, o.softmax_scale, *window, o.softcap, s_dmask, None,
-            False, score,
-        )  # fmt: skip
+            q, k, v, None, call.alibi_slopes, *_after_slopes(call, window, s_dmask, score)
+        )
     else:
         out, _, mask, rng_state = extension.load().varlen_fwd(
             q, k, v, None, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k, call.leftpad_k,
@@ -140,13 +139,14 @@ def forward(call: Call) -> Result:
     return Result(out, rng_state, mask if s_dmask else None) if o.dropout_p > 0.0 else Result(out)
 
 
-def prepared(call: Call) -> Optional[Callable[..., torch.Tensor]]:
-    if call.varlen:
-        return None
+def _after_slopes(call: Call, window: tuple, s_dmask: bool, score: Optional[tuple]) -> tuple:
+    """Return the arguments of the extension's fwd after alibi_slopes."""
     o = call.options
-    arguments = (
-        o.dropout_p, o.softmax_scale, *_window(call, None), o.softcap, False, None, False, _score(call, None),
-    )  # fmt: skip
+    return o.dropout_p, o.softmax_scale, *window, o.softcap, s_dmask, None, False, score
+
+
+def prepared(call: Call) -> Callable[..., torch.Tensor]:
+    arguments = _after_slopes(call, _window(call, None), False, _score(call, None))
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         taken = _taken(q, k, v)
