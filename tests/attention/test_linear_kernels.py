@@ -783,7 +783,7 @@ def test_step(kernels, d, d_v, group, decay, by_slot):
 @pytest.mark.parametrize("limit", [101376, 166912, 232448], ids=["99 KiB", "163 KiB", "227 KiB"])
 def test_tunings_fit_the_shared_memory(kernels, limit):
     """Tunings fit compute capability 8.9, 8.0 and 9.0. The largest limit needs no change of the table."""
-    for block_d, tuning in (*kernels._WALK.items(), *kernels._WALK_WITH_DECAY.items()):
+    for block_d, tuning in kernels._WALK.items():
         fitted = tuning.within(limit, block_d)
         assert (
             fitted.shared_memory(block_d) <= limit
@@ -796,8 +796,7 @@ def test_tunings_fit_the_shared_memory(kernels, limit):
 def test_two_programs_fit_a_multiprocessor(kernels):
     """Tunings for two programs fit the 228 KiB of compute capability 9.0. Each program takes 1 more."""
     pairs = {d: tuning for d, tuning in kernels._WALK.items() if tuning.segments > 1}
-    pairs.update((d, x) for d, x in kernels._WALK_WITH_DECAY.items() if x != kernels._WALK[d])
-    assert sorted(pairs) == [16, 32, 64, 128]
+    assert sorted(pairs) == [16, 32, 64]
     for block_d, tuning in pairs.items():
         assert 2 * (tuning.shared_memory(block_d) + 1024) <= 228 * 1024, block_d
 
@@ -819,10 +818,10 @@ def test_states_have_the_segments_of_their_walks(kernels, d, d_v, decay, monkeyp
     inside_back = kernels._state_plan(sequences, form.of_dv(), q, q, v, False)
     numbers = [x._segments.numbers for x in (states, back, inside, inside_back)]
     assert len(set(numbers)) == 1
-    # 12 multiprocessors and 4 heads. Two tiles of columns share a state of size 128 where it decays.
+    # 12 multiprocessors and 4 heads.
     count = 6 if d == 64 else 3
     assert numbers[0][2] == count
-    assert walk._walk._grid[0] == count * (2 if d_v == 128 and (d == 64 or decay) else 1)
+    assert walk._walk._grid[0] == count * (2 if d_v == 128 and d == 64 else 1)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

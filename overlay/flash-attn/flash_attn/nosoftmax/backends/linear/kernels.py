@@ -118,11 +118,27 @@ def _first_factor(start, length, b, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def _load(base, stride, index, valid, channels, CHANNELS: tl.constexpr):
-    """Load the rows `index` (where valid, else 0) and the columns `channels` of a matrix with CHANNELS
-    columns.
+def _pointers(base, stride, first, at, channels, NEAR: tl.constexpr):
+    """Return pointers to the rows first + at and the columns `channels` of a matrix.
+
+    NEAR: the distance from row `first` fits 32 bits, and is computed once for all chunks. That saves
+    instructions and takes registers.
     """
-    pointers = base + index[:, None].to(tl.int64) * stride + channels[None, :]
+    if NEAR:
+        return base + first.to(tl.int64) * stride + (at[:, None] * stride + channels[None, :]).to(tl.uint32)
+    return base + (first + at)[:, None].to(tl.int64) * stride + channels[None, :]
+
+
+@triton.jit
+def _load(
+    base, stride, first, at, valid, channels, CHANNELS: tl.constexpr, WHOLE: tl.constexpr, NEAR: tl.constexpr
+):  # fmt: skip
+    """Load the rows first + at (where valid, else 0) and the columns `channels` of a matrix with CHANNELS
+    columns. WHOLE: all of them are there.
+    """
+    pointers = _pointers(base, stride, first, at, channels, NEAR)
+    if WHOLE:
+        return tl.load(pointers)
     return tl.load(pointers, mask=valid[:, None] & (channels < CHANNELS)[None, :], other=0.0)
 
 
@@ -142,11 +158,11 @@ def _power_of_two_below(x):
 
 
 @triton.jit
-def _hi_lo(state, dtype: tl.constexpr, CUT: tl.constexpr = False):
+def _hi_lo(state, dtype: tl.constexpr):
     """Split state * up into hi + lo in 16 bit. Returns hi, lo and 1 / up, a power of two.
 
-    CUT: in bfloat16, hi is the upper half of the state's bits. Compared to rounding, this takes fewer
-    instructions and registers, and costs lo one of its bits.
+    In bfloat16, hi is the upper half of the state's bits. To round it would give lo one bit more, and take
+    a conversion that a multiprocessor does for 16 numbers a cycle, where others do 128.
     """
     down = 1.0
     if dtype == tl.float16:
@@ -155,7 +171,7 @@ def _hi_lo(state, dtype: tl.constexpr, CUT: tl.constexpr = False):
         largest = tl.max(tl.abs(state * 0.0 + state))
         down = _power_of_two_below(tl.maximum(largest, 1e-30)) / 16384.0
         state = state * (1.0 / down)
-    if CUT and dtype == tl.bfloat16:
+    if dtype == tl.bfloat16:
         bits = state.to(tl.int32, bitcast=True)
         hi = (bits >> 16).to(tl.int16).to(dtype, bitcast=True)
         return hi, (state - (bits & -65536).to(tl.float32, bitcast=True)).to(dtype), down
@@ -257,7 +273,7 @@ def _sum_segments(
     D: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, MASK: tl.constexpr, WEIGHED: tl.constexpr, ROW_WEIGHED: tl.constexpr,
     SHARED: tl.constexpr, DECAY: tl.constexpr, DIAGONAL: tl.constexpr, VARLEN: tl.constexpr,
-    ALL: tl.constexpr, FLAT: tl.constexpr,
+    ALL: tl.constexpr, FLAT: tl.constexpr, WHOLE: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """sums[slot of the segment, head] = sum of k^T v over the segment's keys and the head's group.
 
@@ -265,7 +281,8 @@ def _sum_segments(
     the last segment (causal) or the first (anticausal). WEIGHED: each key is divided by the number of rows
     that see it. ROW_WEIGHED: each key is multiplied by its own factor.
     DECAY: each key is decayed to the segment's last position (causal) or its first (anticausal), by the slope
-    of the head; GROUP is 1 then, and SHARED heads have the same key head.
+    of the head; GROUP is 1 then, and SHARED heads have the same key head. WHOLE, NEAR: see `_load` and
+    `_pointers`.
     """
     tiles_v: tl.constexpr = (D_V + BLOCK_V - 1) // BLOCK_V
     tiles: tl.constexpr = tiles_v * ((D + BLOCK_D - 1) // BLOCK_D)
@@ -294,11 +311,13 @@ def _sum_segments(
     # Whole chunks before the first key seen are skipped; the rest is one loop over chunks and the heads of
     # the group.
     skipped = tl.maximum(seen - begin, 0) // CHUNK
+    at = tl.arange(0, CHUNK)
     if DECAY:
         slope = tl.load(slopes + b.to(tl.int64) * stride_s + head)
+        to_side = _decay(slope, CHUNK - 1 - at if MASK == _CAUSAL else at)
     for step in range(skipped * GROUP, tl.cdiv(end - begin, CHUNK) * GROUP):
         chunk = begin + (step // GROUP) * CHUNK
-        index = chunk + tl.arange(0, CHUNK) - first_key
+        index = chunk + at - first_key
         valid = (index >= seen - first_key) & (index < count)
         if SHARED == 1:
             key_head = (head * GROUP + step % GROUP).to(tl.int64)
@@ -306,8 +325,8 @@ def _sum_segments(
             key_head = (head // SHARED).to(tl.int64)
         k_base = k + b.to(tl.int64) * stride_kb + start_key.to(tl.int64) * stride_kt + key_head * stride_kh
         v_base = v + b.to(tl.int64) * stride_vb + start_key.to(tl.int64) * stride_vt + key_head * stride_vh
-        k_chunk = _load(k_base, stride_kt, index, valid, channels, D)
-        v_chunk = _load(v_base, stride_vt, index, valid, channels_v, D_V)
+        k_chunk = _load(k_base, stride_kt, chunk - first_key, at, valid, channels, D, WHOLE, NEAR)
+        v_chunk = _load(v_base, stride_vt, chunk - first_key, at, valid, channels_v, D_V, WHOLE, NEAR)
         k_columns = tl.trans(k_chunk)
         if WEIGHED:
             if k.dtype.element_ty == tl.float16:
@@ -323,8 +342,11 @@ def _sum_segments(
                 acc *= unit / before
             weights *= unit
         if DECAY:
-            position = first_key + index
-            decay = _decay(slope, end - 1 - position if MASK == _CAUSAL else position - begin)
+            if WHOLE:  # to the side of the chunk, and from there to that of the segment
+                decay = to_side * _decay(slope, end - CHUNK - chunk if MASK == _CAUSAL else chunk - begin)
+            else:
+                position = first_key + index
+                decay = _decay(slope, end - 1 - position if MASK == _CAUSAL else position - begin)
             weights = weights * decay if WEIGHED or ROW_WEIGHED else decay
             # v and not k: the matrix unit transposes k in shared memory, but could not in registers.
             v_chunk = tl.trans(_scaled(tl.trans(v_chunk), weights))
@@ -339,6 +361,19 @@ def _sum_segments(
         out + channels[:, None] * D_V + channels_v[None, :], acc,
         mask=(channels < D)[:, None] & (channels_v < D_V)[None, :],
     )  # fmt: skip
+
+
+@triton.jit
+def _segment_of(i, count, MASK: tl.constexpr):
+    """Return the segment that `_scan` comes to as number i."""
+    return count - 1 - i if MASK == _ANTICAUSAL else i
+
+
+@triton.jit
+def _own_sum(here, i, first, count, summed, heads, offsets, SIZE: tl.constexpr, MASK: tl.constexpr):
+    """Load the sum of the segment that `_scan` comes to as number i; 0 from number `summed` on."""
+    pointers = here + (first + _segment_of(i, count, MASK)) * heads * SIZE
+    return tl.load(pointers, mask=offsets < tl.where(i < summed, SIZE, 0), other=0.0)
 
 
 @triton.jit(do_not_specialize=["heads"])
@@ -366,20 +401,28 @@ def _scan(
     carry = tl.zeros((BLOCK,), dtype=tl.float32)
     if HAS_INITIAL:
         carry = tl.load(initial + (b.to(tl.int64) * heads + head) * SIZE + offsets, mask=inside, other=0.0)
-    for i in range(count):
-        segment = count - 1 - i if MASK == _ANTICAUSAL else i
-        pointers = here + (first + segment) * heads * SIZE
-        size = SIZE
-        if not HAS_FINAL and MASK != _FULL:
-            size = tl.where(i < count - 1, SIZE, 0)  # the last sum is not needed, and was not computed
-        own = tl.load(pointers, mask=offsets < size, other=0.0)
-        if MASK != _FULL:
-            tl.store(pointers, carry, mask=inside)
-        if DECAY:
-            length = tl.minimum((segment + 1) * segment_length, total) - segment * segment_length
-            slope = tl.load(slopes + b.to(tl.int64) * stride_s + head)
-            carry = _decayed(carry, -slope * length.to(tl.float32))
-        carry += own
+    slope = tl.load(slopes + b.to(tl.int64) * stride_s + head) if DECAY else 0.0
+    # Without a final state, the last sum is not needed, and was not computed.
+    summed = count if HAS_FINAL or MASK == _FULL else count - 1
+    # Four sums are on their way at once. A store that one of them might alias would make it wait.
+    for i in range(0, count, 4):
+        own_0 = _own_sum(here, i, first, count, summed, heads, offsets, SIZE, MASK)
+        own_1 = _own_sum(here, i + 1, first, count, summed, heads, offsets, SIZE, MASK)
+        own_2 = _own_sum(here, i + 2, first, count, summed, heads, offsets, SIZE, MASK)
+        own_3 = _own_sum(here, i + 3, first, count, summed, heads, offsets, SIZE, MASK)
+        for j in tl.static_range(4):
+            own = own_0 if j == 0 else own_1 if j == 1 else own_2 if j == 2 else own_3
+            segment = _segment_of(i + j, count, MASK)
+            if MASK != _FULL:
+                tl.store(
+                    here + (first + segment) * heads * SIZE, carry,
+                    mask=offsets < tl.where(i + j < count, SIZE, 0),
+                )  # fmt: skip
+            after = carry
+            if DECAY:
+                length = tl.minimum((segment + 1) * segment_length, total) - segment * segment_length
+                after = _decayed(carry, -slope * length.to(tl.float32))
+            carry = tl.where(i + j < count, after + own, carry)
     if MASK == _FULL and count > 0:
         tl.store(here + first * heads * SIZE, carry, mask=inside)
     if HAS_FINAL:
@@ -398,6 +441,7 @@ def _walk(
     TRANSPOSED: tl.constexpr, NORMALIZATION: tl.constexpr, ROW_FACTORS: tl.constexpr,
     DIAGONAL: tl.constexpr, VARLEN: tl.constexpr, HAS_STATES: tl.constexpr, HAS_INITIAL: tl.constexpr,
     FLAT: tl.constexpr, WEIGHTS_SATURATE: tl.constexpr, OUTPUT_SATURATES: tl.constexpr,
+    WHOLE: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_V columns of the output of one segment and one head.
 
@@ -407,7 +451,8 @@ def _walk(
 
     DECAY: slopes has one for each state. SHARED_Q states have the same head of q, and `out` has a head for
     each of them; SHARED_K states have the same head of k and v. STRICT: a row does not see its own position.
-    partial: laid out as `out`, in float32, and added to it.
+    partial: laid out as `out`, in float32, and added to it. WHOLE, NEAR: see `_load` and `_pointers`.
+    With NEAR, q, k, v and out have one stride, so that they share their distances.
     """
     dtype: tl.constexpr = q.dtype.element_ty
     # bfloat16 products fit without scaling, so that the scale can be applied at the end.
@@ -455,6 +500,8 @@ def _walk(
             start_key if TRANSPOSED else start_row, keys if TRANSPOSED else rows, b, VARLEN
         )
 
+    if NEAR:
+        stride_kt, stride_vt, stride_ot = stride_qt, stride_qt, stride_qt
     channels, channels_v = tl.arange(0, BLOCK_D), tile * BLOCK_V + tl.arange(0, BLOCK_V)
     # A stride times an index can exceed 2^31.
     head_q, head_k = head.to(tl.int64), (head // GROUP_Q * GROUP_K).to(tl.int64)
@@ -490,6 +537,9 @@ def _walk(
 
     chunks = tl.cdiv(end - begin, CHUNK)
     at = tl.arange(0, CHUNK)
+    visible = at[:, None] <= at[None, :] if MASK == _CAUSAL else at[:, None] >= at[None, :]
+    if STRICT:
+        visible = visible & (at[:, None] != at[None, :])
     if DECAY:
         slope = tl.load(slopes + b.to(tl.int64) * stride_s + head // GROUP_Q)
         decay, rest = _decay_and_rest(-slope * CHUNK)
@@ -502,7 +552,10 @@ def _walk(
         from_state = early * _decay(slope, at + 1 if MASK == _CAUSAL else CHUNK - at)
         to_state = _decay(slope, CHUNK - 1 - at if MASK == _CAUSAL else at)
         distance = at[None, :] - at[:, None]
-        within = early * _decay(slope, distance if MASK == _CAUSAL else -distance)
+        # A NaN stands for what is hidden, so that a chunk needs no positions to see that.
+        within = tl.where(
+            visible, early * _decay(slope, distance if MASK == _CAUSAL else -distance), float("nan")
+        )
     first_counted, most = (first_row, rows) if TRANSPOSED else (first_key, keys)
     unit = 1.0
     for i in range(chunks):
@@ -510,7 +563,8 @@ def _walk(
         position = chunk + at
         row, key = position - first_row, position - first_key
         valid = (row >= 0) & (row < rows)
-        q_columns = tl.trans(_load(q_base, stride_qt, row, valid, channels, D))
+        from_row, from_key = chunk - first_row, chunk - first_key
+        q_columns = tl.trans(_load(q_base, stride_qt, from_row, at, valid, channels, D, WHOLE, NEAR))
         if per_visible:
             count = _visible(position, first_counted, most, DIAGONAL)
         if weighed and not late:
@@ -522,7 +576,7 @@ def _walk(
                 before, unit = unit, _unit_of(weights)
                 state *= unit / before
         if MASK != _FULL:
-            hi, lo, down = _hi_lo(state, dtype, DECAY)
+            hi, lo, down = _hi_lo(state, dtype)
         acc = tl.dot(hi, q_columns)
         acc = tl.dot(lo, q_columns, acc)
         if weighed:
@@ -540,18 +594,23 @@ def _walk(
                 state *= paid
         if MASK != _FULL:
             key_valid = (position >= seen) & (key < seen_keys)
-            visible = at[:, None] <= at[None, :] if MASK == _CAUSAL else at[:, None] >= at[None, :]
-            if STRICT:
-                visible = visible & (at[:, None] != at[None, :])
             for g in range(GROUP_K):
-                k_chunk = _load(k_base + (head_k + g) * stride_kh, stride_kt, key, key_valid, channels, D)
-                v_columns = tl.trans(
-                    _load(v_base + (head_k + g) * stride_vh, stride_vt, key, key_valid, channels_v, D_V)
-                )
+                k_chunk = _load(
+                    k_base + (head_k + g) * stride_kh, stride_kt, from_key, at, key_valid, channels, D,
+                    WHOLE, NEAR,
+                )  # fmt: skip
+                v_chunk = _load(
+                    v_base + (head_k + g) * stride_vh, stride_vt, from_key, at, key_valid, channels_v, D_V,
+                    WHOLE, NEAR,
+                )  # fmt: skip
+                v_columns = tl.trans(v_chunk)
                 p = tl.dot(k_chunk, q_columns)
-                p = tl.where(visible, p if late else p * softmax_scale, 0.0)
+                if not late:
+                    p *= softmax_scale
                 if DECAY:
-                    p *= within
+                    p = tl.where(within == within, p * within, 0.0)
+                else:
+                    p = tl.where(visible, p, 0.0)
                 p = _saturate(p, dtype, WEIGHTS_SATURATE)
                 if weighed:  # relative to the row, which is divided by its own count at the end: at most 1
                     p *= _reciprocal(count)[:, None] * count[None, :]
@@ -572,19 +631,21 @@ def _walk(
             acc *= 1.0 / unit
         if ROW_FACTORS == _OF_ROW and not TRANSPOSED:
             acc *= tl.load(factors + row, mask=valid, other=0.0)[None, :]
-        sees = position >= seeing
-        if DIAGONAL != 0:
-            sees = sees & (position < stops_seeing)
-        acc = tl.where(sees[None, :], acc, 0.0)
+        if not WHOLE:
+            sees = position >= seeing
+            if DIAGONAL != 0:
+                sees = sees & (position < stops_seeing)
+            acc = tl.where(sees[None, :], acc, 0.0)
         if HAS_PARTIAL:
             summed = partial + b.to(tl.int64) * stride_ob + start_row.to(tl.int64) * stride_ot
             summed += head_q * stride_oh
-            acc += tl.trans(_load(summed, stride_ot, row, valid, channels_v, D_V))
-        tl.store(
-            out_base + row[:, None].to(tl.int64) * stride_ot + channels_v[None, :],
-            tl.trans(_saturate(acc, dtype, OUTPUT_SATURATES).to(out.dtype.element_ty)),
-            mask=valid[:, None] & (channels_v < D_V)[None, :],
-        )  # fmt: skip
+            acc += tl.trans(_load(summed, stride_ot, from_row, at, valid, channels_v, D_V, WHOLE, NEAR))
+        pointers = _pointers(out_base, stride_ot, from_row, at, channels_v, NEAR)
+        result = tl.trans(_saturate(acc, dtype, OUTPUT_SATURATES).to(out.dtype.element_ty))
+        if WHOLE:
+            tl.store(pointers, result)
+        else:
+            tl.store(pointers, result, mask=valid[:, None] & (channels_v < D_V)[None, :])
 
 
 @triton.jit
@@ -768,15 +829,13 @@ _WALK = {
     128: _Tuning(64, 128, 8, 3),
     256: _Tuning(64, 64, 8, 2),
 }
-# With a decay, a dense walk at 128 spills registers with the tuning above, and none with this one. Two
-# programs then fit a multiprocessor, one for each half of the columns: 0.80 times as long, but 1.05 times
-# without a decay (H200, 64k tokens, 2026-11-30).
-_WALK_WITH_DECAY = {**_WALK, 128: _Tuning(64, 64, 4, 2)}
 _SUM = _Tuning(64, 128, 8, 4)
 # Segment lengths are multiples of this, and so of any chunk.
 _SEGMENT_UNIT = 128
 # Limit of the second and the third axis of a grid. The first allows 2^31 - 1.
 _MOST_PLACES = 65535
+# A stride times the positions of a chunk, up to which 32 bits hold all distances from the first of them.
+_NEAR = 2**31 - 2**16
 # The shortest segment whose state is small in comparison.
 _SHORTEST_SEGMENT = 512
 
@@ -786,14 +845,10 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tuning(d: int, decays: bool) -> _Tuning:
-    return (_WALK_WITH_DECAY if decays else _WALK)[_block(d)]
-
-
 @lru_cache(maxsize=None)
-def _walk_tuning(device: torch.device, d: int, d_v: int, decays: bool) -> _Tuning:
+def _walk_tuning(device: torch.device, d: int, d_v: int) -> _Tuning:
     """Return the tuning that fits the device. The interpreter has no limits."""
-    block_d, tuning = _block(d), _tuning(d, decays)
+    block_d, tuning = _block(d), _WALK[_block(d)]
     tuning = replace(tuning, block_v=min(tuning.block_v, _block(d_v)))
     if device.type != "cuda":
         return tuning
@@ -849,7 +904,7 @@ class _Segments:
             (q.shape[0], k.shape[0]) if self.packed else (self.batch * rows, self.batch * keys)
         )
         # By the head size of q and k, which all walks and states of a call have in common.
-        programs = _tuning(k.shape[-1], self.decays).segments * _multiprocessors(self.device)
+        programs = _WALK[_block(k.shape[-1])].segments * _multiprocessors(self.device)
         wanted = max(programs // max(q.shape[-2], self.heads), 1)
         length = max(_ceil_div(max(all_rows, all_keys), wanted), _SHORTEST_SEGMENT)
         length = _ceil_div(length, _SEGMENT_UNIT) * _SEGMENT_UNIT
@@ -874,6 +929,14 @@ class _Segments:
         if max(heads, self.batch) > _MOST_PLACES:
             return (parts * heads * self.batch, 1, 1), True
         return (parts, heads, self.batch), False
+
+    def whole(self, chunk: int, *columns: tuple[int, int]) -> bool:
+        """Whether all positions of all chunks are rows and keys, and all columns of all tiles are there.
+        columns: how many there are, and those of a tile.
+        """
+        rows, keys, *_ = self.numbers
+        even = not self.packed and not self.diagonal and rows == keys and rows % chunk == 0
+        return even and all(count % of_tile == 0 for count, of_tile in columns)
 
     def strides(self, x: _Layout) -> tuple[int, int, int]:
         """Return the strides of batch, position and head. Packed sequences have one batch."""
@@ -905,7 +968,8 @@ class _States:
             (d, d_v, block_d, block_v, _SUM.chunk, max(k.shape[-2] // segments.heads, 1), _MASKS[mask],
              segments.form.weighs_positions and segments.form.transposed,
              segments.form.row_factors == ROW and segments.form.transposed,
-             max(segments.heads // k.shape[-2], 1), decays, segments.diagonal, packed, final, flat),
+             max(segments.heads // k.shape[-2], 1), decays, segments.diagonal, packed, final, flat,
+             segments.whole(_SUM.chunk, (d, block_d), (d_v, block_v)), _near(_SUM.chunk, k, v)),
             _SUM.num_warps if block_d * block_v > 4096 else 4, _SUM.num_stages,
         )  # fmt: skip
         self._scan = None
@@ -996,8 +1060,12 @@ class _Walk:
         self._saturates = form.output_saturates and not form.wide
         nheads *= shared_q
         self._shape = (*q.shape[:-2], nheads, d_v)
-        tuning = _walk_tuning(segments.device, d, d_v, segments.decays)
+        tuning = _walk_tuning(segments.device, d, d_v)
         out_strides = (0 if segments.packed else q.shape[1] * nheads * d_v, nheads * d_v, d_v)
+        out_like = _Layout(self._shape, (*out_strides, 1))
+        # Registers are left for the distances of one stride; at 256 for none.
+        alike = len({x.strides[-3] for x in (q, k, v, out_like)}) == 1
+        near = alike and d <= 128 and _near(tuning.chunk, q)
         grid, flat = segments.grid(segments.count * _ceil_div(d_v, tuning.block_v), nheads)
         self._walk = _Launch(
             _walk, grid,
@@ -1016,6 +1084,8 @@ class _Walk:
                 # bfloat16 never saturates: share one kernel.
                 half and form.weights_saturate,
                 half and form.output_saturates and self._dtype == segments.dtype,
+                segments.whole(tuning.chunk, (d, _block(d)), (d_v, tuning.block_v)),
+                near,
             ),
             tuning.num_warps, tuning.num_stages,
         )  # fmt: skip
@@ -1079,6 +1149,11 @@ def _laid_out(x: torch.Tensor) -> tuple[torch.Tensor, _Layout]:
         x = x.contiguous()
         strides = x.stride()
     return x, _Layout(x.shape, strides)
+
+
+def _near(chunk: int, *tensors: _Layout) -> bool:
+    """Whether distances within a chunk fit 32 bits."""
+    return all(x.strides[-3] < _NEAR // chunk for x in tensors)
 
 
 # Calls that look the same share a plan. A plan of None means that there is nothing to compute.
