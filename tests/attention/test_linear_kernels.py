@@ -231,6 +231,43 @@ def test_decay_beside_a_normalization(kernels, causal, kind, transposed):
     check(kernels, q, k, v, dout, Form(0.25, causal, transposed, decay=(2,), **options), given=given)
 
 
+@pytest.mark.parametrize(
+    "lengths, causal, kind, d, heads, dtype",
+    cases([(640, 640), (192, 320), (320, 192)], [False, True],
+          [None, "decay", "1/visible", ROW, "diagonal"], [32, 24], [(2, 2), (2, 1)], DTYPES, full=3),
+    ids=str,
+)  # fmt: skip
+def test_whole_chunks(kernels, lengths, causal, kind, d, heads, dtype):
+    """Loads and stores without masks where all positions of all chunks are rows and keys, and only there; and
+    distances that q, k, v and out share where their strides are alike, and only there.
+    """
+    (seqlen_q, seqlen_k), (nheads, nheads_k) = lengths, heads
+    q, dout = (draw(2, seqlen_q, nheads, d, seed=i, dtype=dtype) for i in (0, 1))
+    k, v = (draw(2, seqlen_k, nheads_k, d, seed=i, dtype=dtype) for i in (2, 3))
+    form = Form(
+        0.2, causal, normalization="1/visible" if kind == "1/visible" else None,
+        row_factors=ROW if kind == ROW else None, decay=(2,) if kind == "decay" else None,
+        diagonal=kind == "diagonal",
+    )  # fmt: skip
+    given = aligned([3, -70]) if kind == "diagonal" else NOTHING
+    if kind == "decay":  # by a part of a chunk, and of a segment
+        given = Given(None, torch.tensor([0.01, 0.1], device=DEVICE))
+    if kind == ROW:
+        given = Given(checks.factors(q, 2, seqlen_q))
+    q_like, k_like = kernels._laid_out(q)[1], kernels._laid_out(k)[1]
+    _, walk = kernels._forward_plan(kernels._sequences(q, None, 0, 0), form, q_like, k_like, k_like)
+    walks = walk._parts if kind == "decay" and not causal else (walk,)
+    flags = seqlen_q == seqlen_k and d == 32 and kind != "diagonal", nheads == nheads_k
+    assert all(x._walk._arguments[-2:] == flags for x in walks), "whole, near"
+    check(kernels, q, k, v, dout, form, given=given)
+
+
+def test_distances_that_32_bits_do_not_hold(kernels):
+    """A kernel that computes distances in a chunk in 32 bits is for tensors whose distances fit."""
+    fits, does_not = (kernels._Layout((1, 128, 2, 16), (2**40, stride, 16, 1)) for stride in (2**24, 2**25))
+    assert kernels._near(64, fits, fits) and not kernels._near(64, fits, does_not)
+
+
 # Keys that query 0 is aligned with: at and beside both ends of 200 queries and 70 keys, between them, and as
 # far away as they may be.
 DIAGONALS = [0, -130, 33, 69, 70, 71, -199, -200, -201, 2**30, -(2**30)]
@@ -430,6 +467,16 @@ def test_not_finite_shows_with_a_decay(kernels, causal, poisoned):
     )
     for which, where in hit[poisoned]:
         assert not torch.isfinite(got[which][where]).any(), NAMES[which]
+
+
+@pytest.mark.parametrize("decay", [None, (1,)], ids=str)
+def test_scores_of_a_hidden_key_count_for_nothing(kernels, decay):
+    """A NaN in a key, in the middle of a chunk, does not reach the rows before it."""
+    q, k, v = (draw(1, 128, 1, 16, seed=i, dtype=torch.bfloat16) for i in range(3))
+    k[:, 70] = float("nan")
+    given = NOTHING if decay is None else Given(None, torch.full((1,), 0.01, device=DEVICE))
+    out = kernels.attend(q, k, v, Form(0.25, True, decay=decay), None, None, 0, 0, given)
+    assert torch.isfinite(out[:, :70]).all() and not torch.isfinite(out[:, 70:]).any()
 
 
 @MASKS
