@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -830,7 +831,7 @@ def test_step(kernels, d, d_v, group, decay, by_slot):
 @pytest.mark.parametrize("limit", [101376, 166912, 232448], ids=["99 KiB", "163 KiB", "227 KiB"])
 def test_tunings_fit_the_shared_memory(kernels, limit):
     """Tunings fit compute capability 8.9, 8.0 and 9.0. The largest limit needs no change of the table."""
-    for block_d, tuning in kernels._WALK.items():
+    for block_d, tuning in (*kernels._WALK.items(), *kernels._WALK_BEFORE_9.items()):
         fitted = tuning.within(limit, block_d)
         assert (
             fitted.shared_memory(block_d) <= limit
@@ -838,6 +839,16 @@ def test_tunings_fit_the_shared_memory(kernels, limit):
             and fitted.block_v >= min(block_d, 32)
         )
         assert limit < 200_000 or fitted == tuning
+
+
+@pytest.mark.parametrize("major, limit, block_v", [(8, 166912, 64), (9, 232448, 128), (12, 101376, 64)])
+def test_tunings_are_those_of_the_device(kernels, major, limit, block_v, monkeypatch):
+    """What has both operands of a product in registers gets half as many columns, without spilling any."""
+    device = SimpleNamespace(major=major, shared_memory_per_block_optin=limit)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    tuning = kernels._walk_tuning.__wrapped__(torch.device("cuda"), 128, 128)
+    assert tuning.block_v == block_v and tuning.num_warps == (4 if major < 9 else 8)
+    assert kernels._walk_tuning.__wrapped__(torch.device("cuda"), 128, 20).block_v == 32
 
 
 def test_two_programs_fit_a_multiprocessor(kernels):
