@@ -843,7 +843,7 @@ def test_tunings_fit_the_shared_memory(kernels, limit):
 
 @pytest.mark.parametrize("major, limit, block_v", [(8, 166912, 64), (9, 232448, 128), (12, 101376, 64)])
 def test_tunings_are_those_of_the_device(kernels, major, limit, block_v, monkeypatch):
-    """What has both operands of a product in registers gets half as many columns, without spilling any."""
+    """Where both operands of a product are in registers, half as many columns leave enough of them."""
     device = SimpleNamespace(major=major, shared_memory_per_block_optin=limit)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     tuning = kernels._walk_tuning.__wrapped__(torch.device("cuda"), 128, 128)

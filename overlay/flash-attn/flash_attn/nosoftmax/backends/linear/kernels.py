@@ -162,7 +162,7 @@ def _hi_lo(state, dtype: tl.constexpr):
     """Split state * up into hi + lo in 16 bit. Returns hi, lo and 1 / up, a power of two.
 
     In bfloat16, hi is the upper half of the state's bits. To round it would give lo one bit more, and take
-    a conversion that a multiprocessor does for 16 numbers a cycle, where others do 128.
+    instructions and registers.
     """
     down = 1.0
     if dtype == tl.float16:
@@ -314,7 +314,8 @@ def _sum_segments(
     at = tl.arange(0, CHUNK)
     if DECAY:
         slope = tl.load(slopes + b.to(tl.int64) * stride_s + head)
-        to_side = _decay(slope, CHUNK - 1 - at if MASK == _CAUSAL else at)
+        if WHOLE:
+            to_side = _decay(slope, CHUNK - 1 - at if MASK == _CAUSAL else at)
     for step in range(skipped * GROUP, tl.cdiv(end - begin, CHUNK) * GROUP):
         chunk = begin + (step // GROUP) * CHUNK
         index = chunk + at - first_key
@@ -831,7 +832,7 @@ _WALK = {
 }
 # Before compute capability 9.0, a matrix unit has both operands in registers. There the tuning above spills
 # 123 of them at 128, with a decay 83. This one spills none and takes fewer instructions (compiled for 8.0,
-# not timed).
+# not timed). At 12.0, which is alike, the shared memory leaves as many columns and spills none either.
 _WALK_BEFORE_9 = {**_WALK, 128: _Tuning(64, 64, 4, 2)}
 _SUM = _Tuning(64, 128, 8, 4)
 # With a decay, v goes through registers, and a second program works while the first one waits for it: 117
@@ -852,16 +853,19 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _tuning(device: torch.device, d: int) -> _Tuning:
+    early = device.type == "cuda" and torch.cuda.get_device_properties(device).major < 9
+    return (_WALK_BEFORE_9 if early else _WALK)[_block(d)]
+
+
 @lru_cache(maxsize=None)
 def _walk_tuning(device: torch.device, d: int, d_v: int) -> _Tuning:
     """Return the tuning that fits the device. The interpreter has no limits."""
-    block_d, table, limit = _block(d), _WALK, None
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        table = _WALK if properties.major >= 9 else _WALK_BEFORE_9
-        limit = properties.shared_memory_per_block_optin
-    tuning = replace(table[block_d], block_v=min(table[block_d].block_v, _block(d_v)))
-    return tuning if limit is None else tuning.within(limit, block_d)
+    block_d, tuning = _block(d), _tuning(device, d)
+    tuning = replace(tuning, block_v=min(tuning.block_v, _block(d_v)))
+    if device.type != "cuda":
+        return tuning
+    return tuning.within(torch.cuda.get_device_properties(device).shared_memory_per_block_optin, block_d)
 
 
 # cu_seqlens of rows and keys, None if dense.
@@ -913,7 +917,7 @@ class _Segments:
             (q.shape[0], k.shape[0]) if self.packed else (self.batch * rows, self.batch * keys)
         )
         # By the head size of q and k, which all walks and states of a call have in common.
-        programs = _WALK[_block(k.shape[-1])].segments * _multiprocessors(self.device)
+        programs = _tuning(self.device, k.shape[-1]).segments * _multiprocessors(self.device)
         wanted = max(programs // max(q.shape[-2], self.heads), 1)
         length = max(_ceil_div(max(all_rows, all_keys), wanted), _SHORTEST_SEGMENT)
         length = _ceil_div(length, _SEGMENT_UNIT) * _SEGMENT_UNIT
