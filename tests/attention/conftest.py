@@ -94,7 +94,8 @@ def short_segments(monkeypatch: pytest.MonkeyPatch):
     """
     from flash_attn.nosoftmax.backends.linear import kernels
 
-    monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 64)
+    for shortest in ("_ONE_SEGMENT", "_SHORTEST_OF_SEVERAL"):
+        monkeypatch.setattr(kernels, shortest, 64)
     # Heads up to 64 have two segments on each.
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 6)
     plans = (kernels._forward_plan, kernels._backward_plan)

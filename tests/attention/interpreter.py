@@ -67,12 +67,13 @@ def _look_up_dtypes_once(interpreter, core) -> None:
 
 def _teach_bfloat16(interpreter, bfloat16, float32) -> None:
     """NumPy has no bfloat16, so the interpreter keeps its bits as integers. It would multiply these in a
-    product of matrices, and rounds towards 0.
+    product, of matrices or not, and rounds towards 0.
     """
     import numpy as np  # which the interpreter needs, and the project does not
 
     handle, builder = interpreter.TensorHandle, type(interpreter.interpreter_builder)
     cast, convert, dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
+    multiply, fused = builder.create_fmul, builder.create_fma
 
     def widened(x):
         return handle((x.data.astype(np.uint32) << np.uint32(16)).view(np.float32), float32)
@@ -91,9 +92,22 @@ def _teach_bfloat16(interpreter, bfloat16, float32) -> None:
     def create_dot(self, a, b, *more):
         return dot(self, *(widened(x) if x.dtype.scalar == bfloat16 else x for x in (a, b)), *more)
 
+    def create_fmul(self, a, b):
+        if a.dtype.scalar != bfloat16:
+            return multiply(self, a, b)
+        return handle(rounded(widened(a).data * widened(b).data), bfloat16)
+
+    def create_fma(self, a, b, c):
+        if a.dtype.scalar != bfloat16:
+            return fused(self, a, b, c)
+        # float64 holds the product, and rounds the sum so little that float32 makes no difference.
+        a, b, c = (widened(x).data.astype(np.float64) for x in (a, b, c))
+        return handle(rounded((a * b + c).astype(np.float32)), bfloat16)
+
     def create_fp_to_fp(self, src, dst_type, rounding):
         if bfloat16 in (src.dtype.scalar, dst_type.scalar):
             return cast_impl(self, src, dst_type)
         return convert(self, src, dst_type, rounding)
 
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
+    builder.create_fmul, builder.create_fma = create_fmul, create_fma

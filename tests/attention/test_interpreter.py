@@ -41,19 +41,26 @@ def test_launches_are_right_and_leave_the_language_as_it_was():
 
 
 @triton.jit
-def _multiply(x, y, product, sum_, N: tl.constexpr):
+def _multiply(x, y, product, sum_, scaled, fused, N: tl.constexpr):
     at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     a, b = tl.load(x + at), tl.load(y + at)
     tl.store(product + at, tl.dot(a, b))
     tl.store(sum_ + at, (a.to(tl.float32) + b.to(tl.float32)).to(tl.bfloat16))
+    tl.store(scaled + at, a * b)
+    tl.store(fused + at, tl.fma(a, b, a * b))
 
 
 def test_bfloat16():
-    """Products of matrices are of the numbers, and float32 is rounded as torch does it."""
+    """Products are of the numbers, and float32 is rounded as torch does it."""
     x, y = (torch.randn(16, 16, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1))
     x[0, :3] = torch.tensor([1.0, torch.inf, torch.nan])
     y[0, :3] = torch.tensor([2.0**-8, 1.0, 1.0])  # 1 + 2^-8 is as far from 1 as from the next number
-    product, total = torch.empty(16, 16), torch.empty(16, 16, dtype=torch.bfloat16)
-    _multiply[(1,)](x, y, product, total, 16)
+    product = torch.empty(16, 16)
+    total, scaled, fused = (torch.empty(16, 16, dtype=torch.bfloat16) for _ in range(3))
+    _multiply[(1,)](x, y, product, total, scaled, fused, 16)
     torch.testing.assert_close(product, x.float() @ y.float(), equal_nan=True)
     torch.testing.assert_close(total, (x.float() + y.float()).bfloat16(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(scaled, x * y, rtol=0, atol=0, equal_nan=True)
+    # The product that is added is rounded, the other one is not.
+    exact = (x.double() * y.double() + (x * y).double()).bfloat16()
+    torch.testing.assert_close(fused, exact, rtol=0, atol=0, equal_nan=True)

@@ -841,13 +841,16 @@ def test_tunings_fit_the_shared_memory(kernels, limit):
         assert limit < 200_000 or fitted == tuning
 
 
-@pytest.mark.parametrize("major, limit, block_v", [(8, 166912, 64), (9, 232448, 128), (12, 101376, 64)])
-def test_tunings_are_those_of_the_device(kernels, major, limit, block_v, monkeypatch):
+@pytest.mark.parametrize(
+    "major, limit, block_v, num_warps",
+    [(8, 166912, 64, 4), (8, 101376, 64, 8), (9, 232448, 128, 8), (12, 101376, 64, 8)],
+)
+def test_tunings_are_those_of_the_device(kernels, major, limit, block_v, num_warps, monkeypatch):
     """Where both operands of a product are in registers, half as many columns leave enough of them."""
     device = SimpleNamespace(major=major, shared_memory_per_block_optin=limit)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     tuning = kernels._walk_tuning.__wrapped__(torch.device("cuda"), 128, 128)
-    assert tuning.block_v == block_v and tuning.num_warps == (4 if major < 9 else 8)
+    assert tuning.block_v == block_v and tuning.num_warps == num_warps
     assert kernels._walk_tuning.__wrapped__(torch.device("cuda"), 128, 20).block_v == 32
 
 
@@ -857,6 +860,30 @@ def test_two_programs_fit_a_multiprocessor(kernels):
     assert sorted(pairs) == [16, 32, 64]
     for block_d, tuning in pairs.items():
         assert 2 * (tuning.shared_memory(block_d) + 1024) <= 228 * 1024, block_d
+
+
+@pytest.mark.parametrize(
+    "longest, positions, d, length",
+    [
+        (512, 512, 64, 512),  # one segment, without a state
+        (512, 1 << 20, 64, 512),
+        (513, 513, 64, 128),
+        (1024, 1024, 64, 128),  # 8 segments of 16 heads, one on a multiprocessor
+        (2048, 2048, 64, 256),
+        (4096, 4096, 64, 256),  # two on a multiprocessor
+        (4096, 16384, 64, 1024),
+        (65536, 65536, 64, 4096),
+        (1024, 1024, 128, 128),
+        (4096, 4096, 128, 512),
+        (65536, 65536, 128, 8192),
+        (1024, 1024, 256, 512),
+        (16384, 16384, 256, 2048),
+    ],
+)
+def test_segments_fill_the_gpu(kernels, longest, positions, d, length, monkeypatch):
+    monkeypatch.undo()  # the short segments of other tests
+    at_once = kernels._WALK[d].segments
+    assert kernels._segment_length(longest, positions, 16, d, 132, at_once) == length
 
 
 @pytest.mark.parametrize("decay", [None, (4,)], ids=str)

@@ -165,7 +165,8 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> R
             pytest.skip("needs triton, and a machine without a GPU, where it interprets kernels")
         monkeypatch.setattr(primitive, "has_kernels", lambda x: x.dtype == torch.float16)
         kernels = primitive.kernels()
-        monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 64)
+        for shortest in ("_ONE_SEGMENT", "_SHORTEST_OF_SEVERAL"):
+            monkeypatch.setattr(kernels, shortest, 64)
         monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 6)
     return runner
 

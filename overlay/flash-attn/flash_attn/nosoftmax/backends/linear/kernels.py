@@ -243,17 +243,22 @@ def _next_decay(decay, rest, owed):
 
 @triton.jit
 def _decay(slope, distance):
-    """Return exp(-slope * distance) for distances in positions, of which those below 0 count as 0."""
-    return tl.exp(-slope * tl.maximum(distance, 0).to(tl.float32))
+    """Return exp(-slope * |distance|) for distances in positions."""
+    return tl.exp2(slope * -1.4426950408889634 * tl.abs(distance.to(tl.float32)))
 
 
 @triton.jit
-def _scaled(columns, weights):
-    """Multiply each column by its weight in float32, and round to 16 bit.
+def _scaled(columns, weights, PAIRS: tl.constexpr):
+    """Multiply each column by its weight, and round to 16 bit once.
 
-    In float16 weights are in units of a power of two that keeps the products from becoming too small. The
-    accumulator is in the same units.
+    With PAIRS, a weight in bfloat16 is hi + lo, two 16-bit numbers, and two columns stay in one register.
+    That takes fewer instructions than float32 does. In float16 weights are in units of a power of two that
+    keeps the products from becoming too small, and the accumulator is in the same units.
     """
+    if PAIRS and columns.dtype == tl.bfloat16:
+        hi = weights.to(tl.bfloat16)
+        lo = (weights - hi.to(tl.float32)).to(tl.bfloat16)
+        return tl.fma(columns, hi[None, :], columns * lo[None, :])
     return (columns.to(tl.float32) * weights[None, :]).to(columns.dtype)
 
 
@@ -350,9 +355,9 @@ def _sum_segments(
                 decay = _decay(slope, end - 1 - position if MASK == _CAUSAL else position - begin)
             weights = weights * decay if WEIGHED or ROW_WEIGHED else decay
             # v and not k: the matrix unit transposes k in shared memory, but could not in registers.
-            v_chunk = tl.trans(_scaled(tl.trans(v_chunk), weights))
+            v_chunk = tl.trans(_scaled(tl.trans(v_chunk), weights, True))
         elif WEIGHED or ROW_WEIGHED:
-            k_columns = _scaled(k_columns, weights)
+            k_columns = _scaled(k_columns, weights, True)
         acc = tl.dot(k_columns, v_chunk, acc)
     if WEIGHED or ROW_WEIGHED:
         acc *= 1.0 / unit
@@ -375,6 +380,17 @@ def _own_sum(here, i, first, count, summed, heads, offsets, SIZE: tl.constexpr, 
     """Load the sum of the segment that `_scan` comes to as number i; 0 from number `summed` on."""
     pointers = here + (first + _segment_of(i, count, MASK)) * heads * SIZE
     return tl.load(pointers, mask=offsets < tl.where(i < summed, SIZE, 0), other=0.0)
+
+
+@triton.jit
+def _own_sums(here, i, first, count, summed, heads, offsets, SIZE: tl.constexpr, MASK: tl.constexpr):
+    """Load the sums of four segments from number i on."""
+    return (
+        _own_sum(here, i, first, count, summed, heads, offsets, SIZE, MASK),
+        _own_sum(here, i + 1, first, count, summed, heads, offsets, SIZE, MASK),
+        _own_sum(here, i + 2, first, count, summed, heads, offsets, SIZE, MASK),
+        _own_sum(here, i + 3, first, count, summed, heads, offsets, SIZE, MASK),
+    )
 
 
 @triton.jit(do_not_specialize=["heads"])
@@ -405,14 +421,15 @@ def _scan(
     slope = tl.load(slopes + b.to(tl.int64) * stride_s + head) if DECAY else 0.0
     # Without a final state, the last sum is not needed, and was not computed.
     summed = count if HAS_FINAL or MASK == _FULL else count - 1
-    # Four sums are on their way at once. A store that one of them might alias would make it wait.
-    for i in range(0, count, 4):
-        own_0 = _own_sum(here, i, first, count, summed, heads, offsets, SIZE, MASK)
-        own_1 = _own_sum(here, i + 1, first, count, summed, heads, offsets, SIZE, MASK)
-        own_2 = _own_sum(here, i + 2, first, count, summed, heads, offsets, SIZE, MASK)
-        own_3 = _own_sum(here, i + 3, first, count, summed, heads, offsets, SIZE, MASK)
-        for j in tl.static_range(4):
-            own = own_0 if j == 0 else own_1 if j == 1 else own_2 if j == 2 else own_3
+    # Eight sums are on their way at once. A store that one of them might alias would make it wait.
+    for i in range(0, count, 8):
+        own_0, own_1, own_2, own_3 = _own_sums(here, i, first, count, summed, heads, offsets, SIZE, MASK)
+        own_4, own_5, own_6, own_7 = _own_sums(here, i + 4, first, count, summed, heads, offsets, SIZE, MASK)
+        for j in tl.static_range(8):
+            if j < 4:
+                own = own_0 if j == 0 else own_1 if j == 1 else own_2 if j == 2 else own_3
+            else:
+                own = own_4 if j == 4 else own_5 if j == 5 else own_6 if j == 6 else own_7
             segment = _segment_of(i + j, count, MASK)
             if MASK != _FULL:
                 tl.store(
@@ -461,6 +478,8 @@ def _walk(
     per_visible: tl.constexpr = NORMALIZATION == _PER_VISIBLE
     weighed: tl.constexpr = per_visible and TRANSPOSED
     row_weighed: tl.constexpr = ROW_FACTORS == _OF_ROW and TRANSPOSED and MASK != _FULL
+    # At 128 that takes registers which some kernels and GPUs spill.
+    pairs: tl.constexpr = BLOCK_D <= 64
     tiles_v: tl.constexpr = (D_V + BLOCK_V - 1) // BLOCK_V
     part, head, b = _place(segments * tiles_v, heads, FLAT)
     segment, tile = part // tiles_v, part % tiles_v
@@ -552,11 +571,9 @@ def _walk(
             early, factor = factor, 1.0
         from_state = early * _decay(slope, at + 1 if MASK == _CAUSAL else CHUNK - at)
         to_state = _decay(slope, CHUNK - 1 - at if MASK == _CAUSAL else at)
-        distance = at[None, :] - at[:, None]
+        place = at.to(tl.float32)
         # A NaN stands for what is hidden, so that a chunk needs no positions to see that.
-        within = tl.where(
-            visible, early * _decay(slope, distance if MASK == _CAUSAL else -distance), float("nan")
-        )
+        within = tl.where(visible, early * _decay(slope, place[None, :] - place[:, None]), float("nan"))
     first_counted, most = (first_row, rows) if TRANSPOSED else (first_key, keys)
     unit = 1.0
     for i in range(chunks):
@@ -625,7 +642,7 @@ def _walk(
                 if DECAY:
                     entering = entering * to_state if weighed or row_weighed else to_state
                 if weighed or row_weighed or DECAY:
-                    v_columns = _scaled(v_columns, entering)
+                    v_columns = _scaled(v_columns, entering, pairs)
                 state = tl.dot(v_columns, k_chunk, state)
         acc *= (_reciprocal(count) * factor)[None, :] if per_visible else factor
         if row_weighed and not late:
@@ -831,8 +848,9 @@ _WALK = {
     256: _Tuning(64, 64, 8, 2),
 }
 # Before compute capability 9.0, a matrix unit has both operands in registers. There the tuning above spills
-# 123 of them at 128, with a decay 83. This one spills none and takes fewer instructions (compiled for 8.0,
-# not timed). At 12.0, which is alike, the shared memory leaves as many columns and spills none either.
+# 123 of them at 128, with a decay 78. This one spills none and takes fewer instructions (compiled for 8.0,
+# not timed). Where it does not fit, at 8.6 and 8.9, the shared memory leaves half of the columns above, which
+# spill none either, and at 12.0 9 with a decay.
 _WALK_BEFORE_9 = {**_WALK, 128: _Tuning(64, 64, 4, 2)}
 _SUM = _Tuning(64, 128, 8, 4)
 # With a decay, v goes through registers, and a second program works while the first one waits for it: 117
@@ -840,12 +858,17 @@ _SUM = _Tuning(64, 128, 8, 4)
 _SUM_WITH_DECAY = _Tuning(64, 64, 4, 4)
 # Segment lengths are multiples of this, and so of any chunk.
 _SEGMENT_UNIT = 128
+# A sequence up to this length is one segment, which needs no states. Longer ones have shorter segments, as
+# many as the GPU has multiprocessors: 1k tokens with 16 heads take 0.61 times as long forward and backward as
+# with segments of this length at head size 64, and 0.56 times at 128 (H200, 2026-12-01).
+_ONE_SEGMENT = 512
+# Segments share a multiprocessor where each is at least as long as this. At 2k tokens and head size 64,
+# segments of 128 would be slower than those of 256.
+_SHORTEST_OF_SEVERAL = 256
 # Limit of the second and the third axis of a grid. The first allows 2^31 - 1.
 _MOST_PLACES = 65535
 # A stride times the positions of a chunk, up to which 32 bits hold all distances from the first of them.
 _NEAR = 2**31 - 2**16
-# The shortest segment whose state is small in comparison.
-_SHORTEST_SEGMENT = 512
 
 
 @lru_cache(maxsize=None)
@@ -854,8 +877,12 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _tuning(device: torch.device, d: int) -> _Tuning:
-    early = device.type == "cuda" and torch.cuda.get_device_properties(device).major < 9
-    return (_WALK_BEFORE_9 if early else _WALK)[_block(d)]
+    tuning, early = _WALK[_block(d)], _WALK_BEFORE_9[_block(d)]
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        if gpu.major < 9 and early.shared_memory(_block(d)) <= gpu.shared_memory_per_block_optin:
+            return early
+    return tuning
 
 
 @lru_cache(maxsize=None)
@@ -894,6 +921,21 @@ class _Sequences(NamedTuple):
         return self._replace(max_rows=self.max_keys, max_keys=self.max_rows)
 
 
+def _segment_length(
+    longest: int, positions: int, heads: int, d: int, multiprocessors: int, at_once: int
+) -> int:
+    """Return the positions of a segment. longest: those of the longest sequence. positions: those of all
+    sequences. A multiprocessor has one segment of a head, or up to `at_once` if they are long.
+    """
+    if longest <= _ONE_SEGMENT:
+        return _ONE_SEGMENT
+    one, several = (max(count * multiprocessors // heads, 1) for count in (1, at_once))
+    length = max(_ceil_div(positions, several), min(_ceil_div(positions, one), _SHORTEST_OF_SEVERAL))
+    if d > 128:  # whose states are larger than the keys and values of a short segment
+        length = max(length, _ONE_SEGMENT)
+    return _ceil_div(length, _SEGMENT_UNIT) * _SEGMENT_UNIT
+
+
 class _Segments:
     """How sequences are cut into segments, with rows laid out as q and keys as k.
 
@@ -917,10 +959,14 @@ class _Segments:
             (q.shape[0], k.shape[0]) if self.packed else (self.batch * rows, self.batch * keys)
         )
         # By the head size of q and k, which all walks and states of a call have in common.
-        programs = _tuning(self.device, k.shape[-1]).segments * _multiprocessors(self.device)
-        wanted = max(programs // max(q.shape[-2], self.heads), 1)
-        length = max(_ceil_div(max(all_rows, all_keys), wanted), _SHORTEST_SEGMENT)
-        length = _ceil_div(length, _SEGMENT_UNIT) * _SEGMENT_UNIT
+        length = _segment_length(
+            max(rows, keys),
+            max(all_rows, all_keys),
+            max(q.shape[-2], self.heads),
+            k.shape[-1],
+            _multiprocessors(self.device),
+            _tuning(self.device, k.shape[-1]).segments,
+        )
         self.count = _ceil_div(rows + keys if form.diagonal else max(rows, keys), length)
         self.slots = (all_rows + all_keys) // length + self.batch if self.packed else self.batch * self.count
         self.all_rows = all_rows
