@@ -15,6 +15,7 @@
     ranges.py      the blocks that a tile visits under a mask, for kernel and host
     grid.py        the place of a tile in a batch of packed sequences, in plain integers
     schedule.py    the same in the kernels, and how many tiles share a multiprocessor
+    queries.py     keeps queries of a tile in registers
     registers.py   the integers of a kernel, for ranges.py
     hulls.py       finds the bounds of blocks under intervals
     plan.py        repeats the launches of an earlier call
