@@ -371,7 +371,7 @@ print(json.dumps([
     [small(n, mods=masks(has_diagonal=True, window=WindowKind(False, True)), mask_numbers=(0,),
         diagonal=offsets(1)) for n in (2048, 2049)],
     [small(n, mask_mod=print, causal=True) for n in (2048, 2049)],
-    [tile(n, d, causal=True) for d in (192, 200, 256) for n in (4096, 4097)],
+    [tile(n, d, causal=True) for d in (192, 200, 256) for n in (8192, 8193)],
 ]))
 """
     )

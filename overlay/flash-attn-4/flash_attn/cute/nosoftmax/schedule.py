@@ -23,25 +23,23 @@ class Small(NamedTuple):
     """A tile for rows that see few keys, and what CTAs with it take of a multiprocessor."""
 
     head_dims: range  # of the larger of head_dim and head_dim_v
+    most_keys: int  # of a row: with more, upstream's tile is faster
     tile: tuple[int, int]
     ctas: int
     registers: tuple[int, int]  # of the threads that multiply and of those that load
 
 
 _SMALL = (
-    Small(range(1, 65), (64, 64), 3, (136, 24)),
-    Small(range(65, 129), (64, 64), 2, (208, 40)),
-    Small(range(193, 257), (128, 64), 1, (240, 24)),
+    Small(range(1, 65), 2048, (64, 64), 3, (136, 24)),
+    Small(range(65, 129), 2048, (64, 64), 2, (208, 40)),
+    Small(range(193, 257), 4096, (128, 64), 1, (240, 24)),
 )
-# With more keys upstream's tiles are faster.
-_MOST_KEYS_OF_ROW = 2048
 
 
 def small(head_dim: int, head_dim_v: int, keys_of_row: int) -> Optional[Small]:
     """Return the small tile for rows that see about so many keys; None where upstream's serves better."""
-    if keys_of_row > _MOST_KEYS_OF_ROW:
-        return None
-    return next((found for found in _SMALL if max(head_dim, head_dim_v) in found.head_dims), None)
+    size = max(head_dim, head_dim_v)
+    return next((x for x in _SMALL if size in x.head_dims and keys_of_row <= x.most_keys), None)
 
 
 def _none_left() -> WorkTileInfo:
