@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     )  # read when triton is imported, which flash_attn does if it is installed
     interpreter.quicken()
 
+from linear_checks import shorten_segments
 from package import VARIANTS, Package, devices, missing, not_in_this_build, supports
 
 # Derandomized, so that a failure repeats on every machine.
@@ -89,15 +90,10 @@ def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
 
 @pytest.fixture
 def short_segments(monkeypatch: pytest.MonkeyPatch):
-    """Shorten the segments of linear time's kernels, so that sequences short enough for the interpreter have
-    several.
-    """
+    """See linear_checks.shorten_segments. Plans that were made before, and those made here, are forgotten."""
     from flash_attn.nosoftmax.backends.linear import kernels
 
-    for shortest in ("_ONE_SEGMENT", "_SHORTEST_OF_SEVERAL"):
-        monkeypatch.setattr(kernels, shortest, 64)
-    # Heads up to 64 have two segments on each.
-    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 6)
+    shorten_segments(monkeypatch, kernels)
     plans = (kernels._forward_plan, kernels._backward_plan)
     for plan in plans:
         plan.cache_clear()

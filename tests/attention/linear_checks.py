@@ -4,6 +4,9 @@ linear_mutations.py.
 
 from __future__ import annotations
 
+from types import ModuleType
+
+import pytest
 import torch
 from flash_attn.nosoftmax.backends.linear import chunked
 from flash_attn.nosoftmax.backends.linear.form import Form, Given
@@ -28,6 +31,15 @@ PACKED = dict(lengths_q=[130, 0, 64, 5, 200], lengths_k=[130, 7, 0, 133, 100])
 # The error against float64 may be this many times that of the quadratic algorithm.
 FACTOR = 1.5
 MANY_TOKENS = 2**16
+
+
+def shorten_segments(monkeypatch: pytest.MonkeyPatch, kernels: ModuleType) -> None:
+    """Shorten the segments of linear time's kernels, so that sequences short enough for the interpreter have
+    several. Heads up to 64 have two segments on each of six multiprocessors.
+    """
+    for shortest in ("_ONE_SEGMENT", "_SHORTEST_OF_SEVERAL"):
+        monkeypatch.setattr(kernels, shortest, 64)
+    monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 6)
 
 
 def check_lengths(

@@ -866,7 +866,7 @@ def test_two_programs_fit_a_multiprocessor(kernels):
     "longest, positions, d, length",
     [
         (512, 512, 64, 512),  # one segment, without a state
-        (512, 1 << 20, 64, 512),
+        (512, 1 << 20, 64, 65536),  # as many slots for states as sequences, and few more
         (513, 513, 64, 128),
         (1024, 1024, 64, 128),  # 8 segments of 16 heads, one on a multiprocessor
         (2048, 2048, 64, 256),

@@ -16,6 +16,7 @@ from flash_attn.masks import HSTU, Intervals
 from flash_attn.nosoftmax.backends.linear import primitive
 from torch import Tensor
 
+from linear_checks import shorten_segments
 from oracle import Oracle
 from package import VARIANTS, missing, not_in_this_build
 
@@ -165,9 +166,7 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> R
             pytest.skip("needs triton, and a machine without a GPU, where it interprets kernels")
         monkeypatch.setattr(primitive, "has_kernels", lambda x: x.dtype == torch.float16)
         kernels = primitive.kernels()
-        for shortest in ("_ONE_SEGMENT", "_SHORTEST_OF_SEVERAL"):
-            monkeypatch.setattr(kernels, shortest, 64)
-        monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 6)
+        shorten_segments(monkeypatch, kernels)
     return runner
 
 

@@ -927,11 +927,10 @@ def _segment_length(
     """Return the positions of a segment. longest: those of the longest sequence. positions: those of all
     sequences. A multiprocessor has one segment of a head, or up to `at_once` if they are long.
     """
-    if longest <= _ONE_SEGMENT:
-        return _ONE_SEGMENT
     one, several = (max(count * multiprocessors // heads, 1) for count in (1, at_once))
     length = max(_ceil_div(positions, several), min(_ceil_div(positions, one), _SHORTEST_OF_SEVERAL))
-    if d > 128:  # whose states are larger than the keys and values of a short segment
+    # Above 128 states are larger than the keys and values of a short segment.
+    if longest <= _ONE_SEGMENT or d > 128:
         length = max(length, _ONE_SEGMENT)
     return _ceil_div(length, _SEGMENT_UNIT) * _SEGMENT_UNIT
 
