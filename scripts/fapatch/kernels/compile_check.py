@@ -295,7 +295,7 @@ def full() -> tuple[Cases, Cases]:
     cases += [
         {"head_dim": d, "activation": "silu", "causal": c, "varlen": v, "group": 1 + v, **more}
         for d, c, v, more in itertools.product(
-            (64, 96, 128, 256), (False, True), (False, True), ({"seqlen": 5000}, {"longest": 3000})
+            (64, 96, 128, 256), (False, True), (False, True), ({"seqlen": 9000}, {"longest": 3000})
         )
     ]
     softmax = [
